@@ -1,0 +1,73 @@
+# Every target installs what it needs into .venv; Python 3.11+ and pip are all that must be there.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV   ?= .venv
+TORCH  ?= 2.13.0
+# Where PyTorch publishes its CPU builds; asked only if pip's own sources have none.
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+# Extra arguments for pytest: make test PYTEST="-k cache -x"
+PYTEST ?=
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install demo demo-train test test-slow check style bench clean
+
+RUN       := $(VENV)/bin
+STAMP     := $(VENV)/.installed
+# Compiling every file of every package takes longer than the rest of the installation; Python compiles what it imports.
+PIP       := $(RUN)/python -m pip --disable-pip-version-check
+INSTALL   := $(PIP) install -q --no-compile -c constraints.txt
+export PYTHONDONTWRITEBYTECODE :=
+WORKERS   ?= 2
+export HF_HOME ?= $(CURDIR)/.data/huggingface
+export MPLBACKEND ?= Agg
+export TOKENIZERS_PARALLELISM ?= false
+
+help: ## Show this help
+	@echo "Usage: make TARGET"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(STAMP) ## Create .venv and install retro-hf with everything for development
+
+$(STAMP): pyproject.toml constraints.txt
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo 'make needs Python 3.11 or newer; name it with: make PYTHON=/path/to/python3.11'; exit 1; }
+	@test -x $(RUN)/python || "$(PYTHON)" -m venv $(VENV)
+	@echo "Installing PyTorch $(TORCH) for the CPU into $(VENV) ..."
+	@$(INSTALL) "torch==$(TORCH)+cpu" 2>/dev/null || \
+	  $(INSTALL) --extra-index-url $(TORCH_CPU_INDEX) "torch==$(TORCH)"
+	@echo "Installing retro-hf into $(VENV) ..."
+	@$(INSTALL) -e ".[dev]"
+	@touch $@
+
+demo: $(STAMP) ## Build a datastore, measure and show RETRO on real text (10 minutes on 2 cores)
+	$(RUN)/python examples/demo.py
+
+demo-train: $(STAMP) ## Train the demo's model again from scratch
+	$(RUN)/python examples/demo.py --train
+
+test: $(STAMP) ## Run the tests (20 minutes at most on 2 cores)
+	$(RUN)/python -m pytest -n $(WORKERS) $(PYTEST)
+
+test-slow: $(STAMP) ## Run the tests marked slow
+	$(RUN)/python -m pytest -m slow --timeout 3600 $(PYTEST)
+
+check: $(STAMP) ## Check format, lint, types, layers and the rules for model files
+	$(RUN)/ruff format --check .
+	$(RUN)/ruff check .
+	$(RUN)/mypy
+	$(RUN)/lint-imports --no-cache
+	$(RUN)/mlinter src/retro_hf --no-progress --no-cache
+
+style: $(STAMP) ## Format the code and repair what ruff can
+	$(RUN)/ruff format .
+	$(RUN)/ruff check --fix .
+
+bench: $(STAMP) ## Measure speed and memory beside retro-pytorch
+	$(PIP) install -q --no-deps retro-pytorch==0.3.9
+	$(RUN)/python benchmarks/peers.py
+
+clean: ## Remove .venv, caches and what the demo made
+	rm -rf $(VENV) build dist demo_output .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

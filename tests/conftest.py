@@ -1,0 +1,57 @@
+"""What every test starts from: no network, fixed seeds, few threads, and no deprecated call of transformers."""
+
+import atexit
+import logging
+import os
+import random
+import shutil
+import tempfile
+
+
+# Before the first import of torch or transformers: both read these once.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+else:
+    # One throw-away cache for this run and its workers, which inherit the variable; HOME may be missing or read-only.
+    os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="retro-hf-tests-")
+    atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
+os.environ.update(
+    HF_DATASETS_OFFLINE="1",
+    HF_HUB_DISABLE_PROGRESS_BARS="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    HF_HUB_OFFLINE="1",
+    MPLBACKEND="Agg",
+    TOKENIZERS_PARALLELISM="false",
+)
+
+import datasets  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+
+
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
+transformers.utils.logging.disable_progress_bar()
+datasets.disable_progress_bars()
+
+
+class _DeprecationError(logging.Handler):
+    """Raise where transformers only logs that something is deprecated."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        if "deprecated" in message.lower():
+            raise AssertionError(f"transformers logged a deprecation: {message}")
+
+
+logging.getLogger("transformers").addHandler(_DeprecationError(logging.WARNING))
+
+
+@pytest.fixture(autouse=True)
+def seed() -> int:
+    """Seed every source of random numbers before each test."""
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 - libraries draw from it
+    torch.manual_seed(0)
+    return 0

@@ -1,0 +1,142 @@
+"""README.md and docs/*.md are run: every `python` and `bash` block, in order, and what they print is what they say.
+
+A `text` block right after a block is its expected output; in it, `...` stands for anything. The blocks of one file share
+a namespace and an empty working directory in which the repository's own folders can be found. A block that cannot be run
+here has `<!-- not run: the reason -->` on the line before it; README.md has none.
+"""
+
+import contextlib
+import doctest
+import io
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
+FENCE = re.compile(
+    r"^(?P<not_run><!-- not run: .+ -->\n)?(?P<indent> *)```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^(?P=indent)```$",
+    re.MULTILINE | re.DOTALL,
+)
+# These commands make the environment in which the tests run, so the tests only look whether they are there.
+SETUP = re.compile(r"^(make|pip install|git clone|cd|python3? -m venv|source|\.) ?(?P<arguments>.*)$")
+
+
+class Block(NamedTuple):
+    """One fenced block of a page, and the output it promises."""
+
+    line: int
+    language: str
+    code: str
+    expected: str | None
+
+
+def read_blocks(text: str) -> Iterator[Block]:
+    """Yield the blocks that are to be run."""
+    matches = list(FENCE.finditer(text))
+    for match, following in zip(matches, [*matches[1:], None], strict=False):
+        if match["language"] not in ("python", "bash") or match["not_run"]:
+            continue
+        expected = None
+        if following and following["language"] == "text" and not text[match.end() : following.start()].strip():
+            expected = textwrap.dedent(following["code"])
+        line = text.count("\n", 0, match.start("code"))
+        yield Block(line, match["language"], textwrap.dedent(match["code"]), expected)
+
+
+def run_python(code: str, name: str, line: int, namespace: dict) -> str:
+    """Run a Python block in the page's namespace; an error shows the page and the line."""
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        exec(compile("\n" * line + code, name, "exec"), namespace)
+    return output.getvalue()
+
+
+def check_setup(command: str) -> bool:
+    """Tell whether a command is set-up, and see that the targets of a `make` exist."""
+    match = SETUP.match(command)
+    if match and match[1] == "make":
+        targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        for target in match["arguments"].split("#")[0].split():
+            assert "=" in target or target in targets, f"`{command}`: the Makefile has no target '{target}'"
+    return match is not None
+
+
+def run_bash(code: str) -> str:
+    """Run the commands of a bash block, but for those that set the environment up."""
+    # A `;` keeps a skipped line from joining what a backslash continues.
+    commands = [line for line in code.replace("\\\n", " ").splitlines() if not check_setup(line.strip())]
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    result = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", "\n".join(commands)], capture_output=True, text=True, env=environment
+    )
+    assert result.returncode == 0, f"{code}\n{result.stdout}\n{result.stderr}"
+    return result.stdout
+
+
+def run_page(page: Path, folder: Path) -> int:
+    """Run all blocks of a page in an empty folder; return how many there were."""
+    namespace = {"__name__": "__main__"}
+    for shared in ("examples", "benchmarks", "hub_configs"):
+        (folder / shared).symlink_to(ROOT / shared)
+    blocks = list(read_blocks(page.read_text(encoding="utf-8")))
+    with contextlib.chdir(folder):
+        for block in blocks:
+            if block.language == "python":
+                printed = run_python(block.code, str(page), block.line, namespace)
+            else:
+                printed = run_bash(block.code)
+            if block.expected is not None:
+                same = doctest.OutputChecker().check_output(
+                    block.expected, printed, doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+                )
+                assert same, f"{page.name}, line {block.line + 1} prints\n{printed}\nbut promises\n{block.expected}"
+    return len(blocks)
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_block_runs_and_prints_what_it_says(page, tmp_path):
+    run_page(page, tmp_path)
+
+
+def test_readme_leaves_no_block_out():
+    assert "<!-- not run:" not in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_links_lead_to_files():
+    """A relative link of a page leads to a file of the repository."""
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!https?://|#|mailto:)([^)#\s]+)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}, which isn't there"
+
+
+def test_sample_page_runs(tmp_path):
+    """The harness itself: namespace, output, indentation, bash, and a block left out."""
+    assert run_page(ROOT / "tests/data/sample_page.md", tmp_path) == 5
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("```python\nprint(1)\n```\n```text\n2\n```\n", "but promises"),
+        ("```python\n1 / 0\n```\n", "division by zero"),
+        ("```bash\nfalse\n```\n", "false"),
+        ("```bash\nmake nonsense\n```\n", "no target 'nonsense'"),
+    ],
+)
+def test_wrong_page_is_noticed(text, message, tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(text)
+    folder = tmp_path / "cwd"
+    folder.mkdir()
+    with pytest.raises((AssertionError, ZeroDivisionError), match=message):
+        run_page(page, folder)
