@@ -1,0 +1,138 @@
+"""Chunk arithmetic, the text of a chunk, and the identity of a tokenizer: numpy only, no files, no index.
+
+A datastore holds one flat token stream in which every document starts at a multiple of `chunk_size` and is zero-padded
+up to the next one, so chunk `i` is `tokens[i * chunk_size : (i + 1) * chunk_size]`. `doc_offsets[d]` is the first
+chunk of document `d` and `doc_lengths[d]` its number of real tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = [
+    "chunk_texts",
+    "document_of",
+    "gather_tokens",
+    "num_chunks_of",
+    "token_dtype",
+    "tokenizer_fingerprint",
+    "vocabulary_size",
+]
+
+
+def num_chunks_of(num_tokens: int | np.ndarray, chunk_size: int) -> Any:
+    """Chunks that `num_tokens` tokens of one document fill; the last one may be short."""
+    return -(-num_tokens // chunk_size)
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The narrowest type of the token stream: uint16 up to 65,536 token ids, uint32 above."""
+    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """One more than the largest token id; `len(tokenizer)` is less where the vocabulary has holes."""
+    return max(len(tokenizer), max(tokenizer.get_vocab().values(), default=0) + 1)
+
+
+def document_of(chunk_ids: np.ndarray, doc_offsets: np.ndarray) -> np.ndarray:
+    """Document numbers of chunks.
+
+    Args:
+        chunk_ids (`np.ndarray` of int64, any shape): -1 stands for no chunk.
+        doc_offsets (`np.ndarray` of int64 and shape `(num_documents + 1,)`): first chunk of each document, then the
+            number of chunks.
+    Returns:
+        `np.ndarray` of int64 in the shape of `chunk_ids`; -1 for -1.
+    """
+    documents = np.searchsorted(doc_offsets, chunk_ids, side="right") - 1
+    return np.where(chunk_ids < 0, -1, documents)
+
+
+def gather_tokens(
+    chunk_ids: np.ndarray,
+    chunks: np.ndarray,
+    doc_offsets: np.ndarray,
+    doc_lengths: np.ndarray,
+    neighbor_size: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Neighbors by chunk id: each chunk and what follows it in the same document, at most `neighbor_size` tokens.
+
+    Args:
+        chunk_ids (`np.ndarray` of int64, any shape): below `num_chunks`; -1 gives zeros with mask 0.
+        chunks (`np.ndarray` of uint16 or uint32 and shape `(num_chunks, chunk_size)`): the token stream.
+        doc_offsets (`np.ndarray` of int64 and shape `(num_documents + 1,)`): first chunk of each document.
+        doc_lengths (`np.ndarray` of int64 and shape `(num_documents,)`): real tokens of each document.
+        neighbor_size (`int`): tokens per neighbor.
+    Returns:
+        `(tokens, mask)`, both int64 of shape `(*chunk_ids.shape, neighbor_size)`; tokens are 0 where the mask is 0.
+    """
+    num_chunks, chunk_size = chunks.shape
+    flat = chunk_ids.reshape(-1)
+    known = flat >= 0
+    start = np.where(known, flat, 0)
+    documents = np.searchsorted(doc_offsets, start, side="right") - 1
+    # What is left of the document, in tokens, from the first token of the chunk.
+    left = doc_lengths[documents] - (start - doc_offsets[documents]) * chunk_size
+    left = np.where(known, left, 0)
+
+    mask = np.arange(neighbor_size, dtype=np.int64) < left[:, None]
+    rows = np.empty((len(flat), neighbor_size), dtype=chunks.dtype)
+    for offset in range(0, neighbor_size, chunk_size):
+        # Chunks past the end of the document are read and masked: cheaper than selecting rows. The last chunk of the
+        # stream stands in for those past its end.
+        following = np.minimum(start + offset // chunk_size, num_chunks - 1)
+        width = min(chunk_size, neighbor_size - offset)
+        rows[:, offset : offset + width] = np.take(chunks, following, axis=0)[:, :width]
+    shape = (*chunk_ids.shape, neighbor_size)
+    tokens = np.multiply(rows, mask, dtype=np.int64).reshape(shape)
+    return tokens, mask.astype(np.int64).reshape(shape)
+
+
+def chunk_texts(tokenizer: PreTrainedTokenizerBase, rows: np.ndarray, mask: np.ndarray | None = None) -> list[str]:
+    """The text of token rows, as the embedder reads it.
+
+    The one function behind keys and queries: a chunk of the datastore that comes back as a query yields the same text
+    and therefore the same vector. Special tokens (padding, begin of text) are left out.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): the language model's tokenizer.
+        rows (`np.ndarray` of int64 and shape `(num_rows, num_tokens)`): token ids.
+        mask (`np.ndarray` of the same shape, *optional*): 0 at padding.
+    Returns:
+        `list[str]`: one text per row. Bytes of a character that the border of a chunk cuts show as U+FFFD.
+    """
+    if mask is None:
+        ids = rows.tolist()
+    else:
+        ids = [row[keep].tolist() for row, keep in zip(rows, mask.astype(bool), strict=True)]
+    return tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A sha256 of what turns ids into text: the vocabulary and, for BPE, the merges.
+
+    Special tokens that are added on top, padding and truncation settings, and the path it was loaded from do not
+    count: a pad token set by the caller does not make another tokenizer.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        model: dict[str, Any] = {"type": type(tokenizer).__name__, "vocab": tokenizer.get_vocab()}
+    else:
+        model = json.loads(backend.to_str())["model"]
+    vocab = model.get("vocab", {})
+    items: Sequence[Any] = sorted(vocab.items(), key=lambda item: item[1]) if isinstance(vocab, dict) else vocab
+    # Library versions write a merge as "a b" or as ["a", "b"].
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model.get("merges") or []]
+    content = json.dumps([items, merges], ensure_ascii=True, separators=(",", ":"))
+    return hashlib.sha256(content.encode()).hexdigest()

@@ -1,0 +1,223 @@
+"""Documents: whatever a user has (texts, files, folders, datasets) as one stream of checked records."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from ..errors import DatastoreInputError, DatastoreNotFoundError
+
+
+__all__ = ["Document", "DocumentReader"]
+
+_SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".parquet")
+_FIELDS = ("id", "title", "source", "text")
+_PARQUET_ROWS = 1024
+
+
+@dataclass(slots=True)
+class Document:
+    """One document of the input: `where` names it in messages, `metadata` holds the fields beyond the four."""
+
+    id: str
+    title: str
+    source: str
+    text: str
+    where: str
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+class DocumentReader:
+    """One pass over the documents of any supported input.
+
+    Args:
+        documents: an iterable of texts (`str`), of records (`dict` with `text` and perhaps `id`, `title`, `source` and
+            more), or of paths (`Path`); one path, as `str` or `Path`, to a .txt, .md, .jsonl, .jsonl.gz or .parquet
+            file or to a folder of such files; a `datasets.Dataset` or `IterableDataset` with a `text` column.
+
+    Attributes:
+        total (`int`, *optional*): number of records where it is known beforehand.
+        num_empty (`int`): records without text met so far; they are skipped.
+        num_repaired (`int`): texts met so far with lone surrogates (half characters that JSON can smuggle in), which
+            became U+FFFD.
+
+    Raises:
+        DatastoreInputError: for a record that is no document, naming the document, or the file and line.
+        DatastoreNotFoundError: for a path that does not exist.
+    """
+
+    def __init__(self, documents: Any) -> None:
+        self.num_empty = 0
+        self.num_repaired = 0
+        self.sources: list[dict[str, Any]] = []
+        self.total: int | None = None
+        if isinstance(documents, (str, os.PathLike)):
+            files = _files_of(Path(documents))
+            self._records = chain.from_iterable(self._read_file(file, name) for file, name in files)
+        elif isinstance(documents, Mapping):
+            splits = ", ".join(repr(key) for key in list(documents)[:5])
+            raise DatastoreInputError(
+                f"The documents are a mapping with the keys {splits}. Pass one split, such as documents['train'], or "
+                "a list with one dict per document."
+            )
+        elif isinstance(documents, Iterable):
+            columns = getattr(documents, "column_names", None)
+            if columns is not None and "text" not in columns:
+                raise DatastoreInputError(
+                    f"The dataset has the columns {list(columns)}, but no column 'text'. Rename the one that holds the "
+                    "text: `dataset.rename_column('<name>', 'text')`."
+                )
+            if hasattr(documents, "info"):
+                self.sources = [_source_of(documents.info)]
+            self.total = len(documents) if hasattr(documents, "__len__") else None
+            self._records = self._read_iterable(documents)
+        else:
+            raise DatastoreInputError(
+                f"The documents are of type {type(documents).__name__}. Pass an iterable of texts or dicts, a path, or "
+                "a dataset."
+            )
+
+    def __iter__(self) -> Iterator[Document]:
+        for number, (record, where, defaults) in enumerate(self._records):
+            document = self._document(record, where, {"id": str(number), **defaults})
+            if document is None:
+                self.num_empty += 1
+            else:
+                yield document
+
+    def _document(self, record: Any, where: str, defaults: dict[str, str]) -> Document | None:
+        if isinstance(record, str):
+            record = {"text": record}
+        if not isinstance(record, Mapping):
+            raise DatastoreInputError(
+                f"{where} is of type {type(record).__name__}. A document is a text (str) or a dict with a 'text'."
+            )
+        if "text" not in record:
+            raise DatastoreInputError(
+                f"{where} has the fields {[str(key) for key in record]}, but no 'text'. Rename the field that holds "
+                "the text."
+            )
+        text = record["text"]
+        if text is not None and not isinstance(text, str):
+            raise DatastoreInputError(
+                f"The text of {where} is of type {type(text).__name__}, not str. Convert it, or drop the document."
+            )
+        if text is None or not text.strip():
+            return None
+        texts = {name: _as_text(record.get(name), defaults.get(name, ""), name, where) for name in _FIELDS[:3]}
+        clean = {name: _without_lone_surrogates(value) for name, value in (*texts.items(), ("text", text))}
+        self.num_repaired += clean["text"] != text
+        metadata = {str(key): value for key, value in record.items() if key not in _FIELDS}
+        return Document(where=where, metadata=metadata, **clean)
+
+    def _read_iterable(self, documents: Iterable[Any]) -> Iterator[tuple[Any, str, dict[str, str]]]:
+        for number, record in enumerate(documents):
+            if isinstance(record, os.PathLike):
+                for file, name in _files_of(Path(record)):
+                    yield from self._read_file(file, name)
+            else:
+                yield record, f"Document {number}", {}
+
+    def _read_file(self, file: Path, name: str) -> Iterator[tuple[Any, str, dict[str, str]]]:
+        """Records of one file; `name` is its path as it is recorded, relative to what the user named."""
+        self.sources.append({"name": name})
+        defaults = {"source": name}
+        if file.name.endswith((".txt", ".md")):
+            text = file.read_text(encoding="utf-8-sig", errors="replace")
+            yield text, f"File {name!r}", {"id": name, "title": file.stem, **defaults}
+        elif file.name.endswith(".parquet"):
+            import pyarrow.parquet as pq
+
+            try:
+                with pq.ParquetFile(file) as table:
+                    rows = chain.from_iterable(
+                        batch.to_pylist() for batch in table.iter_batches(batch_size=_PARQUET_ROWS)
+                    )
+                    for number, row in enumerate(rows):
+                        yield row, f"Row {number} of {name!r}", {"id": f"{name}:{number}", **defaults}
+            except (OSError, ValueError) as error:
+                if isinstance(error, DatastoreInputError):
+                    raise
+                raise DatastoreInputError(f"{name!r} is not a readable parquet file: {error}.") from error
+        else:
+            yield from self._read_jsonl(file, name, defaults)
+
+    @staticmethod
+    def _read_jsonl(file: Path, name: str, defaults: dict[str, str]) -> Iterator[tuple[Any, str, dict[str, str]]]:
+        number = 0
+        opened = gzip.open(file, "rb") if file.name.endswith(".gz") else file.open("rb")
+        try:
+            with opened as lines:
+                for number, line in enumerate(lines, start=1):
+                    if not line.strip():
+                        continue
+                    where = f"{name}:{number}"
+                    try:
+                        record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8", errors="replace"))
+                    except (ValueError, RecursionError) as error:
+                        raise DatastoreInputError(
+                            f"{where} is not JSON ({error}). Each line of a .jsonl file holds one JSON object; repair "
+                            "or remove the line."
+                        ) from error
+                    yield record, where, {"id": where, **defaults}
+        except (EOFError, gzip.BadGzipFile) as error:
+            raise DatastoreInputError(
+                f"{name!r} breaks off after line {number} ({error}). Fetch or compress it again."
+            ) from error
+
+
+def _files_of(path: Path) -> list[tuple[Path, str]]:
+    """The files under a path in a fixed order, each with its name relative to the path."""
+    if path.is_file():
+        if not path.name.endswith(_SUFFIXES):
+            raise DatastoreInputError(f"{str(path)!r} is none of the readable kinds {', '.join(_SUFFIXES)}.")
+        return [(path, path.name)]
+    if not path.is_dir():
+        raise DatastoreNotFoundError(
+            f"There is no file or folder {str(path)!r} to read documents from. To build from texts instead, pass them "
+            "as a list."
+        )
+    found = [(file, file.relative_to(path).as_posix()) for file in path.rglob("*") if file.name.endswith(_SUFFIXES)]
+    files = sorted(
+        (pair for pair in found if pair[0].is_file() and not any(part.startswith(".") for part in pair[1].split("/"))),
+        key=lambda pair: pair[1],
+    )
+    if not files:
+        raise DatastoreInputError(f"The folder {str(path)!r} holds no {', '.join(_SUFFIXES)} file.")
+    return files
+
+
+def _source_of(info: Any) -> dict[str, Any]:
+    """Name, revision and license of a `datasets.Dataset`, as far as it knows them."""
+    known = {
+        "name": getattr(info, "dataset_name", None) or "dataset",
+        "config": getattr(info, "config_name", None),
+        "revision": str(info.version) if getattr(info, "version", None) else None,
+        "license": getattr(info, "license", None),
+    }
+    return {key: value for key, value in known.items() if value}
+
+
+def _as_text(value: Any, default: str, name: str, where: str) -> str:
+    if value is None or value == "":
+        return default
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    raise DatastoreInputError(f"The {name} of {where} is of type {type(value).__name__}, not str.")
+
+
+def _without_lone_surrogates(text: str) -> str:
+    """Text that UTF-8 can hold: surrogate pairs joined, lone surrogates replaced by U+FFFD."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text

@@ -1,0 +1,214 @@
+"""The manifest of a datastore: what `datastore.json` says, and how a hostile or damaged one is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import DatastoreCorruptError, DatastoreNotFoundError
+from .storage import write_file
+
+
+__all__ = ["FORMAT_VERSION", "MANIFEST_NAME", "DatastoreManifest", "FileEntry"]
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "datastore.json"
+METRIC = "inner_product"
+
+# Bounds keep a hostile manifest from asking for absurd amounts of memory before a single file has been looked at.
+_MAX_MANIFEST_BYTES = 16 << 20
+_MAX_COUNT = 1 << 48
+_MAX_TOKENS = 1 << 20
+_MAX_DIM = 1 << 16
+_MAX_FILES = 10_000
+_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_KINDS = ("tokens", "doc_offsets", "doc_lengths", "documents", "keys", "index", "tokenizer")
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file of a datastore: `name` inside its folder, what `kind` of content, `size` in bytes, sha256 in hex."""
+
+    name: str
+    kind: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class DatastoreManifest:
+    """What a datastore is made of; written last, so a folder with a manifest is a whole datastore.
+
+    Attributes:
+        chunk_size, neighbor_size: tokens per chunk, and per chunk with its continuation.
+        num_chunks, num_documents, num_tokens: counts; tokens without padding.
+        num_empty_documents: documents of the input without text, which were skipped.
+        token_dtype: `"uint16"` or `"uint32"`.
+        max_token_id: the largest id in the token stream.
+        tokenizer: `name`, `revision`, `fingerprint`, `vocab_size` of the language model's tokenizer.
+        embedder: `name`, `revision`, `fingerprint`, `dim`, `pooling`, `dtype` of the frozen encoder.
+        index: `factory` (FAISS), `search` (its search parameters), `recall` (None where the index is exact, else
+            `at`, `value`, `queries`: the share of the exact neighbors found).
+        sources: one entry per source of documents: `name`, and `revision` and `license` where known.
+        files: every file of the folder that belongs to the datastore.
+    """
+
+    chunk_size: int
+    neighbor_size: int
+    num_chunks: int
+    num_documents: int
+    num_tokens: int
+    num_empty_documents: int
+    token_dtype: str
+    max_token_id: int
+    tokenizer: dict[str, Any]
+    embedder: dict[str, Any]
+    index: dict[str, Any]
+    files: tuple[FileEntry, ...]
+    sources: list[dict[str, Any]] = field(default_factory=list)
+    metric: str = METRIC
+    library_version: str = "unknown"
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def dim(self) -> int:
+        """Length of a key."""
+        return self.embedder["dim"]
+
+    def entries(self, kind: str) -> list[FileEntry]:
+        """The files of one kind, in order."""
+        return [entry for entry in self.files if entry.kind == kind]
+
+    def write(self, folder: Path) -> None:
+        """Write `datastore.json` into `folder`, atomically, with a checksum over its own content."""
+        content = dataclasses.asdict(self)
+        content["checksum"] = _checksum(content)
+        text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=True) + "\n"
+        write_file(folder / MANIFEST_NAME, text.encode())
+
+    @classmethod
+    def read(cls, folder: Path) -> DatastoreManifest:
+        """Read and check `datastore.json`.
+
+        Raises:
+            DatastoreNotFoundError: if the folder or its manifest does not exist.
+            DatastoreCorruptError: if anything in it is not as this library writes it.
+        """
+        path = folder / MANIFEST_NAME
+        if not path.is_file():
+            raise DatastoreNotFoundError(
+                f"There is no datastore at {str(folder)!r}: {'the folder does not exist' if not folder.is_dir() else f'it has no {MANIFEST_NAME}'}. "
+                "Check the path, or build one with `RetroDatastore.build(documents, path, ...)`."
+            )
+        if path.stat().st_size > _MAX_MANIFEST_BYTES:
+            raise _corrupt(path, f"it is {path.stat().st_size:,} bytes long, more than {_MAX_MANIFEST_BYTES:,}")
+        try:
+            content = json.loads(path.read_bytes())
+        except (ValueError, RecursionError) as error:
+            raise _corrupt(path, f"it is not JSON ({error})") from error
+        if not isinstance(content, dict):
+            raise _corrupt(path, f"it holds a {type(content).__name__}, not an object")
+        version = content.get("format_version")
+        if version != FORMAT_VERSION:
+            raise _corrupt(
+                path,
+                f"format_version is {version!r}, but this version of retro-hf reads {FORMAT_VERSION}; "
+                "a newer library may read it",
+            )
+        try:
+            return cls._from_content(content)
+        except (ValueError, TypeError, KeyError) as error:
+            raise _corrupt(path, str(error)) from error
+
+    @classmethod
+    def _from_content(cls, content: dict[str, Any]) -> DatastoreManifest:
+        fields = {entry.name for entry in dataclasses.fields(cls)}
+        unknown, missing = sorted(set(content) - fields - {"checksum"}), sorted((fields | {"checksum"}) - set(content))
+        if unknown or missing:
+            raise ValueError(f"unknown fields {unknown}, missing fields {missing}")
+        checksum = content.pop("checksum")
+        if checksum != _checksum(content):
+            raise ValueError("its checksum does not match its content")
+        content["files"] = tuple(FileEntry(**entry) for entry in _of_type(content, "files", list))
+        manifest = cls(**content)
+        manifest._validate()
+        return manifest
+
+    def _validate(self) -> None:
+        content = vars(self)
+        _integer(content, "chunk_size", 1, _MAX_TOKENS)
+        _integer(content, "neighbor_size", self.chunk_size, _MAX_TOKENS)
+        _integer(content, "num_chunks", 1, _MAX_COUNT)
+        _integer(content, "num_documents", 1, self.num_chunks)
+        _integer(content, "num_tokens", self.num_documents, self.num_chunks * self.chunk_size)
+        _integer(content, "num_empty_documents", 0, _MAX_COUNT)
+        if self.token_dtype not in ("uint16", "uint32"):
+            raise ValueError(f"token_dtype is {self.token_dtype!r}, not 'uint16' or 'uint32'")
+        _integer(content, "max_token_id", 0, (1 << 16 if self.token_dtype == "uint16" else 1 << 32) - 1)
+        if self.metric != METRIC:
+            raise ValueError(f"metric is {self.metric!r}, not {METRIC!r}")
+        _of_type(content, "library_version", str)
+        _of_type(content, "sources", list)
+        _of_type(content, "index", dict)
+        for name in ("tokenizer", "embedder"):
+            part = _of_type(content, name, dict)
+            _of_type(part, "name", str)
+            if not _SHA256.fullmatch(_of_type(part, "fingerprint", str)):
+                raise ValueError(f"the fingerprint of the {name} is not a sha256")
+        _integer(self.tokenizer, "vocab_size", 1, 1 << 32)
+        _integer(self.embedder, "dim", 1, _MAX_DIM)
+        _of_type(self.index, "factory", str)
+        for name, value in _of_type(self.index, "search", dict).items():
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= _MAX_COUNT:
+                raise ValueError(f"index.search.{name} is {value!r}, not a positive number")
+        self._validate_files()
+
+    def _validate_files(self) -> None:
+        if len(self.files) > _MAX_FILES:
+            raise ValueError(f"it lists {len(self.files):,} files, more than {_MAX_FILES:,}")
+        for entry in self.files:
+            if not isinstance(entry.name, str) or not _FILE_NAME.fullmatch(entry.name):
+                raise ValueError(f"{entry.name!r} is not a plain file name")
+            if entry.kind not in _KINDS:
+                raise ValueError(f"file {entry.name!r} is of unknown kind {entry.kind!r}")
+            _integer(vars(entry), "size", 0, 1 << 56)
+            if not isinstance(entry.sha256, str) or not _SHA256.fullmatch(entry.sha256):
+                raise ValueError(f"the checksum of {entry.name!r} is not a sha256")
+        names = [entry.name for entry in self.files]
+        if len(set(names)) != len(names):
+            raise ValueError("it lists a file twice")
+        for kind in _KINDS:
+            if kind != "tokenizer" and len(self.entries(kind)) != 1:
+                raise ValueError(f"it lists {len(self.entries(kind))} files of kind {kind!r}; this version reads one")
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    canonical = json.dumps(content, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _corrupt(path: Path, reason: str) -> DatastoreCorruptError:
+    return DatastoreCorruptError(
+        f"The manifest {str(path)!r} cannot be used: {reason}. Restore the folder from a copy, or build the datastore "
+        "again."
+    )
+
+
+def _of_type(content: dict[str, Any], name: str, kind: type) -> Any:
+    value = content.get(name)
+    if not isinstance(value, kind):
+        raise ValueError(f"{name} is {value!r}, not of type {kind.__name__}")
+    return value
+
+
+def _integer(content: dict[str, Any], name: str, lowest: int, highest: int) -> int:
+    value = content.get(name)
+    if isinstance(value, bool) or not isinstance(value, int) or not lowest <= value <= highest:
+        raise ValueError(f"{name} is {value!r}, not an integer from {lowest} to {highest}")
+    return value

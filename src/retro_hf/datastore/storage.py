@@ -1,0 +1,187 @@
+"""Files of a datastore: atomic writing, growing .npy and safetensors files, bounded read-only memory maps."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from ..errors import DatastoreCorruptError, DatastoreExistsError
+
+
+__all__ = ["NpyWriter", "TensorWriter", "map_npy", "map_tensor", "new_folder", "sha256_of", "write_file"]
+
+_KEYS_NAME = "keys"
+_HEADER_ALIGNMENT = 64
+_MAX_HEADER_BYTES = 1 << 20
+
+
+def _sync(path: Path) -> None:
+    """Flush a file or folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a small file atomically: a reader sees the old content or the new, never a part."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_bytes(content)
+        _sync(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    _sync(path.parent)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A hidden sibling folder to write into, which takes the name `path` once the block ends without an error.
+
+    A crash leaves at most the hidden sibling, never a half-written folder under the final name; an exception removes
+    it.
+
+    Raises:
+        DatastoreExistsError: if `path` is a file or a folder with content. It stays as it is.
+    """
+    path = Path(os.path.abspath(path))
+    if path.is_symlink() or path.is_file() or (path.is_dir() and any(path.iterdir())):
+        raise DatastoreExistsError(
+            f"{str(path)!r} already exists. A datastore is never written over another: choose another path, or remove "
+            "the old one first."
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    # Left by a killed process that had the same id.
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        yield partial
+        for file in partial.iterdir():
+            _sync(file)
+        _sync(partial)
+        try:
+            os.replace(partial, path)
+        except OSError as error:
+            raise DatastoreExistsError(
+                f"{str(path)!r} appeared while the datastore was being written. Nothing was changed; choose another "
+                "path and write it again."
+            ) from error
+        _sync(path.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file in hex, as `sha256sum` prints it."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class NpyWriter:
+    """A one-dimensional .npy file that grows block by block; numpy reserves room in the header for its final length."""
+
+    def __init__(self, path: Path, dtype: np.dtype) -> None:
+        self.dtype = dtype
+        self.length = 0
+        self._file = path.open("wb")
+        self._write_header()
+
+    def _write_header(self) -> None:
+        header = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": (self.length,)}
+        np.lib.format.write_array_header_1_0(self._file, header)
+
+    def append(self, values: np.ndarray) -> None:
+        """Append a one-dimensional array."""
+        self._file.write(np.ascontiguousarray(values, dtype=self.dtype).tobytes())
+        self.length += len(values)
+
+    def __enter__(self) -> NpyWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.seek(0)
+        self._write_header()
+        self._file.close()
+
+
+class TensorWriter:
+    """A safetensors file with one float16 matrix, `keys`, written block by block."""
+
+    def __init__(self, path: Path, num_rows: int, dim: int) -> None:
+        self._expected = num_rows
+        self._rows = 0
+        end = num_rows * dim * 2
+        header = {_KEYS_NAME: {"dtype": "F16", "shape": [num_rows, dim], "data_offsets": [0, end]}}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        # Spaces are part of the format; they bring the matrix to a cache line.
+        text += b" " * (-(len(text) + 8) % _HEADER_ALIGNMENT)
+        self._file = path.open("wb")
+        self._file.write(struct.pack("<Q", len(text)) + text)
+
+    def append(self, rows: np.ndarray) -> None:
+        """Append float rows of shape `(num_rows, dim)`."""
+        self._file.write(np.ascontiguousarray(rows, dtype=np.float16).tobytes())
+        self._rows += len(rows)
+
+    def __enter__(self) -> TensorWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+        if kind is None and self._rows != self._expected:
+            raise RuntimeError(f"{self._rows} keys were written, but {self._expected} were announced.")
+
+
+def _bad_file(path: Path, reason: str) -> DatastoreCorruptError:
+    return DatastoreCorruptError(
+        f"{str(path)!r} is damaged: {reason}. Restore the folder from a copy, or build the datastore again."
+    )
+
+
+def map_npy(path: Path, dtype: np.dtype, length: int) -> np.ndarray:
+    """Map a one-dimensional .npy file read-only, after checking that it holds `length` values of `dtype`."""
+    try:
+        values = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError, SyntaxError, TypeError) as error:
+        raise _bad_file(path, f"it is not a .npy file ({error})") from error
+    if not isinstance(values, np.ndarray) or values.dtype != dtype or values.shape != (length,):
+        found = f"{values.dtype} of shape {values.shape}" if isinstance(values, np.ndarray) else type(values).__name__
+        raise _bad_file(path, f"it holds {found}, but the manifest says {dtype} of shape {(length,)}")
+    return values
+
+
+def map_tensor(path: Path, shape: tuple[int, int]) -> np.ndarray:
+    """Map the float16 matrix of a safetensors file read-only, after checking its header against `shape`."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        header_size = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+        if not 2 <= header_size <= min(_MAX_HEADER_BYTES, size - 8):
+            raise _bad_file(path, f"its header claims {header_size:,} bytes of a file of {size:,}")
+        try:
+            header: Any = json.loads(file.read(header_size))
+        except (ValueError, RecursionError) as error:
+            raise _bad_file(path, f"its header is not JSON ({error})") from error
+    end = shape[0] * shape[1] * 2
+    expected = {"dtype": "F16", "shape": list(shape), "data_offsets": [0, end]}
+    if not isinstance(header, dict) or header.get(_KEYS_NAME) != expected or size != 8 + header_size + end:
+        raise _bad_file(path, f"its header does not describe a float16 matrix of shape {shape}")
+    return np.memmap(path, dtype=np.float16, mode="r", offset=8 + header_size, shape=shape)

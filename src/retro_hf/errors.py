@@ -1,0 +1,60 @@
+"""The errors of retro-hf: one base class, and children that are also the builtin a caller would expect.
+
+Every message says what is wrong with both values, why, and what to do about it.
+"""
+
+from __future__ import annotations
+
+
+__all__ = [
+    "DatastoreCorruptError",
+    "DatastoreExistsError",
+    "DatastoreInputError",
+    "DatastoreMismatchError",
+    "DatastoreNotFoundError",
+    "MissingExtraError",
+    "RetrieverError",
+    "RetroError",
+    "UnsupportedBackboneError",
+]
+
+
+class RetroError(Exception):
+    """Base of all errors that retro-hf raises on purpose; `except RetroError` catches every one of them."""
+
+
+class DatastoreNotFoundError(RetroError, FileNotFoundError):
+    """There is no datastore, or no input file, at the given path. Check the path, or build the datastore first."""
+
+
+class DatastoreExistsError(RetroError, FileExistsError):
+    """Something already lies where a datastore should be written. Nothing was changed; choose another path."""
+
+
+class DatastoreInputError(RetroError, ValueError):
+    """The documents or the options given cannot make a datastore. The message names the document, file or line."""
+
+
+class DatastoreCorruptError(RetroError, ValueError):
+    """The files of a datastore contradict its manifest. Nothing was read from them; restore or rebuild the store."""
+
+
+class DatastoreMismatchError(RetroError, ValueError):
+    """A datastore was built with another tokenizer, embedder or chunk size than the caller works with."""
+
+
+class UnsupportedBackboneError(RetroError, ValueError):
+    """The layers of a backbone could not be found. The message says what was looked for and how to name it by hand."""
+
+
+class RetrieverError(RetroError, ValueError):
+    """A retriever was called with, or returned, tensors of the wrong shape or type."""
+
+
+class MissingExtraError(RetroError, ImportError):
+    """An optional dependency is not installed. The message holds the `pip install` line that brings it."""
+
+    @classmethod
+    def for_package(cls, package: str, extra: str, purpose: str) -> MissingExtraError:
+        """The error for a missing `package` that the extra `extra` installs; `purpose` says what needs it."""
+        return cls(f'{purpose} needs the package `{package}`. Install it with `pip install "retro-hf[{extra}]"`.')

@@ -1,0 +1,356 @@
+"""RetroRetriever: completed chunks in, neighbor tokens out; the callable between a datastore and a model."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from .datastore import ChunkEmbedder, RetroDatastore, chunk_texts
+from .datastore.storage import write_file
+from .errors import RetrieverError
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["RetrievalResult", "RetrievedNeighbor", "RetroRetriever"]
+
+_CONFIG_NAME = "retriever.json"
+
+
+@dataclass(frozen=True)
+class RetrievalResult:
+    """What a search found.
+
+    Attributes:
+        scores (`np.ndarray` of float32 and shape `(num_queries, num_neighbors)`): inner products of unit vectors, best
+            first; the paper's squared distance is `2 - 2 * score`. -inf where there is no neighbor.
+        chunk_ids (`np.ndarray` of int64 and shape `(num_queries, num_neighbors)`): -1 where there is no neighbor.
+    """
+
+    scores: np.ndarray
+    chunk_ids: np.ndarray
+
+
+@dataclass(frozen=True)
+class RetrievedNeighbor:
+    """One neighbor, readable: which chunk of which document, how near (bigger is nearer), its text and what follows."""
+
+    chunk_id: int
+    score: float
+    document_id: str
+    title: str
+    text: str
+    continuation: str
+
+
+class RetroRetriever:
+    """Finds the neighbors of completed chunks: decodes them, embeds the text, searches, gathers tokens.
+
+    `retriever(chunk_input_ids, chunk_attention_mask)` is all a RETRO model needs to know. Results are remembered by
+    the chunk's tokens, so beams and repeated prefixes cost one search.
+
+    Args:
+        datastore ([`RetroDatastore`]): where to look.
+        embedder ([`ChunkEmbedder`]): the encoder that made the datastore's keys.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): of the language model; defaults to the copy
+            in the datastore.
+        num_neighbors (`int`, defaults to 2): neighbors per chunk. It may be set at any time, also beyond the number a
+            model was trained with.
+        cache_size (`int`, defaults to 4096): chunks whose results are remembered; 0 switches that off.
+
+    Raises:
+        DatastoreMismatchError: if tokenizer or embedder are not those of the datastore.
+    *Cost*: one embedding and one search per chunk not seen before, that is one per `chunk_size` generated tokens.
+    *Processes*: pickling keeps paths and settings; each process loads the encoder and opens the index on first use.
+    """
+
+    def __init__(
+        self,
+        datastore: RetroDatastore,
+        *,
+        embedder: ChunkEmbedder,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        num_neighbors: int = 2,
+        cache_size: int = 4096,
+    ) -> None:
+        datastore.check_compatible(tokenizer=tokenizer, embedder=embedder)
+        self.datastore = datastore
+        self.embedder = embedder
+        self.cache_size = cache_size
+        self.num_neighbors = num_neighbors
+        self._tokenizer = tokenizer
+        self._forget()
+
+    def _forget(self) -> None:
+        self._cache: OrderedDict[bytes, tuple[np.ndarray, np.ndarray]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @property
+    def num_neighbors(self) -> int:
+        """Neighbors per chunk; k in the paper."""
+        return self._num_neighbors
+
+    @num_neighbors.setter
+    def num_neighbors(self, value: int) -> None:
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise RetrieverError(f"num_neighbors is {value!r}, but it must be an integer of at least 1.")
+        self._num_neighbors = value
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The language model's tokenizer, which decodes query chunks."""
+        return self._tokenizer or self.datastore.tokenizer
+
+    @property
+    def chunk_size(self) -> int:
+        """Tokens per query chunk."""
+        return self.datastore.chunk_size
+
+    @property
+    def neighbor_size(self) -> int:
+        """Tokens per neighbor."""
+        return self.datastore.neighbor_size
+
+    def __call__(
+        self, chunk_input_ids: torch.LongTensor, chunk_attention_mask: torch.LongTensor | None = None
+    ) -> tuple[torch.LongTensor, torch.LongTensor]:
+        """Retrieve the neighbors of completed chunks.
+
+        Args:
+            chunk_input_ids (`torch.LongTensor` of shape `(num_chunks, chunk_size)`): token ids.
+            chunk_attention_mask (`torch.LongTensor` of shape `(num_chunks, chunk_size)`, *optional*): 0 at padding. A
+                chunk that is all padding gets no neighbors.
+        Returns:
+            `(neighbor_input_ids, neighbor_attention_mask)`, both `torch.LongTensor` of shape
+            `(num_chunks, num_neighbors, neighbor_size)` on the device of `chunk_input_ids`; mask 0 at padding and at
+            neighbors that the datastore is too small to have.
+        """
+        found = self.search(chunk_input_ids, chunk_attention_mask)
+        tokens, mask = self.datastore.gather(found.chunk_ids)
+        device = chunk_input_ids.device
+        return torch.from_numpy(tokens).to(device), torch.from_numpy(mask).to(device)  # type: ignore[return-value]
+
+    def search(
+        self,
+        chunk_input_ids: torch.LongTensor,
+        chunk_attention_mask: torch.LongTensor | None = None,
+        *,
+        num_neighbors: int | None = None,
+        exclude_documents: Any = None,
+    ) -> RetrievalResult:
+        """Find the nearest chunks without gathering their tokens.
+
+        Args:
+            chunk_input_ids (`torch.LongTensor` of shape `(num_chunks, chunk_size)`): token ids.
+            chunk_attention_mask (`torch.LongTensor` of shape `(num_chunks, chunk_size)`, *optional*): 0 at padding.
+            num_neighbors (`int`, *optional*): defaults to the retriever's.
+            exclude_documents (`np.ndarray` of integers and shape `(num_chunks,)` or `(num_chunks, any)`, *optional*):
+                document numbers that a chunk must not get neighbors from, -1 for none. Such searches are not cached.
+        """
+        rows, mask = self._checked(chunk_input_ids, chunk_attention_mask)
+        wanted = self.num_neighbors if num_neighbors is None else num_neighbors
+        scores = np.full((len(rows), wanted), -np.inf, dtype=np.float32)
+        chunk_ids = np.full((len(rows), wanted), -1, dtype=np.int64)
+        filled = np.flatnonzero(mask.any(axis=1))
+        if exclude_documents is not None:
+            excluded = np.asarray(exclude_documents)
+            if excluded.shape[:1] != (len(rows),):
+                raise RetrieverError(
+                    f"exclude_documents has shape {excluded.shape}, but there are {len(rows)} chunks."
+                )
+            if len(filled):
+                queries = self._embed(rows[filled], mask[filled])
+                scores[filled], chunk_ids[filled] = self.datastore.search(
+                    queries, wanted, exclude_documents=excluded[filled]
+                )
+            return RetrievalResult(scores, chunk_ids)
+
+        names = [rows[row][mask[row]].tobytes() for row in filled]
+        results = self._recall(names, wanted)
+        missing = {name: row for name, row in zip(names, filled, strict=True) if name not in results}
+        if missing:
+            places = np.fromiter(missing.values(), dtype=np.int64)
+            found = self.datastore.search(self._embed(rows[places], mask[places]), wanted)
+            fresh = {name: (found[0][place], found[1][place]) for place, name in enumerate(missing)}
+            self._remember(fresh)
+            results |= fresh
+        for name, row in zip(names, filled, strict=True):
+            scores[row], chunk_ids[row] = (part[:wanted] for part in results[name])
+        return RetrievalResult(scores, chunk_ids)
+
+    def trace(
+        self, chunk_input_ids: torch.LongTensor, chunk_attention_mask: torch.LongTensor | None = None
+    ) -> list[list[RetrievedNeighbor]]:
+        """What was retrieved for each chunk, readable; nearest first, without a new search for a chunk just looked up.
+
+        Returns:
+            `list[list[RetrievedNeighbor]]`: for each chunk at most `num_neighbors` neighbors.
+        """
+        found = self.search(chunk_input_ids, chunk_attention_mask)
+        tokens, mask = self.datastore.gather(found.chunk_ids)
+        documents = self.datastore.document_of(found.chunk_ids)
+        size = self.chunk_size
+        traces = []
+        for row, ids in enumerate(found.chunk_ids):
+            known = np.flatnonzero(ids >= 0)
+            texts = chunk_texts(self.tokenizer, tokens[row, known, :size], mask[row, known, :size])
+            following = chunk_texts(self.tokenizer, tokens[row, known, size:], mask[row, known, size:])
+            traces.append(
+                [
+                    self._neighbor(
+                        int(ids[column]), float(found.scores[row, column]), int(documents[row, column]), *parts
+                    )
+                    for column, *parts in zip(known, texts, following, strict=True)
+                ]
+            )
+        return traces
+
+    def _neighbor(self, chunk_id: int, score: float, number: int, text: str, continuation: str) -> RetrievedNeighbor:
+        document = self.datastore.document(number)
+        return RetrievedNeighbor(chunk_id, score, document["id"], document["title"], text, continuation)
+
+    def _embed(self, rows: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        return self.embedder.embed(chunk_texts(self.tokenizer, rows, mask))
+
+    def _recall(self, names: list[bytes], wanted: int) -> dict[bytes, tuple[np.ndarray, np.ndarray]]:
+        """Remembered results with at least the wanted number of neighbors."""
+        with self._lock:
+            results = {}
+            for name in names:
+                known = self._cache.get(name)
+                if known is not None and len(known[0]) >= wanted:
+                    self._cache.move_to_end(name)
+                    results[name] = known
+            return results
+
+    def _remember(self, results: dict[bytes, tuple[np.ndarray, np.ndarray]]) -> None:
+        with self._lock:
+            self._cache |= results
+            while len(self._cache) > self.cache_size:
+                self._cache.popitem(last=False)
+
+    def _checked(self, ids: torch.Tensor, mask: torch.Tensor | None) -> tuple[np.ndarray, np.ndarray]:
+        if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or ids.shape[1] != self.chunk_size:
+            found = f"shape {tuple(ids.shape)}" if isinstance(ids, torch.Tensor) else f"type {type(ids).__name__}"
+            raise RetrieverError(
+                f"The chunks are of {found}, but the datastore looks up tensors of shape (num_chunks, "
+                f"{self.chunk_size}). Use a model with chunk_size={self.chunk_size}, or rebuild the datastore."
+            )
+        if ids.is_floating_point() or ids.dtype == torch.bool:
+            raise RetrieverError(f"The chunks are of dtype {ids.dtype}, but token ids are integers.")
+        if mask is not None and mask.shape != ids.shape:
+            raise RetrieverError(
+                f"The attention mask has shape {tuple(mask.shape)}, but the chunks have shape {tuple(ids.shape)}."
+            )
+        rows = ids.detach().cpu().to(torch.int64).numpy()
+        kept = np.ones(rows.shape, dtype=bool) if mask is None else mask.detach().cpu().numpy().astype(bool)
+        return rows, kept
+
+    @classmethod
+    def from_texts(
+        cls,
+        texts: Iterable[Any],
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        embedder: ChunkEmbedder | str,
+        num_neighbors: int = 2,
+        **options: Any,
+    ) -> RetroRetriever:
+        """A retriever over texts, dicts or a dataset: builds a datastore, by default a temporary one.
+
+        Args:
+            options: those of [`RetroDatastore.from_texts`], such as `path`, `chunk_size` and `neighbor_size`.
+        """
+        embedder = embedder if isinstance(embedder, ChunkEmbedder) else ChunkEmbedder.from_pretrained(embedder)
+        datastore = RetroDatastore.from_texts(texts, tokenizer, embedder=embedder, **options)
+        return cls(datastore, embedder=embedder, tokenizer=tokenizer, num_neighbors=num_neighbors)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike[str],
+        *,
+        embedder: ChunkEmbedder | str | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        num_neighbors: int | None = None,
+        revision: str | None = None,
+    ) -> RetroRetriever:
+        """Open a retriever from a folder, or from a dataset repository on the Hub (downloaded, checksums verified).
+
+        Args:
+            embedder ([`ChunkEmbedder`] or `str`, *optional*): defaults to the one named in the datastore. Name it where
+                that one was a local folder.
+            num_neighbors (`int`, *optional*): defaults to the saved number.
+            revision (`str`, *optional*): branch, tag or commit on the Hub.
+        """
+        path, verify = Path(name_or_path), False
+        if not path.is_dir():
+            from huggingface_hub import snapshot_download
+
+            path = Path(snapshot_download(str(name_or_path), repo_type="dataset", revision=revision))
+            verify = True
+        datastore = RetroDatastore.load(path, verify=verify)
+        if not isinstance(embedder, ChunkEmbedder):
+            known = datastore.manifest.embedder
+            try:
+                embedder = ChunkEmbedder.from_pretrained(
+                    embedder or known["name"], revision=None if embedder else known["revision"]
+                )
+            except OSError as error:
+                raise RetrieverError(
+                    f"The embedder {embedder or known['name']!r} could not be loaded: {error} Pass the embedder that "
+                    "made the keys: from_pretrained(path, embedder='<folder or Hub name>')."
+                ) from error
+        if num_neighbors is None:
+            num_neighbors = _saved_num_neighbors(path)
+        return cls(datastore, embedder=embedder, tokenizer=tokenizer, num_neighbors=num_neighbors)
+
+    def save_pretrained(self, path: str | os.PathLike[str]) -> None:
+        """Write a copy of the datastore and the retriever's settings to a new folder."""
+        self.datastore.save(path)
+        content = json.dumps({"num_neighbors": self.num_neighbors}, indent=2) + "\n"
+        write_file(Path(path) / _CONFIG_NAME, content.encode())
+
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
+        """Upload the datastore and the settings as a dataset repository; returns its address."""
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        address = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
+        api.upload_folder(repo_id=repo_id, repo_type="dataset", folder_path=self.datastore.path)
+        settings = json.dumps({"num_neighbors": self.num_neighbors}, indent=2) + "\n"
+        api.upload_file(
+            path_or_fileobj=settings.encode(), path_in_repo=_CONFIG_NAME, repo_id=repo_id, repo_type="dataset"
+        )
+        return str(address)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key not in ("_cache", "_lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
+
+    def __repr__(self) -> str:
+        return f"RetroRetriever({self.datastore!r}, num_neighbors={self.num_neighbors})"
+
+
+def _saved_num_neighbors(path: Path) -> int:
+    """The saved number of neighbors; 2, the paper's, for a folder that was saved as a datastore only."""
+    file = path / _CONFIG_NAME
+    if not file.is_file():
+        return 2
+    try:
+        return json.loads(file.read_text())["num_neighbors"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise RetrieverError(f"{str(file)!r} is damaged ({error}). Remove it, or save the retriever again.") from error
