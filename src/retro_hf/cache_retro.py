@@ -1,0 +1,178 @@
+# Copyright 2026 The retro-hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What cached decoding must remember of every row, riding on whatever `Cache` the backbone uses."""
+
+from functools import lru_cache
+
+import torch
+from transformers.cache_utils import Cache
+
+
+class RetroState:
+    """History of one batch, of constant size per row: two chunks of tokens and activations, two chunks of encoded neighbors.
+
+    Positions are chunk positions: real tokens before a token in its row, plus the row's chunk offset. Chunk u lives in
+    half `u % 2` of every buffer, so the last completed chunk, the one before it and the growing one never collide, and
+    up to one chunk can be taken back.
+
+    Args:
+        offsets (`list[int]`): chunk position of each row's first token.
+        chunk_size (`int`): tokens per chunk, m.
+
+    Attributes:
+        lengths (`list[int]`): chunk position of each row's next token; on the host, so that a decoding step knows
+            without a device-to-host copy whether it completes a chunk.
+        num_columns (`int`): tokens in the backbone's cache, padding included.
+        input_ids (`torch.LongTensor` of shape `(B, 2, m)`): tokens.
+        hidden_states (`torch.FloatTensor` of shape `(B, 2, m, hidden_size)`): residual stream at the first layer with
+            cross-attention.
+        key_values (`dict[int, tuple]`): per layer, keys and values of shape `(B, 2, H, S, D)` of the encoded neighbors.
+        neighbor_mask (`torch.BoolTensor` of shape `(B, 2, S)`): which of the S = K · R neighbor tokens are real.
+    """
+
+    def __init__(self, offsets: list[int], chunk_size: int):
+        self.chunk_size = chunk_size
+        self.offsets = list(offsets)
+        self.lengths = list(offsets)
+        self.num_columns = 0
+        self.neighbor_size: int | None = None
+        self.pending: list[int] = []
+        self.input_ids: torch.Tensor | None = None
+        self.hidden_states: torch.Tensor | None = None
+        self.neighbor_mask: torch.Tensor | None = None
+        self.key_values: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def _map(self, function) -> None:
+        for name in ("input_ids", "hidden_states", "neighbor_mask"):
+            if getattr(self, name) is not None:
+                setattr(self, name, function(getattr(self, name)))
+        self.key_values = {layer: (function(k), function(v)) for layer, (k, v) in self.key_values.items()}
+
+    def select(self, indices: torch.Tensor) -> None:
+        """Keep or reorder rows; `indices` of shape `(new batch size,)`."""
+        self._map(lambda tensor: tensor.index_select(0, indices.to(tensor.device)))
+        if len(set(zip(self.lengths, self.offsets, strict=True))) > 1:  # otherwise the order of the rows says nothing
+            order = indices.tolist()
+            self.lengths = [self.lengths[i] for i in order]
+            self.offsets = [self.offsets[i] for i in order]
+        else:
+            self.lengths = self.lengths[:1] * len(indices)
+            self.offsets = self.offsets[:1] * len(indices)
+
+    def repeat(self, repeats: int) -> None:
+        """Repeat every row `repeats` times."""
+        self._map(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+        self.lengths = [length for length in self.lengths for _ in range(repeats)]
+        self.offsets = [offset for offset in self.offsets for _ in range(repeats)]
+
+    def crop(self, num_tokens: int) -> None:
+        """Take back the last `num_tokens` tokens of every row.
+
+        Raises:
+            ValueError: if that is more than one chunk, the history that is kept.
+        """
+        if num_tokens > self.chunk_size:
+            raise ValueError(
+                f"Cannot take back {num_tokens} tokens: the retrieval state keeps one chunk of {self.chunk_size}. Propose "
+                f"at most {self.chunk_size} tokens at a time (`prompt_lookup_num_tokens`, `num_assistant_tokens`)."
+            )
+        self.lengths = [max(n - num_tokens, o) for n, o in zip(self.lengths, self.offsets, strict=True)]
+        self.num_columns -= num_tokens
+
+    def write(self, buffer: str, positions: torch.Tensor, values: torch.Tensor) -> None:
+        """Write per-token values at their chunk positions.
+
+        Args:
+            buffer (`str`): `"input_ids"` or `"hidden_states"`.
+            positions (`torch.LongTensor` of shape `(B, T)`): chunk positions, -1 for tokens to leave out; the rest of a
+                row must lie within two chunks.
+            values (`torch.Tensor` of shape `(B, T, ...)`): what to write.
+        """
+        size = 2 * self.chunk_size
+        batch_size = values.shape[0]
+        ring = getattr(self, buffer)
+        if ring is None:
+            ring = values.new_zeros(batch_size, 2, self.chunk_size, *values.shape[2:])
+        flat = torch.cat([ring.flatten(1, 2), torch.zeros_like(ring[:, 0, :1])], dim=1)  # one cell more, to leave out
+        index = torch.where(positions >= 0, positions % size, size)
+        rows = torch.arange(batch_size, device=values.device).unsqueeze(1)
+        flat[rows, index] = values
+        setattr(self, buffer, flat[:, :size].unflatten(1, (2, self.chunk_size)))
+
+    def grow_neighbors(self, num_tokens: int, device: torch.device) -> None:
+        """Make room for `num_tokens` neighbor tokens per chunk in the mask."""
+        batch_size = len(self.lengths)
+        if self.neighbor_mask is None:
+            self.neighbor_mask = torch.zeros(batch_size, 2, num_tokens, dtype=torch.bool, device=device)
+        self.neighbor_mask = pad_to(self.neighbor_mask, num_tokens, dim=-1)
+
+
+def pad_to(tensor: torch.Tensor, size: int, dim: int) -> torch.Tensor:
+    """Append zeros along `dim` until it has at least `size` entries."""
+    missing = size - tensor.shape[dim]
+    if missing <= 0:
+        return tensor
+    shape = list(tensor.shape)
+    shape[dim] = missing
+    return torch.cat([tensor, tensor.new_zeros(shape)], dim=dim)
+
+
+class RetroCacheMixin:
+    """Keeps a [`RetroState`] in step with the cache that it rides on."""
+
+    retro: RetroState | None = None
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Reorder rows, as beam search does."""
+        super().reorder_cache(beam_idx)
+        if self.retro is not None:
+            self.retro.select(beam_idx)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take tokens back, as assisted decoding does."""
+        if self.retro is not None and tokens_to_remove:
+            self.retro.crop(abs(tokens_to_remove))
+        super().crop(tokens_to_remove)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat rows."""
+        super().batch_repeat_interleave(repeats)
+        if self.retro is not None:
+            self.retro.repeat(repeats)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Select rows."""
+        super().batch_select_indices(indices)
+        if self.retro is not None:
+            self.retro.select(indices)
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        super().reset()
+        self.retro = None
+
+
+@lru_cache(maxsize=None)
+def _retro_class(cls: type[Cache]) -> type[Cache]:
+    return type(f"Retro{cls.__name__}", (RetroCacheMixin, cls), {"__module__": __name__})
+
+
+def attach_state(cache: Cache, state: RetroState) -> None:
+    """Give a cache, of any class and in place, a retrieval state; `isinstance` and identity are kept."""
+    if not isinstance(cache, RetroCacheMixin):
+        cache.__class__ = _retro_class(type(cache))
+    cache.retro = state
+
+
+__all__ = ["RetroCacheMixin", "RetroState", "attach_state", "pad_to"]

@@ -1,0 +1,332 @@
+# Copyright 2026 The retro-hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""RETRO configuration: the paper's decoder, the neighbor encoder, and the model that joins them to any backbone."""
+
+# No `from __future__ import annotations` here: it would turn the type checks of `@strict` off without a word.
+from difflib import get_close_matches
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+
+# What peers call our fields, so that their spelling gets an answer instead of being stored and ignored.
+_ALIASES = {
+    "chunk_len": "chunk_size",
+    "chunk_length": "chunk_size",
+    "knn": "num_neighbors",
+    "k": "num_neighbors",
+    "num_neighbours": "num_neighbors",
+    "neighbour_size": "neighbor_size",
+    "retrieved_length": "neighbor_size",
+    "dec_cross_attn_layers": "cross_attention_layers",
+    "dec_cca_layers": "cross_attention_layers",
+    "d_model": "hidden_size",
+    "dim_head": "head_dim",
+    "heads": "num_attention_heads",
+    "encoder_config": "neighbor_encoder_config",
+    "backbone_config": "text_config",
+    "decoder_config": "text_config",
+}
+
+
+def _reject_misspelt_fields(config: PreTrainedConfig, unknown: dict) -> None:
+    """Raise for an unknown keyword that is nearly one of ours: transformers would store it and never read it."""
+    fields = [name for cls in type(config).__mro__ for name in getattr(cls, "__annotations__", {})]
+    fields = [name for name in fields if not name.startswith("_")]
+    for name in unknown:
+        match = _ALIASES.get(name)
+        if match not in fields:
+            match = next(iter(get_close_matches(name.replace("neighbour", "neighbor"), fields, 1, 0.85)), None)
+        if match is not None and name not in fields:
+            raise ValueError(f"{type(config).__name__} has no field '{name}'. Did you mean '{match}'?")
+
+
+def _require_positive(config: PreTrainedConfig, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {value} in {type(config).__name__}.")
+
+
+def _require_even(config: PreTrainedConfig, name: str) -> None:
+    value = getattr(config, name)
+    if value % 2:
+        raise ValueError(
+            f"`{name}` must be even, got {value} in {type(config).__name__}: half of the relative-position features "
+            "are sines, half cosines."
+        )
+
+
+def _require_layers(config: PreTrainedConfig, name: str, num_layers: int) -> None:
+    layers = getattr(config, name)
+    if not layers or sorted(set(layers)) != list(layers) or layers[0] < 0 or layers[-1] >= num_layers:
+        raise ValueError(
+            f"`{name}` must name at least one layer, in increasing order, counted from 0 to {num_layers - 1}, got "
+            f"{layers}. (The paper counts from 1: its P = 6, 9, 12 is [5, 8, 11] here.)"
+        )
+
+
+@strict
+class RetroDecoderConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`RetroDecoderForCausalLM`], the paper's own decoder and baseline (section 2.5): GPT-2 with RMSNorm
+    in place of LayerNorm and Transformer-XL relative positions. The defaults are the paper's smallest model (table 2).
+
+    Args:
+        vocab_size (`int`, defaults to 128000): number of tokens.
+        hidden_size (`int`, defaults to 896): width *d* of the residual stream.
+        intermediate_size (`int`, defaults to 3584): width of the feed-forward layer, 4 *d* in the paper.
+        num_hidden_layers (`int`, defaults to 12): number of layers *L*.
+        num_attention_heads (`int`, defaults to 16): attention heads.
+        head_dim (`int`, defaults to 64): width of a head; heads times head_dim need not be `hidden_size`.
+        hidden_act (`str`, defaults to `"gelu"`): activation of the feed-forward layer.
+        max_position_embeddings (`int`, defaults to 2048): longest sequence in tokens.
+        rms_norm_eps (`float`, defaults to 1e-6): added to the mean square before the root.
+        attention_dropout (`float`, defaults to 0.0): dropout of attention probabilities.
+        initializer_range (`float`, defaults to 0.02): standard deviation of initial weights.
+        tie_word_embeddings (`bool`, defaults to `True`): read out through the transposed embedding.
+    """
+
+    model_type = "retro_decoder"
+    base_config_key = "text_config"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    vocab_size: int = 128000
+    hidden_size: int = 896
+    intermediate_size: int = 3584
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 16
+    head_dim: int = 64
+    hidden_act: str = "gelu"
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    attention_dropout: float = 0.0
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    tie_word_embeddings: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs):
+        _reject_misspelt_fields(self, kwargs)
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self):
+        """Check values that types alone cannot (called by `@strict`)."""
+        _require_positive(
+            self, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"
+        )
+        _require_positive(self, "head_dim", "max_position_embeddings")
+        _require_even(self, "hidden_size")
+
+
+@strict
+class RetroEncoderConfig(PreTrainedConfig):
+    r"""
+    Configuration of the neighbor encoder (section 2.4): a small bidirectional transformer over one neighbor, conditioned
+    on the decoder. The defaults are the paper's, the same for all four model sizes (table 2).
+
+    Args:
+        hidden_size (`int`, defaults to 896): width *d'*.
+        intermediate_size (`int`, defaults to 3584): width of the feed-forward layer.
+        num_hidden_layers (`int`, defaults to 2): number of layers.
+        num_attention_heads (`int`, defaults to 16): attention heads.
+        head_dim (`int`, defaults to 64): width of a head.
+        cross_attention_layers (`list[int]`, defaults to `[0]`): layers, counted from 0, that attend to the decoder's
+            chunk; the paper's P_enc = [1].
+        hidden_act (`str`, defaults to `"gelu"`): activation of the feed-forward layer.
+        rms_norm_eps (`float`, defaults to 1e-6): added to the mean square before the root.
+        initializer_range (`float`, defaults to 0.02): standard deviation of initial weights.
+    """
+
+    model_type = "retro_encoder"
+    base_config_key = "neighbor_encoder_config"
+
+    hidden_size: int = 896
+    intermediate_size: int = 3584
+    num_hidden_layers: int = 2
+    num_attention_heads: int = 16
+    head_dim: int = 64
+    cross_attention_layers: list[int] | None = None
+    hidden_act: str = "gelu"
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs):
+        _reject_misspelt_fields(self, kwargs)
+        if self.cross_attention_layers is None:
+            self.cross_attention_layers = [0]
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self):
+        """Check values that types alone cannot (called by `@strict`)."""
+        _require_positive(self, "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        _require_positive(self, "head_dim")
+        _require_even(self, "hidden_size")
+        _require_layers(self, "cross_attention_layers", self.num_hidden_layers)
+
+
+@strict
+class RetroConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`RetroForCausalLM`]: a backbone, a neighbor encoder, and chunked cross-attention (CCA) in some of
+    the backbone's layers.
+
+    Args:
+        text_config (`PreTrainedConfig` or `dict`, *optional*): the backbone, any decoder-only language model;
+            [`RetroDecoderConfig`] by default.
+        neighbor_encoder_config ([`RetroEncoderConfig`] or `dict`, *optional*): the neighbor encoder.
+        chunk_size (`int`, defaults to 64): tokens per chunk, the paper's *m*.
+        num_neighbors (`int`, defaults to 2): neighbors per chunk that the model is trained with, *k*; any other number
+            may be given at any time.
+        neighbor_size (`int`, *optional*, defaults to `2 * chunk_size`): tokens of one neighbor with its continuation,
+            *r*.
+        cross_attention_layers (`list[int]`, *optional*): layers with CCA, **counted from 0**; every third from the
+            sixth by default, the paper's P = 6, 9, 12, … written [5, 8, 11, …].
+        cross_attention_num_heads (`int`, *optional*): heads of CCA; the backbone's by default.
+        cross_attention_head_dim (`int`, *optional*): width of a CCA head; the backbone's by default.
+        cross_attention_placement (`str`, defaults to `"after_attention"`): `"after_attention"`, the paper's order
+            ATTN → CCA → FFW, or `"after_layer"`.
+        zero_init_cross_attention (`bool`, defaults to `False`): start with a zero output projection, so that the model
+            equals its backbone before the first training step; what `retrofit` does.
+        share_embeddings (`bool`, defaults to `False`): read neighbors through the backbone's embeddings instead of a
+            table of their own (B.1.4).
+        rms_norm_eps (`float`, defaults to 1e-6): of the norms before CCA and of the chunk states.
+        initializer_range (`float`, defaults to 0.02): standard deviation of initial CCA weights.
+        freeze_backbone (`bool`, defaults to `False`): build the model with the backbone's weights frozen; what `retrofit`
+            does.
+        backbone_layers (`str`, *optional*): dotted path of the backbone's layer list, for a family that the rule does
+            not find.
+        backbone_attention (`str`, *optional*): dotted path, inside a layer, of the module whose output is the
+            self-attention branch.
+        backbone_name_or_path (`str`, *optional*): checkpoint that the backbone's weights came from.
+        backbone_revision (`str`, *optional*): its revision.
+        save_backbone (`bool`, defaults to `True`): whether a saved folder holds the backbone's weights, or only their
+            name and revision (adapter-only).
+        retriever_name_or_path (`str`, *optional*): the retriever that the model was trained with; never opened
+            unasked.
+    """
+
+    model_type = "retro"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    # A dict of another family is turned into its class in `__post_init__`; the class here is only the default.
+    sub_configs_defaults = {
+        "text_config": SubConfigSpec(config_class=RetroDecoderConfig),
+        "neighbor_encoder_config": SubConfigSpec(config_class=RetroEncoderConfig),
+    }
+
+    text_config: dict | PreTrainedConfig | None = None
+    neighbor_encoder_config: dict | PreTrainedConfig | None = None
+    chunk_size: int = 64
+    num_neighbors: int = 2
+    neighbor_size: int | None = None
+    cross_attention_layers: list[int] | None = None
+    cross_attention_num_heads: int | None = None
+    cross_attention_head_dim: int | None = None
+    cross_attention_placement: str = "after_attention"
+    zero_init_cross_attention: bool = False
+    share_embeddings: bool = False
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    freeze_backbone: bool = False
+    backbone_layers: str | None = None
+    backbone_attention: str | None = None
+    backbone_name_or_path: str | None = None
+    backbone_revision: str | None = None
+    save_backbone: bool = True
+    retriever_name_or_path: str | None = None
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs):
+        _reject_misspelt_fields(self, kwargs)
+        if isinstance(self.text_config, dict):
+            family = self.text_config.get("model_type", RetroDecoderConfig.model_type)
+            if family == RetroDecoderConfig.model_type:
+                self.text_config = RetroDecoderConfig(**self.text_config)
+            else:
+                self.text_config = AutoConfig.for_model(
+                    family, **{k: v for k, v in self.text_config.items() if k != "model_type"}
+                )
+        # The base class sets the attention of every sub-config anew; that of a live backbone must stay, or it would
+        # attend without its causal mask.
+        live = self.text_config if isinstance(self.text_config, PreTrainedConfig) else None
+        kept = None if live is None else (live._attn_implementation, live._experts_implementation)
+        super().__post_init__(**kwargs)
+        if kept is not None and "attn_implementation" not in kwargs:
+            live._attn_implementation, live._experts_implementation = kept
+        backbone = self.text_config.get_text_config(decoder=True)
+        num_layers = getattr(backbone, "num_hidden_layers", 1)
+        if self.neighbor_size is None:
+            self.neighbor_size = 2 * self.chunk_size
+        if self.cross_attention_layers is None:
+            self.cross_attention_layers = list(range(min(5, num_layers // 2), num_layers, 3))
+        if self.cross_attention_num_heads is None:
+            self.cross_attention_num_heads = backbone.num_attention_heads
+        if self.cross_attention_head_dim is None:
+            head_dim = getattr(backbone, "head_dim", None)
+            self.cross_attention_head_dim = head_dim or backbone.hidden_size // backbone.num_attention_heads
+
+    def validate_architecture(self):
+        """Check values that types alone cannot (called by `@strict`)."""
+        _require_positive(self, "chunk_size", "num_neighbors", "neighbor_size", "cross_attention_num_heads")
+        _require_positive(self, "cross_attention_head_dim")
+        backbone = self.text_config.get_text_config(decoder=True)
+        _require_layers(self, "cross_attention_layers", backbone.num_hidden_layers)
+        if backbone.hidden_size % 2:
+            raise ValueError(f"The backbone's hidden_size must be even for relative positions, got {backbone.hidden_size}.")
+        if self.cross_attention_placement not in ("after_attention", "after_layer"):
+            raise ValueError(
+                "`cross_attention_placement` must be 'after_attention' (the paper's order) or 'after_layer', got "
+                f"'{self.cross_attention_placement}'."
+            )
+        if not self.save_backbone and self.backbone_name_or_path is None:
+            raise ValueError(
+                "`save_backbone=False` keeps only the name of the backbone, but `backbone_name_or_path` is None. Set it "
+                "to the checkpoint that the backbone came from, or save with `save_backbone=True`."
+            )
+
+    # Trainer, TRL, lm-eval and DeepSpeed read these on the composite.
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens of the backbone."""
+        return self.text_config.get_text_config(decoder=True).vocab_size
+
+    @vocab_size.setter
+    def vocab_size(self, value: int) -> None:
+        self.text_config.get_text_config(decoder=True).vocab_size = value
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the backbone's residual stream."""
+        return self.text_config.get_text_config(decoder=True).hidden_size
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Number of the backbone's layers."""
+        return self.text_config.get_text_config(decoder=True).num_hidden_layers
+
+    @property
+    def num_attention_heads(self) -> int:
+        """Attention heads of the backbone."""
+        return self.text_config.get_text_config(decoder=True).num_attention_heads
+
+    @property
+    def max_position_embeddings(self) -> int | None:
+        """Longest sequence of the backbone, in tokens; None where the family has no limit."""
+        return getattr(self.text_config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
+__all__ = ["RetroConfig", "RetroDecoderConfig", "RetroEncoderConfig"]

@@ -1,0 +1,1383 @@
+# Copyright 2026 The retro-hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""RETRO (Borgeaud et al., 2022): neighbor encoder → chunked cross-attention → one pass over the chunk grid → model.
+
+Shape legend: B batch, T new tokens, C chunks, m chunk_size, K neighbors, R neighbor_size (neighbor and continuation),
+S = K · R neighbor tokens of a chunk, H heads, D head_dim, N chunks of any row.
+
+    chunk u-1        chunk u                  chunk u+1
+    … . . . . x │ x . . . . . . . x │ x . . . . . . . x │ …       H: one column per token
+              └──── attends E(u-1) ──┘└ attends E(u)            C+: the last token of a chunk and the first m-1 of the next
+"""
+
+import os
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import PreTrainedModel, load_state_dict
+from transformers.processing_utils import Unpack
+from transformers.utils import SAFE_WEIGHTS_NAME, ModelOutput, TransformersKwargs, auto_docstring, cached_file, logging
+from transformers.utils.output_capturing import CompileableContextVar
+
+from .backbone_retro import accepted_arguments, find_branch_end, find_decoder_layers
+from .cache_retro import RetroState, attach_state, pad_to
+from .configuration_retro import RetroConfig, RetroDecoderConfig, RetroEncoderConfig
+from .modeling_retro_decoder import (
+    RetroAttention,
+    RetroDecoderForCausalLM,
+    RetroMLP,
+    RetroRelativePositionBias,
+    RetroRMSNorm,
+    position_features,
+)
+
+
+logger = logging.get_logger(__name__)
+
+Retriever = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+"""`retriever(chunk_input_ids (N, m), chunk_attention_mask (N, m)) -> (neighbor_input_ids (N, K, R), mask (N, K, R))`."""
+
+_ATTACHED: Any = type("AttachedRetriever", (), {"__repr__": lambda self: "<the attached retriever>"})()
+
+
+# ── the neighbor encoder (Algorithm 1, ENCODER) ───────────────────────────────────────────────────────────────────────
+
+
+class RetroEncoderLayer(GradientCheckpointingLayer):
+    """FFW(CA(ATTN(E), H_u)), each residual and pre-normed; CA only in the layers P_enc."""
+
+    def __init__(self, config: RetroEncoderConfig, chunk_states_size: int, has_cross_attention: bool):
+        super().__init__()
+        width, heads, head_dim = config.hidden_size, config.num_attention_heads, config.head_dim
+        self.self_attn_norm = RetroRMSNorm(width, eps=config.rms_norm_eps)
+        self.self_attn = RetroAttention(config, width, heads, head_dim)
+        if has_cross_attention:
+            self.cross_attn_norm = RetroRMSNorm(width, eps=config.rms_norm_eps)
+            self.cross_attn = RetroAttention(config, width, heads, head_dim, key_value_size=chunk_states_size)
+        self.has_cross_attention = has_cross_attention
+        self.mlp_norm = RetroRMSNorm(width, eps=config.rms_norm_eps)
+        self.mlp = RetroMLP(width, config.intermediate_size, config.hidden_act)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        chunk_states: torch.Tensor,
+        neighbor_mask: torch.Tensor,
+        chunk_mask: torch.Tensor,
+        self_features: torch.Tensor,
+        cross_features: torch.Tensor,
+    ) -> torch.Tensor:
+        """Encode neighbors.
+
+        Args:
+            hidden_states (`torch.FloatTensor` of shape `(N * K, R, encoder_hidden_size)`): the neighbors.
+            chunk_states (`torch.FloatTensor` of shape `(N, m, hidden_size)`): normalized H_u of their chunks.
+            neighbor_mask (`torch.BoolTensor` of shape `(N * K, 1, 1, R)`): True at real tokens.
+            chunk_mask (`torch.BoolTensor` of shape `(N, 1, 1, m)`): True at real tokens.
+            self_features, cross_features (`torch.FloatTensor` of shape `(P, encoder_hidden_size)`): of the distances.
+        Returns:
+            `torch.FloatTensor` of the shape of `hidden_states`.
+        """
+        update, _ = self.self_attn(self.self_attn_norm(hidden_states), self_features, attention_mask=neighbor_mask)
+        hidden_states = hidden_states + update
+        if self.has_cross_attention:
+            num_neighbors = hidden_states.shape[0] // max(chunk_states.shape[0], 1)
+            key, value = self.cross_attn.project_key_value(chunk_states)  # once per chunk, for all of its neighbors
+            update, _ = self.cross_attn.attend(
+                self.cross_attn_norm(hidden_states),
+                key.repeat_interleave(num_neighbors, dim=0),
+                value.repeat_interleave(num_neighbors, dim=0),
+                cross_features,
+                chunk_mask.repeat_interleave(num_neighbors, dim=0),
+            )
+            hidden_states = hidden_states + update
+        return hidden_states + self.mlp(self.mlp_norm(hidden_states))
+
+
+class RetroNeighborEncoder(nn.Module):
+    """Bidirectional encoder of one neighbor, conditioned on the chunk that retrieved it (section 2.4).
+
+    Neighbors of a chunk never see each other here. Where the paper is silent, H_u is normed before it is attended to,
+    and E is normed at the end.
+    """
+
+    def __init__(self, config: RetroConfig):
+        super().__init__()
+        encoder: RetroEncoderConfig = config.neighbor_encoder_config
+        self.hidden_size = encoder.hidden_size
+        self.embed_tokens = None if config.share_embeddings else nn.Embedding(config.vocab_size, encoder.hidden_size)
+        needs_map = config.share_embeddings and config.hidden_size != encoder.hidden_size
+        self.embed_proj = nn.Linear(config.hidden_size, encoder.hidden_size, bias=False) if needs_map else None
+        self.chunk_norm = RetroRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.layers = nn.ModuleList(
+            [
+                RetroEncoderLayer(encoder, config.hidden_size, i in encoder.cross_attention_layers)
+                for i in range(encoder.num_hidden_layers)
+            ]
+        )
+        self.norm = RetroRMSNorm(encoder.hidden_size, eps=encoder.rms_norm_eps)
+
+    def forward(
+        self,
+        neighbor_input_ids: torch.Tensor,
+        neighbor_mask: torch.Tensor,
+        chunk_states: torch.Tensor,
+        chunk_mask: torch.Tensor,
+        embed: Callable[[torch.Tensor], torch.Tensor],
+    ) -> torch.Tensor:
+        """Compute E_u of N chunks.
+
+        Args:
+            neighbor_input_ids (`torch.LongTensor` of shape `(N, K, R)`): neighbor tokens with their continuations.
+            neighbor_mask (`torch.BoolTensor` of shape `(N, K, R)`): True at real tokens.
+            chunk_states (`torch.FloatTensor` of shape `(N, m, hidden_size)`): H_u, the residual stream after the
+                self-attention of layer min(P).
+            chunk_mask (`torch.BoolTensor` of shape `(N, m)`): True at real tokens.
+            embed (`Callable`): the backbone's embedding, used where embeddings are shared.
+        Returns:
+            `torch.FloatTensor` of shape `(N, K * R, encoder_hidden_size)`.
+        """
+        num_chunks, num_neighbors, size = neighbor_input_ids.shape
+        ids = neighbor_input_ids.masked_fill(~neighbor_mask, 0)  # whatever stands at padding is never read
+        hidden_states = (self.embed_tokens or embed)(ids.flatten(0, 1))
+        if self.embed_proj is not None:
+            hidden_states = self.embed_proj(hidden_states)
+        chunk_size = chunk_states.shape[1]
+        device, dtype = chunk_states.device, chunk_states.dtype
+        steps = torch.arange(2 * size - 1, device=device)
+        self_features = position_features(size - 1 - steps, self.hidden_size, dtype)  # d = i - j
+        steps = torch.arange(size + chunk_size - 1, device=device)
+        cross_features = position_features(size - 1 - steps, self.hidden_size, dtype)  # equation 7: d = i' - i
+        chunk_states = self.chunk_norm(chunk_states)
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states.to(dtype),
+                chunk_states,
+                neighbor_mask.view(-1, 1, 1, size),
+                chunk_mask.view(-1, 1, 1, chunk_size),
+                self_features,
+                cross_features,
+            )
+        return self.norm(hidden_states).view(num_chunks, num_neighbors * size, -1)
+
+
+# ── chunked cross-attention (equations 3 and 4, Listing 1) ────────────────────────────────────────────────────────────
+
+
+class RetroChunkedCrossAttention(nn.Module):
+    """Attention from an attending chunk to the encoded neighbors of the chunk before it.
+
+    One softmax runs over the tokens of all neighbors; the position table is the same for each of them (Listing 1), so
+    their order does not matter. The shift by m - 1 that makes a chunk an *attending* chunk is the caller's
+    ([`_GridPass`], [`_StepPass`]).
+    """
+
+    def __init__(self, config: RetroConfig):
+        super().__init__()
+        self.norm = RetroRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.attention = RetroAttention(
+            config,
+            config.hidden_size,
+            config.cross_attention_num_heads,
+            config.cross_attention_head_dim,
+            key_value_size=config.neighbor_encoder_config.hidden_size,
+        )
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        neighbor_states: torch.Tensor | None,
+        features: torch.Tensor,
+        neighbor_size: int,
+        recall: Callable,
+    ) -> torch.Tensor:
+        """Compute the update of N attending chunks.
+
+        Args:
+            hidden_states (`torch.FloatTensor` of shape `(N, Q, hidden_size)`): residual stream of the attending chunks.
+            neighbor_states (`torch.FloatTensor` of shape `(M, S, encoder_hidden_size)`, *optional*): E of chunks that
+                are new in this pass; their keys and values are projected once, here.
+            features (`torch.FloatTensor` of shape `(P, hidden_size)` or `(N, P, hidden_size)`): of the distances from
+                the queries to the tokens of one neighbor.
+            neighbor_size (`int`): R.
+            recall (`Callable`): takes the new keys and values (or None) and returns keys and values of shape
+                `(N, H, S, D)` and a mask of shape `(N, S)`, those of earlier chunks among them.
+        Returns:
+            `torch.FloatTensor` of shape `(N, Q, hidden_size)`: zero where a chunk has no neighbor.
+        """
+        attention = self.attention
+        projected = None if neighbor_states is None else attention.project_key_value(neighbor_states)
+        key, value, mask = recall(projected)
+        update, _ = attention.attend(
+            self.norm(hidden_states), key, value, features, mask[:, None, None, :], num_repeats=mask.shape[1] // neighbor_size
+        )
+        return torch.where(mask.any(dim=-1)[:, None, None], update, torch.zeros_like(update))
+
+
+class RetroReader(nn.Module):
+    """Everything that RETRO adds to a backbone: the neighbor encoder and one cross-attention per layer of P."""
+
+    def __init__(self, config: RetroConfig):
+        super().__init__()
+        self.encoder = RetroNeighborEncoder(config)
+        self.cross_attention = nn.ModuleDict(
+            {str(layer): RetroChunkedCrossAttention(config) for layer in config.cross_attention_layers}
+        )
+
+
+# ── one forward pass over the chunk grid ──────────────────────────────────────────────────────────────────────────────
+
+
+def _take(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Rows `index` (B, N) of `states` (B, L, d) as (B, N, d); the index L yields zeros."""
+    batch_size, length, width = states.shape
+    padded = torch.cat([states, states.new_zeros(batch_size, 1, width)], dim=1)
+    start = torch.arange(batch_size, device=states.device).unsqueeze(1) * (length + 1)
+    return padded.view(-1, width).index_select(0, (index + start).flatten()).view(batch_size, -1, width)
+
+
+def _invert(cells: torch.Tensor, num_cells: int) -> torch.Tensor:
+    """For every cell the column that lies in it, T if none; `cells` (B, T), entries equal to `num_cells` lie nowhere."""
+    batch_size, num_columns = cells.shape
+    columns = torch.arange(num_columns, device=cells.device).expand(batch_size, -1)
+    inverse = torch.full((batch_size, num_cells + 1), num_columns, device=cells.device)
+    return inverse.scatter(1, cells, columns)[:, :num_cells]
+
+
+class _RetroPass:
+    """What the hooks of one forward pass need to know; a new object every pass, so that passes never mix."""
+
+    def __init__(self, reader: RetroReader, embed: nn.Module, config: RetroConfig):
+        self.reader = reader
+        self.embed = embed
+        self.config = config
+        self.layer_inputs: dict[int, torch.Tensor] = {}
+        self.neighbor_states: torch.Tensor | None = None
+
+    def encode(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """E of the chunks that complete in this pass, (N, S, d'), given the residual stream at layer min(P)."""
+        raise NotImplementedError
+
+    def attend(self, layer_idx: int, hidden_states: torch.Tensor, neighbor_states: torch.Tensor | None) -> torch.Tensor:
+        """The update of layer `layer_idx`, of the shape of `hidden_states` (B, T, hidden_size)."""
+        raise NotImplementedError
+
+    def __call__(self, layer_idx: int, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Cross-attention of one layer: zero update or CCA(H, E) - H."""
+        neighbor_states = self.neighbor_states
+        if layer_idx == self.config.cross_attention_layers[0]:
+            # A recomputation under gradient checkpointing runs this again; later layers keep the first result.
+            neighbor_states = self.encode(hidden_states)
+            if self.neighbor_states is None:
+                self.neighbor_states = neighbor_states
+        return self.attend(layer_idx, hidden_states, neighbor_states)
+
+
+class _GridPass(_RetroPass):
+    """A pass over many tokens: training, scoring, prefill, checking proposed tokens.
+
+    Tokens are laid on a grid of V chunks that complete in this pass. With a cache, one more attending chunk comes
+    first: tokens that still attend to the neighbors of the chunk completed before this pass.
+
+    Args:
+        positions (`torch.LongTensor` of shape `(B, T)`): chunk positions relative to the first chunk of the grid, -1 at
+            padding.
+        num_chunks (`int`): V.
+        neighbor_input_ids, neighbor_mask (`(B, V, K, R)`, long and bool): neighbors of those chunks, None if V = 0.
+        state (`RetroState`, *optional*): history to read and to extend.
+        num_history (`torch.LongTensor` of shape `(B,)`): cells of the first chunk that an earlier pass has filled.
+        first_cell (`torch.LongTensor` of shape `(B,)`): cell of the row's very first token, if it is in the first chunk.
+        first_chunk (`list[int]`), num_completed (`list[int]`): per row, on the host; only with a state.
+    """
+
+    def __init__(
+        self,
+        reader: RetroReader,
+        embed: nn.Module,
+        config: RetroConfig,
+        positions: torch.Tensor,
+        num_chunks: int,
+        neighbor_input_ids: torch.Tensor | None,
+        neighbor_mask: torch.Tensor | None,
+        state: RetroState | None = None,
+        num_history: torch.Tensor | None = None,
+        first_cell: torch.Tensor | None = None,
+        first_chunk: list[int] | None = None,
+        num_completed: list[int] | None = None,
+    ):
+        super().__init__(reader, embed, config)
+        size = config.chunk_size
+        self.num_chunks = num_chunks
+        self.neighbor_input_ids = neighbor_input_ids
+        self.neighbor_mask = neighbor_mask
+        self.state = state
+        self.first_chunk = first_chunk
+        self.num_completed = num_completed
+        self.positions = positions
+        self.batch_size, num_tokens = positions.shape
+
+        # Attending chunks: token p attends to chunk (p + 1) // m - 1. Without a state there is none before the first.
+        self.num_groups = num_chunks + (state is not None)
+        cells = positions + 1 - (0 if state is not None else size)
+        num_cells = self.num_groups * size
+        self.cells = torch.where((positions >= 0) & (cells >= 0) & (cells < num_cells), cells, num_cells)
+        self.queries = _invert(self.cells, num_cells)
+
+        # Completing chunks: their m activations, of this pass or remembered.
+        num_cells = num_chunks * size
+        own = torch.where((positions >= 0) & (positions < num_cells), positions, num_cells)
+        self.chunk_columns = _invert(own, num_cells)
+        if state is not None:
+            index = torch.arange(num_cells, device=positions.device).expand(self.batch_size, -1)
+            remembered = (index < num_history[:, None]) & (index >= first_cell[:, None])
+            self.chunk_columns = torch.where(remembered, index, self.chunk_columns + size)
+        num_rows = num_tokens + (size if state is not None else 0)
+        self.chunk_mask = (self.chunk_columns < num_rows).view(-1, size)
+
+    def chunk_tokens(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Tokens of the completing chunks, (B, V, m), zero where a cell is empty."""
+        if self.state is not None:
+            input_ids = torch.cat([self._remembered("input_ids", input_ids), input_ids], dim=1)
+        tokens = _take(input_ids.unsqueeze(-1), self.chunk_columns).squeeze(-1)
+        return tokens.view(self.batch_size, self.num_chunks, -1)
+
+    def _remembered(self, buffer: str, like: torch.Tensor) -> torch.Tensor:
+        """The chunk that was growing before this pass, (B, m, ...)."""
+        ring = getattr(self.state, buffer)
+        if ring is None:
+            return like.new_zeros(self.batch_size, self.config.chunk_size, *like.shape[2:])
+        return _pick(ring, self.first_chunk)
+
+    def write(self, buffer: str, values: torch.Tensor) -> None:
+        """Remember the last two chunks of every row."""
+        starts = [chunk * self.config.chunk_size for chunk in self.first_chunk]
+        positions = self.positions + torch.tensor(starts, device=values.device).unsqueeze(1)
+        recent = positions > positions.max(dim=1, keepdim=True).values - 2 * self.config.chunk_size
+        self.state.write(buffer, torch.where((self.positions >= 0) & recent, positions, -1), values)
+
+    def encode(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        if self.state is not None:
+            history = self._remembered("hidden_states", hidden_states)
+            self.write("hidden_states", hidden_states)
+        if self.num_chunks == 0 or self.neighbor_input_ids is None:
+            return None
+        if self.state is not None:
+            hidden_states = torch.cat([history, hidden_states], dim=1)
+        chunk_states = _take(hidden_states, self.chunk_columns).view(*self.chunk_mask.shape, -1)
+        return self.reader.encoder(
+            self.neighbor_input_ids.flatten(0, 1), self.neighbor_mask.flatten(0, 1), chunk_states, self.chunk_mask, self.embed
+        )
+
+    def attend(self, layer_idx: int, hidden_states: torch.Tensor, neighbor_states: torch.Tensor | None) -> torch.Tensor:
+        size, state = self.config.chunk_size, self.state
+        if neighbor_states is None and (state is None or layer_idx not in state.key_values):
+            return torch.zeros_like(hidden_states)
+        neighbor_size = state.neighbor_size if self.neighbor_input_ids is None else self.neighbor_input_ids.shape[-1]
+        # Equation 6 with m for the paper's l: d = i - i' + m - 1, the same for every neighbor.
+        steps = torch.arange(size + neighbor_size - 1, device=hidden_states.device)
+        features = position_features(2 * size - 2 - steps, hidden_states.shape[-1], hidden_states.dtype)
+        queries = _take(hidden_states, self.queries).view(self.batch_size * self.num_groups, size, -1)
+        update = self.reader.cross_attention[str(layer_idx)](
+            queries, neighbor_states, features, neighbor_size, partial(self._recall, layer_idx)
+        )
+        return _take(update.view(self.batch_size, -1, update.shape[-1]), self.cells)
+
+    def _recall(self, layer_idx: int, projected: tuple | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        if self.state is None:
+            return *projected, self.neighbor_mask.flatten(0, 1).flatten(1)
+        state, batch_size = self.state, self.batch_size
+        before = [chunk - 1 for chunk in self.first_chunk]
+        old_mask = _pick(state.neighbor_mask, before)
+        old_mask = old_mask & torch.tensor([chunk >= 0 for chunk in before], device=old_mask.device).unsqueeze(1)
+        if projected is None:
+            key, value = (_pick(tensor, before) for tensor in state.key_values[layer_idx])
+            if self.num_chunks:  # chunks complete, but nothing is known for them
+                key, value = (tensor.repeat_interleave(self.num_groups, dim=0) for tensor in (key, value))
+                blank = torch.zeros_like(old_mask).unsqueeze(1).expand(-1, self.num_chunks, -1)
+                old_mask = torch.cat([old_mask.unsqueeze(1), blank], dim=1).flatten(0, 1)
+            return key, value, old_mask
+        num_tokens = old_mask.shape[-1]
+        new = [pad_to(t, num_tokens, dim=-2).unflatten(0, (batch_size, self.num_chunks)) for t in projected]
+        if layer_idx not in state.key_values:
+            shape = (batch_size, 2, *new[0].shape[2:])
+            state.key_values[layer_idx] = (new[0].new_zeros(shape), new[1].new_zeros(shape))
+        old = tuple(pad_to(tensor, num_tokens, dim=-2) for tensor in state.key_values[layer_idx])
+        gathered = [torch.cat([_pick(o, before).unsqueeze(1), n], dim=1).flatten(0, 1) for o, n in zip(old, new, strict=True)]
+        state.key_values[layer_idx] = tuple(self._latest(o, n) for o, n in zip(old, new, strict=True))
+        new_mask = pad_to(self.neighbor_mask.flatten(2), num_tokens, dim=-1)
+        return *gathered, torch.cat([old_mask.unsqueeze(1), new_mask], dim=1).flatten(0, 1)
+
+    def _latest(self, old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        """Halves (B, 2, ...) after this pass: of each parity the last completed chunk of `new` (B, V, ...), else `old`."""
+        last = []  # per row and half: index into new, or -1
+        for first, count in zip(self.first_chunk, self.num_completed, strict=True):
+            done = {(first + v) % 2: v for v in range(max(count - 2, 0), count)}
+            last.append([done.get(0, -1), done.get(1, -1)])
+        index = torch.tensor(last, device=old.device)
+        rows = torch.arange(self.batch_size, device=old.device).unsqueeze(1)
+        keep = (index < 0).view(self.batch_size, 2, *[1] * (old.dim() - 2))
+        return torch.where(keep, old, new[rows, index.clamp(min=0)])
+
+    def commit(self) -> None:
+        """Make the mask of the completed chunks part of the history, once all layers have run."""
+        mask = self.state.neighbor_mask
+        if mask is None or self.num_chunks == 0:
+            return
+        if self.neighbor_mask is None:
+            new = torch.zeros(self.batch_size, self.num_chunks, mask.shape[-1], dtype=torch.bool, device=mask.device)
+        else:
+            new = pad_to(self.neighbor_mask.flatten(2), mask.shape[-1], dim=-1)
+        self.state.neighbor_mask = self._latest(mask, new)
+
+
+def _pick(halves: torch.Tensor, chunks: list[int]) -> torch.Tensor:
+    """Per row the half of `halves` (B, 2, ...) that holds chunk `chunks[b]`, (B, ...)."""
+    parities = [chunk % 2 for chunk in chunks]
+    if len(set(parities)) == 1:
+        return halves[:, parities[0]]
+    return halves[torch.arange(len(chunks), device=halves.device), torch.tensor(parities, device=halves.device)]
+
+
+class _StepPass(_RetroPass):
+    """A pass over one token per row with a history: the steady state of generation.
+
+    Args:
+        state (`RetroState`): history; its `lengths` are still those before the pass.
+        rows (`list[int]`): rows whose chunk completes with this token.
+        neighbor_input_ids, neighbor_mask (`(len(rows), K, R)`, long and bool): their neighbors, None if there are none.
+    """
+
+    def __init__(
+        self,
+        reader: RetroReader,
+        embed: nn.Module,
+        config: RetroConfig,
+        state: RetroState,
+        rows: list[int],
+        neighbor_input_ids: torch.Tensor | None,
+        neighbor_mask: torch.Tensor | None,
+        device: torch.device,
+    ):
+        super().__init__(reader, embed, config)
+        size = config.chunk_size
+        self.state = state
+        self.neighbor_input_ids = neighbor_input_ids
+        self.neighbor_mask = neighbor_mask
+        self.rows = torch.tensor(rows, device=device) if rows else None
+        self.halves = torch.tensor([state.lengths[row] // size % 2 for row in rows], device=device) if rows else None
+        self.origins = [max(state.offsets[row] - state.lengths[row] // size * size, 0) for row in rows]
+        self.chunks = [(length + 1) // size - 1 for length in state.lengths]  # attended to, -1 for none
+        self.positions = torch.tensor(state.lengths, device=device).unsqueeze(1)
+        if rows and state.neighbor_mask is not None:
+            mask = state.neighbor_mask.clone()
+            mask[self.rows, self.halves] = False
+            if neighbor_mask is not None:
+                mask[self.rows, self.halves] = pad_to(neighbor_mask.flatten(1), mask.shape[-1], dim=-1)
+            state.neighbor_mask = mask
+
+    def encode(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        self.state.write("hidden_states", self.positions, hidden_states)
+        if self.neighbor_input_ids is None:
+            return None
+        chunk_states = self.state.hidden_states[self.rows, self.halves]
+        cells = torch.arange(self.config.chunk_size, device=hidden_states.device)
+        chunk_mask = cells >= torch.tensor(self.origins, device=hidden_states.device).unsqueeze(1)
+        return self.reader.encoder(self.neighbor_input_ids, self.neighbor_mask, chunk_states, chunk_mask, self.embed)
+
+    def attend(self, layer_idx: int, hidden_states: torch.Tensor, neighbor_states: torch.Tensor | None) -> torch.Tensor:
+        state, size = self.state, self.config.chunk_size
+        if neighbor_states is None and layer_idx not in state.key_values:
+            return torch.zeros_like(hidden_states)
+        offsets = [(length + 1) % size for length in state.lengths]
+        offset = torch.tensor(offsets if len(set(offsets)) > 1 else offsets[:1], device=hidden_states.device)
+        distances = offset.unsqueeze(1) + size - 1 - torch.arange(state.neighbor_size, device=hidden_states.device)
+        features = position_features(distances, hidden_states.shape[-1], hidden_states.dtype)
+        return self.reader.cross_attention[str(layer_idx)](
+            hidden_states,
+            neighbor_states,
+            features if len(features) > 1 else features[0],
+            state.neighbor_size,
+            partial(self._recall, layer_idx),
+        )
+
+    def _recall(self, layer_idx: int, projected: tuple | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        state = self.state
+        num_tokens = state.neighbor_mask.shape[-1]
+        if projected is not None:
+            if layer_idx not in state.key_values:
+                shape = (len(state.lengths), 2, *projected[0].shape[1:])
+                state.key_values[layer_idx] = (projected[0].new_zeros(shape), projected[1].new_zeros(shape))
+            updated = []
+            for old, new in zip(state.key_values[layer_idx], projected, strict=True):
+                old = pad_to(old, num_tokens, dim=-2).clone()
+                old[self.rows, self.halves] = pad_to(new, num_tokens, dim=-2)
+                updated.append(old)
+            state.key_values[layer_idx] = tuple(updated)
+        key, value = (_pick(tensor, self.chunks) for tensor in state.key_values[layer_idx])
+        mask = _pick(state.neighbor_mask, self.chunks)
+        if min(self.chunks) < 0:
+            mask = mask & torch.tensor([chunk >= 0 for chunk in self.chunks], device=mask.device).unsqueeze(1)
+        return key, value, mask
+
+    def commit(self) -> None:
+        """Nothing is left to do: the mask was written when the pass was planned."""
+
+
+class _PassVar(CompileableContextVar):
+    """A class of its own, so that output capturing does not take it for its collector."""
+
+
+_active_pass = _PassVar("retro_pass")
+
+
+def _record_layer_input(module: nn.Module, args: tuple, kwargs: dict, *, layer_idx: int) -> None:
+    retro_pass = _active_pass.get()
+    if retro_pass is not None:
+        retro_pass.layer_inputs[layer_idx] = args[0] if args else kwargs["hidden_states"]
+
+
+def _cross_attend_after_attention(
+    module: nn.Module, args: tuple, output: Any, *, layer_idx: int, includes_residual: bool, multiplier: float
+) -> Any:
+    """The paper's order ATTN → CCA → FFW: add CCA(x + branch) to the end of the self-attention branch."""
+    retro_pass = _active_pass.get()
+    if retro_pass is None:
+        return None
+    branch = output[0] if isinstance(output, tuple) else output
+    hidden_states = branch if includes_residual else retro_pass.layer_inputs[layer_idx] + branch * multiplier
+    branch = branch + retro_pass(layer_idx, hidden_states) / multiplier
+    return (branch, *output[1:]) if isinstance(output, tuple) else branch
+
+
+def _cross_attend_after_layer(module: nn.Module, args: tuple, output: Any, *, layer_idx: int) -> Any:
+    retro_pass = _active_pass.get()
+    if retro_pass is None:
+        return None
+    hidden_states = output[0] if isinstance(output, tuple) else output
+    hidden_states = hidden_states + retro_pass(layer_idx, hidden_states)
+    return (hidden_states, *output[1:]) if isinstance(output, tuple) else hidden_states
+
+
+def _checkpoint_within_pass(checkpoint: Callable, function: Callable, *args: Any) -> Any:
+    """Checkpoint a layer so that its recomputation, long after the pass, still finds the pass."""
+    retro_pass = _active_pass.get()
+
+    def run(*inputs: Any) -> Any:
+        token = _active_pass.set(retro_pass)
+        try:
+            return function(*inputs)
+        finally:
+            _active_pass.reset(token)
+
+    return checkpoint(run, *args)
+
+
+# ── retrieval by callable ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _check_neighbors(input_ids: Any, mask: Any, vocab_size: int, shape: tuple, source: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Check neighbor tensors, whose leading dimensions must be `shape`; returns ids and a boolean mask."""
+    expected = f"({', '.join(str(n) for n in shape)}, num_neighbors, neighbor_size)"
+    if not isinstance(input_ids, torch.Tensor) or not (mask is None or isinstance(mask, torch.Tensor)):
+        kind = type(input_ids) if not isinstance(input_ids, torch.Tensor) else type(mask)
+        raise ValueError(f"{source} must be tensors of shape {expected}, got {kind.__name__}.")
+    if input_ids.dim() != len(shape) + 2 or any(
+        n != -1 and n != size for n, size in zip(shape, input_ids.shape, strict=False)
+    ):
+        raise ValueError(f"{source} must have shape {expected}, got {tuple(input_ids.shape)}.")
+    if input_ids.is_floating_point() or input_ids.is_complex() or input_ids.dtype == torch.bool:
+        raise ValueError(f"{source} must be token ids of an integer dtype (torch.long), got {input_ids.dtype}.")
+    if mask is None:
+        mask = torch.ones_like(input_ids, dtype=torch.bool)
+    if mask.shape != input_ids.shape:
+        raise ValueError(
+            f"The mask of {source} must have the shape of the ids {tuple(input_ids.shape)}, got {tuple(mask.shape)}."
+        )
+    mask = mask.bool()
+    used = input_ids[mask]
+    if used.numel() and not (0 <= int(used.min()) and int(used.max()) < vocab_size):
+        raise ValueError(
+            f"{source} holds token ids from {int(used.min())} to {int(used.max())}, but the model's vocabulary has "
+            f"{vocab_size} tokens. Were they made with another tokenizer?"
+        )
+    return input_ids.long(), mask
+
+
+def _retrieve(retriever: Retriever, chunk_input_ids: torch.Tensor, chunk_mask: torch.Tensor, vocab_size: int):
+    """Ask the retriever for the neighbors of N completed chunks and check its answer."""
+    num_chunks = chunk_input_ids.shape[0]
+    try:
+        answer = retriever(chunk_input_ids, chunk_mask.long())
+    except Exception as error:
+        raise RuntimeError(f"The retriever failed on {num_chunks} chunks: {type(error).__name__}: {error}") from error
+    if not isinstance(answer, tuple) or len(answer) != 2:
+        raise ValueError(
+            f"The retriever must return a pair (neighbor_input_ids, neighbor_attention_mask), got {type(answer).__name__}"
+            f"{f' of {len(answer)}' if isinstance(answer, tuple) else ''}."
+        )
+    ids, mask = _check_neighbors(*answer, vocab_size, (num_chunks,), "What the retriever returned")
+    return ids.to(chunk_input_ids.device), mask.to(chunk_input_ids.device)
+
+
+class _Lookup:
+    """A retriever as one call of `generate` sees it: every distinct chunk is looked up once, and the trace is kept."""
+
+    def __init__(self, retriever: Retriever):
+        self.retriever = retriever
+        self.found: dict[tuple, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.prompt_mask: torch.Tensor | None = None
+
+    def __call__(self, chunk_input_ids: torch.Tensor, chunk_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Answer from memory where possible; one call of the retriever for the rest."""
+        keys = self.keys(chunk_input_ids, chunk_mask)
+        missing = list(dict.fromkeys(key for key in keys if key not in self.found))
+        if missing:
+            rows = [keys.index(key) for key in missing]
+            answer = self.retriever(chunk_input_ids[rows], chunk_mask[rows])
+            vocab_size = torch.iinfo(torch.long).max  # the model checks its vocabulary
+            ids, mask = _check_neighbors(*answer, vocab_size, (len(rows),), "What the retriever returned")
+            self.found.update(zip(missing, zip(ids, mask, strict=True), strict=True))
+        ids, masks = zip(*(self.found[key] for key in keys), strict=True)
+        return torch.stack(ids), torch.stack(masks)
+
+    @staticmethod
+    def keys(chunk_input_ids: torch.Tensor, chunk_mask: torch.Tensor) -> list[tuple]:
+        """One hashable key per chunk; -1 at padding."""
+        return [tuple(row) for row in chunk_input_ids.masked_fill(~chunk_mask.bool(), -1).tolist()]
+
+    def trace(self, sequences: torch.Tensor, chunk_size: int, offsets: list[int], real: torch.Tensor) -> list[list[dict]]:
+        """What was retrieved for every row of `sequences`, chunk by chunk.
+
+        Returns:
+            For each row a list of dicts with `chunk` (index), `chunk_input_ids` (`list[int]`), `neighbor_input_ids`
+            (list of lists, without padding) and, if the retriever has a `trace` method, `neighbors`: ids, scores,
+            document ids and text.
+        """
+        rows = []
+        for tokens, mask, offset in zip(sequences, real, offsets, strict=True):
+            cells = [-1] * offset + tokens[mask].tolist()
+            entries = []
+            for index in range(len(cells) // chunk_size):
+                key = tuple(cells[index * chunk_size : (index + 1) * chunk_size])
+                if key not in self.found:
+                    continue
+                ids, neighbor_mask = self.found[key]
+                entry = {
+                    "chunk": index,
+                    "chunk_input_ids": [token for token in key if token >= 0],
+                    "neighbor_input_ids": [i[m].tolist() for i, m in zip(ids, neighbor_mask, strict=True)],
+                }
+                if hasattr(self.retriever, "trace"):
+                    chunk = torch.tensor([key])
+                    entry["neighbors"] = self.retriever.trace(chunk.clamp(min=0), (chunk >= 0).long())[0]
+                entries.append(entry)
+            rows.append(entries)
+        return rows
+
+
+# ── the model ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@auto_docstring(custom_intro="Weight initialization, loading and saving of RETRO models.")
+class RetroPreTrainedModel(PreTrainedModel):
+    config: RetroConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["RetroEncoderLayer", "RetroChunkedCrossAttention"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    # Retrieval decides on the host when a chunk completes, so generate() must not compile the step by itself.
+    _can_compile_fullgraph = False
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, RetroRelativePositionBias):
+            init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
+        elif isinstance(module, RetroChunkedCrossAttention) and self.config.zero_init_cross_attention:
+            init.zeros_(module.attention.o_proj.weight)
+
+    def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func: Callable | None = None, **kwargs):
+        if enable and gradient_checkpointing_func is not None:
+            if getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
+                raise ValueError(
+                    "Reentrant gradient checkpointing would lose the gradient of the encoded neighbors, which are no input "
+                    "of the checkpointed layers. Use `gradient_checkpointing_kwargs={'use_reentrant': False}`."
+                )
+            gradient_checkpointing_func = partial(_checkpoint_within_pass, gradient_checkpointing_func)
+        if gradient_checkpointing_func is not None:
+            kwargs["gradient_checkpointing_func"] = gradient_checkpointing_func
+        super()._set_gradient_checkpointing(enable=enable, **kwargs)
+
+
+@auto_docstring(
+    custom_intro="A backbone that reads retrieved neighbors, without its head: hidden states of every token."
+)
+class RetroModel(RetroPreTrainedModel):
+    def __init__(self, config: RetroConfig, backbone: PreTrainedModel | None = None):
+        r"""
+        backbone (`PreTrainedModel`, *optional*):
+            A live causal language model whose config is `config.text_config`; built from that config by default.
+        """
+        super().__init__(config)
+        if backbone is None:
+            if config.text_config.model_type == RetroDecoderConfig.model_type:
+                backbone = RetroDecoderForCausalLM._from_config(config.text_config)
+            else:
+                backbone = AutoModelForCausalLM.from_config(config.text_config)
+        else:
+            for tensor in (*backbone.modules(), *backbone.parameters()):
+                tensor._is_hf_initialized = True  # its weights are not ours to initialize
+        self.backbone = backbone
+        self.retro = RetroReader(config)
+        self._attach_hooks()
+        self._backbone_arguments = accepted_arguments(backbone)
+        self._max_positions = _learned_positions(backbone)
+        self.__dict__["_retriever"] = None  # never a submodule, even if it is an nn.Module
+        if config.freeze_backbone:
+            backbone.requires_grad_(False)
+        self.post_init()
+
+    def _attach_hooks(self) -> None:
+        config = self.config
+        layers = find_decoder_layers(self.backbone, config.backbone_layers)
+        for idx in config.cross_attention_layers:
+            if config.cross_attention_placement == "after_layer":
+                layers[idx].register_forward_hook(partial(_cross_attend_after_layer, layer_idx=idx))
+                continue
+            end = find_branch_end(self.backbone, layers[idx], config.backbone_attention)
+            record = partial(_record_layer_input, layer_idx=idx)
+            layers[idx].register_forward_pre_hook(record, with_kwargs=True)
+            end.module.register_forward_hook(
+                partial(
+                    _cross_attend_after_attention,
+                    layer_idx=idx,
+                    includes_residual=end.includes_residual,
+                    multiplier=end.multiplier,
+                )
+            )
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.backbone.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.backbone.set_input_embeddings(value)
+
+    def set_retriever(self, retriever: Retriever | None) -> None:
+        """Attach a retriever that every forward pass and `generate` will use; None detaches it."""
+        if retriever is not None and not callable(retriever):
+            raise ValueError(
+                "A retriever must be callable as retriever(chunk_input_ids, chunk_attention_mask), got "
+                f"{type(retriever).__name__}."
+            )
+        self.__dict__["_retriever"] = retriever
+
+    @property
+    def retriever(self) -> Retriever | None:
+        """The attached retriever."""
+        return self.__dict__["_retriever"]
+
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        neighbor_input_ids: torch.LongTensor | None = None,
+        neighbor_attention_mask: torch.Tensor | None = None,
+        chunk_offset: int | torch.LongTensor | None = None,
+        retriever: Retriever | None = _ATTACHED,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        r"""
+        neighbor_input_ids (`torch.LongTensor` of shape `(batch_size, num_chunks, num_neighbors, neighbor_size)`, *optional*):
+            Tokens of the neighbors of each chunk, counted from the first chunk of the row. Chunks beyond `num_chunks` ask
+            the retriever, or have none.
+        neighbor_attention_mask (`torch.Tensor` of the same shape, *optional*):
+            1 at real tokens, 0 at padding and at missing neighbors; all ones by default.
+        chunk_offset (`int` or `torch.LongTensor` of shape `(batch_size,)`, *optional*):
+            Chunk position of a row's first token, 0 by default; with `-prompt_length % chunk_size` the prompt ends a chunk.
+        retriever (`Callable`, *optional*):
+            `retriever(chunk_input_ids, chunk_attention_mask)` of shapes `(N, chunk_size)` returns neighbor ids and mask of
+            shape `(N, num_neighbors, neighbor_size)`. None turns retrieval off; by default the attached one is used.
+        """
+        return self.run(
+            self.backbone.base_model,
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            neighbor_input_ids,
+            neighbor_attention_mask,
+            chunk_offset,
+            retriever,
+            **kwargs,
+        )
+
+    def run(
+        self,
+        module: nn.Module,
+        input_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        past_key_values: Cache | None,
+        inputs_embeds: torch.Tensor | None,
+        use_cache: bool | None,
+        neighbor_input_ids: torch.Tensor | None,
+        neighbor_attention_mask: torch.Tensor | None,
+        chunk_offset: int | torch.Tensor | None,
+        retriever: Retriever | None,
+        token_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> ModelOutput:
+        """Run the backbone, or its body, with retrieval; `module` is one of the two, the rest as in `forward`.
+
+        `token_mask` is the 2-D padding mask where `attention_mask` is not (static caches).
+        """
+        retriever = self.retriever if retriever is _ATTACHED else retriever
+        inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
+        if "position_ids" in self._backbone_arguments:
+            inputs["position_ids"] = position_ids
+        tokens = input_ids if input_ids is not None else inputs_embeds
+        if tokens is None:
+            raise ValueError("Give either `input_ids` or `inputs_embeds`.")
+        self._check_length(tokens.shape[1], past_key_values)
+
+        state = getattr(past_key_values, "retro", None)
+        if neighbor_input_ids is None and retriever is None and state is None:
+            return module(**inputs, past_key_values=past_key_values, use_cache=use_cache, **kwargs)
+
+        if use_cache is None:
+            use_cache = getattr(self.config.text_config, "use_cache", True) and not self.training
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config.text_config.get_text_config(decoder=True))
+        if retriever is not None and input_ids is None:
+            raise ValueError(
+                "Retrieval needs `input_ids`: there are no tokens to look up in `inputs_embeds`. Give `neighbor_input_ids`, "
+                "or `retriever=None`."
+            )
+        mask_2d = token_mask if token_mask is not None else attention_mask
+        real = _real_tokens(mask_2d, position_ids, past_key_values, *tokens.shape[:2])
+        retro_pass = self._plan(
+            tokens, real, past_key_values, neighbor_input_ids, neighbor_attention_mask, chunk_offset, retriever
+        )
+        token = _active_pass.set(retro_pass)
+        try:
+            outputs = module(**inputs, past_key_values=past_key_values, use_cache=use_cache, **kwargs)
+        finally:
+            _active_pass.reset(token)
+        if past_key_values is not None:
+            self._advance(past_key_values.retro, retro_pass, tokens.shape[1])
+        return outputs
+
+    def _check_length(self, num_tokens: int, past_key_values: Cache | None) -> None:
+        if self._max_positions is None:
+            return
+        length = num_tokens + (int(past_key_values.get_seq_length()) if past_key_values is not None else 0)
+        if length > self._max_positions:
+            raise ValueError(
+                f"The sequence has {length} tokens, but the backbone's position table ends at {self._max_positions}. "
+                "Shorten the prompt, or lower `max_new_tokens`."
+            )
+
+    def _plan(
+        self,
+        tokens: torch.Tensor,
+        real: torch.Tensor | None,
+        cache: Cache | None,
+        neighbor_input_ids: torch.Tensor | None,
+        neighbor_attention_mask: torch.Tensor | None,
+        chunk_offset: int | torch.Tensor | None,
+        retriever: Retriever | None,
+    ) -> _RetroPass:
+        """Decide which chunks complete in this pass and fetch their neighbors, before any of it is computed."""
+        size, device = self.config.chunk_size, tokens.device
+        batch_size, num_tokens = tokens.shape[:2]
+        input_ids = tokens if tokens.dim() == 2 else None
+        common = (self.retro, self.get_input_embeddings(), self.config)
+
+        state = getattr(cache, "retro", None)
+        fresh = state is None
+        if fresh and cache is not None:
+            if int(cache.get_seq_length()) > 0:
+                raise ValueError(
+                    f"The cache holds {int(cache.get_seq_length())} tokens that were processed without retrieval, so their "
+                    "chunks are unknown. Start from an empty cache, or give the retriever from the first call on."
+                )
+            state = RetroState(_offsets(chunk_offset, batch_size, size), size)
+            attach_state(cache, state)
+        elif state is not None and len(state.lengths) != batch_size:
+            raise ValueError(f"The cache holds {len(state.lengths)} rows, the input {batch_size}.")
+
+        given = None
+        if neighbor_input_ids is not None:
+            given = neighbor_input_ids, neighbor_attention_mask
+            if fresh or num_tokens > 1:  # a decoding step would only repeat the check
+                given = _check_neighbors(
+                    *given, self.config.vocab_size, (batch_size, -1), "`neighbor_input_ids` (batch, chunks, …)"
+                )
+                if cache is None and given[0].shape[1] > num_tokens // size + 1:
+                    raise ValueError(
+                        f"`neighbor_input_ids` holds neighbors of {given[0].shape[1]} chunks, but {num_tokens} tokens have "
+                        f"only {num_tokens // size} complete chunks of {size}."
+                    )
+            given = given[0].to(device), torch.ones_like(given[0]).bool() if given[1] is None else given[1].to(device).bool()
+        elif neighbor_attention_mask is not None:
+            raise ValueError("`neighbor_attention_mask` was given without `neighbor_input_ids`.")
+
+        if state is not None and not fresh and num_tokens == 1 and min(n - o for n, o in zip(state.lengths, state.offsets)) > 0:
+            return self._plan_step(common, state, input_ids, given, retriever, device)
+        return self._plan_grid(common, state, input_ids, real, (batch_size, num_tokens), given, chunk_offset, retriever, device)
+
+    def _plan_step(self, common, state, input_ids, given, retriever, device) -> "_StepPass":
+        size = self.config.chunk_size
+        rows = [row for row, length in enumerate(state.lengths) if (length + 1) % size == 0]
+        if input_ids is not None:
+            state.write("input_ids", torch.tensor(state.lengths, device=device).unsqueeze(1), input_ids)
+        ids = mask = None
+        if rows:
+            chunks = [state.lengths[row] // size for row in rows]
+            ids, mask = self._neighbors_of_rows(state, rows, chunks, given, retriever, device)
+        if ids is not None:
+            _make_room(state, ids)
+        return _StepPass(*common, state, rows, ids, mask, device)
+
+    def _neighbors_of_rows(self, state, rows, chunks, given, retriever, device):
+        """Neighbors (n, K, R) of chunk `chunks[i]` of row `rows[i]`, which a step has just completed."""
+        index = torch.tensor(rows, device=device)
+        parity = torch.tensor([chunk % 2 for chunk in chunks], device=device)
+
+        def chunk_tokens(selected: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            origins = [state.offsets[row] - chunk * self.config.chunk_size for row, chunk in zip(rows, chunks, strict=True)]
+            cells = torch.arange(self.config.chunk_size, device=device)
+            real = cells >= torch.tensor(origins, device=device).unsqueeze(1)
+            return state.input_ids[index, parity][selected], real[selected]
+
+        return self._merge_neighbors(index, torch.tensor(chunks, device=device), None, given, retriever, chunk_tokens)
+
+    def _merge_neighbors(self, rows, chunks, wanted, given, retriever, chunk_tokens):
+        """Neighbors (n, K, R) of n chunks: the given ones, else the retriever's, else masked; None if there are none.
+
+        Args:
+            rows, chunks (`torch.LongTensor` of shape `(n,)`): row and absolute chunk index.
+            wanted (`torch.BoolTensor` of shape `(n,)`, *optional*): chunks that need neighbors; all by default.
+            chunk_tokens (`Callable`): maps a boolean selection to tokens and mask `(selected, m)` for the retriever.
+        """
+        ids = mask = None
+        missing = torch.ones_like(rows, dtype=torch.bool) if wanted is None else wanted
+        if given is not None and given[0].shape[1] > 0:
+            known = chunks < given[0].shape[1]
+            at = chunks.clamp(max=given[0].shape[1] - 1)
+            ids, mask = given[0][rows, at], given[1][rows, at] & known[:, None, None]
+            missing = missing & ~known
+        if retriever is not None and bool(missing.any()):
+            found, found_mask = _retrieve(retriever, *chunk_tokens(missing), self.config.vocab_size)
+            if ids is None:
+                ids = found.new_zeros(len(rows), *found.shape[1:])
+                mask = torch.zeros_like(ids, dtype=torch.bool)
+            elif found.shape[-1] != ids.shape[-1]:
+                raise ValueError(
+                    f"The retriever returned neighbors of {found.shape[-1]} tokens, `neighbor_input_ids` has "
+                    f"{ids.shape[-1]}; both must have the same neighbor_size."
+                )
+            width = max(ids.shape[1], found.shape[1])
+            ids, mask = pad_to(ids, width, 1).clone(), pad_to(mask, width, 1).clone()
+            ids[missing], mask[missing] = pad_to(found, width, 1), pad_to(found_mask, width, 1)
+        return ids, mask
+
+    def _plan_grid(
+        self, common, state, input_ids, real, shape, given, chunk_offset, retriever, device
+    ) -> "_GridPass":
+        size = self.config.chunk_size
+        batch_size, num_tokens = shape
+        steps = torch.arange(num_tokens, device=device).expand(batch_size, -1)
+        order = steps if real is None else real.long().cumsum(dim=1) - 1
+        if state is None:
+            start = torch.tensor(_offsets(chunk_offset, batch_size, size), device=device)
+            base, first_chunk = torch.zeros_like(start), None
+        else:
+            start = torch.tensor(state.lengths, device=device)
+            first_chunk = [length // size for length in state.lengths]
+            base = torch.tensor(first_chunk, device=device) * size
+        positions = order + (start - base).unsqueeze(1)
+        positions = positions if real is None else torch.where(real, positions, -1)
+
+        num_completed = None
+        if state is None and retriever is None:
+            # Training: shapes alone decide, so that no value has to be read back.
+            bound = num_tokens if chunk_offset is None else num_tokens + size - 1
+            num_chunks = min(given[0].shape[1], bound // size)
+            ids, mask = (tensor[:, :num_chunks] for tensor in given)
+            return _GridPass(*common, positions, num_chunks, ids, mask)
+
+        counts = [num_tokens] * batch_size if real is None else real.sum(dim=1).tolist()
+        begins = start.tolist() if state is None else state.lengths
+        num_completed = [(b % size if state is not None else b) for b in begins]
+        num_completed = [(b + n) // size for b, n in zip(num_completed, counts, strict=True)]
+        num_chunks = max(num_completed)
+        history = {}
+        if state is not None:
+            origin = torch.tensor(state.offsets, device=device) - base
+            history = {
+                "state": state,
+                "num_history": start - base,
+                "first_cell": origin.clamp(min=0),
+                "first_chunk": first_chunk,
+                "num_completed": num_completed,
+            }
+            state.pending = counts
+        grid = _GridPass(*common, positions, num_chunks, None, None, **history)
+        if num_chunks:
+            complete = torch.tensor(num_completed, device=device).unsqueeze(1) > torch.arange(num_chunks, device=device)
+            rows = torch.arange(batch_size, device=device).repeat_interleave(num_chunks)
+            chunks = (base // size).unsqueeze(1) + torch.arange(num_chunks, device=device)
+
+            def chunk_tokens(selected: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+                return grid.chunk_tokens(input_ids).flatten(0, 1)[selected], grid.chunk_mask[selected]
+
+            ids, mask = self._merge_neighbors(rows, chunks.flatten(), complete.flatten(), given, retriever, chunk_tokens)
+            if ids is not None:
+                grid.neighbor_input_ids = ids.unflatten(0, (batch_size, num_chunks))
+                grid.neighbor_mask = mask.unflatten(0, (batch_size, num_chunks))
+                if state is not None:
+                    _make_room(state, ids)
+        if state is not None and input_ids is not None:
+            grid.write("input_ids", input_ids)
+        return grid
+
+    def _advance(self, state: RetroState, retro_pass: _RetroPass, num_columns: int) -> None:
+        """Count the tokens of a finished pass."""
+        retro_pass.commit()
+        counts = state.pending if isinstance(retro_pass, _GridPass) else [1] * len(state.lengths)
+        state.lengths = [length + count for length, count in zip(state.lengths, counts, strict=True)]
+        state.num_columns += num_columns
+
+
+def _make_room(state: RetroState, neighbor_input_ids: torch.Tensor) -> None:
+    """Make the history wide enough for neighbors (n, K, R)."""
+    num_neighbors, size = neighbor_input_ids.shape[-2:]
+    if state.neighbor_size not in (None, size):
+        raise ValueError(
+            f"Neighbors of {size} tokens follow neighbors of {state.neighbor_size} in one sequence; the neighbor_size of a "
+            "retriever must not change while generating."
+        )
+    state.neighbor_size = size
+    state.grow_neighbors(num_neighbors * size, neighbor_input_ids.device)
+
+
+def _offsets(chunk_offset: int | torch.Tensor | None, batch_size: int, chunk_size: int) -> list[int]:
+    """Chunk offsets as one integer per row, checked."""
+    if chunk_offset is None:
+        return [0] * batch_size
+    values = chunk_offset.tolist() if isinstance(chunk_offset, torch.Tensor) else chunk_offset
+    values = [values] * batch_size if isinstance(values, int) else list(values)
+    if len(values) != batch_size or any(not 0 <= value < chunk_size for value in values):
+        raise ValueError(
+            f"`chunk_offset` must be one integer from 0 to {chunk_size - 1}, or one per row of the batch of {batch_size}, got "
+            f"{values}."
+        )
+    return values
+
+
+def _real_tokens(
+    attention_mask: Any, position_ids: torch.Tensor | None, cache: Cache | None, batch_size: int, num_tokens: int
+) -> torch.Tensor | None:
+    """Which of the new tokens are no padding, (B, T), or None if all are real.
+
+    A 4-D mask says nothing about padding; then the position of the last token tells how many tokens came before it.
+    """
+    if attention_mask is None:
+        return None
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
+        return attention_mask[:, -num_tokens:].bool()
+    if position_ids is None or position_ids.dim() != 2:
+        return None
+    num_columns = num_tokens + (int(cache.get_seq_length()) if cache is not None else 0)
+    num_padding = (num_columns - 1 - position_ids[:, -1:]).expand(batch_size, -1)
+    columns = torch.arange(num_columns - num_tokens, num_columns, device=position_ids.device)
+    return columns >= num_padding
+
+
+def _learned_positions(backbone: PreTrainedModel) -> int | None:
+    """Length of the backbone's table of absolute positions, None if it has no table that could be overrun."""
+    limit = getattr(backbone.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    tables = [m for m in backbone.modules() if isinstance(m, nn.Embedding) and m is not backbone.get_input_embeddings()]
+    return limit if limit and any(limit <= table.num_embeddings <= limit + 2 for table in tables) else None
+
+
+@auto_docstring(
+    custom_intro="RETRO: a causal language model that reads retrieved neighbors through chunked cross-attention."
+)
+class RetroForCausalLM(RetroPreTrainedModel, GenerationMixin):
+    def __init__(self, config: RetroConfig, backbone: PreTrainedModel | None = None):
+        r"""
+        backbone (`PreTrainedModel`, *optional*):
+            A live causal language model whose config is `config.text_config`; built from that config by default.
+        """
+        super().__init__(config)
+        self.model = RetroModel(config, backbone)
+        if backbone is not None and backbone.generation_config is not None:
+            self.generation_config = GenerationConfig.from_dict(backbone.generation_config.to_dict())
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.backbone.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.backbone.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.model.backbone.get_output_embeddings()
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.model.backbone.set_output_embeddings(value)
+
+    def get_decoder(self) -> nn.Module:
+        return self.model
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """Resize the vocabulary of the backbone and of the neighbor encoder; arguments as in transformers."""
+        embeddings = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        encoder = self.model.retro.encoder
+        if encoder.embed_tokens is not None:
+            encoder.embed_tokens = self._get_resized_embeddings(encoder.embed_tokens, embeddings.num_embeddings)
+        return embeddings
+
+    def set_retriever(self, retriever: Retriever | None) -> None:
+        """Attach a retriever that every forward pass and `generate` will use; None detaches it."""
+        self.model.set_retriever(retriever)
+
+    @property
+    def retriever(self) -> Retriever | None:
+        """The attached retriever."""
+        return self.model.retriever
+
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        neighbor_input_ids: torch.LongTensor | None = None,
+        neighbor_attention_mask: torch.Tensor | None = None,
+        chunk_offset: int | torch.LongTensor | None = None,
+        retriever: Retriever | None = _ATTACHED,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithPast:
+        r"""
+        neighbor_input_ids (`torch.LongTensor` of shape `(batch_size, num_chunks, num_neighbors, neighbor_size)`, *optional*):
+            Tokens of the neighbors of each chunk, counted from the first chunk of the row. Chunks beyond `num_chunks` ask
+            the retriever, or have none.
+        neighbor_attention_mask (`torch.Tensor` of the same shape, *optional*):
+            1 at real tokens, 0 at padding and at missing neighbors; all ones by default.
+        chunk_offset (`int` or `torch.LongTensor` of shape `(batch_size,)`, *optional*):
+            Chunk position of a row's first token, 0 by default; with `-prompt_length % chunk_size` the prompt ends a chunk.
+        retriever (`Callable`, *optional*):
+            `retriever(chunk_input_ids, chunk_attention_mask)` of shapes `(N, chunk_size)` returns neighbor ids and mask of
+            shape `(N, num_neighbors, neighbor_size)`. None turns retrieval off; by default the attached one is used.
+        """
+        if "logits_to_keep" in self.model._backbone_arguments:
+            kwargs["logits_to_keep"] = logits_to_keep
+        return self.model.run(
+            self.model.backbone,
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            neighbor_input_ids,
+            neighbor_attention_mask,
+            chunk_offset,
+            retriever,
+            labels=labels,
+            **kwargs,
+        )
+
+    # ── generation ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def generate(self, inputs: torch.Tensor | None = None, *args: Any, retriever: Retriever | None = _ATTACHED, **kwargs: Any):
+        """Generate as any model of transformers does, retrieving once per completed chunk of `chunk_size` tokens.
+
+        Args:
+            inputs, args, kwargs: as in [`~transformers.GenerationMixin.generate`]; `neighbor_input_ids`,
+                `neighbor_attention_mask` and `chunk_offset` as in `forward`.
+            retriever (`Callable`, *optional*): see `forward`; None generates without retrieval, by default the attached
+                retriever is used.
+        Returns:
+            `torch.LongTensor` of token ids, or a `ModelOutput` with `return_dict_in_generate=True`; the latter has
+            `retrieval_trace`, for each sequence the list of its looked-up chunks with their neighbors.
+        """
+        retriever = self.retriever if retriever is _ATTACHED else retriever
+        if retriever is None and kwargs.get("neighbor_input_ids") is None and self.config.retriever_name_or_path:
+            logger.warning_once(
+                f"Generating without retrieval: this model was trained with '{self.config.retriever_name_or_path}'. Open it "
+                "with `RetroRetriever.from_pretrained(...)` and pass `retriever=`."
+            )
+        lookup = None if retriever is None else _Lookup(retriever)
+        outputs = super().generate(inputs, *args, retriever=lookup, **kwargs)
+        if lookup is not None and isinstance(outputs, ModelOutput):
+            outputs["retrieval_trace"] = self._trace(lookup, outputs.sequences, kwargs.get("chunk_offset"))
+        return outputs
+
+    def _trace(self, lookup: _Lookup, sequences: torch.Tensor, chunk_offset: int | torch.Tensor | None) -> list[list[dict]]:
+        real = torch.ones_like(sequences, dtype=torch.bool)
+        mask = lookup.prompt_mask
+        if mask is not None:  # rows of one prompt stand together, in `mask` once per beam, in `sequences` once per result
+            rows = torch.arange(len(sequences), device=mask.device) * len(mask) // len(sequences)
+            real[:, : mask.shape[1]] = mask[rows].bool().to(real.device)
+        offsets = _offsets(None, len(sequences), self.config.chunk_size)
+        if chunk_offset is not None:
+            given = _offsets(chunk_offset, 1 if isinstance(chunk_offset, int) else len(chunk_offset), self.config.chunk_size)
+            offsets = [given[row * len(given) // len(sequences)] for row in range(len(sequences))]
+        return lookup.trace(sequences, self.config.chunk_size, offsets, real)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        neighbor_input_ids: torch.LongTensor | None = None,
+        neighbor_attention_mask: torch.Tensor | None = None,
+        chunk_offset: int | torch.LongTensor | None = None,
+        retriever: Retriever | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Let the backbone prepare its inputs, and add those of retrieval."""
+        inputs = self.model.backbone.prepare_inputs_for_generation(input_ids, attention_mask=attention_mask, **kwargs)
+        if isinstance(retriever, _Lookup) and retriever.prompt_mask is None:
+            retriever.prompt_mask = attention_mask
+        retro = {
+            "neighbor_input_ids": neighbor_input_ids,
+            "neighbor_attention_mask": neighbor_attention_mask,
+            "chunk_offset": chunk_offset,
+            "retriever": retriever,
+        }
+        prepared = inputs.get("attention_mask")
+        if attention_mask is not None and not (isinstance(prepared, torch.Tensor) and prepared.dim() == 2):
+            retro["token_mask"] = attention_mask
+        return inputs | retro
+
+    def _get_candidate_generator(self, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any):
+        # An assistant drafts without retrieval: it may be any model, and would reject our arguments.
+        ours = ("neighbor_input_ids", "neighbor_attention_mask", "chunk_offset", "retriever")
+        rest = {name: value for name, value in model_kwargs.items() if name not in ours}
+        return super()._get_candidate_generator(*args, model_kwargs=rest, **kwargs)
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any):
+        """Refused: continuous batching packs requests into one row, where chunks cannot be told apart."""
+        raise NotImplementedError(
+            "RETRO does not support continuous batching (`generate_batch`, paged caches): it packs requests into one row, "
+            "where their chunks cannot be told apart. Use `generate` on a left-padded batch."
+        )
+
+    # ── saving and loading ────────────────────────────────────────────────────────────────────────────────────────────
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, *args: Any, save_backbone: bool | None = None, **kwargs: Any
+    ) -> None:
+        """Save the model; with `save_backbone=False` only what RETRO adds, with the name and revision of the backbone.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): folder to write.
+            args, kwargs: as in [`~transformers.PreTrainedModel.save_pretrained`].
+            save_backbone (`bool`, *optional*, defaults to `config.save_backbone`): whether to write the backbone's weights.
+        Raises:
+            ValueError: for `save_backbone=False` if the config names no checkpoint to load the backbone from again.
+        """
+        before = self.config.save_backbone
+        self.config.save_backbone = before if save_backbone is None else save_backbone
+        try:
+            self.config.validate_architecture()
+            if not self.config.save_backbone:
+                state_dict = kwargs.get("state_dict") or self.state_dict()
+                kwargs["state_dict"] = {k: v for k, v in state_dict.items() if k.startswith("model.retro.")}
+            super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            self.config.save_backbone = before
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike | None,
+        *args: Any,
+        config: RetroConfig | None = None,
+        retriever: Retriever | None = None,
+        **kwargs: Any,
+    ) -> "RetroForCausalLM":
+        """Load a saved model, its backbone from the checkpoint it names if it was saved adapter-only.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): folder or Hub repository.
+            args, kwargs: as in [`~transformers.PreTrainedModel.from_pretrained`].
+            config ([`RetroConfig`], *optional*): configuration to use instead of the saved one.
+            retriever (`Callable`, *optional*): attached with `set_retriever`.
+        """
+        hub = {name: kwargs[name] for name in ("revision", "cache_dir", "token", "local_files_only", "subfolder") if name in kwargs}
+        if not isinstance(config, RetroConfig) and pretrained_model_name_or_path is not None and config is None:
+            config = cls.config_class.from_pretrained(pretrained_model_name_or_path, **hub)
+        if config is None or config.save_backbone:
+            model = super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
+        else:
+            model = cls._from_adapter(pretrained_model_name_or_path, config, hub, **kwargs)
+        result = model[0] if isinstance(model, tuple) else model
+        if retriever is not None:
+            result.set_retriever(retriever)
+        return model
+
+    @classmethod
+    def _from_adapter(cls, path: str | os.PathLike, config: RetroConfig, hub: dict, **kwargs: Any) -> "RetroForCausalLM":
+        name, revision = config.backbone_name_or_path, config.backbone_revision
+        passed = {k: v for k, v in kwargs.items() if k not in hub and k != "output_loading_info"}
+        try:
+            backbone = AutoModelForCausalLM.from_pretrained(name, revision=revision or "main", **passed)
+        except OSError as error:
+            raise OSError(
+                f"'{path}' holds only what RETRO adds to '{name}' (revision {revision}), and that backbone cannot be loaded: "
+                f"{error} Make it available there, or set `backbone_name_or_path` in the folder's config.json."
+            ) from error
+        config.text_config = backbone.config
+        model = cls(config, backbone=backbone)
+        file = cached_file(path, SAFE_WEIGHTS_NAME, **hub)
+        weights = load_state_dict(file)
+        own = {k for k in model.state_dict() if k.startswith("model.retro.")}
+        if own != set(weights):
+            raise ValueError(
+                f"The weights in '{path}' do not fit its config: missing {sorted(own - set(weights))[:3]}, unexpected "
+                f"{sorted(set(weights) - own)[:3]}."
+            )
+        model.load_state_dict(weights, strict=False)
+        model.model.retro.to(device=backbone.device, dtype=backbone.dtype)
+        return model.eval()
+
+
+__all__ = ["RetroForCausalLM", "RetroModel", "RetroPreTrainedModel"]
