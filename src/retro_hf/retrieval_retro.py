@@ -43,7 +43,7 @@ class RetrievalResult:
 
 @dataclass(frozen=True)
 class RetrievedNeighbor:
-    """One neighbor, readable: which chunk of which document, how near (bigger is nearer), its text and what follows."""
+    """One neighbor in words: which chunk of which document, how near (bigger is nearer), its text, what follows."""
 
     chunk_id: int
     score: float
@@ -288,8 +288,8 @@ class RetroRetriever:
         """Open a retriever from a folder, or from a dataset repository on the Hub (downloaded, checksums verified).
 
         Args:
-            embedder ([`ChunkEmbedder`] or `str`, *optional*): defaults to the one named in the datastore. Name it where
-                that one was a local folder.
+            embedder ([`ChunkEmbedder`] or `str`, *optional*): defaults to the one named in the datastore. Name it
+                where that one was a local folder.
             num_neighbors (`int`, *optional*): defaults to the saved number.
             revision (`str`, *optional*): branch, tag or commit on the Hub.
         """

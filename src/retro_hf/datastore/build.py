@@ -105,8 +105,8 @@ def _check_options(chunk_size: int, neighbor_size: int, index: str, batch_size: 
             raise DatastoreInputError(f"{name} is {value!r}, but it must be an integer of at least 1.")
     if neighbor_size < chunk_size:
         raise DatastoreInputError(
-            f"neighbor_size={neighbor_size} is below chunk_size={chunk_size}, but a neighbor holds its whole chunk and "
-            f"what follows it. Use at least {chunk_size}; the paper uses {2 * chunk_size}."
+            f"neighbor_size={neighbor_size} is below chunk_size={chunk_size}, but a neighbor holds its whole chunk "
+            f"and what follows it. Use at least {chunk_size}; the paper uses {2 * chunk_size}."
         )
     if not isinstance(index, str):
         raise DatastoreInputError(f"index is of type {type(index).__name__}, not a FAISS factory string or 'auto'.")
@@ -264,8 +264,8 @@ def _write_keys(
                 progress.update(len(part))
             if not np.isfinite(vectors).all():
                 raise DatastoreInputError(
-                    f"The embedder {embedder.name_or_path!r} gave vectors that are not finite for chunks from {start:,} "
-                    "on. Try dtype=torch.float32."
+                    f"The embedder {embedder.name_or_path!r} gave vectors that are not finite for chunks from "
+                    f"{start:,} on. Try dtype=torch.float32."
                 )
             keys.append(vectors)
 

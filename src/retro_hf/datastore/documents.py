@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -19,6 +19,9 @@ __all__ = ["Document", "DocumentReader"]
 _SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".parquet")
 _FIELDS = ("id", "title", "source", "text")
 _PARQUET_ROWS = 1024
+
+# What was read, where (for messages), and what its id, title and source are if it does not say.
+Record = tuple[Any, str, dict[str, str]]
 
 
 @dataclass(slots=True)
@@ -59,7 +62,7 @@ class DocumentReader:
         self.total: int | None = None
         if isinstance(documents, (str, os.PathLike)):
             files = _files_of(Path(documents))
-            self._records = chain.from_iterable(self._read_file(file, name) for file, name in files)
+            self._records: Iterator[Record] = chain.from_iterable(self._read_file(file, name) for file, name in files)
         elif isinstance(documents, Mapping):
             splits = ", ".join(repr(key) for key in list(documents)[:5])
             raise DatastoreInputError(
@@ -70,17 +73,17 @@ class DocumentReader:
             columns = getattr(documents, "column_names", None)
             if columns is not None and "text" not in columns:
                 raise DatastoreInputError(
-                    f"The dataset has the columns {list(columns)}, but no column 'text'. Rename the one that holds the "
-                    "text: `dataset.rename_column('<name>', 'text')`."
+                    f"The dataset has the columns {list(columns)}, but no column 'text'. Rename the one that holds "
+                    "the text: `dataset.rename_column('<name>', 'text')`."
                 )
             if hasattr(documents, "info"):
                 self.sources = [_source_of(documents.info)]
-            self.total = len(documents) if hasattr(documents, "__len__") else None
+            self.total = len(documents) if isinstance(documents, Sized) else None
             self._records = self._read_iterable(documents)
         else:
             raise DatastoreInputError(
-                f"The documents are of type {type(documents).__name__}. Pass an iterable of texts or dicts, a path, or "
-                "a dataset."
+                f"The documents are of type {type(documents).__name__}. Pass an iterable of texts or dicts, a path, "
+                "or a dataset."
             )
 
     def __iter__(self) -> Iterator[Document]:
@@ -116,7 +119,7 @@ class DocumentReader:
         metadata = {str(key): value for key, value in record.items() if key not in _FIELDS}
         return Document(where=where, metadata=metadata, **clean)
 
-    def _read_iterable(self, documents: Iterable[Any]) -> Iterator[tuple[Any, str, dict[str, str]]]:
+    def _read_iterable(self, documents: Iterable[Any]) -> Iterator[Record]:
         for number, record in enumerate(documents):
             if isinstance(record, os.PathLike):
                 for file, name in _files_of(Path(record)):
@@ -124,7 +127,7 @@ class DocumentReader:
             else:
                 yield record, f"Document {number}", {}
 
-    def _read_file(self, file: Path, name: str) -> Iterator[tuple[Any, str, dict[str, str]]]:
+    def _read_file(self, file: Path, name: str) -> Iterator[Record]:
         """Records of one file; `name` is its path as it is recorded, relative to what the user named."""
         self.sources.append({"name": name})
         defaults = {"source": name}
@@ -149,7 +152,7 @@ class DocumentReader:
             yield from self._read_jsonl(file, name, defaults)
 
     @staticmethod
-    def _read_jsonl(file: Path, name: str, defaults: dict[str, str]) -> Iterator[tuple[Any, str, dict[str, str]]]:
+    def _read_jsonl(file: Path, name: str, defaults: dict[str, str]) -> Iterator[Record]:
         number = 0
         opened = gzip.open(file, "rb") if file.name.endswith(".gz") else file.open("rb")
         try:

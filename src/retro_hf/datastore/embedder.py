@@ -25,7 +25,7 @@ __all__ = ["ChunkEmbedder"]
 
 
 def _default_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the hardware multiplies it natively (3.2 times faster on such CPUs, cosine 0.9999), else float32."""
+    """bfloat16 where the hardware multiplies it natively (3.2 times faster on CPUs, cosine 0.9999), else float32."""
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     if device.type == "cpu":
@@ -49,7 +49,7 @@ def _read_json(name_or_path: str, filename: str, revision: str | None) -> Any:
 
 
 def _is_mean_pooling(name_or_path: str, modules: list[dict[str, Any]], revision: str | None) -> bool:
-    """Whether a sentence-transformers recipe is a transformer, the mean over its tokens, and at most a normalization."""
+    """Whether a sentence-transformers recipe is a transformer, the mean over tokens, and at most a normalization."""
     kinds = [str(module.get("type", "")).rsplit(".", 1)[-1] for module in modules]
     if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]) or modules[0].get("path"):
         return False
@@ -66,9 +66,9 @@ def _is_mean_pooling(name_or_path: str, modules: list[dict[str, Any]], revision:
 class ChunkEmbedder:
     """The frozen text encoder behind the keys of a datastore: text in, unit vectors out.
 
-    Section 2.3 of Borgeaud et al. (2022) embeds a chunk as the mean over time of a frozen BERT. Any sentence-transformers
-    model serves, and so does a plain encoder folder of transformers, which is pooled by the mean over its real tokens.
-    Make one with [`ChunkEmbedder.from_pretrained`].
+    Section 2.3 of Borgeaud et al. (2022) embeds a chunk as the mean over time of a frozen BERT. Any
+    sentence-transformers model serves, and so does a plain encoder of transformers, pooled by the mean over its real
+    tokens. Make one with [`ChunkEmbedder.from_pretrained`].
 
     Attributes:
         dim (`int`): length of a vector.

@@ -1,7 +1,7 @@
 """The FAISS index over the keys: which kind, how it is built and measured, how it is opened and searched.
 
-Similarity is the inner product of unit vectors. The paper's squared L2 distance of such vectors is `d = 2 - 2 * score`,
-so both rank alike and the nearest neighbor has the largest score.
+Similarity is the inner product of unit vectors. The paper's squared L2 distance of such vectors is
+`d = 2 - 2 * score`, so both rank alike and the nearest neighbor has the largest score.
 """
 
 from __future__ import annotations
@@ -21,7 +21,15 @@ from transformers.utils import logging
 from ..errors import DatastoreCorruptError, DatastoreInputError, MissingExtraError
 
 
-__all__ = ["build_index", "check_factory", "choose_factory", "exact_search", "open_index", "search_index"]
+__all__ = [
+    "build_index",
+    "check_factory",
+    "choose_factory",
+    "exact_search",
+    "max_effort",
+    "open_index",
+    "search_index",
+]
 
 logger = logging.get_logger(__name__)
 
@@ -125,8 +133,8 @@ def build_index(keys: np.ndarray, factory: str, path: Path, *, progress: Any, se
             index.train(keys[rows].astype(np.float32))
         except RuntimeError as error:
             raise DatastoreInputError(
-                f"The index {factory!r} could not be trained on {num_rows:,} of {num_chunks:,} chunks: {_short(error)}. "
-                "Use index='Flat', which is exact and needs no training."
+                f"The index {factory!r} could not be trained on {num_rows:,} of {num_chunks:,} chunks: "
+                f"{_short(error)}. Use index='Flat', which is exact and needs no training."
             ) from error
     for start in range(0, num_chunks, _BLOCK_ROWS):
         block = keys[start : start + _BLOCK_ROWS].astype(np.float32)
@@ -173,6 +181,8 @@ def _search_grid(index: Any) -> Iterator[dict[str, int]]:
     faiss = _faiss()
     refined = isinstance(index, faiss.IndexRefine)
     base = faiss.downcast_index(index.base_index) if refined else index
+    if isinstance(base, faiss.IndexPreTransform):
+        base = faiss.downcast_index(base.index)
     factors = (5, 10, 25, 50) if refined else (0,)
     if isinstance(base, faiss.IndexIVF):
         steps = int(math.log2(max(base.nlist, 1)))
@@ -254,6 +264,15 @@ def _parameters(index: Any, search: dict[str, Any]) -> Any:
     if isinstance(index, faiss.IndexHNSW) and "efSearch" in search:
         return faiss.SearchParametersHNSW(efSearch=int(search["efSearch"]))
     return None
+
+
+def max_effort(index: Any, search: dict[str, Any]) -> int:
+    """The factor on `nprobe` at which an index of lists is read as a whole; 1 for other kinds."""
+    faiss = _faiss()
+    if isinstance(index, (faiss.IndexRefine, faiss.IndexPreTransform)):
+        inner = index.base_index if isinstance(index, faiss.IndexRefine) else index.index
+        return max_effort(faiss.downcast_index(inner), search)
+    return math.ceil(index.nlist / search["nprobe"]) if isinstance(index, faiss.IndexIVF) and "nprobe" in search else 1
 
 
 def search_index(

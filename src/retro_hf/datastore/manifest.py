@@ -102,8 +102,9 @@ class DatastoreManifest:
         """
         path = folder / MANIFEST_NAME
         if not path.is_file():
+            reason = f"it has no {MANIFEST_NAME}" if folder.is_dir() else "the folder does not exist"
             raise DatastoreNotFoundError(
-                f"There is no datastore at {str(folder)!r}: {'the folder does not exist' if not folder.is_dir() else f'it has no {MANIFEST_NAME}'}. "
+                f"There is no datastore at {str(folder)!r}: {reason}. "
                 "Check the path, or build one with `RetroDatastore.build(documents, path, ...)`."
             )
         if path.stat().st_size > _MAX_MANIFEST_BYTES:

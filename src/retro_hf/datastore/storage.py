@@ -22,6 +22,7 @@ __all__ = ["NpyWriter", "TensorWriter", "map_npy", "map_tensor", "new_folder", "
 
 _KEYS_NAME = "keys"
 _HEADER_ALIGNMENT = 64
+_HASH_BLOCK = 1 << 20
 _MAX_HEADER_BYTES = 1 << 20
 
 
@@ -87,12 +88,15 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 def sha256_of(path: Path) -> str:
     """The sha256 of a file in hex, as `sha256sum` prints it."""
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(_HASH_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 class NpyWriter:
-    """A one-dimensional .npy file that grows block by block; numpy reserves room in the header for its final length."""
+    """A one-dimensional .npy file that grows block by block; numpy leaves room in the header for its final length."""
 
     def __init__(self, path: Path, dtype: np.dtype) -> None:
         self.dtype = dtype

@@ -15,7 +15,8 @@ from ..errors import DatastoreCorruptError, DatastoreInputError, DatastoreMismat
 from .build import build_datastore
 from .chunks import document_of, gather_tokens, tokenizer_fingerprint, vocabulary_size
 from .embedder import ChunkEmbedder
-from .index import open_index, search_index
+from .exclusion import checked_exclusion, search_excluding
+from .index import max_effort, open_index, search_index
 from .manifest import MANIFEST_NAME, DatastoreManifest
 from .storage import map_npy, map_tensor, new_folder, sha256_of
 from .table import DocumentTable
@@ -30,19 +31,17 @@ __all__ = ["RetroDatastore"]
 
 # Borders of up to a million documents are checked when a store opens: a few milliseconds.
 _CHECKED_DOCUMENTS = 1 << 20
-# Results fetched beyond the wanted ones, so that a few excluded ones rarely cost a second search.
-_OVER_FETCH = 32
 
 
 class RetroDatastore:
     """The retrieval database of section 2.3 of Borgeaud et al. (2022): keys, values and where they come from.
 
     Made by [`RetroDatastore.build`] or [`RetroDatastore.from_texts`], opened by [`RetroDatastore.load`]. A chunk is
-    `chunk_size` consecutive tokens of one document; its key is the embedding of its text; its value, the *neighbor*, is
-    the chunk and what follows it in the same document, up to `neighbor_size` tokens.
+    `chunk_size` consecutive tokens of one document; its key is the embedding of its text; its value, the *neighbor*,
+    is the chunk and what follows it in the same document, up to `neighbor_size` tokens.
 
-    The folder is portable (no absolute paths, no pickle) and is never written to after it has been built. Everything is
-    memory-mapped: opening reads the manifest and takes milliseconds, processes share the pages.
+    The folder is portable (no absolute paths, no pickle) and is never written to after it has been built. Everything
+    is memory-mapped: opening reads the manifest and takes milliseconds, processes share the pages.
 
     Attributes:
         path (`Path`): the folder.
@@ -50,7 +49,7 @@ class RetroDatastore:
 
     *Memory*: per million chunks of 64 tokens at `dim=384`, 128 MB of tokens (uint16), 768 MB of keys, and an index of
     1,536 MB (`Flat`) or 833 MB (61 MB of it resident).
-    *Processes*: pickling keeps the path only; each process opens its own files. Forked children search with one thread.
+    *Processes*: pickling keeps the path; each process opens its own files. Forked children search with one thread.
     """
 
     def __init__(self, path: str | os.PathLike[str], manifest: DatastoreManifest) -> None:
@@ -196,8 +195,8 @@ class RetroDatastore:
             found = getattr(self, name)
             if wanted is not None and wanted != found:
                 raise DatastoreMismatchError(
-                    f"The datastore {str(self.path)!r} was built with {name}={found}, but {name}={wanted} is expected. "
-                    f"Neighbors would be cut at the wrong borders. Rebuild it with {name}={wanted}, or use a model "
+                    f"The datastore {str(self.path)!r} was built with {name}={found}, but {name}={wanted} is "
+                    f"expected. Neighbors would be cut at the wrong borders. Rebuild it with {name}={wanted}, or use a model "
                     f"with {name}={found}."
                 )
         if tokenizer is not None:
@@ -279,8 +278,8 @@ class RetroDatastore:
         Args:
             chunk_ids (`np.ndarray` of integers, any shape `(...)`): -1 stands for no neighbor.
         Returns:
-            `(tokens, mask)`, both `np.ndarray` of int64 and shape `(..., neighbor_size)`. The mask is 1 at tokens and 0
-            at padding; tokens are 0 where it is 0.
+            `(tokens, mask)`, both `np.ndarray` of int64 and shape `(..., neighbor_size)`. The mask is 1 at tokens and
+            0 at padding; tokens are 0 where it is 0.
         Raises:
             DatastoreInputError: for an id that is not in the store.
         """
@@ -314,12 +313,12 @@ class RetroDatastore:
         Args:
             queries (`np.ndarray` of float32 and shape `(num_queries, dim)`): unit vectors of the store's embedder.
             num_neighbors (`int`): chunks per query; k in the paper.
-            exclude_documents (`np.ndarray` of integers and shape `(num_queries,)` or `(num_queries, any)`, *optional*):
-                document numbers whose chunks a query must not get, -1 for none. In training a chunk must not retrieve
+            exclude_documents (`np.ndarray` of integers and shape `(num_queries,)` or `(num_queries, any)`,
+                *optional*): document numbers whose chunks a query must not get, -1 for none. In training a chunk must not retrieve
                 its own document: the answer would be copied from it. Excluded results are replaced by the next best.
         Returns:
-            `(scores, chunk_ids)` of shape `(num_queries, num_neighbors)`, float32 and int64. A score is the inner product
-            of the unit vectors, so bigger is nearer; the paper's distance is `d = 2 - 2 * score`. Where the store has
+            `(scores, chunk_ids)` of shape `(num_queries, num_neighbors)`, float32 and int64. A score is the inner
+            product of the unit vectors, so bigger is nearer; the paper's distance is `d = 2 - 2 * score`. Where the store has
             no more chunks, the id is -1 and the score -inf.
         """
         queries = np.ascontiguousarray(queries, dtype=np.float32)
@@ -331,10 +330,16 @@ class RetroDatastore:
             raise DatastoreInputError("The queries hold values that are not finite (NaN or infinity).")
         if num_neighbors < 1:
             raise DatastoreInputError(f"num_neighbors is {num_neighbors}, but it must be at least 1.")
+        limit = max_effort(self.index, self.manifest.index["search"])
         if exclude_documents is None:
-            return self._search(queries, num_neighbors, 1)
-        excluded = self._checked_exclusion(exclude_documents, len(queries))
-        return self._search_excluding(queries, num_neighbors, excluded)
+            scores, ids = self._search(queries, num_neighbors, 1)
+            if limit == 1 or (ids[:, : self.num_chunks] >= 0).all():
+                return scores, ids
+            # Few lists were read and they held too little: read more of them for the rows that came out short.
+            excluded = np.full((len(queries), 1), -1, dtype=np.int64)
+        else:
+            excluded = checked_exclusion(exclude_documents, len(queries), self.num_documents)
+        return search_excluding(self._search, queries, num_neighbors, excluded, self._doc_offsets, limit)
 
     def _search(self, queries: np.ndarray, num_neighbors: int, effort: int) -> tuple[np.ndarray, np.ndarray]:
         """Search, padded to `num_neighbors` columns; `effort` multiplies the number of lists that are read."""
@@ -350,39 +355,6 @@ class RetroDatastore:
             raise self._corrupt(self._file("index").name, "it returns chunks that the store does not have")
         return scores, ids
 
-    def _search_excluding(
-        self, queries: np.ndarray, num_neighbors: int, excluded: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        scores = np.full((len(queries), num_neighbors), -np.inf, dtype=np.float32)
-        ids = np.full((len(queries), num_neighbors), -1, dtype=np.int64)
-        # With all chunks of the excluded documents among the results, this many still leave enough.
-        documents = np.maximum(excluded, 0)
-        sizes = (self._doc_offsets[documents + 1] - self._doc_offsets[documents]) * (excluded >= 0)
-        enough = np.minimum(num_neighbors + sizes.sum(axis=1), self.num_chunks)
-        rows = np.arange(len(queries))
-        fetch, effort = num_neighbors + _OVER_FETCH, 1
-        while len(rows):
-            fetch = min(fetch, int(enough[rows].max()))
-            found_scores, found = self._search(queries[rows], fetch, effort)
-            kept = (found >= 0) & (document_of(found, self._doc_offsets)[:, :, None] != excluded[rows, None, :]).all(
-                -1
-            )
-            order = np.argsort(~kept, axis=1, kind="stable")[:, :num_neighbors]
-            kept = np.take_along_axis(kept, order, axis=1)
-            columns = slice(0, order.shape[1])
-            ids[rows, columns] = np.where(kept, np.take_along_axis(found, order, axis=1), -1)
-            scores[rows, columns] = np.where(kept, np.take_along_axis(found_scores, order, axis=1), -np.inf)
-            short = (ids[rows] < 0).any(axis=1) & self._more_to_find(enough[rows], fetch, effort)
-            rows = rows[short]
-            fetch, effort = fetch * 4, effort * 4
-        return scores, ids
-
-    def _more_to_find(self, enough: np.ndarray, fetch: int, effort: int) -> np.ndarray:
-        """Whether a larger search can bring a row more: more results, or more lists read by an index of lists."""
-        nprobe, lists = self.manifest.index["search"].get("nprobe"), getattr(self.index, "nlist", 0)
-        all_lists = nprobe is None or nprobe * effort >= (lists or self.num_chunks)
-        return (fetch < enough) | (not all_lists)
-
     def _checked_ids(self, chunk_ids: Any) -> np.ndarray:
         ids = np.asarray(chunk_ids)
         if ids.size and not np.issubdtype(ids.dtype, np.integer):
@@ -394,22 +366,6 @@ class RetroDatastore:
                 "(-1 for none). Were they computed with another datastore?"
             )
         return ids
-
-    def _checked_exclusion(self, documents: Any, num_queries: int) -> np.ndarray:
-        excluded = np.asarray(documents)
-        if excluded.ndim == 1:
-            excluded = excluded[:, None]
-        if excluded.ndim != 2 or len(excluded) != num_queries or not np.issubdtype(excluded.dtype, np.integer):
-            raise DatastoreInputError(
-                f"exclude_documents is of type {np.asarray(documents).dtype} and shape {np.asarray(documents).shape}, "
-                f"but integers of shape ({num_queries},) or ({num_queries}, any) are expected."
-            )
-        if excluded.size and (excluded.min() < -1 or excluded.max() >= self.num_documents):
-            raise DatastoreInputError(
-                f"exclude_documents runs from {excluded.min()} to {excluded.max()}, but the store has documents 0 to "
-                f"{self.num_documents - 1} (-1 for none)."
-            )
-        return excluded.astype(np.int64)
 
     def _file(self, kind: str) -> Path:
         return self.path / self.manifest.entries(kind)[0].name

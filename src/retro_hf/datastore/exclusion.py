@@ -1,0 +1,96 @@
+"""Search that leaves out documents: fetch more than is wanted, drop what is excluded, repeat for rows cut short."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from ..errors import DatastoreInputError
+from .chunks import document_of
+
+
+__all__ = ["checked_exclusion", "search_excluding"]
+
+# Results fetched beyond the wanted ones, so that a few excluded ones rarely cost a second search.
+_OVER_FETCH = 32
+
+Search = Callable[[np.ndarray, int, int], tuple[np.ndarray, np.ndarray]]
+
+
+def checked_exclusion(documents: Any, num_queries: int, num_documents: int) -> np.ndarray:
+    """Excluded document numbers as int64 of shape `(num_queries, any)`, -1 for none.
+
+    Raises:
+        DatastoreInputError: for another shape, another type, or documents that the store does not have.
+    """
+    excluded = np.asarray(documents)
+    shape = excluded.shape
+    if excluded.ndim == 1:
+        excluded = excluded[:, None]
+    if excluded.ndim != 2 or len(excluded) != num_queries or not np.issubdtype(excluded.dtype, np.integer):
+        raise DatastoreInputError(
+            f"exclude_documents is of type {excluded.dtype} and shape {shape}, but integers of shape ({num_queries},) "
+            f"or ({num_queries}, any) are expected."
+        )
+    if excluded.size and (excluded.min() < -1 or excluded.max() >= num_documents):
+        raise DatastoreInputError(
+            f"exclude_documents runs from {excluded.min()} to {excluded.max()}, but the store has documents 0 to "
+            f"{num_documents - 1} (-1 for none)."
+        )
+    return excluded.astype(np.int64)
+
+
+def search_excluding(
+    search: Search,
+    queries: np.ndarray,
+    num_neighbors: int,
+    excluded: np.ndarray,
+    doc_offsets: np.ndarray,
+    max_effort: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The nearest chunks that are not in a query's excluded documents.
+
+    One batched search over all queries and a vectorized filter, repeated with four times the results for the rows that
+    come out short: several times the speed of a selector per query, which would forbid batches.
+
+    Args:
+        search (`Callable`): `(queries, num_results, effort) -> (scores, chunk_ids)`; a larger effort reads more of an
+            approximate index.
+        queries (`np.ndarray` of float32 and shape `(num_queries, dim)`): unit vectors.
+        num_neighbors (`int`): results wanted per query.
+        excluded (`np.ndarray` of int64 and shape `(num_queries, any)`): document numbers, -1 for none.
+        doc_offsets (`np.ndarray` of int64 and shape `(num_documents + 1,)`): first chunk of each document.
+        max_effort (`int`): the effort at which the index is read as a whole.
+    Returns:
+        `(scores, chunk_ids)` of shape `(num_queries, num_neighbors)`; -inf and -1 where the store has no more.
+    """
+    scores = np.full((len(queries), num_neighbors), -np.inf, dtype=np.float32)
+    ids = np.full((len(queries), num_neighbors), -1, dtype=np.int64)
+    num_chunks = int(doc_offsets[-1])
+    # A document named twice counts once: sort each row, and drop repetitions.
+    excluded = np.sort(excluded, axis=1)
+    excluded[:, 1:][excluded[:, 1:] == excluded[:, :-1]] = -1
+    documents = np.maximum(excluded, 0)
+    sizes = ((doc_offsets[documents + 1] - doc_offsets[documents]) * (excluded >= 0)).sum(axis=1)
+    # What a query can get at most, and the number of results that surely holds it.
+    obtainable = np.minimum(num_neighbors, num_chunks - sizes)
+    enough = np.minimum(num_neighbors + sizes, num_chunks)
+
+    rows = np.arange(len(queries))
+    fetch, effort = num_neighbors + _OVER_FETCH, 1
+    while len(rows):
+        fetch = min(fetch, int(enough[rows].max()))
+        found_scores, found = search(queries[rows], fetch, effort)
+        owner = document_of(found, doc_offsets)
+        kept = (found >= 0) & (owner[:, :, None] != excluded[rows, None, :]).all(axis=-1)
+        order = np.argsort(~kept, axis=1, kind="stable")[:, :num_neighbors]
+        kept = np.take_along_axis(kept, order, axis=1)
+        columns = slice(0, order.shape[1])
+        ids[rows, columns] = np.where(kept, np.take_along_axis(found, order, axis=1), -1)
+        scores[rows, columns] = np.where(kept, np.take_along_axis(found_scores, order, axis=1), -np.inf)
+        short = (ids[rows] >= 0).sum(axis=1) < obtainable[rows]
+        rows = rows[short & ((fetch < enough[rows]) | (effort < max_effort))]
+        fetch, effort = fetch * 4, effort * 4
+    return scores, ids
