@@ -48,7 +48,7 @@ demo-train: $(STAMP) ## Train the demo's model again from scratch
 	$(RUN)/python examples/demo.py --train
 
 test: $(STAMP) ## Run the tests (20 minutes at most on 2 cores)
-	$(RUN)/python -m pytest -n $(WORKERS) $(PYTEST)
+	$(RUN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST)
 
 test-slow: $(STAMP) ## Run the tests marked slow
 	$(RUN)/python -m pytest -m slow --timeout 3600 $(PYTEST)

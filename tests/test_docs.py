@@ -72,7 +72,6 @@ def check_setup(command: str) -> bool:
 
 def run_bash(code: str) -> str:
     """Run the commands of a bash block, but for those that set the environment up."""
-    # A `;` keeps a skipped line from joining what a backslash continues.
     commands = [line for line in code.replace("\\\n", " ").splitlines() if not check_setup(line.strip())]
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     result = subprocess.run(
@@ -86,7 +85,8 @@ def run_page(page: Path, folder: Path) -> int:
     """Run all blocks of a page in an empty folder; return how many there were."""
     namespace = {"__name__": "__main__"}
     for shared in ("examples", "benchmarks", "hub_configs"):
-        (folder / shared).symlink_to(ROOT / shared)
+        if (ROOT / shared).is_dir():
+            (folder / shared).symlink_to(ROOT / shared)
     blocks = list(read_blocks(page.read_text(encoding="utf-8")))
     with contextlib.chdir(folder):
         for block in blocks:
