@@ -202,6 +202,7 @@ class RetroChunkedCrossAttention(nn.Module):
             config.cross_attention_head_dim,
             key_value_size=config.neighbor_encoder_config.hidden_size,
         )
+        self.attention.o_proj.zero_init = config.zero_init_cross_attention  # read by `_init_weights`
 
     def forward(
         self,
@@ -705,7 +706,9 @@ class RetroPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["RetroEncoderLayer", "RetroChunkedCrossAttention"]
     _skip_keys_device_placement = ["past_key_values"]
-    _supports_sdpa = True
+    # Flash and flex attention serve the backbone; our own attention has a position bias and runs as sdpa then.
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
+    _can_set_attn_implementation_cached_value = True
     # Retrieval decides on the host when a chunk completes, so generate() must not compile the step by itself.
     _can_compile_fullgraph = False
 
@@ -714,8 +717,15 @@ class RetroPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, RetroRelativePositionBias):
             init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
-        elif isinstance(module, RetroChunkedCrossAttention) and self.config.zero_init_cross_attention:
-            init.zeros_(module.attention.o_proj.weight)
+        elif getattr(module, "zero_init", False):
+            init.zeros_(module.weight)
+
+    def set_attn_implementation(self, attn_implementation: str | dict, **kwargs: Any) -> None:
+        """Set the attention implementation of the backbone and of what RETRO adds; as in transformers."""
+        if isinstance(attn_implementation, str):
+            attn_implementation = {"": attn_implementation, "text_config": attn_implementation}
+        super().set_attn_implementation(attn_implementation, **kwargs)
+        self.config.neighbor_encoder_config._attn_implementation_internal = self.config._attn_implementation
 
     def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func: Callable | None = None, **kwargs):
         if enable and gradient_checkpointing_func is not None:
@@ -1350,6 +1360,8 @@ class RetroForCausalLM(RetroPreTrainedModel, GenerationMixin):
         else:
             model = cls._from_adapter(pretrained_model_name_or_path, config, hub, **kwargs)
         result = model[0] if isinstance(model, tuple) else model
+        if result.config.freeze_backbone:
+            result.model.backbone.requires_grad_(False)  # loading makes new parameters
         if retriever is not None:
             result.set_retriever(retriever)
         return model

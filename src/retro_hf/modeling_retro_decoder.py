@@ -219,8 +219,9 @@ class RetroAttention(nn.Module):
         bias = self.position_bias(query * self.scaling, features, key.shape[-2] // num_repeats)
         if num_repeats > 1:
             bias = bias.repeat(1, 1, 1, num_repeats)
-        # A bias that needs a gradient has no fused kernel on CPU: there sdpa would keep more matrices than we do.
-        fused = not (bias.requires_grad and bias.device.type == "cpu")
+        # A bias that needs a gradient has no fused kernel on CPU: there sdpa would keep more matrices than we do. The mode
+        # decides and not the tensor, so that retrieval on and off take the same path.
+        fused = not (torch.is_grad_enabled() and bias.device.type == "cpu")
         implementation = self.config._attn_implementation if fused else "eager"
         attention: Callable = eager_attention_forward
         if implementation != "eager":

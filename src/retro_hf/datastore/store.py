@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import DatastoreCorruptError, DatastoreInputError, DatastoreMismatchError
+from ..errors import DatastoreCorruptError, DatastoreInputError
 from .build import build_datastore
-from .chunks import document_of, gather_tokens, tokenizer_fingerprint, vocabulary_size
+from .chunks import document_of, gather_tokens
+from .compatibility import check_compatible
 from .embedder import ChunkEmbedder
 from .exclusion import checked_exclusion, search_excluding
 from .index import max_effort, open_index, search_index
@@ -191,37 +192,13 @@ class RetroDatastore:
         Raises:
             DatastoreMismatchError: naming both sides, what would go wrong, and the remedy.
         """
-        for name, wanted in (("chunk_size", chunk_size), ("neighbor_size", neighbor_size)):
-            found = getattr(self, name)
-            if wanted is not None and wanted != found:
-                raise DatastoreMismatchError(
-                    f"The datastore {str(self.path)!r} was built with {name}={found}, but {name}={wanted} is "
-                    f"expected. Neighbors would be cut at the wrong borders. Rebuild it with {name}={wanted}, or use a model "
-                    f"with {name}={found}."
-                )
-        if tokenizer is not None:
-            self._check_tokenizer(tokenizer)
-        if embedder is not None and embedder.fingerprint != self.manifest.embedder["fingerprint"]:
-            known = self.manifest.embedder
-            raise DatastoreMismatchError(
-                f"The keys of the datastore {str(self.path)!r} were made by the embedder {known['name']!r} "
-                f"(dim={known['dim']}, fingerprint {known['fingerprint'][:12]}), but the embedder given is "
-                f"{embedder.name_or_path!r} (dim={embedder.dim}, fingerprint {embedder.fingerprint[:12]}). Distances "
-                "between vectors of two encoders mean nothing. Use the embedder of the datastore, or rebuild it with "
-                "this one."
-            )
-
-    def _check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        known, found = self.manifest.tokenizer, tokenizer_fingerprint(tokenizer)
-        same = found == known["fingerprint"]
-        if same and self.manifest.max_token_id < vocabulary_size(tokenizer):
-            return
-        reason = f"fingerprint {found[:12]}" if not same else f"without the token id {self.manifest.max_token_id}"
-        raise DatastoreMismatchError(
-            f"The datastore {str(self.path)!r} holds token ids of the tokenizer {known['name']!r} (fingerprint "
-            f"{known['fingerprint'][:12]}), but the tokenizer given is {tokenizer.name_or_path!r} ({reason}). The ids "
-            "would stand for other text. Rebuild the datastore with this tokenizer, or use the tokenizer it was built "
-            "with."
+        check_compatible(
+            self.path,
+            self.manifest,
+            tokenizer=tokenizer,
+            chunk_size=chunk_size,
+            neighbor_size=neighbor_size,
+            embedder=embedder,
         )
 
     @property
@@ -314,12 +291,13 @@ class RetroDatastore:
             queries (`np.ndarray` of float32 and shape `(num_queries, dim)`): unit vectors of the store's embedder.
             num_neighbors (`int`): chunks per query; k in the paper.
             exclude_documents (`np.ndarray` of integers and shape `(num_queries,)` or `(num_queries, any)`,
-                *optional*): document numbers whose chunks a query must not get, -1 for none. In training a chunk must not retrieve
-                its own document: the answer would be copied from it. Excluded results are replaced by the next best.
+                *optional*): document numbers whose chunks a query must not get, -1 for none. In training a chunk must
+                not retrieve its own document: the answer would be copied from it. Excluded results are replaced by
+                the next best.
         Returns:
             `(scores, chunk_ids)` of shape `(num_queries, num_neighbors)`, float32 and int64. A score is the inner
-            product of the unit vectors, so bigger is nearer; the paper's distance is `d = 2 - 2 * score`. Where the store has
-            no more chunks, the id is -1 and the score -inf.
+            product of the unit vectors, so bigger is nearer; the paper's distance is `d = 2 - 2 * score`. Where
+            the store has no more chunks, the id is -1 and the score -inf.
         """
         queries = np.ascontiguousarray(queries, dtype=np.float32)
         if queries.ndim != 2 or queries.shape[1] != self.manifest.dim:

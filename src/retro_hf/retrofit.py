@@ -1,0 +1,112 @@
+# Copyright 2026 The retro-hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""RETROfit: make any decoder-only checkpoint retrieval-enhanced, its own weights frozen (section 4.2)."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging
+
+from .configuration_retro import RetroConfig, RetroEncoderConfig
+from .modeling_retro import RetroForCausalLM
+
+
+logger = logging.get_logger(__name__)
+
+
+def retrofit(
+    base: str | os.PathLike | PreTrainedModel,
+    *,
+    encoder: RetroEncoderConfig | dict | None = None,
+    freeze_backbone: bool = True,
+    share_embeddings: bool = True,
+    revision: str | None = None,
+    base_kwargs: dict[str, Any] | None = None,
+    **config: Any,
+) -> RetroForCausalLM:
+    """Add a neighbor encoder and chunked cross-attention to a causal language model.
+
+    Before the first training step the result computes exactly what the base computes, with neighbors or without: the
+    output projections of the cross-attention start at zero.
+
+    Args:
+        base (`str`, `os.PathLike` or `PreTrainedModel`): checkpoint (folder or Hub repository), or a loaded model, which
+            becomes part of the result.
+        encoder ([`RetroEncoderConfig`] or `dict`, *optional*): the neighbor encoder; by default two layers of half the
+            base's width, since each token drags `num_neighbors * neighbor_size / chunk_size` neighbor tokens through it.
+        freeze_backbone (`bool`, defaults to `True`): train only what is added; then the model without retrieval stays the
+            base, bit for bit.
+        share_embeddings (`bool`, defaults to `True`): read neighbors through the base's embeddings (B.1.4).
+        revision (`str`, *optional*): revision of the checkpoint.
+        base_kwargs (`dict`, *optional*): for `AutoModelForCausalLM.from_pretrained`, such as `dtype`, `device_map` or
+            `quantization_config`.
+        config: fields of [`RetroConfig`], such as `chunk_size` or `cross_attention_layers`.
+    Returns:
+        [`RetroForCausalLM`] in evaluation mode, on the device and in the dtype of the base.
+    Raises:
+        ValueError: if the base is no decoder-only model, or its layers cannot be told; the message says how to name them.
+    """
+    if isinstance(base, PreTrainedModel):
+        backbone, name = base, base.config.name_or_path or None
+        if isinstance(base, RetroForCausalLM):
+            raise ValueError("The base is a RETRO model already; retrofit its `model.backbone`, or train it as it is.")
+    else:
+        backbone = AutoModelForCausalLM.from_pretrained(base, revision=revision or "main", **(base_kwargs or {}))
+        name = os.fspath(base)
+    width = backbone.config.get_text_config(decoder=True).hidden_size
+    if encoder is None:
+        heads = max(width // 128, 1)
+        encoder = RetroEncoderConfig(
+            hidden_size=heads * 64, intermediate_size=heads * 256, num_attention_heads=heads, head_dim=64
+        )
+    retro_config = RetroConfig(
+        text_config=backbone.config,
+        neighbor_encoder_config=encoder,
+        share_embeddings=share_embeddings,
+        freeze_backbone=freeze_backbone,
+        zero_init_cross_attention=True,
+        backbone_name_or_path=name,
+        backbone_revision=revision or getattr(backbone.config, "_commit_hash", None),
+        **{"pad_token_id": backbone.config.pad_token_id, **config},
+    )
+    model = RetroForCausalLM(retro_config, backbone=backbone)
+    parameter = next(p for p in backbone.parameters() if p.is_floating_point())
+    model.model.retro.to(device=parameter.device, dtype=parameter.dtype)
+    logger.info(parameter_report(model))
+    return model.eval()
+
+
+def parameter_report(model: RetroForCausalLM) -> str:
+    """One line that says what RETRO adds and what will be trained.
+
+    Returns:
+        `str`, such as `base 134,515,008 + retro 11,059,776 (8.2 %) | trainable 11,059,776 of 145,574,784 (7.6 %)`.
+    """
+
+    def count(parameters: Any) -> int:
+        return sum(p.numel() for p in parameters)
+
+    total = count(model.parameters())
+    added = count(model.model.retro.parameters())
+    trainable = count(p for p in model.parameters() if p.requires_grad)
+    return (
+        f"base {total - added:,} + retro {added:,} ({added / max(total - added, 1):.1%}) | trainable {trainable:,} of "
+        f"{total:,} ({trainable / total:.1%})"
+    )
+
+
+__all__ = ["parameter_report", "retrofit"]
