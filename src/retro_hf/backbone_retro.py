@@ -65,7 +65,9 @@ def find_decoder_layers(backbone: PreTrainedModel, path: str | None = None) -> n
         try:
             layers = backbone.get_submodule(path)
         except AttributeError as error:
-            raise ValueError(f"`backbone_layers='{path}'` is not a module of {type(backbone).__name__}: {error}.") from None
+            raise ValueError(
+                f"`backbone_layers='{path}'` is not a module of {type(backbone).__name__}: {error}."
+            ) from None
         if not isinstance(layers, nn.ModuleList) or len(layers) != num_layers:
             raise ValueError(
                 f"`backbone_layers='{path}'` must be an nn.ModuleList of {num_layers} layers, found "
@@ -107,7 +109,9 @@ def find_branch_end(backbone: PreTrainedModel, layer: nn.Module, path: str | Non
         try:
             return BranchEnd(layer.get_submodule(path), inside, multiplier)
         except AttributeError as error:
-            raise ValueError(f"`backbone_attention='{path}'` is not a module of {type(layer).__name__}: {error}.") from None
+            raise ValueError(
+                f"`backbone_attention='{path}'` is not a module of {type(layer).__name__}: {error}."
+            ) from None
     children = dict(layer.named_children())
     for norm, sibling in _BRANCH_NORMS:
         if norm in children and sibling in children:

@@ -286,7 +286,9 @@ class RetroConfig(PreTrainedConfig):
         backbone = self.text_config.get_text_config(decoder=True)
         _require_layers(self, "cross_attention_layers", backbone.num_hidden_layers)
         if backbone.hidden_size % 2:
-            raise ValueError(f"The backbone's hidden_size must be even for relative positions, got {backbone.hidden_size}.")
+            raise ValueError(
+                f"The backbone's hidden_size must be even for relative positions, got {backbone.hidden_size}."
+            )
         if self.cross_attention_placement not in ("after_attention", "after_layer"):
             raise ValueError(
                 "`cross_attention_placement` must be 'after_attention' (the paper's order) or 'after_layer', got "

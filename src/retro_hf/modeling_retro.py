@@ -230,7 +230,12 @@ class RetroChunkedCrossAttention(nn.Module):
         projected = None if neighbor_states is None else attention.project_key_value(neighbor_states)
         key, value, mask = recall(projected)
         update, _ = attention.attend(
-            self.norm(hidden_states), key, value, features, mask[:, None, None, :], num_repeats=mask.shape[1] // neighbor_size
+            self.norm(hidden_states),
+            key,
+            value,
+            features,
+            mask[:, None, None, :],
+            num_repeats=mask.shape[1] // neighbor_size,
         )
         return torch.where(mask.any(dim=-1)[:, None, None], update, torch.zeros_like(update))
 
@@ -279,7 +284,9 @@ class _RetroPass:
         """E of the chunks that complete in this pass, (N, S, d'), given the residual stream at layer min(P)."""
         raise NotImplementedError
 
-    def attend(self, layer_idx: int, hidden_states: torch.Tensor, neighbor_states: torch.Tensor | None) -> torch.Tensor:
+    def attend(
+        self, layer_idx: int, hidden_states: torch.Tensor, neighbor_states: torch.Tensor | None
+    ) -> torch.Tensor:
         """The update of layer `layer_idx`, of the shape of `hidden_states` (B, T, hidden_size)."""
         raise NotImplementedError
 
@@ -386,10 +393,16 @@ class _GridPass(_RetroPass):
             hidden_states = torch.cat([history, hidden_states], dim=1)
         chunk_states = _take(hidden_states, self.chunk_columns).view(*self.chunk_mask.shape, -1)
         return self.reader.encoder(
-            self.neighbor_input_ids.flatten(0, 1), self.neighbor_mask.flatten(0, 1), chunk_states, self.chunk_mask, self.embed
+            self.neighbor_input_ids.flatten(0, 1),
+            self.neighbor_mask.flatten(0, 1),
+            chunk_states,
+            self.chunk_mask,
+            self.embed,
         )
 
-    def attend(self, layer_idx: int, hidden_states: torch.Tensor, neighbor_states: torch.Tensor | None) -> torch.Tensor:
+    def attend(
+        self, layer_idx: int, hidden_states: torch.Tensor, neighbor_states: torch.Tensor | None
+    ) -> torch.Tensor:
         size, state = self.config.chunk_size, self.state
         if neighbor_states is None and (state is None or layer_idx not in state.key_values):
             return torch.zeros_like(hidden_states)
@@ -423,7 +436,9 @@ class _GridPass(_RetroPass):
             shape = (batch_size, 2, *new[0].shape[2:])
             state.key_values[layer_idx] = (new[0].new_zeros(shape), new[1].new_zeros(shape))
         old = tuple(pad_to(tensor, num_tokens, dim=-2) for tensor in state.key_values[layer_idx])
-        gathered = [torch.cat([_pick(o, before).unsqueeze(1), n], dim=1).flatten(0, 1) for o, n in zip(old, new, strict=True)]
+        gathered = [
+            torch.cat([_pick(o, before).unsqueeze(1), n], dim=1).flatten(0, 1) for o, n in zip(old, new, strict=True)
+        ]
         state.key_values[layer_idx] = tuple(self._latest(o, n) for o, n in zip(old, new, strict=True))
         new_mask = pad_to(self.neighbor_mask.flatten(2), num_tokens, dim=-1)
         return *gathered, torch.cat([old_mask.unsqueeze(1), new_mask], dim=1).flatten(0, 1)
@@ -505,7 +520,9 @@ class _StepPass(_RetroPass):
         chunk_mask = cells >= torch.tensor(self.origins, device=hidden_states.device).unsqueeze(1)
         return self.reader.encoder(self.neighbor_input_ids, self.neighbor_mask, chunk_states, chunk_mask, self.embed)
 
-    def attend(self, layer_idx: int, hidden_states: torch.Tensor, neighbor_states: torch.Tensor | None) -> torch.Tensor:
+    def attend(
+        self, layer_idx: int, hidden_states: torch.Tensor, neighbor_states: torch.Tensor | None
+    ) -> torch.Tensor:
         state, size = self.state, self.config.chunk_size
         if neighbor_states is None and layer_idx not in state.key_values:
             return torch.zeros_like(hidden_states)
@@ -596,7 +613,9 @@ def _checkpoint_within_pass(checkpoint: Callable, function: Callable, *args: Any
 # ── retrieval by callable ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _check_neighbors(input_ids: Any, mask: Any, vocab_size: int, shape: tuple, source: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _check_neighbors(
+    input_ids: Any, mask: Any, vocab_size: int, shape: tuple, source: str
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Check neighbor tensors, whose leading dimensions must be `shape`; returns ids and a boolean mask."""
     expected = f"({', '.join(str(n) for n in shape)}, num_neighbors, neighbor_size)"
     if not isinstance(input_ids, torch.Tensor) or not (mask is None or isinstance(mask, torch.Tensor)):
@@ -666,7 +685,9 @@ class _Lookup:
         """One hashable key per chunk; -1 at padding."""
         return [tuple(row) for row in chunk_input_ids.masked_fill(~chunk_mask.bool(), -1).tolist()]
 
-    def trace(self, sequences: torch.Tensor, chunk_size: int, offsets: list[int], real: torch.Tensor) -> list[list[dict]]:
+    def trace(
+        self, sequences: torch.Tensor, chunk_size: int, offsets: list[int], real: torch.Tensor
+    ) -> list[list[dict]]:
         """What was retrieved for every row of `sequences`, chunk by chunk.
 
         Returns:
@@ -727,7 +748,9 @@ class RetroPreTrainedModel(PreTrainedModel):
         super().set_attn_implementation(attn_implementation, **kwargs)
         self.config.neighbor_encoder_config._attn_implementation_internal = self.config._attn_implementation
 
-    def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func: Callable | None = None, **kwargs):
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Callable | None = None, **kwargs
+    ):
         if enable and gradient_checkpointing_func is not None:
             if getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
                 raise ValueError(
@@ -956,13 +979,23 @@ class RetroModel(RetroPreTrainedModel):
                         f"`neighbor_input_ids` holds neighbors of {given[0].shape[1]} chunks, but {num_tokens} tokens have "
                         f"only {num_tokens // size} complete chunks of {size}."
                     )
-            given = given[0].to(device), torch.ones_like(given[0]).bool() if given[1] is None else given[1].to(device).bool()
+            given = (
+                given[0].to(device),
+                torch.ones_like(given[0]).bool() if given[1] is None else given[1].to(device).bool(),
+            )
         elif neighbor_attention_mask is not None:
             raise ValueError("`neighbor_attention_mask` was given without `neighbor_input_ids`.")
 
-        if state is not None and not fresh and num_tokens == 1 and min(n - o for n, o in zip(state.lengths, state.offsets)) > 0:
+        if (
+            state is not None
+            and not fresh
+            and num_tokens == 1
+            and min(n - o for n, o in zip(state.lengths, state.offsets)) > 0
+        ):
             return self._plan_step(common, state, input_ids, given, retriever, device)
-        return self._plan_grid(common, state, input_ids, real, (batch_size, num_tokens), given, chunk_offset, retriever, device)
+        return self._plan_grid(
+            common, state, input_ids, real, (batch_size, num_tokens), given, chunk_offset, retriever, device
+        )
 
     def _plan_step(self, common, state, input_ids, given, retriever, device) -> "_StepPass":
         size = self.config.chunk_size
@@ -983,7 +1016,9 @@ class RetroModel(RetroPreTrainedModel):
         parity = torch.tensor([chunk % 2 for chunk in chunks], device=device)
 
         def chunk_tokens(selected: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            origins = [state.offsets[row] - chunk * self.config.chunk_size for row, chunk in zip(rows, chunks, strict=True)]
+            origins = [
+                state.offsets[row] - chunk * self.config.chunk_size for row, chunk in zip(rows, chunks, strict=True)
+            ]
             cells = torch.arange(self.config.chunk_size, device=device)
             real = cells >= torch.tensor(origins, device=device).unsqueeze(1)
             return state.input_ids[index, parity][selected], real[selected]
@@ -1020,9 +1055,7 @@ class RetroModel(RetroPreTrainedModel):
             ids[missing], mask[missing] = pad_to(found, width, 1), pad_to(found_mask, width, 1)
         return ids, mask
 
-    def _plan_grid(
-        self, common, state, input_ids, real, shape, given, chunk_offset, retriever, device
-    ) -> "_GridPass":
+    def _plan_grid(self, common, state, input_ids, real, shape, given, chunk_offset, retriever, device) -> "_GridPass":
         size = self.config.chunk_size
         batch_size, num_tokens = shape
         steps = torch.arange(num_tokens, device=device).expand(batch_size, -1)
@@ -1063,14 +1096,18 @@ class RetroModel(RetroPreTrainedModel):
             state.pending = counts
         grid = _GridPass(*common, positions, num_chunks, None, None, **history)
         if num_chunks:
-            complete = torch.tensor(num_completed, device=device).unsqueeze(1) > torch.arange(num_chunks, device=device)
+            complete = torch.tensor(num_completed, device=device).unsqueeze(1) > torch.arange(
+                num_chunks, device=device
+            )
             rows = torch.arange(batch_size, device=device).repeat_interleave(num_chunks)
             chunks = (base // size).unsqueeze(1) + torch.arange(num_chunks, device=device)
 
             def chunk_tokens(selected: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
                 return grid.chunk_tokens(input_ids).flatten(0, 1)[selected], grid.chunk_mask[selected]
 
-            ids, mask = self._merge_neighbors(rows, chunks.flatten(), complete.flatten(), given, retriever, chunk_tokens)
+            ids, mask = self._merge_neighbors(
+                rows, chunks.flatten(), complete.flatten(), given, retriever, chunk_tokens
+            )
             if ids is not None:
                 grid.neighbor_input_ids = ids.unflatten(0, (batch_size, num_chunks))
                 grid.neighbor_mask = mask.unflatten(0, (batch_size, num_chunks))
@@ -1136,7 +1173,9 @@ def _real_tokens(
 def _learned_positions(backbone: PreTrainedModel) -> int | None:
     """Length of the backbone's table of absolute positions, None if it has no table that could be overrun."""
     limit = getattr(backbone.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    tables = [m for m in backbone.modules() if isinstance(m, nn.Embedding) and m is not backbone.get_input_embeddings()]
+    tables = [
+        m for m in backbone.modules() if isinstance(m, nn.Embedding) and m is not backbone.get_input_embeddings()
+    ]
     return limit if limit and any(limit <= table.num_embeddings <= limit + 2 for table in tables) else None
 
 
@@ -1236,7 +1275,9 @@ class RetroForCausalLM(RetroPreTrainedModel, GenerationMixin):
 
     # ── generation ────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def generate(self, inputs: torch.Tensor | None = None, *args: Any, retriever: Retriever | None = _ATTACHED, **kwargs: Any):
+    def generate(
+        self, inputs: torch.Tensor | None = None, *args: Any, retriever: Retriever | None = _ATTACHED, **kwargs: Any
+    ):
         """Generate as any model of transformers does, retrieving once per completed chunk of `chunk_size` tokens.
 
         Args:
@@ -1260,15 +1301,21 @@ class RetroForCausalLM(RetroPreTrainedModel, GenerationMixin):
             outputs["retrieval_trace"] = self._trace(lookup, outputs.sequences, kwargs.get("chunk_offset"))
         return outputs
 
-    def _trace(self, lookup: _Lookup, sequences: torch.Tensor, chunk_offset: int | torch.Tensor | None) -> list[list[dict]]:
+    def _trace(
+        self, lookup: _Lookup, sequences: torch.Tensor, chunk_offset: int | torch.Tensor | None
+    ) -> list[list[dict]]:
         real = torch.ones_like(sequences, dtype=torch.bool)
         mask = lookup.prompt_mask
-        if mask is not None:  # rows of one prompt stand together, in `mask` once per beam, in `sequences` once per result
+        if (
+            mask is not None
+        ):  # rows of one prompt stand together, in `mask` once per beam, in `sequences` once per result
             rows = torch.arange(len(sequences), device=mask.device) * len(mask) // len(sequences)
             real[:, : mask.shape[1]] = mask[rows].bool().to(real.device)
         offsets = _offsets(None, len(sequences), self.config.chunk_size)
         if chunk_offset is not None:
-            given = _offsets(chunk_offset, 1 if isinstance(chunk_offset, int) else len(chunk_offset), self.config.chunk_size)
+            given = _offsets(
+                chunk_offset, 1 if isinstance(chunk_offset, int) else len(chunk_offset), self.config.chunk_size
+            )
             offsets = [given[row * len(given) // len(sequences)] for row in range(len(sequences))]
         return lookup.trace(sequences, self.config.chunk_size, offsets, real)
 
@@ -1352,7 +1399,11 @@ class RetroForCausalLM(RetroPreTrainedModel, GenerationMixin):
             config ([`RetroConfig`], *optional*): configuration to use instead of the saved one.
             retriever (`Callable`, *optional*): attached with `set_retriever`.
         """
-        hub = {name: kwargs[name] for name in ("revision", "cache_dir", "token", "local_files_only", "subfolder") if name in kwargs}
+        hub = {
+            name: kwargs[name]
+            for name in ("revision", "cache_dir", "token", "local_files_only", "subfolder")
+            if name in kwargs
+        }
         if not isinstance(config, RetroConfig) and pretrained_model_name_or_path is not None and config is None:
             config = cls.config_class.from_pretrained(pretrained_model_name_or_path, **hub)
         if config is None or config.save_backbone:
@@ -1367,7 +1418,9 @@ class RetroForCausalLM(RetroPreTrainedModel, GenerationMixin):
         return model
 
     @classmethod
-    def _from_adapter(cls, path: str | os.PathLike, config: RetroConfig, hub: dict, **kwargs: Any) -> "RetroForCausalLM":
+    def _from_adapter(
+        cls, path: str | os.PathLike, config: RetroConfig, hub: dict, **kwargs: Any
+    ) -> "RetroForCausalLM":
         name, revision = config.backbone_name_or_path, config.backbone_revision
         passed = {k: v for k, v in kwargs.items() if k not in hub and k != "output_loading_info"}
         try:
