@@ -7,6 +7,7 @@ from __future__ import annotations
 
 
 __all__ = [
+    "DatasetError",
     "DatastoreCorruptError",
     "DatastoreExistsError",
     "DatastoreInputError",
@@ -21,6 +22,10 @@ __all__ = [
 
 class RetroError(Exception):
     """Base of all errors that retro-hf raises on purpose; `except RetroError` catches every one of them."""
+
+
+class DatasetError(RetroError, ValueError):
+    """A training or evaluation set lacks what is needed: a column, token ids, texts. The message says how to make it."""
 
 
 class DatastoreNotFoundError(RetroError, FileNotFoundError):

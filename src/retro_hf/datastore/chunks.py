@@ -112,6 +112,8 @@ def chunk_texts(tokenizer: PreTrainedTokenizerBase, rows: np.ndarray, mask: np.n
     Returns:
         `list[str]`: one text per row. Bytes of a character that the border of a chunk cuts show as U+FFFD.
     """
+    if not len(rows):
+        return []
     if mask is None:
         ids = rows.tolist()
     else:

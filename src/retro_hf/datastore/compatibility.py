@@ -1,0 +1,64 @@
+"""Whether a datastore fits a language model's tokenizer and sizes, and the embedder of the queries."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import DatastoreMismatchError
+from .chunks import tokenizer_fingerprint, vocabulary_size
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from .embedder import ChunkEmbedder
+    from .manifest import DatastoreManifest
+
+__all__ = ["check_compatible"]
+
+
+def check_compatible(
+    path: Path,
+    manifest: DatastoreManifest,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None,
+    chunk_size: int | None,
+    neighbor_size: int | None,
+    embedder: ChunkEmbedder | None,
+) -> None:
+    """Raise `DatastoreMismatchError` for the first given thing that the datastore at `path` was not built with."""
+    for name, wanted, known in (
+        ("chunk_size", chunk_size, manifest.chunk_size),
+        ("neighbor_size", neighbor_size, manifest.neighbor_size),
+    ):
+        if wanted is not None and wanted != known:
+            raise DatastoreMismatchError(
+                f"The datastore {str(path)!r} was built with {name}={known}, but {name}={wanted} is expected. "
+                f"Neighbors would be cut at the wrong borders. Rebuild it with {name}={wanted}, or use a model with "
+                f"{name}={known}."
+            )
+    if tokenizer is not None:
+        _check_tokenizer(path, manifest, tokenizer)
+    if embedder is not None and embedder.fingerprint != manifest.embedder["fingerprint"]:
+        made = manifest.embedder
+        raise DatastoreMismatchError(
+            f"The keys of the datastore {str(path)!r} were made by the embedder {made['name']!r} (dim={made['dim']}, "
+            f"fingerprint {made['fingerprint'][:12]}), but the embedder given is {embedder.name_or_path!r} "
+            f"(dim={embedder.dim}, fingerprint {embedder.fingerprint[:12]}). Distances between vectors of two "
+            "encoders mean nothing. Use the embedder of the datastore, or rebuild it with this one."
+        )
+
+
+def _check_tokenizer(path: Path, manifest: DatastoreManifest, tokenizer: PreTrainedTokenizerBase) -> None:
+    known, found = manifest.tokenizer, tokenizer_fingerprint(tokenizer)
+    if found == known["fingerprint"] and manifest.max_token_id < vocabulary_size(tokenizer):
+        return
+    # The same vocabulary, but a token that was added on top of it when the store was built is missing.
+    lacking = f", without token id {manifest.max_token_id}" if found == known["fingerprint"] else ""
+    raise DatastoreMismatchError(
+        f"The datastore {str(path)!r} holds token ids of the tokenizer {known['name']!r} (fingerprint "
+        f"{known['fingerprint'][:12]}), but the tokenizer given is {tokenizer.name_or_path!r} (fingerprint "
+        f"{found[:12]}{lacking}). The ids would stand for other text. Rebuild the datastore with this tokenizer, or "
+        "use the tokenizer it was built with."
+    )

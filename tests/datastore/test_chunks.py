@@ -1,0 +1,113 @@
+"""Chunk arithmetic: borders of documents hold for every length, chunk size and neighbor size."""
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AddedToken
+
+from retro_hf.datastore.chunks import (
+    chunk_texts,
+    document_of,
+    gather_tokens,
+    num_chunks_of,
+    token_dtype,
+    tokenizer_fingerprint,
+    vocabulary_size,
+)
+
+from .fixtures import make_tokenizer
+
+
+def stream_of(documents: list[list[int]], chunk_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Chunks, document borders and lengths of a stream, laid out one document at a time."""
+    padded = [document + [0] * (-len(document) % chunk_size) for document in documents]
+    chunks = np.array([token for document in padded for token in document], dtype=np.uint16).reshape(-1, chunk_size)
+    offsets = np.cumsum([0] + [len(document) // chunk_size for document in padded])
+    return chunks, offsets, np.array([len(document) for document in documents])
+
+
+stores = st.tuples(
+    st.lists(st.lists(st.integers(1, 60_000), min_size=1, max_size=40), min_size=1, max_size=6),
+    st.integers(1, 9),
+    st.integers(0, 20),
+)
+
+
+@given(stores)
+def test_a_neighbor_is_the_chunk_and_what_follows_it_in_its_document(store):
+    documents, chunk_size, extra = store
+    chunks, offsets, lengths = stream_of(documents, chunk_size)
+    neighbor_size = chunk_size + extra
+    tokens, mask = gather_tokens(np.arange(len(chunks)), chunks, offsets, lengths, neighbor_size)
+    expected = [
+        document[start : start + neighbor_size]
+        for document in documents
+        for start in range(0, len(document), chunk_size)
+    ]
+    assert len(expected) == len(chunks)
+    for row, keep, neighbor in zip(tokens, mask, expected, strict=True):
+        assert row[: len(neighbor)].tolist() == neighbor
+        assert not row[len(neighbor) :].any()
+        assert keep.tolist() == [1] * len(neighbor) + [0] * (neighbor_size - len(neighbor))
+
+
+@given(stores)
+def test_chunks_of_a_document_put_together_are_the_document(store):
+    documents, chunk_size, _ = store
+    chunks, offsets, lengths = stream_of(documents, chunk_size)
+    ids = np.arange(len(chunks))
+    tokens, mask = gather_tokens(ids, chunks, offsets, lengths, chunk_size)
+    owners = document_of(ids, offsets)
+    for number, document in enumerate(documents):
+        own = owners == number
+        assert own.sum() == num_chunks_of(len(document), chunk_size)
+        assert tokens[own][mask[own].astype(bool)].tolist() == document
+
+
+@given(stores, st.data())
+def test_gather_takes_any_shape_and_minus_one(store, data):
+    documents, chunk_size, extra = store
+    chunks, offsets, lengths = stream_of(documents, chunk_size)
+    shape = data.draw(st.sampled_from([(), (0,), (3,), (2, 3), (2, 0, 4), (1, 2, 3)]))
+    size = int(np.prod(shape))
+    ids = np.array(data.draw(st.lists(st.integers(-1, len(chunks) - 1), min_size=size, max_size=size)), dtype=np.int64)
+    tokens, mask = gather_tokens(ids.reshape(shape), chunks, offsets, lengths, chunk_size + extra)
+    assert tokens.shape == mask.shape == (*shape, chunk_size + extra)
+    assert tokens.dtype == mask.dtype == np.int64
+    absent = ids.reshape(shape) == -1
+    assert not tokens[absent].any() and not mask[absent].any()
+    assert (mask[~absent].sum(axis=-1) > 0).all()
+
+
+def test_document_of_minus_one_is_minus_one():
+    offsets = np.array([0, 2, 3])
+    assert document_of(np.array([[-1, 0], [1, 2]]), offsets).tolist() == [[-1, 0], [0, 1]]
+
+
+def test_token_dtype_is_the_narrowest_that_holds_every_id():
+    assert token_dtype(65_536) == np.uint16
+    assert token_dtype(65_537) == np.uint32
+
+
+def test_chunk_texts_leave_out_padding_and_special_tokens(tokenizer):
+    ids = tokenizer("the old river", add_special_tokens=False)["input_ids"]
+    rows = np.array([ids + [0, 0], [0, 0] + ids])
+    mask = np.array([[1] * len(ids) + [0, 0], [1, 1] + [1] * len(ids)])
+    assert chunk_texts(tokenizer, rows, mask) == ["the old river", "the old river"]
+    assert chunk_texts(tokenizer, np.zeros((1, 4), dtype=np.int64)) == [""]
+
+
+def test_the_fingerprint_ignores_padding_truncation_and_added_tokens(tokenizer, tmp_path):
+    fingerprint = tokenizer_fingerprint(tokenizer)
+    other = make_tokenizer()
+    other(["a", "a b c"], padding=True, truncation=True, max_length=2)
+    assert tokenizer_fingerprint(other) == fingerprint
+    other.add_tokens([AddedToken("<new>")])
+    assert tokenizer_fingerprint(other) == fingerprint
+    assert vocabulary_size(other) == vocabulary_size(tokenizer) + 1
+    other.save_pretrained(tmp_path)
+    assert tokenizer_fingerprint(type(other).from_pretrained(tmp_path)) == fingerprint
+
+
+def test_the_fingerprint_tells_vocabularies_apart(tokenizer):
+    assert tokenizer_fingerprint(make_tokenizer(vocab_size=380)) != tokenizer_fingerprint(tokenizer)

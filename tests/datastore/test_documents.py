@@ -1,0 +1,150 @@
+"""Every kind of input becomes the same documents, and what is no document is named with its place."""
+
+import gzip
+import json
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from retro_hf.datastore.documents import DocumentReader
+from retro_hf.errors import DatastoreInputError, DatastoreNotFoundError
+
+
+ROWS = [
+    {"id": "x", "title": "T", "source": "S", "text": "first text", "year": 1},
+    {"id": "y", "title": "U", "source": "S", "text": "second text", "year": 2},
+]
+
+
+def read(documents):
+    return list(DocumentReader(documents))
+
+
+def write_jsonl(path: Path, rows=ROWS) -> Path:
+    opened = gzip.open(path, "wt") if path.name.endswith(".gz") else path.open("w")
+    with opened as file:
+        file.write("\n".join(json.dumps(row) for row in rows) + "\n\n")
+    return path
+
+
+@pytest.mark.parametrize("kind", ["list", "generator", "dataset", "iterable", "jsonl", "jsonl.gz", "parquet"])
+def test_every_kind_of_input_gives_the_same_documents(kind, tmp_path):
+    path = tmp_path / f"corpus.{kind}"
+    if kind.startswith("jsonl"):
+        write_jsonl(path)
+    elif kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(ROWS), path)
+    documents = {
+        "list": lambda: ROWS,
+        "generator": lambda: (row for row in ROWS),
+        "dataset": lambda: datasets.Dataset.from_list(ROWS),
+        "iterable": lambda: datasets.Dataset.from_list(ROWS).to_iterable_dataset(),
+    }.get(kind, lambda: str(path))()
+    found = [(d.id, d.title, d.source, d.text, d.metadata) for d in read(documents)]
+    assert found == [("x", "T", "S", "first text", {"year": 1}), ("y", "U", "S", "second text", {"year": 2})]
+
+
+def test_texts_are_numbered_and_lines_of_files_are_named(tmp_path):
+    assert [d.id for d in read(["a", "", "c"])] == ["0", "2"]
+    path = write_jsonl(tmp_path / "corpus.jsonl", [{"text": "a"}, {"text": "b", "source": "own"}])
+    assert [(d.id, d.source) for d in read(path)] == [("corpus.jsonl:1", "corpus.jsonl"), ("corpus.jsonl:2", "own")]
+
+
+def test_a_folder_is_read_in_order_of_names_hidden_files_apart(tmp_path):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "one.txt").write_text("text of one")
+    (tmp_path / "a.md").write_bytes(b"\xef\xbb\xbfwith a mark \xff")
+    (tmp_path / "c.bin").write_bytes(b"\x00")
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "x.txt").write_text("hidden")
+    write_jsonl(tmp_path / "d.jsonl")
+    reader = DocumentReader(tmp_path)
+    found = [(d.id, d.title, d.source) for d in reader]
+    assert found == [("a.md", "a", "a.md"), ("b/one.txt", "one", "b/one.txt"), ("x", "T", "S"), ("y", "U", "S")]
+    assert read(tmp_path)[0].text == "with a mark \ufffd"
+    assert reader.sources == [{"name": "a.md"}, {"name": "b/one.txt"}, {"name": "d.jsonl"}]
+
+
+def test_paths_in_a_list_are_files(tmp_path):
+    (tmp_path / "one.txt").write_text("text of one")
+    assert [d.text for d in read([tmp_path / "one.txt", "one.txt"])] == ["text of one", "one.txt"]
+
+
+def test_empty_documents_are_skipped_and_counted():
+    reader = DocumentReader(["a", "", " \n\t", {"text": None}, {"text": "b"}])
+    assert [d.text for d in reader] == ["a", "b"]
+    assert reader.num_empty == 3
+
+
+def test_lone_surrogates_are_replaced_and_pairs_joined(tmp_path):
+    path = tmp_path / "corpus.jsonl"
+    path.write_text('{"text": "a\\ud800b", "title": "\\udc00"}\n{"text": "\\ud83d\\ude00 \\u0000"}\n')
+    reader = DocumentReader(path)
+    assert [(d.text, d.title) for d in reader] == [("a\ufffdb", "\ufffd"), ("\U0001f600 \x00", "")]
+    assert reader.num_repaired == 1
+    assert read(["\ud83d\ude00"])[0].text == "\U0001f600"
+
+
+@pytest.mark.parametrize(
+    ("documents", "message"),
+    [
+        ([{"id": "a", "content": "x"}], r"Document 0 has the fields \['id', 'content'\], but no 'text'"),
+        (["fine", {"text": 3}], r"text of Document 1 is of type int, not str"),
+        (["fine", 3.5], r"Document 1 is of type float"),
+        ([["a", "b"]], r"Document 0 is of type list"),
+        ([{"text": "x", "title": ["t"]}], r"title of Document 0 is of type list"),
+        ({"train": ["a"], "test": []}, r"mapping with the keys 'train', 'test'. Pass one split"),
+        (datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS)), r"Pass one split"),
+        (datasets.Dataset.from_dict({"body": ["x"]}), r"columns \['body'\], but no column 'text'.*rename_column"),
+        (7, r"documents are of type int"),
+    ],
+)
+def test_what_is_no_document_is_named(documents, message):
+    with pytest.raises(DatastoreInputError, match=message):
+        read(documents)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
+def test_a_broken_line_is_named_with_file_and_number(tmp_path, suffix):
+    path = tmp_path / f"corpus{suffix}"
+    with gzip.open(path, "wt") if suffix.endswith("gz") else path.open("w") as file:
+        file.write('{"text": "fine"}\n\n{"text": "bro\n')
+    with pytest.raises(DatastoreInputError, match=rf"corpus{suffix}:3 is not JSON"):
+        read(path)
+
+
+def test_a_line_that_is_no_object_is_named(tmp_path):
+    path = tmp_path / "corpus.jsonl"
+    path.write_text("[1, 2]\n")
+    with pytest.raises(DatastoreInputError, match=r"corpus.jsonl:1 is of type list"):
+        read(path)
+    path.write_text("[" * 100_000 + "\n")
+    with pytest.raises(DatastoreInputError, match=r"corpus.jsonl:1 is not JSON"):
+        read(path)
+
+
+def test_a_gzip_file_cut_short_is_named(tmp_path):
+    path = write_jsonl(tmp_path / "corpus.jsonl.gz", ROWS * 2000)
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(DatastoreInputError, match=r"corpus.jsonl.gz' breaks off after line"):
+        read(path)
+
+
+def test_a_file_that_is_no_parquet_file_is_named(tmp_path):
+    path = tmp_path / "corpus.parquet"
+    path.write_bytes(b"PAR1 nonsense")
+    with pytest.raises(DatastoreInputError, match=r"corpus.parquet' is not a readable parquet file"):
+        read(path)
+
+
+def test_missing_paths_and_empty_folders_are_named(tmp_path):
+    with pytest.raises(DatastoreNotFoundError, match=r"no file or folder .*pass them as a list"):
+        read(str(tmp_path / "nowhere"))
+    with pytest.raises(DatastoreInputError, match=r"holds no \.txt, \.md"):
+        read(tmp_path)
+    (tmp_path / "x.pdf").write_bytes(b"%PDF")
+    with pytest.raises(DatastoreInputError, match=r"x.pdf' is none of the readable kinds"):
+        read(tmp_path / "x.pdf")

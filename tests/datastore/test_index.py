@@ -1,0 +1,187 @@
+"""The index: exact where it can be, measured where it cannot, and the same from threads, forks and memory maps."""
+
+import multiprocessing
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import faiss
+import numpy as np
+import pytest
+
+from retro_hf.datastore import index as index_module
+from retro_hf.datastore.index import (
+    build_index,
+    check_factory,
+    choose_factory,
+    exact_search,
+    max_effort,
+    open_index,
+    search_index,
+)
+from retro_hf.errors import DatastoreCorruptError, DatastoreInputError
+
+
+class NoBar:
+    def update(self, count: int) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def keys() -> np.ndarray:
+    """3000 unit vectors around 60 centers, as texts cluster."""
+    generator = np.random.default_rng(0)
+    centers = generator.normal(size=(60, 32))
+    rows = centers[generator.integers(60, size=3000)] + 0.5 * generator.normal(size=(3000, 32))
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float16)
+
+
+@pytest.fixture(scope="module")
+def queries(keys) -> np.ndarray:
+    generator = np.random.default_rng(1)
+    rows = keys[:200].astype(np.float32) + 0.1 * generator.normal(size=(200, 32)).astype(np.float32)
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def build_and_open(keys, factory, path):
+    built = build_index(keys, factory, path, progress=NoBar())
+    return built, open_index(path, *keys.shape)
+
+
+def test_exact_search_is_exact(keys, queries, monkeypatch):
+    monkeypatch.setattr(index_module, "_BLOCK_ROWS", 700)
+    scores, ids = exact_search(keys, queries, 5)
+    everything = queries @ keys.astype(np.float32).T
+    np.testing.assert_allclose(scores, -np.sort(-everything, axis=1)[:, :5], atol=1e-6)
+    np.testing.assert_allclose(np.take_along_axis(everything, ids, axis=1), scores, atol=1e-6)
+
+
+@pytest.mark.parametrize("num_queries", [1, 2, 3, 200])
+def test_flat_finds_what_exact_search_finds_at_every_batch_size(keys, queries, tmp_path, num_queries):
+    built, index = build_and_open(keys, "Flat", tmp_path / "index")
+    assert built == {"factory": "Flat", "search": {}, "recall": None}
+    scores, ids = search_index(index, queries[:num_queries], 10, {})
+    expected, expected_ids = exact_search(keys, queries[:num_queries], 10)
+    np.testing.assert_allclose(scores, expected, atol=1e-5)
+    assert (ids == expected_ids).mean() > 0.99
+
+
+@pytest.mark.parametrize(
+    "factory",
+    ["IVF32,Flat", "IVF32,PQ8x4fs,Refine(SQfp16)", "HNSW16,SQ8", "SQ8", "PCA16,IVF32,SQ8,Refine(Flat)", "PQ8x4fs"],
+)
+def test_recall_of_other_kinds_is_what_was_measured(keys, queries, tmp_path, factory):
+    built, index = build_and_open(keys, factory, tmp_path / "index")
+    recall = built["recall"]
+    assert recall["at"] == 2 and recall["queries"] == 1000
+    if factory != "PQ8x4fs":  # Codes alone do not tell near neighbors apart.
+        assert recall["value"] >= 0.95
+    scores, ids = search_index(index, queries, 2, built["search"])
+    assert scores.dtype == np.float32 and ids.dtype == np.int64
+    exact, _ = exact_search(keys, queries, 2)
+    found = np.einsum("qd,qkd->qk", queries, keys[ids].astype(np.float32)) >= exact[:, -1:] - 1e-5
+    assert abs(found.mean() - recall["value"]) < 0.12
+
+
+def test_an_index_below_the_target_says_so(keys, tmp_path, caplog):
+    build_index(keys, "PQ2x4", tmp_path / "index", progress=NoBar())
+    assert "below the 95% aimed at. Use index='Flat'" in caplog.text
+
+
+def test_search_parameters_do_not_change_the_index(keys, queries, tmp_path):
+    _, index = build_and_open(keys, "IVF32,Flat", tmp_path / "index")
+    before = index.nprobe
+    narrow, wide = (search_index(index, queries, 5, {"nprobe": count})[0] for count in (1, 32))
+    assert index.nprobe == before and narrow.sum() < wide.sum()
+    np.testing.assert_allclose(wide, exact_search(keys, queries, 5)[0], atol=1e-5)
+    assert max_effort(index, {"nprobe": 5}) == 7 and max_effort(index, {}) == 1
+
+
+def test_building_an_index_twice_gives_the_same_bytes(keys, tmp_path):
+    results = [
+        build_index(keys, "IVF32,PQ8x4fs,Refine(SQfp16)", tmp_path / str(number), progress=NoBar())
+        for number in range(2)
+    ]
+    assert results[0] == results[1]
+    assert (tmp_path / "0").read_bytes() == (tmp_path / "1").read_bytes()
+
+
+def test_the_kind_of_index_follows_the_size():
+    assert choose_factory(1, 384) == choose_factory(200_000, 384) == "Flat"
+    assert choose_factory(200_001, 384) == "IVF2048,PQ96x4fs,Refine(SQfp16)"
+    assert choose_factory(1_000_000, 384) == "IVF4096,PQ96x4fs,Refine(SQfp16)"
+    assert choose_factory(20_000_000, 384) == "IVF16384_HNSW32,PQ96x4fs,Refine(SQfp16)"
+    assert choose_factory(10**12, 770) == "IVF1048576_HNSW32,SQ8,Refine(SQfp16)"
+    for num_chunks in (1, 300_000, 10**7):
+        check_factory(choose_factory(num_chunks, 384), num_chunks, 384)
+
+
+@pytest.mark.parametrize(
+    ("factory", "least"), [("IVF64,Flat", 64), ("PQ8", 256), ("IVF16,PQ8x4", 16), ("PQ4x10", 1024)]
+)
+def test_too_few_chunks_to_train_on_is_our_own_error(factory, least):
+    check_factory(factory, least, 32)
+    with pytest.raises(
+        DatastoreInputError, match=f"at least {least:,} chunks, but the documents make {least - 1:,}.*Flat"
+    ):
+        check_factory(factory, least - 1, 32)
+
+
+def test_what_faiss_refuses_to_train_is_our_own_error(keys, tmp_path):
+    with pytest.raises(DatastoreInputError, match="could not be trained on 10 of 10 chunks.*Use index='Flat'"):
+        build_index(keys[:10], "RQ4x8", tmp_path / "index", progress=NoBar())
+
+
+def test_an_index_of_other_vectors_is_refused(keys, tmp_path):
+    build_index(keys, "Flat", tmp_path / "index", progress=NoBar())
+    for shape in ((2999, 32), (3000, 16)):
+        with pytest.raises(DatastoreCorruptError, match="holds .vectors, dimension, metric. = "):
+            open_index(tmp_path / "index", *shape)
+    faiss.write_index(faiss.index_factory(32, "Flat", faiss.METRIC_L2), str(tmp_path / "l2"))
+    with pytest.raises(DatastoreCorruptError):
+        open_index(tmp_path / "l2", 0, 32)
+    (tmp_path / "index").write_bytes((tmp_path / "index").read_bytes()[:1000])
+    with pytest.raises(DatastoreCorruptError, match="FAISS says"):
+        open_index(tmp_path / "index", 3000, 32)
+
+
+def test_threads_get_the_single_thread_answers_and_the_blas_setting_comes_back(keys, queries, tmp_path):
+    _, index = build_and_open(keys, "Flat", tmp_path / "index")
+    before = faiss.cvar.distance_compute_blas_threshold
+    expected, expected_ids = search_index(index, queries, 4, {})
+    barrier = threading.Barrier(8)
+
+    def work(_: int) -> None:
+        barrier.wait()
+        for _ in range(5):
+            scores, ids = search_index(index, queries, 4, {})
+            # Threads of different widths add in another order: the last bit of a score may differ, no neighbor does.
+            np.testing.assert_allclose(scores, expected, atol=1e-6)
+            np.testing.assert_array_equal(ids, expected_ids)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(8)))
+    assert faiss.cvar.distance_compute_blas_threshold == before
+
+
+def _search_in_child(datastore, queries, results) -> None:
+    results.put((faiss.omp_get_max_threads(), datastore.search(queries, 2)[1]))
+
+
+@pytest.mark.timeout(60)
+def test_a_forked_child_searches_although_its_parent_has_used_two_threads(datastore):
+    """With two threads in the child this deadlocks: the parent's OpenMP pool does not survive a fork."""
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(2)
+    try:
+        queries = np.repeat(np.asarray(datastore.keys, dtype=np.float32), 20, axis=0)
+        expected = datastore.search(queries, 2)[1]
+        context = multiprocessing.get_context("fork")
+        results = context.Queue()
+        child = context.Process(target=_search_in_child, args=(datastore, queries, results))
+        child.start()
+        threads, found = results.get(timeout=30)
+        child.join()
+    finally:
+        faiss.omp_set_num_threads(before)
+    assert threads == 1
+    np.testing.assert_array_equal(found, expected)

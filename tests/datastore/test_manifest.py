@@ -1,0 +1,216 @@
+"""The manifest and the files under it: whatever was changed, swapped, cut or made up is refused before it is used."""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+
+import pytest
+
+from retro_hf.datastore import DatastoreManifest, RetroDatastore
+from retro_hf.datastore.manifest import MANIFEST_NAME
+from retro_hf.errors import DatastoreCorruptError, DatastoreNotFoundError
+
+
+@pytest.fixture
+def copy(built, tmp_path):
+    """A copy of the store that a test may damage."""
+    return shutil.copytree(built, tmp_path / "copy")
+
+
+def rewrite(folder, change, seal=True):
+    """Change the content of a manifest; with `seal` its checksum is made to match, as an attacker would."""
+    path = folder / MANIFEST_NAME
+    content = json.loads(path.read_text())
+    change(content)
+    if seal:
+        content.pop("checksum", None)
+        canonical = json.dumps(content, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+        content["checksum"] = hashlib.sha256(canonical.encode()).hexdigest()
+    path.write_text(json.dumps(content))
+
+
+def setter(*path_and_value):
+    *path, last, value = path_and_value
+
+    def change(content):
+        for key in path:
+            content = content[key]
+        content[last] = value
+
+    return change
+
+
+def test_a_manifest_survives_writing_and_reading(built, tmp_path):
+    manifest = DatastoreManifest.read(built)
+    manifest.write(tmp_path)
+    assert DatastoreManifest.read(tmp_path) == manifest
+    assert (tmp_path / MANIFEST_NAME).read_bytes() == (built / MANIFEST_NAME).read_bytes()
+    assert [file.name for file in tmp_path.iterdir()] == [MANIFEST_NAME]
+
+
+def test_the_manifest_holds_no_absolute_path(built):
+    text = (built / MANIFEST_NAME).read_text()
+    assert str(built.parent) not in text and '"/' not in text
+
+
+def test_a_folder_without_a_manifest_is_no_datastore(tmp_path):
+    with pytest.raises(DatastoreNotFoundError, match="it has no datastore.json.*RetroDatastore.build"):
+        RetroDatastore.load(tmp_path)
+    with pytest.raises(DatastoreNotFoundError, match="the folder does not exist"):
+        RetroDatastore.load(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        setter("neighbor_size", 24),
+        setter("num_documents", 39),
+        setter("embedder", "fingerprint", "0" * 64),
+        setter("index", "recall", {"at": 2, "value": 1.0, "queries": 1}),
+        lambda content: content.pop("sources"),
+        lambda content: content.pop("checksum"),
+    ],
+)
+def test_any_change_without_a_new_checksum_is_refused(copy, change):
+    rewrite(copy, change, seal=False)
+    with pytest.raises(DatastoreCorruptError, match=r"checksum|missing fields \['sources'\]"):
+        RetroDatastore.load(copy)
+
+
+HOSTILE = {
+    "format": setter("format_version", 2),
+    "chunk size zero": setter("chunk_size", 0),
+    "chunk size of another type": setter("chunk_size", "8"),
+    "chunk size true": setter("chunk_size", True),
+    "chunk size huge": setter("chunk_size", 1 << 40),
+    "another chunk size": setter("chunk_size", 4),
+    "neighbor below chunk": setter("neighbor_size", 4),
+    "neighbor huge": setter("neighbor_size", 1 << 40),
+    "chunks negative": setter("num_chunks", -1),
+    "chunks huge": setter("num_chunks", 1 << 60),
+    "chunks a float": setter("num_chunks", 12.0),
+    "fewer chunks": setter("num_chunks", 40),
+    "fewer documents": setter("num_documents", 39),
+    "more documents than chunks": setter("num_documents", 1 << 30),
+    "tokens huge": setter("num_tokens", 1 << 40),
+    "wider tokens": setter("token_dtype", "uint32"),
+    "tokens of objects": setter("token_dtype", "object"),
+    "metric": setter("metric", "l2"),
+    "dim": setter("embedder", "dim", 16),
+    "dim huge": setter("embedder", "dim", 1 << 40),
+    "fingerprint": setter("embedder", "fingerprint", "../x"),
+    "tokenizer a list": setter("tokenizer", []),
+    "vocabulary": setter("tokenizer", "vocab_size", 0),
+    "factory": setter("index", "factory", None),
+    "search": setter("index", "search", {"nprobe": -1}),
+    "search infinite": setter("index", "search", {"nprobe": 1e300}),
+    "search of text": setter("index", "search", "nprobe=1"),
+    "parent path": setter("files", 0, "name", "../datastore.json"),
+    "absolute path": setter("files", 0, "name", "/etc/passwd"),
+    "windows path": setter("files", 0, "name", "a\\b"),
+    "empty name": setter("files", 0, "name", ""),
+    "hidden name": setter("files", 0, "name", ".profile"),
+    "name with NUL": setter("files", 0, "name", "a\x00b"),
+    "name a number": setter("files", 0, "name", 3),
+    "missing file": setter("files", 0, "name", "absent.bin"),
+    "size": setter("files", 0, "size", 7),
+    "size huge": setter("files", 0, "size", 1 << 70),
+    "sha256": setter("files", 0, "sha256", "abc"),
+    "kind": setter("files", 0, "kind", "pickle"),
+    "file twice": lambda content: content["files"].append(content["files"][0]),
+    "file a text": setter("files", 0, "index.faiss"),
+    "no files": setter("files", []),
+    "files an object": setter("files", {}),
+    "too many files": lambda content: content["files"].extend(content["files"] * 2000),
+    "unknown field": setter("trust_remote_code", True),
+    "sources": setter("sources", "wiki"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_manifest_with_a_right_checksum_is_refused(copy, name):
+    rewrite(copy, HOSTILE[name])
+    with pytest.raises(DatastoreCorruptError):
+        # Whatever opening lets through because it looks at no key yet, using it does not.
+        store = RetroDatastore.load(copy)
+        _ = store.keys, store.index
+
+
+@pytest.mark.parametrize(
+    "text", ["", "nonsense", "[]", "3", '{"format_version": 1}', "[" * 100_000, "\x00", '{"a": 1e999}', "{" * 1000]
+)
+def test_a_manifest_that_is_none_is_refused(copy, text):
+    (copy / MANIFEST_NAME).write_text(text)
+    with pytest.raises(DatastoreCorruptError, match="datastore.json.*Restore the folder"):
+        RetroDatastore.load(copy)
+
+
+def test_a_manifest_of_absurd_size_is_not_read(copy):
+    with (copy / MANIFEST_NAME).open("r+b") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(DatastoreCorruptError, match="more than 16,777,216"):
+        RetroDatastore.load(copy)
+
+
+def names_of(folder) -> list[str]:
+    return [entry.name for entry in DatastoreManifest.read(folder).files]
+
+
+def test_a_missing_file_is_named(copy):
+    for name in names_of(copy):
+        content = (copy / name).read_bytes()
+        (copy / name).unlink()
+        with pytest.raises(DatastoreCorruptError, match=f"{name!r} .* is missing"):
+            RetroDatastore.load(copy)
+        (copy / name).write_bytes(content)
+    RetroDatastore.load(copy, verify=True)
+
+
+def test_a_file_cut_short_or_grown_is_named(copy):
+    for name in names_of(copy):
+        content = (copy / name).read_bytes()
+        for damaged in (content[:-1], content[: len(content) // 2], b"", content + b"\0"):
+            (copy / name).write_bytes(damaged)
+            with pytest.raises(DatastoreCorruptError, match=f"{name!r} .* bytes, but the manifest says"):
+                RetroDatastore.load(copy)
+        (copy / name).write_bytes(content)
+
+
+def test_verify_finds_a_flipped_bit_in_every_file(copy, seed):
+    for name in names_of(copy):
+        content = (copy / name).read_bytes()
+        for place in (0, len(content) // 2, len(content) - 1):
+            damaged = bytearray(content)
+            damaged[place] ^= 1
+            (copy / name).write_bytes(damaged)
+            with pytest.raises(DatastoreCorruptError):
+                RetroDatastore.load(copy, verify=True)
+        (copy / name).write_bytes(content)
+
+
+def test_swapped_files_are_refused(copy):
+    entries = {entry.kind: entry.name for entry in DatastoreManifest.read(copy).files}
+    first, second = copy / entries["doc_offsets"], copy / entries["keys"]
+    first_bytes, second_bytes = first.read_bytes(), second.read_bytes()
+    first.write_bytes(second_bytes)
+    second.write_bytes(first_bytes)
+    with pytest.raises(DatastoreCorruptError):
+        RetroDatastore.load(copy)
+
+
+@pytest.mark.parametrize("kind", ["tokens", "doc_offsets", "doc_lengths", "documents", "keys", "index"])
+def test_a_file_of_noise_of_the_right_size_is_refused_or_never_trusted(copy, kind):
+    """Sealed anew by an attacker, so that sizes and checksums agree: the headers still do not."""
+    manifest = DatastoreManifest.read(copy)
+    entry = manifest.entries(kind)[0]
+    noise = hashlib.shake_256(kind.encode()).digest(entry.size)
+    (copy / entry.name).write_bytes(noise)
+    files = tuple(
+        dataclasses.replace(entry, sha256=hashlib.sha256(noise).hexdigest()) if file == entry else file
+        for file in manifest.files
+    )
+    dataclasses.replace(manifest, files=files).write(copy)
+    with pytest.raises(DatastoreCorruptError):
+        store = RetroDatastore.load(copy, verify=True)
+        _ = store.keys, store.index, store.document(0)

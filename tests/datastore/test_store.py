@@ -1,0 +1,268 @@
+"""RetroDatastore: what is built is what was given, it travels, and building is atomic and repeatable."""
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import textwrap
+
+import datasets
+import numpy as np
+import pytest
+import safetensors.numpy
+from transformers import AutoTokenizer
+
+from retro_hf.datastore import ChunkEmbedder, RetroDatastore, chunk_texts
+from retro_hf.errors import DatastoreExistsError, DatastoreInputError, DatastoreMismatchError
+
+from .fixtures import corpus, make_encoder, make_tokenizer
+
+
+def content_of(folder) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_the_store_holds_what_was_given(datastore, tokenizer, embedder):
+    documents = corpus()
+    assert datastore.num_documents == len(documents) and len(datastore) == datastore.num_chunks
+    assert [datastore.document(number) for number in range(len(documents))] == documents
+    assert [datastore.document_number(document["id"]) for document in documents] == list(range(len(documents)))
+    ids = np.arange(datastore.num_chunks)
+    tokens, mask = datastore.gather(ids)
+    tokens, mask = tokens[:, :8], mask[:, :8].astype(bool)
+    owners = datastore.document_of(ids)
+    for number, document in enumerate(documents):
+        expected = tokenizer(document["text"])["input_ids"]
+        assert tokens[owners == number][mask[owners == number]].tolist() == expected
+    assert datastore.num_tokens == mask.sum()
+    texts = chunk_texts(tokenizer, tokens, mask)
+    np.testing.assert_allclose(datastore.keys.astype(np.float32), embedder.embed(texts), atol=1e-3)
+
+
+def test_every_chunk_finds_itself(datastore, embedder, tokenizer):
+    ids = np.arange(datastore.num_chunks)
+    tokens, mask = datastore.gather(ids)
+    scores, found = datastore.search(embedder.embed(chunk_texts(tokenizer, tokens[:, :8], mask[:, :8])), 1)
+    np.testing.assert_allclose(scores[:, 0], 1, atol=2e-3)
+    # Short chunks at the end of two documents may be the same.
+    assert (found[:, 0] == ids).mean() > 0.9
+
+
+def test_keys_are_a_safetensors_file_that_others_can_read(datastore):
+    name = datastore.manifest.entries("keys")[0].name
+    keys = safetensors.numpy.load_file(datastore.path / name)["keys"]
+    np.testing.assert_array_equal(keys, datastore.keys)
+    assert keys.dtype == np.float16 and keys.shape == (datastore.num_chunks, 32)
+
+
+def test_documents_are_a_parquet_file_that_others_can_read(datastore):
+    table = datasets.Dataset.from_parquet(str(datastore.path / datastore.manifest.entries("documents")[0].name))
+    assert table["text"] == [document["text"] for document in corpus()]
+
+
+def test_the_stores_own_tokenizer_is_the_one_it_was_built_with(datastore, tokenizer):
+    assert datastore.tokenizer("the old river \u05e9")["input_ids"] == tokenizer("the old river \u05e9")["input_ids"]
+    AutoTokenizer.from_pretrained(datastore.path)
+
+
+def test_building_twice_gives_the_same_bytes(built, tmp_path, tokenizer, embedder):
+    other = tmp_path / "again"
+    RetroDatastore.build(iter(corpus()), other, tokenizer=tokenizer, embedder=embedder, chunk_size=8, neighbor_size=20)
+    assert content_of(other) == content_of(built)
+
+
+def test_every_input_kind_gives_the_same_chunks(built, tmp_path, tokenizer, embedder):
+    options = dict(tokenizer=tokenizer, embedder=embedder, chunk_size=8, neighbor_size=20)
+    dataset = datasets.Dataset.from_list(corpus())
+    dataset.to_json(tmp_path / "corpus.jsonl")
+    for number, documents in enumerate([dataset, dataset.to_iterable_dataset(), tmp_path / "corpus.jsonl"]):
+        store = RetroDatastore.build(documents, tmp_path / str(number), **options)
+        for kind in ("tokens", "doc_offsets", "keys", "documents"):
+            name = store.manifest.entries(kind)[0].name
+            assert (store.path / name).read_bytes() == (built / name).read_bytes(), kind
+
+
+def test_any_unicode_survives(tokenizer, embedder):
+    texts = [
+        "\x00 \x7f",
+        "\U0001f600\U0001f468\u200d\U0001f469",
+        "\u05e9\u05dc\u05d5\u05dd \u202etxet",
+        "a\ud800b",
+        "\ufeff",
+    ]
+    store = RetroDatastore.from_texts(texts, tokenizer, embedder=embedder, chunk_size=4, neighbor_size=64)
+    first = np.searchsorted(store.document_of(np.arange(store.num_chunks)), np.arange(store.num_documents))
+    tokens, mask = store.gather(first)
+    expected = [text.replace("\ud800", "\ufffd") for text in texts]
+    assert chunk_texts(tokenizer, tokens, mask) == expected
+    assert [store.document(number)["text"] for number in range(store.num_documents)] == expected
+
+
+def test_one_short_document_is_a_store(tokenizer, embedder):
+    store = RetroDatastore.from_texts(["a"], tokenizer, embedder=embedder)
+    assert (store.num_chunks, store.num_tokens, store.chunk_size, store.neighbor_size) == (1, 1, 64, 128)
+    tokens, mask = store.gather([[0, -1]])
+    assert mask.sum(axis=-1).tolist() == [[1, 0]]
+    scores, ids = store.search(np.asarray(store.keys, dtype=np.float32), 3)
+    assert ids.tolist() == [[0, -1, -1]] and np.isneginf(scores[0, 1:]).all()
+
+
+def test_wide_vocabularies_are_kept_in_four_bytes(embedder):
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens([f"<{number}>" for number in range(70_000)])
+    store = RetroDatastore.from_texts(["<3> <69999> the"], tokenizer, embedder=embedder, chunk_size=4, neighbor_size=8)
+    assert store.manifest.token_dtype == "uint32"
+    assert store.gather(0)[0][:3].max() == tokenizer.convert_tokens_to_ids("<69999>")
+    with pytest.raises(DatastoreMismatchError, match="without token id"):
+        store.check_compatible(tokenizer=make_tokenizer())
+
+
+def test_a_temporary_store_lives_as_long_as_the_object(tokenizer, embedder, tmp_path):
+    store = RetroDatastore.from_texts(corpus(3), tokenizer, embedder=embedder)
+    path = store.path
+    store.save(tmp_path / "kept")
+    assert path.is_dir()
+    del store
+    assert not path.exists()
+    assert RetroDatastore.load(tmp_path / "kept", verify=True).num_documents == 3
+
+
+def test_saving_makes_an_exact_copy_and_never_overwrites(datastore, tmp_path):
+    datastore.save(tmp_path / "a" / "copy")
+    assert content_of(tmp_path / "a" / "copy") == content_of(datastore.path)
+    with pytest.raises(DatastoreExistsError, match="already exists.*never written over"):
+        datastore.save(tmp_path / "a" / "copy")
+    assert os.listdir(tmp_path / "a") == ["copy"]
+
+
+def test_loading_writes_nothing(built):
+    before = {file.name: file.stat().st_mtime_ns for file in built.iterdir()}
+    store = RetroDatastore.load(built, verify=True)
+    store.search(np.asarray(store.keys[:3], dtype=np.float32), 2)
+    store.document(0)
+    assert {file.name: file.stat().st_mtime_ns for file in built.iterdir()} == before
+    with pytest.raises(ValueError, match="read-only"):
+        store.keys[0] = 0
+
+
+def test_pickling_keeps_the_path_only(datastore):
+    _ = datastore.index, datastore.keys
+    data = pickle.dumps(datastore)
+    assert len(data) < 500
+    again = pickle.loads(data)
+    np.testing.assert_array_equal(again.gather([0, 5])[0], datastore.gather([0, 5])[0])
+
+
+def test_a_taken_path_is_refused_before_any_work(tmp_path, tokenizer, embedder):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(DatastoreExistsError):
+        RetroDatastore.build(["a"], tmp_path, tokenizer=tokenizer, embedder=embedder)
+    with pytest.raises(DatastoreExistsError):
+        RetroDatastore.build(["a"], tmp_path / "notes.txt", tokenizer=tokenizer, embedder=embedder)
+    assert content_of(tmp_path) == {"notes.txt": b"mine"}
+
+
+@pytest.mark.parametrize(
+    ("documents", "options", "message"),
+    [
+        ([], {}, "the input has no documents"),
+        (["", " "], {}, "the input has 2 documents, all without text"),
+        (["a"], {"chunk_size": 0}, "chunk_size is 0"),
+        (["a"], {"chunk_size": "8"}, "chunk_size is '8'"),
+        (["a"], {"neighbor_size": 7}, "neighbor_size=7 is below chunk_size=8"),
+        (["a"], {"index": "Nonsense"}, "FAISS cannot make the index 'Nonsense'"),
+        (
+            ["a"],
+            {"index": "IVF64,Flat"},
+            r"trained on at least 64 chunks, but the documents make 1\. Use index='Flat'",
+        ),
+        (["a"], {"index": "PQ8"}, r"trained on at least 256 chunks.*Flat"),
+        (["a"], {"index": None}, "index is of type NoneType"),
+        ([{"id": "x", "text": "a"}, {"id": "x", "text": "b"}], {}, "Document 1 has the id 'x', which an earlier"),
+        ([{"id": "1", "text": "a"}, "b"], {}, "Document 1 has the id '1'"),
+    ],
+)
+def test_bad_input_leaves_nothing_behind(documents, options, message, tmp_path, tokenizer, embedder):
+    options = {"chunk_size": 8, "neighbor_size": 16, **options}
+    with pytest.raises(DatastoreInputError, match=message):
+        RetroDatastore.build(documents, tmp_path / "store", tokenizer=tokenizer, embedder=embedder, **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_empty_documents_are_told_in_one_line(tokenizer, embedder, caplog):
+    store = RetroDatastore.from_texts(["a", "", "b"], tokenizer, embedder=embedder)
+    assert store.manifest.num_empty_documents == 1
+    assert [record.getMessage() for record in caplog.records] == [
+        "Skipped 1 of 3 documents, because they have no text."
+    ]
+
+
+def test_an_embedder_that_gives_nan_is_refused(tmp_path, tokenizer, embedder, monkeypatch):
+    monkeypatch.setattr(type(embedder), "embed", lambda self, texts, **_: np.full((len(texts), 32), np.nan))
+    with pytest.raises(DatastoreInputError, match="not finite"):
+        RetroDatastore.build(["a"], tmp_path / "store", tokenizer=tokenizer, embedder=embedder)
+
+
+def test_a_killed_build_leaves_no_store_under_the_final_name(tmp_path, encoder_folder, tokenizer):
+    """Killed while it embeds, after the tokens were written."""
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    script = f"""
+        import os, signal
+        from retro_hf.datastore import ChunkEmbedder, RetroDatastore
+        embedder = ChunkEmbedder.from_pretrained({str(encoder_folder)!r})
+        embedder.embed = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+        RetroDatastore.build(["a b c"] * 3, {str(tmp_path / "store")!r},
+                             tokenizer={str(tmp_path / "tokenizer")!r}, embedder=embedder)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert not (tmp_path / "store").exists()
+    options = dict(tokenizer=tokenizer, embedder=str(encoder_folder))
+    assert RetroDatastore.build(["a b c"], tmp_path / "store", **options).num_documents == 1
+
+
+def test_a_wrong_partner_is_named_with_both_values(datastore, tokenizer, embedder, tmp_path):
+    datastore.check_compatible(tokenizer=tokenizer, chunk_size=8, neighbor_size=20, embedder=embedder)
+    with pytest.raises(
+        DatastoreMismatchError, match="built with chunk_size=8, but chunk_size=64 is expected.*Rebuild"
+    ):
+        datastore.check_compatible(chunk_size=64)
+    with pytest.raises(DatastoreMismatchError, match="built with neighbor_size=20, but neighbor_size=16"):
+        datastore.check_compatible(neighbor_size=16)
+    with pytest.raises(DatastoreMismatchError, match="holds token ids of the tokenizer.*Rebuild"):
+        datastore.check_compatible(tokenizer=make_tokenizer(vocab_size=380))
+    other = ChunkEmbedder.from_pretrained(make_encoder(tmp_path / "other", seed=1))
+    with pytest.raises(DatastoreMismatchError, match="made by the embedder .* but the embedder given is .*other"):
+        datastore.check_compatible(embedder=other)
+
+
+@pytest.mark.parametrize("ids", [[-2], [10_000], [0.5], ["a"]])
+def test_chunks_that_the_store_does_not_have_are_refused(datastore, ids):
+    for call in (datastore.gather, datastore.document_of):
+        with pytest.raises(DatastoreInputError, match="Chunk ids"):
+            call(ids)
+
+
+def test_documents_that_the_store_does_not_have_are_refused(datastore):
+    for number in (-1, 40):
+        with pytest.raises(DatastoreInputError, match=f"no document {number}: the store has documents 0 to 39"):
+            datastore.document(number)
+    with pytest.raises(DatastoreInputError, match="no document with the id 'doc-99'"):
+        datastore.document_number("doc-99")
+
+
+def test_progress_bars_obey_the_switch_of_transformers(tokenizer, embedder, capsys):
+    from transformers.utils import logging
+
+    RetroDatastore.from_texts(["a"], tokenizer, embedder=embedder, show_progress=True)
+    assert capsys.readouterr().err == ""
+    logging.enable_progress_bar()
+    try:
+        RetroDatastore.from_texts(["a"], tokenizer, embedder=embedder, show_progress=True)
+        shown = capsys.readouterr().err
+        RetroDatastore.from_texts(["a"], tokenizer, embedder=embedder, show_progress=False)
+        assert capsys.readouterr().err == ""
+    finally:
+        logging.disable_progress_bar()
+    assert all(part in shown for part in ("Tokenizing", "Embedding", "Indexing (Flat)", "doc", "chunk"))

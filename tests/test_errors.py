@@ -1,0 +1,42 @@
+"""The errors: one base, and each child is also the builtin that callers expect."""
+
+import pickle
+
+import pytest
+
+from retro_hf import errors
+
+
+@pytest.mark.parametrize(
+    ("name", "builtin"),
+    [
+        ("DatasetError", ValueError),
+        ("DatastoreNotFoundError", FileNotFoundError),
+        ("DatastoreExistsError", FileExistsError),
+        ("DatastoreInputError", ValueError),
+        ("DatastoreCorruptError", ValueError),
+        ("DatastoreMismatchError", ValueError),
+        ("UnsupportedBackboneError", ValueError),
+        ("RetrieverError", ValueError),
+        ("MissingExtraError", ImportError),
+    ],
+)
+def test_errors_are_retro_errors_and_builtins(name, builtin):
+    kind = getattr(errors, name)
+    error = kind("what, why, remedy")
+    assert isinstance(error, errors.RetroError) and isinstance(error, builtin)
+    assert str(error) == "what, why, remedy"
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
+    assert kind.__doc__
+
+
+def test_every_error_is_public():
+    found = {name for name, value in vars(errors).items() if isinstance(value, type)}
+    assert found == set(errors.__all__)
+
+
+def test_a_missing_extra_says_how_to_install_it():
+    error = errors.MissingExtraError.for_package("faiss-cpu", "datastore", "The index of a datastore")
+    assert str(error) == (
+        'The index of a datastore needs the package `faiss-cpu`. Install it with `pip install "retro-hf[datastore]"`.'
+    )

@@ -1,0 +1,259 @@
+"""RetroRetriever: completed chunks in, neighbor tokens out; searched once, explained, and the same after a round trip."""
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from retro_hf.datastore import ChunkEmbedder, RetroDatastore
+from retro_hf.errors import DatastoreMismatchError, RetrieverError
+from retro_hf.retrieval_retro import RetroRetriever
+
+from .datastore.fixtures import corpus, make_encoder, make_tokenizer
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """Store, embedder and tokenizer; chunks of 8 tokens, neighbors of 20."""
+    folder = tmp_path_factory.mktemp("retriever")
+    embedder = ChunkEmbedder.from_pretrained(make_encoder(folder / "encoder"), dtype=torch.float32)
+    tokenizer = make_tokenizer()
+    store = RetroDatastore.build(
+        corpus(), folder / "store", tokenizer=tokenizer, embedder=embedder, chunk_size=8, neighbor_size=20
+    )
+    return store, embedder, tokenizer
+
+
+@pytest.fixture
+def retriever(parts) -> RetroRetriever:
+    store, embedder, tokenizer = parts
+    return RetroRetriever(store, embedder=embedder, tokenizer=tokenizer)
+
+
+@pytest.fixture
+def chunks(parts) -> torch.Tensor:
+    """The store's own full chunks, as a prompt would bring them."""
+    tokens, mask = parts[0].gather(np.arange(parts[0].num_chunks))
+    return torch.from_numpy(tokens[mask[:, :8].all(axis=1), :8])
+
+
+def count_embeddings(retriever, monkeypatch) -> list[int]:
+    """The number of texts of each call of the embedder."""
+    calls: list[int] = []
+    embed = retriever.embedder.embed
+    monkeypatch.setattr(
+        retriever.embedder, "embed", lambda texts, **rest: calls.append(len(texts)) or embed(texts, **rest)
+    )
+    return calls
+
+
+def test_the_neighbors_of_a_chunk_come_as_tokens_with_their_continuation(retriever, chunks):
+    ids, mask = retriever(chunks[:6])
+    assert ids.shape == mask.shape == (6, 2, 20) and ids.dtype == mask.dtype == torch.int64
+    # A chunk of the store is its own nearest neighbor, followed by what follows it.
+    assert torch.equal(ids[:, 0, :8], chunks[:6])
+    found = retriever.search(chunks[:6])
+    tokens, _ = retriever.datastore.gather(found.chunk_ids)
+    assert torch.equal(ids, torch.from_numpy(tokens))
+    np.testing.assert_allclose(found.scores[:, 0], 1, atol=2e-3)
+    assert (found.scores[:, 0] >= found.scores[:, 1]).all()
+
+
+def test_num_neighbors_can_be_set_at_will(retriever, chunks, monkeypatch):
+    calls = count_embeddings(retriever, monkeypatch)
+    many = retriever.search(chunks[:3], num_neighbors=5)
+    retriever.num_neighbors = 4
+    assert retriever(chunks[:3])[0].shape == (3, 4, 20)
+    np.testing.assert_array_equal(retriever.search(chunks[:3]).chunk_ids, many.chunk_ids[:, :4])
+    assert calls == [3]
+    retriever.num_neighbors = 7
+    assert retriever(chunks[:3])[0].shape == (3, 7, 20)
+    assert calls == [3, 3]
+    for value in (0, -1, 2.0, True, "2"):
+        with pytest.raises(RetrieverError, match="num_neighbors is"):
+            retriever.num_neighbors = value
+
+
+def test_a_chunk_is_embedded_once(retriever, chunks, monkeypatch):
+    calls = count_embeddings(retriever, monkeypatch)
+    beams = chunks[[0, 1, 0, 0, 1]]
+    first = retriever(beams)
+    again = retriever(beams[[2, 4]])
+    assert calls == [2]
+    assert torch.equal(first[0][[2, 4]], again[0])
+    retriever.trace(beams)
+    assert calls == [2]
+
+
+def test_the_cache_is_bounded_and_can_be_switched_off(parts, chunks, monkeypatch):
+    store, embedder, _ = parts
+    small = RetroRetriever(store, embedder=embedder, cache_size=3)
+    calls = count_embeddings(small, monkeypatch)
+    small(chunks[:5])
+    assert len(small._cache) == 3
+    small(chunks[2:5])
+    small(chunks[:1])
+    assert calls == [5, 1]
+    off = RetroRetriever(store, embedder=embedder, cache_size=0)
+    assert torch.equal(off(chunks[:2])[0], off(chunks[:2])[0]) and len(off._cache) == 0
+
+
+def test_padding_does_not_change_what_is_found(retriever, chunks):
+    short = chunks[:2].clone()
+    mask = torch.ones_like(short)
+    mask[0, :3] = 0
+    left = retriever.search(short, mask)
+    short[0, :3] = 0
+    retriever._forget()
+    np.testing.assert_array_equal(retriever.search(short, mask).chunk_ids, left.chunk_ids)
+
+
+def test_a_chunk_of_padding_has_no_neighbors(retriever, chunks):
+    mask = torch.ones_like(chunks[:2])
+    mask[0] = 0
+    ids, neighbor_mask = retriever(chunks[:2], mask)
+    assert not neighbor_mask[0].any() and not ids[0].any() and neighbor_mask[1].any()
+    assert retriever.trace(chunks[:2], mask)[0] == []
+    assert (retriever.search(chunks[:2], mask, exclude_documents=[-1, -1]).chunk_ids[0] == -1).all()
+
+
+def test_excluded_documents_are_not_found(retriever, chunks):
+    own = retriever.datastore.document_of(retriever.search(chunks).chunk_ids[:, 0])
+    found = retriever.search(chunks, exclude_documents=own)
+    assert (retriever.datastore.document_of(found.chunk_ids) != own[:, None]).all()
+    # What was searched with exclusion is not served without it.
+    assert (retriever.datastore.document_of(retriever.search(chunks).chunk_ids[:, 0]) == own).all()
+    with pytest.raises(RetrieverError, match=r"exclude_documents has shape \(1,\), but there are"):
+        retriever.search(chunks, exclude_documents=own[:1])
+
+
+def test_the_trace_shows_text_continuation_and_document(retriever, chunks, parts):
+    store, _, tokenizer = parts
+    traces = retriever.trace(chunks[:4])
+    assert [len(trace) for trace in traces] == [2] * 4
+    found = retriever.search(chunks[:4])
+    for row, trace in enumerate(traces):
+        for column, neighbor in enumerate(trace):
+            document = store.document(int(store.document_of(neighbor.chunk_id)))
+            assert neighbor.chunk_id == found.chunk_ids[row, column]
+            assert neighbor.score == pytest.approx(found.scores[row, column])
+            assert (neighbor.document_id, neighbor.title) == (document["id"], document["title"])
+            assert neighbor.text + neighbor.continuation in document["text"]
+        assert trace[0].text == tokenizer.decode(chunks[row])
+
+
+def test_fewer_chunks_than_neighbors_are_padded_and_masked(parts):
+    _, embedder, tokenizer = parts
+    retriever = RetroRetriever.from_texts(
+        ["the old river"], tokenizer, embedder=embedder, chunk_size=8, neighbor_size=16, num_neighbors=3
+    )
+    ids, mask = retriever(torch.zeros(2, 8, dtype=torch.long))
+    assert ids.shape == (2, 3, 16)
+    assert mask.any(dim=-1).tolist() == [[True, False, False]] * 2
+    assert [len(trace) for trace in retriever.trace(torch.zeros(2, 8, dtype=torch.long))] == [1, 1]
+
+
+def test_no_chunks_give_no_neighbors(retriever):
+    ids, mask = retriever(torch.zeros(0, 8, dtype=torch.long))
+    assert ids.shape == mask.shape == (0, 2, 20) and ids.dtype == torch.int64
+    assert retriever.trace(torch.zeros(0, 8, dtype=torch.long)) == []
+
+
+@pytest.mark.parametrize(
+    ("ids", "mask", "message"),
+    [
+        (torch.zeros(2, 7, dtype=torch.long), None, r"shape \(2, 7\), but .*\(num_chunks, 8\)"),
+        (torch.zeros(8, dtype=torch.long), None, r"shape \(8,\)"),
+        (torch.zeros(2, 8), None, "dtype torch.float32, but token ids are integers"),
+        ([[0] * 8], None, "type list"),
+        (torch.zeros(2, 8, dtype=torch.long), torch.ones(2, 7), r"mask has shape \(2, 7\), but the chunks"),
+    ],
+)
+def test_wrong_tensors_are_refused(retriever, ids, mask, message):
+    with pytest.raises(RetrieverError, match=message):
+        retriever(ids, mask)
+
+
+def test_int32_and_bool_masks_are_taken(retriever, chunks):
+    expected = retriever(chunks[:2])
+    found = retriever(chunks[:2].int(), torch.ones(2, 8, dtype=torch.bool))
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+def test_a_tokenizer_or_embedder_of_another_store_is_refused(parts, tmp_path):
+    store, embedder, _ = parts
+    with pytest.raises(DatastoreMismatchError, match="holds token ids of the tokenizer"):
+        RetroRetriever(store, embedder=embedder, tokenizer=make_tokenizer(vocab_size=380))
+    other = ChunkEmbedder.from_pretrained(make_encoder(tmp_path, seed=5))
+    with pytest.raises(DatastoreMismatchError, match="made by the embedder"):
+        RetroRetriever(store, embedder=other)
+
+
+def test_the_tokenizer_of_the_store_is_the_default(parts, chunks):
+    store, embedder, tokenizer = parts
+    default = RetroRetriever(RetroDatastore.load(store.path), embedder=embedder)
+    explicit = RetroRetriever(store, embedder=embedder, tokenizer=tokenizer)
+    assert torch.equal(default(chunks)[0], explicit(chunks)[0])
+
+
+def test_a_pickled_retriever_works_and_carries_no_handles(retriever, chunks):
+    retriever.num_neighbors = 3
+    expected = retriever(chunks[:4])[0]
+    data = pickle.dumps(retriever)
+    again = pickle.loads(data)
+    assert torch.equal(again(chunks[:4])[0], expected)
+    assert len(data) < 100_000
+
+
+def test_saving_and_opening_keeps_settings_and_results(retriever, parts, chunks, tmp_path):
+    retriever.num_neighbors = 3
+    retriever.save_pretrained(tmp_path / "saved")
+    again = RetroRetriever.from_pretrained(tmp_path / "saved", embedder=parts[1])
+    assert again.num_neighbors == 3
+    assert torch.equal(again(chunks[:4])[0], retriever(chunks[:4])[0])
+    assert RetroRetriever.from_pretrained(tmp_path / "saved", embedder=parts[1], num_neighbors=1).num_neighbors == 1
+    # A folder that was only ever a datastore opens too.
+    assert RetroRetriever.from_pretrained(parts[0].path, embedder=parts[1].name_or_path).num_neighbors == 2
+
+
+def test_damaged_settings_are_refused(retriever, parts, tmp_path):
+    retriever.save_pretrained(tmp_path / "saved")
+    for text in ("{}", "nonsense", "[]", json.dumps({"num_neighbors": -1}), json.dumps({"num_neighbors": "two"})):
+        (tmp_path / "saved" / "retriever.json").write_text(text)
+        with pytest.raises(RetrieverError):
+            RetroRetriever.from_pretrained(tmp_path / "saved", embedder=parts[1])
+
+
+def test_an_embedder_that_cannot_be_found_says_what_to_pass(retriever, tmp_path):
+    """The store was built with an encoder in a local folder, of which it keeps the last part of the name."""
+    retriever.save_pretrained(tmp_path / "saved")
+    with pytest.raises(RetrieverError, match="(?s)embedder 'encoder' could not be loaded.*Pass the embedder"):
+        RetroRetriever.from_pretrained(tmp_path / "saved")
+
+
+def test_pushing_uploads_the_folder_and_the_settings(retriever, monkeypatch):
+    calls = []
+
+    class Api:
+        def __init__(self, token):
+            pass
+
+        def create_repo(self, repo_id, **options):
+            calls.append(("create", repo_id, options))
+            return "https://hub/x/y"
+
+        def upload_folder(self, **options):
+            calls.append(("folder", options["folder_path"], options["repo_type"]))
+
+        def upload_file(self, **options):
+            calls.append(("file", options["path_in_repo"], json.loads(options["path_or_fileobj"])))
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    assert retriever.push_to_hub("x/y", private=True) == "https://hub/x/y"
+    assert calls == [
+        ("create", "x/y", {"repo_type": "dataset", "private": True, "exist_ok": True}),
+        ("folder", retriever.datastore.path, "dataset"),
+        ("file", "retriever.json", {"num_neighbors": 2}),
+    ]
