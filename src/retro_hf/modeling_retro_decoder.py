@@ -20,6 +20,7 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
@@ -214,49 +215,71 @@ class RetroAttention(nn.Module):
         """Attend to projected keys and values; the keys are `num_repeats` runs with the same distances; see `forward`."""
         query = self._split_heads(self.q_proj(hidden_states))
         batch_size, _, num_queries, _ = query.shape
-        num_keys = key.shape[-2]
+        eager = self.config._attn_implementation == "eager"
+        if self.is_causal and num_queries == key.shape[-2] and num_queries > CAUSAL_BLOCK and not eager:
+            return self.o_proj(self._attend_in_blocks(query, key, value, features, attention_mask, **kwargs)), None
+        if batch_size * num_queries <= self.head_dim:  # a step of generation must not project the whole past
+            scores = self.position_bias(features, query * self.scaling)
+        else:
+            scores = torch.matmul(query * self.scaling, self.position_bias(features))
+        bias = relative_shift(scores, key.shape[-2] // num_repeats).repeat(1, 1, 1, num_repeats)
+        output, weights = self._interface(query)(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            scaling=self.scaling,
+            dropout=self.dropout if self.training else 0.0,
+            position_bias=bias,
+            **kwargs,
+        )
+        return self.o_proj(output.flatten(-2)), weights
+
+    def _interface(self, query: torch.Tensor) -> Callable:
         # A bias that needs a gradient has no fused kernel on CPU: there sdpa would keep more matrices than we do. The mode
         # decides and not the tensor, so that retrieval on and off take the same path.
-        interface: Callable = eager_attention_forward
-        if self.config._attn_implementation != "eager" and not (
-            torch.is_grad_enabled() and query.device.type == "cpu"
-        ):
-            interface = ALL_ATTENTION_FUNCTIONS.get_interface("sdpa", eager_attention_forward)
+        if self.config._attn_implementation == "eager" or (torch.is_grad_enabled() and query.device.type == "cpu"):
+            return eager_attention_forward
+        return ALL_ATTENTION_FUNCTIONS.get_interface("sdpa", eager_attention_forward)
 
-        few = batch_size * num_queries <= self.head_dim  # a step of generation must not project the whole past
-        table = None if few else self.position_bias(features)
-        # Causal attention in blocks of queries never computes most of the future: half the time and memory.
-        blockwise = self.is_causal and num_queries == num_keys and self.config._attn_implementation != "eager"
-        size = CAUSAL_BLOCK if blockwise else num_queries
-        outputs, weights = [], None
-        for start in range(0, num_queries, size):
-            end = min(start + size, num_queries)
-            seen = end if blockwise else num_keys
-            block = query[:, :, start:end]
-            if few:
-                scores = self.position_bias(features, block * self.scaling)
-            else:
-                scores = torch.matmul(block * self.scaling, table[..., -(seen + 1) :] if blockwise else table)
-            bias = relative_shift(scores, seen // num_repeats)
-            mask = attention_mask
-            if mask is not None:
-                mask = mask[..., start:end, :seen] if mask.shape[-2] > 1 else mask[..., :seen]
-            elif blockwise and start > 0:
-                mask = torch.ones(end - start, seen, dtype=torch.bool, device=query.device).tril(start)[None, None]
-            output, weights = interface(
-                self,
-                block,
-                key[:, :, :seen],
-                value[:, :, :seen],
-                mask,
-                scaling=self.scaling,
-                dropout=self.dropout if self.training else 0.0,
-                position_bias=bias.repeat(1, 1, 1, num_repeats) if num_repeats > 1 else bias,
-                **kwargs,
-            )
-            outputs.append(output)
-        output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
-        return self.o_proj(output.flatten(-2)), None if blockwise else weights
+    def _attend_in_blocks(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        features: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        """Causal attention in blocks of queries, which never computes most of the future: half the time and memory.
+
+        Probabilities are recomputed in the backward pass, one block at a time, instead of kept.
+        """
+        table = self.position_bias(features)
+        interface = self._interface(query)
+
+        def attend(
+            query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, table: torch.Tensor, mask: torch.Tensor | None
+        ) -> torch.Tensor:
+            num_queries, num_keys = query.shape[-2], key.shape[-2]
+            if mask is None:
+                mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device)
+                mask = mask.tril(num_keys - num_queries)[None, None]
+            bias = relative_shift(torch.matmul(query * self.scaling, table), num_keys)
+            dropout = self.dropout if self.training else 0.0
+            return interface(
+                self, query, key, value, mask, scaling=self.scaling, dropout=dropout, position_bias=bias, **kwargs
+            )[0]
+
+        outputs = []
+        for start in range(0, query.shape[-2], CAUSAL_BLOCK):
+            end = min(start + CAUSAL_BLOCK, query.shape[-2])
+            mask = None if attention_mask is None else attention_mask[:, :, start:end, :end]
+            block = (query[:, :, start:end], key[:, :, :end], value[:, :, :end], table[..., -(end + 1) :], mask)
+            recompute = torch.is_grad_enabled()
+            outputs.append(checkpoint(attend, *block, use_reentrant=False) if recompute else attend(*block))
+        return torch.cat(outputs, dim=1).flatten(-2)
 
     def forward(
         self,
