@@ -13,7 +13,7 @@
 # limitations under the License.
 """What cached decoding must remember of every row, riding on whatever `Cache` the backbone uses."""
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 from transformers.cache_utils import Cache
@@ -52,6 +52,11 @@ class RetroState:
         self.hidden_states: torch.Tensor | None = None
         self.neighbor_mask: torch.Tensor | None = None
         self.key_values: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    @property
+    def is_started(self) -> bool:
+        """Whether every row has a token that is no padding."""
+        return all(length > offset for length, offset in zip(self.lengths, self.offsets, strict=True))
 
     def _map(self, function) -> None:
         for name in ("input_ids", "hidden_states", "neighbor_mask"):
@@ -163,7 +168,7 @@ class RetroCacheMixin:
         self.retro = None
 
 
-@lru_cache(maxsize=None)
+@cache
 def _retro_class(cls: type[Cache]) -> type[Cache]:
     return type(f"Retro{cls.__name__}", (RetroCacheMixin, cls), {"__module__": __name__})
 

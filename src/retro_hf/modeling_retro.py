@@ -42,6 +42,7 @@ from transformers.utils.output_capturing import CompileableContextVar
 from .backbone_retro import accepted_arguments, find_branch_end, find_decoder_layers
 from .cache_retro import RetroState, attach_state, pad_to
 from .configuration_retro import RetroConfig, RetroDecoderConfig, RetroEncoderConfig
+from .lookup_retro import Retriever, RetroLookup, check_neighbors, check_retriever
 from .modeling_retro_decoder import (
     RetroAttention,
     RetroDecoderForCausalLM,
@@ -53,9 +54,6 @@ from .modeling_retro_decoder import (
 
 
 logger = logging.get_logger(__name__)
-
-Retriever = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-"""`retriever(chunk_input_ids (N, m), chunk_attention_mask (N, m)) -> (neighbor_input_ids (N, K, R), mask (N, K, R))`."""
 
 _ATTACHED: Any = type("AttachedRetriever", (), {"__repr__": lambda self: "<the attached retriever>"})()
 
@@ -610,113 +608,6 @@ def _checkpoint_within_pass(checkpoint: Callable, function: Callable, *args: Any
     return checkpoint(run, *args)
 
 
-# ── retrieval by callable ─────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def _check_neighbors(
-    input_ids: Any, mask: Any, vocab_size: int, shape: tuple, source: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Check neighbor tensors, whose leading dimensions must be `shape`; returns ids and a boolean mask."""
-    expected = f"({', '.join(str(n) for n in shape)}, num_neighbors, neighbor_size)"
-    if not isinstance(input_ids, torch.Tensor) or not (mask is None or isinstance(mask, torch.Tensor)):
-        kind = type(input_ids) if not isinstance(input_ids, torch.Tensor) else type(mask)
-        raise ValueError(f"{source} must be tensors of shape {expected}, got {kind.__name__}.")
-    if input_ids.dim() != len(shape) + 2 or any(
-        n != -1 and n != size for n, size in zip(shape, input_ids.shape, strict=False)
-    ):
-        raise ValueError(f"{source} must have shape {expected}, got {tuple(input_ids.shape)}.")
-    if input_ids.is_floating_point() or input_ids.is_complex() or input_ids.dtype == torch.bool:
-        raise ValueError(f"{source} must be token ids of an integer dtype (torch.long), got {input_ids.dtype}.")
-    if mask is None:
-        mask = torch.ones_like(input_ids, dtype=torch.bool)
-    if mask.shape != input_ids.shape:
-        raise ValueError(
-            f"The mask of {source} must have the shape of the ids {tuple(input_ids.shape)}, got {tuple(mask.shape)}."
-        )
-    mask = mask.bool()
-    used = input_ids[mask]
-    if used.numel() and not (0 <= int(used.min()) and int(used.max()) < vocab_size):
-        raise ValueError(
-            f"{source} holds token ids from {int(used.min())} to {int(used.max())}, but the model's vocabulary has "
-            f"{vocab_size} tokens. Were they made with another tokenizer?"
-        )
-    return input_ids.long(), mask
-
-
-def _retrieve(retriever: Retriever, chunk_input_ids: torch.Tensor, chunk_mask: torch.Tensor, vocab_size: int):
-    """Ask the retriever for the neighbors of N completed chunks and check its answer."""
-    num_chunks = chunk_input_ids.shape[0]
-    try:
-        answer = retriever(chunk_input_ids, chunk_mask.long())
-    except Exception as error:
-        raise RuntimeError(f"The retriever failed on {num_chunks} chunks: {type(error).__name__}: {error}") from error
-    if not isinstance(answer, tuple) or len(answer) != 2:
-        raise ValueError(
-            f"The retriever must return a pair (neighbor_input_ids, neighbor_attention_mask), got {type(answer).__name__}"
-            f"{f' of {len(answer)}' if isinstance(answer, tuple) else ''}."
-        )
-    ids, mask = _check_neighbors(*answer, vocab_size, (num_chunks,), "What the retriever returned")
-    return ids.to(chunk_input_ids.device), mask.to(chunk_input_ids.device)
-
-
-class _Lookup:
-    """A retriever as one call of `generate` sees it: every distinct chunk is looked up once, and the trace is kept."""
-
-    def __init__(self, retriever: Retriever):
-        self.retriever = retriever
-        self.found: dict[tuple, tuple[torch.Tensor, torch.Tensor]] = {}
-        self.prompt_mask: torch.Tensor | None = None
-
-    def __call__(self, chunk_input_ids: torch.Tensor, chunk_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Answer from memory where possible; one call of the retriever for the rest."""
-        keys = self.keys(chunk_input_ids, chunk_mask)
-        missing = list(dict.fromkeys(key for key in keys if key not in self.found))
-        if missing:
-            rows = [keys.index(key) for key in missing]
-            answer = self.retriever(chunk_input_ids[rows], chunk_mask[rows])
-            vocab_size = torch.iinfo(torch.long).max  # the model checks its vocabulary
-            ids, mask = _check_neighbors(*answer, vocab_size, (len(rows),), "What the retriever returned")
-            self.found.update(zip(missing, zip(ids, mask, strict=True), strict=True))
-        ids, masks = zip(*(self.found[key] for key in keys), strict=True)
-        return torch.stack(ids), torch.stack(masks)
-
-    @staticmethod
-    def keys(chunk_input_ids: torch.Tensor, chunk_mask: torch.Tensor) -> list[tuple]:
-        """One hashable key per chunk; -1 at padding."""
-        return [tuple(row) for row in chunk_input_ids.masked_fill(~chunk_mask.bool(), -1).tolist()]
-
-    def trace(
-        self, sequences: torch.Tensor, chunk_size: int, offsets: list[int], real: torch.Tensor
-    ) -> list[list[dict]]:
-        """What was retrieved for every row of `sequences`, chunk by chunk.
-
-        Returns:
-            For each row a list of dicts with `chunk` (index), `chunk_input_ids` (`list[int]`), `neighbor_input_ids`
-            (list of lists, without padding) and, if the retriever has a `trace` method, `neighbors`: ids, scores,
-            document ids and text.
-        """
-        rows = []
-        for tokens, mask, offset in zip(sequences, real, offsets, strict=True):
-            cells = [-1] * offset + tokens[mask].tolist()
-            entries = []
-            for index in range(len(cells) // chunk_size):
-                key = tuple(cells[index * chunk_size : (index + 1) * chunk_size])
-                if key not in self.found:
-                    continue
-                ids, neighbor_mask = self.found[key]
-                entry = {
-                    "chunk": index,
-                    "chunk_input_ids": [token for token in key if token >= 0],
-                    "neighbor_input_ids": [i[m].tolist() for i, m in zip(ids, neighbor_mask, strict=True)],
-                }
-                if hasattr(self.retriever, "trace"):
-                    chunk = torch.tensor([key])
-                    entry["neighbors"] = self.retriever.trace(chunk.clamp(min=0), (chunk >= 0).long())[0]
-                entries.append(entry)
-            rows.append(entries)
-        return rows
-
-
 # ── the model ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -763,6 +654,16 @@ class RetroPreTrainedModel(PreTrainedModel):
         super()._set_gradient_checkpointing(enable=enable, **kwargs)
 
 
+class _Shared:
+    """Holds the retriever: never a submodule, even if it is an `nn.Module`, and shared by copies of the model."""
+
+    def __init__(self, value: Retriever | None):
+        self.value = value
+
+    def __deepcopy__(self, memo: dict) -> "_Shared":
+        return self
+
+
 @auto_docstring(
     custom_intro="A backbone that reads retrieved neighbors, without its head: hidden states of every token."
 )
@@ -786,7 +687,7 @@ class RetroModel(RetroPreTrainedModel):
         self._attach_hooks()
         self._backbone_arguments = accepted_arguments(backbone)
         self._max_positions = _learned_positions(backbone)
-        self.__dict__["_retriever"] = None  # never a submodule, even if it is an nn.Module
+        self._retriever = _Shared(None)
         if config.freeze_backbone:
             backbone.requires_grad_(False)
         self.post_init()
@@ -818,17 +719,14 @@ class RetroModel(RetroPreTrainedModel):
 
     def set_retriever(self, retriever: Retriever | None) -> None:
         """Attach a retriever that every forward pass and `generate` will use; None detaches it."""
-        if retriever is not None and not callable(retriever):
-            raise ValueError(
-                "A retriever must be callable as retriever(chunk_input_ids, chunk_attention_mask), got "
-                f"{type(retriever).__name__}."
-            )
-        self.__dict__["_retriever"] = retriever
+        if retriever is not None:
+            check_retriever(retriever)
+        self._retriever = _Shared(retriever)
 
     @property
     def retriever(self) -> Retriever | None:
         """The attached retriever."""
-        return self.__dict__["_retriever"]
+        return self._retriever.value
 
     @auto_docstring
     def forward(
@@ -892,40 +790,47 @@ class RetroModel(RetroPreTrainedModel):
 
         `token_mask` is the 2-D padding mask where `attention_mask` is not (static caches).
         """
-        retriever = self.retriever if retriever is _ATTACHED else retriever
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give either `input_ids` or `inputs_embeds`, not both and not neither.")
         inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
         if "position_ids" in self._backbone_arguments:
             inputs["position_ids"] = position_ids
         tokens = input_ids if input_ids is not None else inputs_embeds
-        if tokens is None:
-            raise ValueError("Give either `input_ids` or `inputs_embeds`.")
         self._check_length(tokens.shape[1], past_key_values)
 
+        retriever = self.retriever if retriever is _ATTACHED else retriever
+        if retriever is not None and not isinstance(retriever, RetroLookup):
+            retriever = RetroLookup(retriever, self.config.vocab_size)
         state = getattr(past_key_values, "retro", None)
-        if neighbor_input_ids is None and retriever is None and state is None:
+        is_whole = past_key_values is None and not use_cache
+        given = self._given_neighbors(neighbor_input_ids, neighbor_attention_mask, tokens, state, is_whole)
+        if given is None and retriever is None and state is None:
             return module(**inputs, past_key_values=past_key_values, use_cache=use_cache, **kwargs)
 
+        if 0 in tokens.shape[:2]:
+            raise ValueError(f"The input has no tokens: its shape is {tuple(tokens.shape[:2])} (batch, tokens).")
+        if retriever is not None and input_ids is None:
+            raise ValueError(
+                "Retrieval needs `input_ids`: there are no tokens to look up in `inputs_embeds`. Give "
+                "`neighbor_input_ids`, or `retriever=None`."
+            )
         if use_cache is None:
             use_cache = getattr(self.config.text_config, "use_cache", True) and not self.training
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config.text_config.get_text_config(decoder=True))
-        if retriever is not None and input_ids is None:
-            raise ValueError(
-                "Retrieval needs `input_ids`: there are no tokens to look up in `inputs_embeds`. Give `neighbor_input_ids`, "
-                "or `retriever=None`."
-            )
-        mask_2d = token_mask if token_mask is not None else attention_mask
-        real = _real_tokens(mask_2d, position_ids, past_key_values, *tokens.shape[:2])
-        retro_pass = self._plan(
-            tokens, real, past_key_values, neighbor_input_ids, neighbor_attention_mask, chunk_offset, retriever
+        if past_key_values is not None:
+            state = self._state_of(past_key_values, len(tokens), chunk_offset)
+        real = _real_tokens(
+            attention_mask if token_mask is None else token_mask, position_ids, state, *tokens.shape[:2]
         )
+        retro_pass = self._plan(tokens, real, state, given, chunk_offset, retriever)
         token = _active_pass.set(retro_pass)
         try:
             outputs = module(**inputs, past_key_values=past_key_values, use_cache=use_cache, **kwargs)
         finally:
             _active_pass.reset(token)
-        if past_key_values is not None:
-            self._advance(past_key_values.retro, retro_pass, tokens.shape[1])
+        if state is not None:
+            self._advance(state, retro_pass, tokens.shape[1])
         return outputs
 
     def _check_length(self, num_tokens: int, past_key_values: Cache | None) -> None:
@@ -938,63 +843,68 @@ class RetroModel(RetroPreTrainedModel):
                 "Shorten the prompt, or lower `max_new_tokens`."
             )
 
+    def _given_neighbors(
+        self,
+        input_ids: torch.Tensor | None,
+        mask: torch.Tensor | None,
+        tokens: torch.Tensor,
+        state: RetroState | None,
+        is_whole: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The caller's neighbors, checked; `is_whole` says that no tokens can follow."""
+        if input_ids is None:
+            if mask is not None:
+                raise ValueError(
+                    "`neighbor_attention_mask` was given without `neighbor_input_ids`. Give both, or none."
+                )
+            return None
+        size, (batch_size, num_tokens) = self.config.chunk_size, tokens.shape[:2]
+        if state is None or num_tokens > 1:  # a decoding step would only repeat the check
+            source = "`neighbor_input_ids` (batch, chunks, …)"
+            input_ids, mask = check_neighbors(input_ids, mask, (batch_size, -1), self.config.vocab_size, source)
+            if is_whole and input_ids.shape[1] > num_tokens // size + 1:
+                raise ValueError(
+                    f"`neighbor_input_ids` holds neighbors of {input_ids.shape[1]} chunks, but {num_tokens} tokens have "
+                    f"only {num_tokens // size} complete chunks of {size}. Were they made with another `chunk_size`?"
+                )
+        mask = torch.ones_like(input_ids) if mask is None else mask
+        return input_ids.to(tokens.device), mask.to(tokens.device).bool()
+
+    def _state_of(self, cache: Cache, batch_size: int, chunk_offset: int | torch.Tensor | None) -> RetroState:
+        """The history on a cache; a new one if the cache is empty."""
+        state = getattr(cache, "retro", None)
+        if state is None:
+            if int(cache.get_seq_length()) > 0:
+                raise ValueError(
+                    f"The cache holds {int(cache.get_seq_length())} tokens that were processed without retrieval, so "
+                    "their chunks are unknown. Start from an empty cache, or give the retriever from the first call on."
+                )
+            state = RetroState(_offsets(chunk_offset, batch_size, self.config.chunk_size), self.config.chunk_size)
+            attach_state(cache, state)
+        elif len(state.lengths) != batch_size:
+            raise ValueError(
+                f"The cache holds {len(state.lengths)} rows, the input {batch_size}. Use `batch_select_indices` or "
+                "`batch_repeat_interleave` of the cache, or start from an empty one."
+            )
+        return state
+
     def _plan(
         self,
         tokens: torch.Tensor,
         real: torch.Tensor | None,
-        cache: Cache | None,
-        neighbor_input_ids: torch.Tensor | None,
-        neighbor_attention_mask: torch.Tensor | None,
+        state: RetroState | None,
+        given: tuple[torch.Tensor, torch.Tensor] | None,
         chunk_offset: int | torch.Tensor | None,
-        retriever: Retriever | None,
+        retriever: RetroLookup | None,
     ) -> _RetroPass:
         """Decide which chunks complete in this pass and fetch their neighbors, before any of it is computed."""
-        size, device = self.config.chunk_size, tokens.device
-        batch_size, num_tokens = tokens.shape[:2]
         input_ids = tokens if tokens.dim() == 2 else None
         common = (self.retro, self.get_input_embeddings(), self.config)
-
-        state = getattr(cache, "retro", None)
-        fresh = state is None
-        if fresh and cache is not None:
-            if int(cache.get_seq_length()) > 0:
-                raise ValueError(
-                    f"The cache holds {int(cache.get_seq_length())} tokens that were processed without retrieval, so their "
-                    "chunks are unknown. Start from an empty cache, or give the retriever from the first call on."
-                )
-            state = RetroState(_offsets(chunk_offset, batch_size, size), size)
-            attach_state(cache, state)
-        elif state is not None and len(state.lengths) != batch_size:
-            raise ValueError(f"The cache holds {len(state.lengths)} rows, the input {batch_size}.")
-
-        given = None
-        if neighbor_input_ids is not None:
-            given = neighbor_input_ids, neighbor_attention_mask
-            if fresh or num_tokens > 1:  # a decoding step would only repeat the check
-                given = _check_neighbors(
-                    *given, self.config.vocab_size, (batch_size, -1), "`neighbor_input_ids` (batch, chunks, …)"
-                )
-                if cache is None and given[0].shape[1] > num_tokens // size + 1:
-                    raise ValueError(
-                        f"`neighbor_input_ids` holds neighbors of {given[0].shape[1]} chunks, but {num_tokens} tokens have "
-                        f"only {num_tokens // size} complete chunks of {size}."
-                    )
-            given = (
-                given[0].to(device),
-                torch.ones_like(given[0]).bool() if given[1] is None else given[1].to(device).bool(),
-            )
-        elif neighbor_attention_mask is not None:
-            raise ValueError("`neighbor_attention_mask` was given without `neighbor_input_ids`.")
-
-        if (
-            state is not None
-            and not fresh
-            and num_tokens == 1
-            and min(n - o for n, o in zip(state.lengths, state.offsets)) > 0
-        ):
+        num_tokens, device = tokens.shape[1], tokens.device
+        if state is not None and num_tokens == 1 and state.is_started:
             return self._plan_step(common, state, input_ids, given, retriever, device)
         return self._plan_grid(
-            common, state, input_ids, real, (batch_size, num_tokens), given, chunk_offset, retriever, device
+            common, state, input_ids, real, tokens.shape[:2], given, chunk_offset, retriever, device
         )
 
     def _plan_step(self, common, state, input_ids, given, retriever, device) -> "_StepPass":
@@ -1041,7 +951,7 @@ class RetroModel(RetroPreTrainedModel):
             ids, mask = given[0][rows, at], given[1][rows, at] & known[:, None, None]
             missing = missing & ~known
         if retriever is not None and bool(missing.any()):
-            found, found_mask = _retrieve(retriever, *chunk_tokens(missing), self.config.vocab_size)
+            found, found_mask = retriever(*chunk_tokens(missing))
             if ids is None:
                 ids = found.new_zeros(len(rows), *found.shape[1:])
                 mask = torch.zeros_like(ids, dtype=torch.bool)
@@ -1142,32 +1052,54 @@ def _offsets(chunk_offset: int | torch.Tensor | None, batch_size: int, chunk_siz
     if chunk_offset is None:
         return [0] * batch_size
     values = chunk_offset.tolist() if isinstance(chunk_offset, torch.Tensor) else chunk_offset
-    values = [values] * batch_size if isinstance(values, int) else list(values)
-    if len(values) != batch_size or any(not 0 <= value < chunk_size for value in values):
+    values = list(values) if isinstance(values, (list, tuple)) else [values] * batch_size
+    if len(values) != batch_size or not all(isinstance(value, int) and 0 <= value < chunk_size for value in values):
         raise ValueError(
-            f"`chunk_offset` must be one integer from 0 to {chunk_size - 1}, or one per row of the batch of {batch_size}, got "
-            f"{values}."
+            f"`chunk_offset` must be one integer from 0 to {chunk_size - 1}, or one per row of the batch of {batch_size}, "
+            f"got {chunk_offset}."
         )
     return values
 
 
+def _prompt_rows(num_rows: int, num_sequences: int) -> list[int]:
+    """For each generated sequence a row of its prompt, which stand together: once per beam, and once per result."""
+    return [sequence * num_rows // num_sequences for sequence in range(num_sequences)]
+
+
 def _real_tokens(
-    attention_mask: Any, position_ids: torch.Tensor | None, cache: Cache | None, batch_size: int, num_tokens: int
+    attention_mask: Any,
+    position_ids: torch.Tensor | None,
+    state: RetroState | None,
+    batch_size: int,
+    num_tokens: int,
 ) -> torch.Tensor | None:
     """Which of the new tokens are no padding, (B, T), or None if all are real.
 
     A 4-D mask says nothing about padding; then the position of the last token tells how many tokens came before it.
     """
-    if attention_mask is None:
-        return None
+    num_columns = num_tokens + (0 if state is None else state.num_columns)
+    positions = position_ids if position_ids is not None and position_ids.dim() == 2 else None
+    real = None
     if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
-        return attention_mask[:, -num_tokens:].bool()
-    if position_ids is None or position_ids.dim() != 2:
-        return None
-    num_columns = num_tokens + (int(cache.get_seq_length()) if cache is not None else 0)
-    num_padding = (num_columns - 1 - position_ids[:, -1:]).expand(batch_size, -1)
-    columns = torch.arange(num_columns - num_tokens, num_columns, device=position_ids.device)
-    return columns >= num_padding
+        if attention_mask.shape != (batch_size, num_columns):
+            raise ValueError(
+                f"`attention_mask` must have shape {(batch_size, num_columns)}, one entry per token of the input and of "
+                f"the cache, got {tuple(attention_mask.shape)}."
+            )
+        real = attention_mask[:, -num_tokens:].bool()
+    elif attention_mask is not None and positions is not None:
+        num_padding = (num_columns - 1 - positions[:, -1:]).expand(batch_size, -1)
+        real = torch.arange(num_columns - num_tokens, num_columns, device=positions.device) >= num_padding
+    if positions is not None and num_tokens > 1:
+        restarts = positions.diff(dim=-1) != 1
+        if real is not None:
+            restarts = restarts & real[:, 1:] & real[:, :-1]
+        if restarts.any():
+            raise ValueError(
+                "`position_ids` restart inside a row, so it packs several sequences, whose chunks cannot be told apart. Give "
+                "each sequence a row of its own (`packing=False`)."
+            )
+    return real
 
 
 def _learned_positions(backbone: PreTrainedModel) -> int | None:
@@ -1276,13 +1208,18 @@ class RetroForCausalLM(RetroPreTrainedModel, GenerationMixin):
     # ── generation ────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def generate(
-        self, inputs: torch.Tensor | None = None, *args: Any, retriever: Retriever | None = _ATTACHED, **kwargs: Any
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *args: Any,
+        retriever: Retriever | None = _ATTACHED,
+        **kwargs: Any,
     ):
         """Generate as any model of transformers does, retrieving once per completed chunk of `chunk_size` tokens.
 
         Args:
-            inputs, args, kwargs: as in [`~transformers.GenerationMixin.generate`]; `neighbor_input_ids`,
-                `neighbor_attention_mask` and `chunk_offset` as in `forward`.
+            inputs, generation_config, args, kwargs: as in [`~transformers.GenerationMixin.generate`];
+                `neighbor_input_ids`, `neighbor_attention_mask` and `chunk_offset` as in `forward`.
             retriever (`Callable`, *optional*): see `forward`; None generates without retrieval, by default the attached
                 retriever is used.
         Returns:
@@ -1295,29 +1232,40 @@ class RetroForCausalLM(RetroPreTrainedModel, GenerationMixin):
                 f"Generating without retrieval: this model was trained with '{self.config.retriever_name_or_path}'. Open it "
                 "with `RetroRetriever.from_pretrained(...)` and pass `retriever=`."
             )
-        lookup = None if retriever is None else _Lookup(retriever)
-        outputs = super().generate(inputs, *args, retriever=lookup, **kwargs)
+        lookup = None if retriever is None else RetroLookup(retriever, self.config.vocab_size)
+        outputs = super().generate(inputs, generation_config, *args, retriever=lookup, **kwargs)
         if lookup is not None and isinstance(outputs, ModelOutput):
-            outputs["retrieval_trace"] = self._trace(lookup, outputs.sequences, kwargs.get("chunk_offset"))
+            used = self._prepare_generation_config(generation_config, **kwargs)[0]
+            outputs["retrieval_trace"] = self._trace(lookup, outputs, used, kwargs.get("chunk_offset"))
         return outputs
 
     def _trace(
-        self, lookup: _Lookup, sequences: torch.Tensor, chunk_offset: int | torch.Tensor | None
+        self,
+        lookup: RetroLookup,
+        outputs: ModelOutput,
+        used: GenerationConfig,
+        chunk_offset: int | torch.Tensor | None,
     ) -> list[list[dict]]:
+        """The trace of every sequence, of chunks that had a say in it: a token was generated after them."""
+        sequences = outputs.sequences
         real = torch.ones_like(sequences, dtype=torch.bool)
-        mask = lookup.prompt_mask
-        if (
-            mask is not None
-        ):  # rows of one prompt stand together, in `mask` once per beam, in `sequences` once per result
-            rows = torch.arange(len(sequences), device=mask.device) * len(mask) // len(sequences)
-            real[:, : mask.shape[1]] = mask[rows].bool().to(real.device)
-        offsets = _offsets(None, len(sequences), self.config.chunk_size)
-        if chunk_offset is not None:
-            given = _offsets(
-                chunk_offset, 1 if isinstance(chunk_offset, int) else len(chunk_offset), self.config.chunk_size
-            )
-            offsets = [given[row * len(given) // len(sequences)] for row in range(len(sequences))]
-        return lookup.trace(sequences, self.config.chunk_size, offsets, real)
+        real[:, -1] = False  # it was never an input
+        if used.eos_token_id is not None:
+            eos = used.eos_token_id if isinstance(used.eos_token_id, list) else [used.eos_token_id]
+            ends = torch.tensor([*eos, eos[0] if used.pad_token_id is None else used.pad_token_id])
+            tail = torch.isin(sequences, ends.to(sequences.device))
+            real &= ~tail.long().flip(1).cumprod(1).flip(1).bool()
+        if lookup.padding_mask is not None:
+            mask = lookup.padding_mask.bool().to(real.device)
+            real[:, : mask.shape[1]] &= mask[_prompt_rows(len(mask), len(sequences))]
+        state = getattr(outputs.get("past_key_values"), "retro", None)
+        if state is None:
+            num_rows = len(chunk_offset) if isinstance(chunk_offset, (list, torch.Tensor)) else 1
+            offsets = _offsets(chunk_offset, num_rows, self.config.chunk_size)
+        else:
+            offsets = state.offsets
+        offsets = [offsets[row] for row in _prompt_rows(len(offsets), len(sequences))]
+        return lookup.trace(sequences, real, offsets, self.config.chunk_size)
 
     def prepare_inputs_for_generation(
         self,
@@ -1326,22 +1274,25 @@ class RetroForCausalLM(RetroPreTrainedModel, GenerationMixin):
         neighbor_input_ids: torch.LongTensor | None = None,
         neighbor_attention_mask: torch.Tensor | None = None,
         chunk_offset: int | torch.LongTensor | None = None,
-        retriever: Retriever | None = None,
+        retriever: Retriever | None = _ATTACHED,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Let the backbone prepare its inputs, and add those of retrieval."""
         inputs = self.model.backbone.prepare_inputs_for_generation(input_ids, attention_mask=attention_mask, **kwargs)
-        if isinstance(retriever, _Lookup) and retriever.prompt_mask is None:
-            retriever.prompt_mask = attention_mask
+        if isinstance(retriever, RetroLookup):
+            retriever.padding_mask = attention_mask
+        if neighbor_input_ids is not None and kwargs.get("past_key_values") is None:
+            num_chunks = input_ids.shape[1] // self.config.chunk_size + 1  # without a cache only those of this pass
+            neighbor_input_ids = neighbor_input_ids[:, :num_chunks]
+            if neighbor_attention_mask is not None:
+                neighbor_attention_mask = neighbor_attention_mask[:, :num_chunks]
         retro = {
             "neighbor_input_ids": neighbor_input_ids,
             "neighbor_attention_mask": neighbor_attention_mask,
             "chunk_offset": chunk_offset,
             "retriever": retriever,
+            "token_mask": attention_mask,  # the backbone's own may be 4-D, or as long as a static cache
         }
-        prepared = inputs.get("attention_mask")
-        if attention_mask is not None and not (isinstance(prepared, torch.Tensor) and prepared.dim() == 2):
-            retro["token_mask"] = attention_mask
         return inputs | retro
 
     def _get_candidate_generator(self, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any):

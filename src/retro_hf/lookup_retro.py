@@ -1,0 +1,179 @@
+# Copyright 2026 The retro-hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Asking a retriever: its answers checked, every distinct chunk looked up once, and the trace of what came back."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .cache_retro import pad_to
+
+
+Retriever = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+"""`retriever(chunk_input_ids (N, m), chunk_attention_mask (N, m)) -> (neighbor_input_ids (N, K, R), mask (N, K, R))`."""
+
+
+def check_retriever(retriever: Any) -> None:
+    """Check that a retriever can be called.
+
+    Raises:
+        ValueError: if it can't.
+    """
+    if not callable(retriever):
+        raise ValueError(
+            "A retriever must be callable as retriever(chunk_input_ids, chunk_attention_mask), got "
+            f"{type(retriever).__name__}. `RetroRetriever.from_pretrained(...)` opens a saved one."
+        )
+
+
+def check_neighbors(
+    input_ids: Any, mask: Any, shape: tuple[int, ...], vocab_size: int, source: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Check neighbor tensors.
+
+    Args:
+        input_ids, mask (`torch.Tensor` of shape `(*shape, K, R)`): the neighbors; a mask of None means all ones.
+        shape (`tuple[int]`): leading dimensions, -1 for any.
+        vocab_size (`int`): of the model.
+        source (`str`): what the message calls them.
+    Returns:
+        Ids of dtype long, and a boolean mask.
+    Raises:
+        ValueError: with the value that is wrong and the one that is needed.
+    """
+    expected = f"({', '.join('any' if n == -1 else str(n) for n in shape)}, num_neighbors, neighbor_size)"
+    for tensor in (input_ids, mask):
+        if not (isinstance(tensor, torch.Tensor) or tensor is mask is None):
+            raise ValueError(f"{source} must be tensors of shape {expected}, got {type(tensor).__name__}.")
+    leading = input_ids.shape[: len(shape)]
+    if input_ids.dim() != len(shape) + 2 or any(n not in (-1, size) for n, size in zip(shape, leading, strict=True)):
+        raise ValueError(f"{source} must have shape {expected}, got {tuple(input_ids.shape)}.")
+    if input_ids.is_floating_point() or input_ids.is_complex() or input_ids.dtype == torch.bool:
+        raise ValueError(f"{source} must be token ids of an integer dtype (torch.long), got {input_ids.dtype}.")
+    if mask is None:
+        mask = torch.ones_like(input_ids)
+    if mask.shape != input_ids.shape:
+        raise ValueError(
+            f"The mask of {source} must have the shape of the ids {tuple(input_ids.shape)}, got {tuple(mask.shape)}."
+        )
+    mask = mask.bool()
+    used = input_ids[mask]
+    if used.numel() and not (0 <= int(used.min()) and int(used.max()) < vocab_size):
+        raise ValueError(
+            f"{source} holds token ids from {int(used.min())} to {int(used.max())}, but the model's vocabulary has "
+            f"{vocab_size} tokens. Were they made with another tokenizer?"
+        )
+    return input_ids.long(), mask
+
+
+class RetroLookup:
+    """A retriever as one forward pass or one call of `generate` sees it.
+
+    Every distinct chunk is looked up once, so beams and repeated prefixes cost one search, and the answers are kept for
+    the trace.
+
+    Args:
+        retriever (`Callable`): see [`Retriever`].
+        vocab_size (`int`): of the model.
+    """
+
+    def __init__(self, retriever: Retriever, vocab_size: int) -> None:
+        check_retriever(retriever)
+        self.retriever = retriever
+        self.vocab_size = vocab_size
+        self.found: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]] = {}
+        self.padding_mask: torch.Tensor | None = None
+
+    def __call__(self, chunk_input_ids: torch.Tensor, chunk_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Answer from memory where possible, with one call of the retriever for the rest.
+
+        Args:
+            chunk_input_ids, chunk_mask (`torch.Tensor` of shape `(N, m)`): completed chunks, and which tokens are real.
+        Returns:
+            Neighbor ids and mask `(N, K, R)`, on the device of the chunks; K is the largest number among them.
+        """
+        # One hashable key per chunk; -1 at padding.
+        keys = [tuple(row) for row in chunk_input_ids.masked_fill(~chunk_mask.bool(), -1).tolist()]
+        missing: dict[tuple[int, ...], int] = {}
+        for row, key in enumerate(keys):
+            if key not in self.found:
+                missing.setdefault(key, row)
+        if missing:
+            rows = list(missing.values())
+            answer = self._ask(chunk_input_ids[rows], chunk_mask[rows])
+            self.found.update(zip(missing, zip(*answer, strict=True), strict=True))
+        found = [self.found[key] for key in keys]
+        sizes = sorted({ids.shape[1] for ids, _ in found})
+        if len(sizes) > 1:
+            raise ValueError(
+                f"The retriever returned neighbors of {sizes[0]} and of {sizes[1]} tokens; the neighbor_size of a "
+                "retriever must not change while generating."
+            )
+        width = max(len(ids) for ids, _ in found)
+        ids, mask = (torch.stack([pad_to(row, width, dim=0) for row in rows]) for rows in zip(*found, strict=True))
+        return ids.to(chunk_input_ids.device), mask.to(chunk_input_ids.device)
+
+    def _ask(self, chunk_input_ids: torch.Tensor, chunk_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        num_chunks, size = chunk_input_ids.shape
+        try:
+            answer = self.retriever(chunk_input_ids, chunk_mask.long())
+        except Exception as error:
+            raise RuntimeError(
+                f"The retriever failed on {num_chunks} chunks of {size} tokens: {type(error).__name__}: {error}"
+            ) from error
+        if not isinstance(answer, tuple) or len(answer) != 2:
+            found = f"a tuple of {len(answer)}" if isinstance(answer, tuple) else type(answer).__name__
+            raise ValueError(
+                f"The retriever must return a pair (neighbor_input_ids, neighbor_attention_mask), got {found}."
+            )
+        return check_neighbors(*answer, (num_chunks,), self.vocab_size, "What the retriever returned")
+
+    def trace(
+        self, sequences: torch.Tensor, real: torch.Tensor, offsets: list[int], chunk_size: int
+    ) -> list[list[dict[str, Any]]]:
+        """What was retrieved for every sequence, chunk by chunk.
+
+        Args:
+            sequences, real (`torch.Tensor` of shape `(B, T)`): tokens, and which of them count.
+            offsets (`list[int]`): chunk position of each row's first token.
+            chunk_size (`int`): tokens per chunk.
+        Returns:
+            For each row a list of dicts with `chunk` (index), `chunk_input_ids` (`list[int]`), `neighbor_input_ids`
+            (list of lists, without padding) and, if the retriever has a `trace` method, `neighbors`: ids, scores,
+            document ids and text.
+        """
+        rows = []
+        for tokens, mask, offset in zip(sequences, real, offsets, strict=True):
+            cells = [-1] * offset + tokens[mask].tolist()
+            entries = []
+            for index in range(len(cells) // chunk_size):
+                key = tuple(cells[index * chunk_size : (index + 1) * chunk_size])
+                if key not in self.found:
+                    continue
+                ids, neighbor_mask = self.found[key]
+                entry: dict[str, Any] = {
+                    "chunk": index,
+                    "chunk_input_ids": [token for token in key if token >= 0],
+                    "neighbor_input_ids": [i[m].tolist() for i, m in zip(ids, neighbor_mask, strict=True)],
+                }
+                if hasattr(self.retriever, "trace"):
+                    chunk = torch.tensor([key])
+                    entry["neighbors"] = self.retriever.trace(chunk.clamp(min=0), (chunk >= 0).long())[0]
+                entries.append(entry)
+            rows.append(entries)
+        return rows
+
+
+__all__ = ["Retriever", "RetroLookup", "check_neighbors", "check_retriever"]
