@@ -1,0 +1,311 @@
+"""Neighbors of a training set, computed once: documents cut into windows, and a column of chunk ids per chunk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from datasets import Dataset, Features, List, Value
+from transformers.utils import logging
+
+from ..datastore import RetroDatastore, chunk_texts
+from ..errors import DatasetError, DatastoreInputError
+from ..retrieval_retro import RetroRetriever
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = [
+    "NEIGHBORS_COLUMN",
+    "SOURCE_COLUMN",
+    "nearest_chunks",
+    "neighbor_source",
+    "precompute_neighbors",
+    "tokenize_documents",
+]
+
+logger = logging.get_logger(__name__)
+
+NEIGHBORS_COLUMN = "neighbor_chunk_ids"
+SOURCE_COLUMN = "neighbor_source"
+_ID_COLUMN = "document_id"
+_START_COLUMN = "window_start"
+
+
+def tokenize_documents(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    chunk_size: int,
+    text_column: str = "text",
+    id_column: str = "id",
+    batch_size: int = 256,
+) -> Dataset:
+    """Tokenize documents as a datastore does, and cut each into training windows that begin at a chunk border.
+
+    Windows of one document follow each other without overlap; the last one is as short as it falls. No window holds
+    two documents, so none needs more than its own document excluded. A last window of a single token, which has nothing
+    to predict, and documents without text are left out.
+
+    Args:
+        dataset (`datasets.Dataset`): one document per row.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): of the language model.
+        max_length (`int`): tokens per window, a multiple of `chunk_size`.
+        chunk_size (`int`): tokens per chunk; m in the paper.
+        text_column (`str`, defaults to `"text"`): column with the text.
+        id_column (`str`, defaults to `"id"`): column with the document's id, the same as in the datastore. Without
+            such a column the row number is the id, as it is in a datastore built from the same dataset.
+        batch_size (`int`, defaults to 256): documents per call of the tokenizer.
+    Returns:
+        `datasets.Dataset` with the columns `input_ids`, `document_id` and `window_start` (the token of its document
+        that a window begins with).
+    Raises:
+        DatasetError: if there is no text column, or `max_length` is no multiple of `chunk_size`.
+    """
+    if chunk_size < 1 or max_length < 2 or max_length % chunk_size:
+        raise DatasetError(
+            f"max_length={max_length} is not a multiple of chunk_size={chunk_size} (and at least 2). A window must begin "
+            f"at a chunk border of its document. Use {max(1, max_length // max(chunk_size, 1)) * max(chunk_size, 1)}."
+        )
+    if text_column not in dataset.column_names:
+        raise DatasetError(
+            f"The dataset has no column {text_column!r}, only {dataset.column_names}. Name the column that holds the text: "
+            "tokenize_documents(..., text_column=...)."
+        )
+
+    def cut(batch: dict[str, list[Any]], numbers: list[int]) -> dict[str, list[Any]]:
+        windows: dict[str, list[Any]] = {"input_ids": [], _ID_COLUMN: [], _START_COLUMN: []}
+        texts = [text or "" for text in batch[text_column]]
+        encoded = tokenizer(texts, add_special_tokens=False, truncation=False, padding=False, verbose=False)[
+            "input_ids"
+        ]
+        ids = batch[id_column] if id_column in batch else numbers
+        for text, tokens, document_id in zip(texts, encoded, ids, strict=True):
+            # A datastore skips documents of white space, too.
+            for start in range(0, len(tokens) - 1 if text.strip() else 0, max_length):
+                windows["input_ids"].append(tokens[start : start + max_length])
+                windows[_ID_COLUMN].append(str(document_id))
+                windows[_START_COLUMN].append(start)
+        return windows
+
+    return dataset.map(
+        cut,
+        batched=True,
+        batch_size=batch_size,
+        with_indices=True,
+        remove_columns=dataset.column_names,
+        features=Features(
+            {"input_ids": List(Value("int32")), _ID_COLUMN: Value("string"), _START_COLUMN: Value("int64")}
+        ),
+        desc="Tokenizing documents",
+    )
+
+
+def precompute_neighbors(
+    dataset: Dataset,
+    retriever: RetroRetriever | RetroDatastore,
+    *,
+    num_neighbors: int | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    chunk_size: int | None = None,
+    document_id_column: str | None = None,
+    batch_size: int = 256,
+) -> Dataset:
+    """Find the neighbors of every complete chunk of a tokenized dataset, once, before training.
+
+    Section 2.3 of Borgeaud et al. (2022). A chunk gets no neighbors from its own document, whose continuation is the
+    answer it must learn to predict: more results are fetched, and those of the excluded documents dropped. Where a
+    chunk is itself a chunk of the datastore, its stored key is the query and nothing is embedded.
+
+    Args:
+        dataset (`datasets.Dataset`): examples with `input_ids`, not padded, such as [`tokenize_documents`] makes them.
+        retriever ([`RetroRetriever`] or [`RetroDatastore`]): where to look. A datastore alone serves where every chunk
+            of the dataset is in it.
+        num_neighbors (`int`, *optional*): neighbors per chunk; the retriever's number by default, 2 for a datastore.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): of the model to train; checked against the
+            datastore's.
+        chunk_size (`int`, *optional*): of the model to train; checked against the datastore's.
+        document_id_column (`str`, *optional*): column with the id of each example's document in the datastore, or a
+            list of ids (near-duplicates, all documents packed into one window); `"document_id"` by default if there is
+            one. Ids that the datastore does not have exclude nothing.
+        batch_size (`int`, defaults to 256): examples per search.
+    Returns:
+        `datasets.Dataset`: the same rows with two more columns. `neighbor_chunk_ids`: per complete chunk a list of
+        `num_neighbors` chunk ids, best first, -1 for none. `neighbor_source`: JSON that says which datastore, chunk size
+        and embedder they come from, so that [`RetroDataCollator`] refuses any other.
+    Raises:
+        DatasetError: for a dataset that is not tokenized, or padded; or a datastore alone that lacks some chunk.
+        DatastoreMismatchError: if tokenizer or chunk size are not those of the datastore.
+    *Determinism*: the same dataset, datastore and batch size give the same column.
+    *Disk*: `8 * num_neighbors` bytes per chunk; `datasets` keeps the result and finds it again under its fingerprint.
+    """
+    if not isinstance(dataset, Dataset):
+        raise DatasetError(
+            f"The dataset is of type {type(dataset).__name__}, not datasets.Dataset. Of a DatasetDict pass one split; "
+            "from a list make one with `Dataset.from_list(...)`."
+        )
+    if "input_ids" not in dataset.column_names:
+        raise DatasetError(
+            f"The dataset has no column 'input_ids', only {dataset.column_names}. Tokenize it first: "
+            "`tokenize_documents(dataset, tokenizer, max_length=..., chunk_size=...)`."
+        )
+    datastore = retriever if isinstance(retriever, RetroDatastore) else retriever.datastore
+    datastore.check_compatible(tokenizer=tokenizer, chunk_size=chunk_size)
+    wanted = wanted_neighbors(retriever, num_neighbors)
+    id_column = _document_id_column(dataset, document_id_column)
+    source = neighbor_source(datastore, wanted)
+
+    def find(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        chunks = [complete_chunks(ids, datastore.chunk_size) for ids in batch["input_ids"]]
+        if any(0 in mask for mask in batch.get("attention_mask", ())):
+            raise DatasetError("The examples are padded (attention_mask has zeros). Tokenize them without padding.")
+        counts = [len(rows) for rows in chunks]
+        documents = document_numbers(datastore, batch[id_column] if id_column else [None] * len(counts))
+        places = None
+        if _START_COLUMN in batch and id_column:
+            places = _stored_places(datastore, documents[:, 0], batch[_START_COLUMN], counts)
+        found = nearest_chunks(
+            retriever,
+            np.concatenate(chunks),
+            wanted,
+            exclude_documents=np.repeat(documents, counts, axis=0),
+            candidates=places,
+        )
+        parts = np.split(found, np.cumsum(counts)[:-1])
+        return {NEIGHBORS_COLUMN: [part.tolist() for part in parts], SOURCE_COLUMN: [source] * len(counts)}
+
+    features = dataset.features.copy()
+    features.update({NEIGHBORS_COLUMN: List(List(Value("int64"))), SOURCE_COLUMN: Value("string")})
+    # The fingerprint `datasets` would make hashes the pickled retriever, which only knows paths.
+    files = [entry.sha256 for entry in datastore.manifest.files]
+    identity = f"{dataset._fingerprint} {source} {files} {id_column} {batch_size}"
+    return dataset.map(
+        find,
+        batched=True,
+        batch_size=batch_size,
+        features=features,
+        new_fingerprint=hashlib.sha256(identity.encode()).hexdigest()[:16],
+        desc="Finding neighbors",
+    )
+
+
+def wanted_neighbors(retriever: RetroRetriever | RetroDatastore | None, num_neighbors: int | None) -> int:
+    """The number asked for, else the retriever's, else the paper's 2."""
+    if num_neighbors is not None and num_neighbors < 1:
+        raise ValueError(f"num_neighbors is {num_neighbors}, but it must be at least 1.")
+    return num_neighbors or (retriever.num_neighbors if isinstance(retriever, RetroRetriever) else 2)
+
+
+def neighbor_source(datastore: RetroDatastore, num_neighbors: int) -> str:
+    """JSON that identifies what chunk ids refer to: the token stream and its borders, wherever the folder lies."""
+    manifest = datastore.manifest
+    stream = [entry.sha256 for kind in ("tokens", "doc_offsets", "doc_lengths") for entry in manifest.entries(kind)]
+    content = {
+        "datastore": hashlib.sha256(" ".join(stream).encode()).hexdigest()[:16],
+        "chunk_size": datastore.chunk_size,
+        "num_neighbors": num_neighbors,
+        "embedder": manifest.embedder["name"],
+        "embedder_fingerprint": manifest.embedder["fingerprint"][:16],
+        "tokenizer_fingerprint": manifest.tokenizer["fingerprint"][:16],
+    }
+    return json.dumps(content, sort_keys=True)
+
+
+def complete_chunks(input_ids: Sequence[int] | np.ndarray, chunk_size: int) -> np.ndarray:
+    """The complete chunks of one sequence, int64 of shape `(len(input_ids) // chunk_size, chunk_size)`."""
+    complete = len(input_ids) // chunk_size
+    return np.asarray(input_ids[: complete * chunk_size], dtype=np.int64).reshape(complete, chunk_size)
+
+
+def document_numbers(datastore: RetroDatastore, ids: Sequence[Any]) -> np.ndarray:
+    """Document numbers of ids, or of lists of ids; int64 of shape `(len(ids), widest)`, -1 for what isn't there."""
+    rows = [[_number(datastore, one) for one in (row if isinstance(row, list) else [row])] for row in ids]
+    numbers = np.full((len(rows), max([1, *map(len, rows)])), -1, dtype=np.int64)
+    for row, found in zip(numbers, rows, strict=True):
+        row[: len(found)] = found
+    return numbers
+
+
+def _number(datastore: RetroDatastore, document_id: Any) -> int:
+    try:
+        return -1 if document_id is None else datastore.document_number(str(document_id))
+    except DatastoreInputError:
+        return -1
+
+
+def nearest_chunks(
+    retriever: RetroRetriever | RetroDatastore,
+    chunks: np.ndarray,
+    num_neighbors: int,
+    *,
+    exclude_documents: np.ndarray,
+    candidates: np.ndarray | None = None,
+) -> np.ndarray:
+    """The nearest chunks of many chunks in one search.
+
+    Args:
+        retriever ([`RetroRetriever`] or [`RetroDatastore`]): where to look.
+        chunks (`np.ndarray` of int64 and shape `(num_chunks, chunk_size)`): complete chunks.
+        num_neighbors (`int`): results per chunk.
+        exclude_documents (`np.ndarray` of int64 and shape `(num_chunks, any)`): document numbers, -1 for none.
+        candidates (`np.ndarray` of int64 and shape `(num_chunks,)`, *optional*): chunk ids where the very same tokens
+            may lie in the datastore, -1 for none; where they do, the stored key is the query.
+    Returns:
+        `np.ndarray` of int64 and shape `(num_chunks, num_neighbors)`; -1 where there are no more.
+    """
+    datastore = retriever if isinstance(retriever, RetroDatastore) else retriever.datastore
+    if not len(chunks):
+        return np.empty((0, num_neighbors), dtype=np.int64)
+    queries = np.empty((len(chunks), datastore.manifest.dim), dtype=np.float32)
+    known = np.zeros(len(chunks), dtype=bool)
+    if candidates is not None:
+        tokens, mask = datastore.gather(candidates)
+        size = datastore.chunk_size
+        known = ((tokens[:, :size] == chunks) & (mask[:, :size] == 1)).all(axis=1)
+        queries[known] = datastore.keys[candidates[known]]
+    if not known.all():
+        if isinstance(retriever, RetroDatastore):
+            raise DatasetError(
+                f"{np.count_nonzero(~known)} of {len(chunks)} chunks are not in the datastore under their document's id, so "
+                "they have no stored key and must be embedded. Pass a RetroRetriever, which has the embedder, instead of "
+                "the datastore alone."
+            )
+        queries[~known] = retriever.embedder.embed(chunk_texts(retriever.tokenizer, chunks[~known]))
+    return datastore.search(queries, num_neighbors, exclude_documents=exclude_documents)[1]
+
+
+def _stored_places(
+    datastore: RetroDatastore, documents: np.ndarray, starts: Sequence[int], counts: Sequence[int]
+) -> np.ndarray:
+    """Chunk ids that windows would have in the datastore: `counts[i]` from token `starts[i]` of `documents[i]` on.
+
+    -1 for a document that is not in the datastore, for a place past its end, and off the chunk grid.
+    """
+    # Chunks of a document are numbered in a row, so the first is found by bisection in their sorted document numbers.
+    owners = datastore.document_of(np.arange(datastore.num_chunks))
+    begins, size = np.asarray(starts, dtype=np.int64), datastore.chunk_size
+    usable = (documents >= 0) & (begins % size == 0)
+    first = np.where(usable, np.searchsorted(owners, documents) + begins // size, -1)
+    places = np.concatenate([start + np.arange(count) for start, count in zip(first, counts, strict=True)])
+    owner = np.repeat(np.where(usable, documents, -1), counts)
+    inside = (owner >= 0) & (places < datastore.num_chunks)
+    inside[inside] = owners[places[inside]] == owner[inside]
+    return np.where(inside, places, -1)
+
+
+def _document_id_column(dataset: Dataset, column: str | None) -> str | None:
+    if column is not None and column not in dataset.column_names:
+        raise DatasetError(f"The dataset has no column {column!r} of document ids, only {dataset.column_names}.")
+    if column is None and _ID_COLUMN in dataset.column_names:
+        column = _ID_COLUMN
+    if column is None:
+        logger.warning(
+            "No column of document ids: a chunk whose document is in the datastore will find itself there. Name the "
+            "column with `document_id_column=`."
+        )
+    return column
