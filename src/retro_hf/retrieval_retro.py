@@ -61,7 +61,7 @@ class RetroRetriever:
 
     Args:
         datastore ([`RetroDatastore`]): where to look.
-        embedder ([`ChunkEmbedder`]): the encoder that made the datastore's keys.
+        embedder ([`ChunkEmbedder`] or `str`): the encoder that made the datastore's keys.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): of the language model; defaults to the copy
             in the datastore.
         num_neighbors (`int`, defaults to 2): neighbors per chunk. It may be set at any time, also beyond the number a
@@ -78,11 +78,13 @@ class RetroRetriever:
         self,
         datastore: RetroDatastore,
         *,
-        embedder: ChunkEmbedder,
+        embedder: ChunkEmbedder | str,
         tokenizer: PreTrainedTokenizerBase | None = None,
         num_neighbors: int = 2,
         cache_size: int = 4096,
     ) -> None:
+        if isinstance(embedder, (str, os.PathLike)):
+            embedder = ChunkEmbedder.from_pretrained(embedder)
         datastore.check_compatible(tokenizer=tokenizer, embedder=embedder)
         self.datastore = datastore
         self.embedder = embedder
@@ -271,7 +273,8 @@ class RetroRetriever:
         Args:
             options: those of [`RetroDatastore.from_texts`], such as `path`, `chunk_size` and `neighbor_size`.
         """
-        embedder = embedder if isinstance(embedder, ChunkEmbedder) else ChunkEmbedder.from_pretrained(embedder)
+        if isinstance(embedder, (str, os.PathLike)):
+            embedder = ChunkEmbedder.from_pretrained(embedder)
         datastore = RetroDatastore.from_texts(texts, tokenizer, embedder=embedder, **options)
         return cls(datastore, embedder=embedder, tokenizer=tokenizer, num_neighbors=num_neighbors)
 
@@ -300,7 +303,7 @@ class RetroRetriever:
             path = Path(snapshot_download(str(name_or_path), repo_type="dataset", revision=revision))
             verify = True
         datastore = RetroDatastore.load(path, verify=verify)
-        if not isinstance(embedder, ChunkEmbedder):
+        if embedder is None or isinstance(embedder, (str, os.PathLike)):
             known = datastore.manifest.embedder
             try:
                 embedder = ChunkEmbedder.from_pretrained(

@@ -144,6 +144,15 @@ def test_an_index_of_other_vectors_is_refused(keys, tmp_path):
         open_index(tmp_path / "index", 3000, 32)
 
 
+def test_opening_an_index_leaves_the_settings_of_faiss_alone(keys, tmp_path):
+    before = faiss.get_deserialization_vector_byte_limit()
+    build_and_open(keys, "Flat", tmp_path / "index")
+    (tmp_path / "index").write_bytes(b"nonsense")
+    with pytest.raises(DatastoreCorruptError):
+        open_index(tmp_path / "index", 3000, 32)
+    assert faiss.get_deserialization_vector_byte_limit() == before
+
+
 def test_threads_get_the_single_thread_answers_and_the_blas_setting_comes_back(keys, queries, tmp_path):
     _, index = build_and_open(keys, "Flat", tmp_path / "index")
     before = faiss.cvar.distance_compute_blas_threshold

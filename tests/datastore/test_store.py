@@ -1,10 +1,12 @@
 """RetroDatastore: what is built is what was given, it travels, and building is atomic and repeatable."""
 
+import multiprocessing
 import os
 import pickle
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 
 import datasets
@@ -126,6 +128,21 @@ def test_a_temporary_store_lives_as_long_as_the_object(tokenizer, embedder, tmp_
     del store
     assert not path.exists()
     assert RetroDatastore.load(tmp_path / "kept", verify=True).num_documents == 3
+
+
+def test_a_forked_child_that_drops_a_temporary_store_leaves_it_to_its_parent(tokenizer, embedder):
+    stores = [RetroDatastore.from_texts(["a"], tokenizer, embedder=embedder)]
+    child = multiprocessing.get_context("fork").Process(target=stores.clear)
+    child.start()
+    child.join()
+    assert child.exitcode == 0 and stores[0].path.is_dir()
+
+
+def test_a_failed_temporary_build_leaves_no_folder(tokenizer, embedder, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(DatastoreInputError):
+        RetroDatastore.from_texts([], tokenizer, embedder=embedder)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_saving_makes_an_exact_copy_and_never_overwrites(datastore, tmp_path):
@@ -252,6 +269,7 @@ def test_documents_that_the_store_does_not_have_are_refused(datastore):
         datastore.document_number("doc-99")
 
 
+@pytest.mark.filterwarnings("ignore:Cannot enable progress bars")
 def test_progress_bars_obey_the_switch_of_transformers(tokenizer, embedder, capsys):
     from transformers.utils import logging
 

@@ -84,19 +84,18 @@ def gather_tokens(
     documents = np.searchsorted(doc_offsets, start, side="right") - 1
     # What is left of the document, in tokens, from the first token of the chunk.
     left = doc_lengths[documents] - (start - doc_offsets[documents]) * chunk_size
-    left = np.where(known, left, 0)
+    left = np.where(known, np.minimum(left, neighbor_size), 0).astype(np.int32)
+    mask = np.arange(neighbor_size, dtype=np.int32) < left[:, None]
 
-    mask = np.arange(neighbor_size, dtype=np.int64) < left[:, None]
-    rows = np.empty((len(flat), neighbor_size), dtype=chunks.dtype)
-    for offset in range(0, neighbor_size, chunk_size):
-        # Chunks past the end of the document are read and masked: cheaper than selecting rows. The last chunk of the
-        # stream stands in for those past its end.
-        following = np.minimum(start + offset // chunk_size, num_chunks - 1)
-        width = min(chunk_size, neighbor_size - offset)
-        rows[:, offset : offset + width] = np.take(chunks, following, axis=0)[:, :width]
+    # Chunks past the end of the document are read and masked, which costs less than selecting rows; the last chunk of
+    # the stream stands in for those past its end.
+    width = num_chunks_of(neighbor_size, chunk_size)
+    following = np.minimum(start[:, None] + np.arange(width), num_chunks - 1)
+    rows = np.take(chunks, following, axis=0).reshape(len(flat), width * chunk_size)[:, :neighbor_size]
+    # In the stream's own narrow type, twice as fast as after the conversion.
+    np.multiply(rows, mask, out=rows)
     shape = (*chunk_ids.shape, neighbor_size)
-    tokens = np.multiply(rows, mask, dtype=np.int64).reshape(shape)
-    return tokens, mask.astype(np.int64).reshape(shape)
+    return rows.astype(np.int64).reshape(shape), mask.astype(np.int64).reshape(shape)
 
 
 def chunk_texts(tokenizer: PreTrainedTokenizerBase, rows: np.ndarray, mask: np.ndarray | None = None) -> list[str]:

@@ -41,6 +41,12 @@ _RECALL_QUERIES = 1000
 _BLOCK_ROWS = 1 << 16
 _TRAINING_ROWS_PER_LIST = 40
 
+# Settings of FAISS that belong to the process, which are changed for the time of a call.
+_read_lock = threading.Lock()
+_blas_lock = threading.Lock()
+_blas_users = 0
+_blas_default = 0
+
 
 def _faiss() -> Any:
     try:
@@ -231,10 +237,9 @@ def open_index(path: Path, num_chunks: int, dim: int) -> Any:
         DatastoreCorruptError: if FAISS cannot read it, or it holds other vectors than the manifest says.
     """
     faiss = _faiss()
-    # FAISS trusts sizes in the file up to 1 TB; nothing in a sound file is longer than the file.
-    faiss.set_deserialization_vector_byte_limit(max(2 * path.stat().st_size, 1 << 20))
     try:
-        index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
+        with _bounded_reading(path.stat().st_size):
+            index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
     except (RuntimeError, MemoryError) as error:
         raise DatastoreCorruptError(
             f"{str(path)!r} is damaged: FAISS says {_short(error)}. Restore the folder from a copy, or build the "
@@ -248,6 +253,22 @@ def open_index(path: Path, num_chunks: int, dim: int) -> Any:
             f"{expected}. Restore the folder from a copy, or build the datastore again."
         )
     return index
+
+
+@contextmanager
+def _bounded_reading(size: int) -> Iterator[None]:
+    """Refuse vectors that claim to be longer than the file; by itself FAISS trusts a file up to 1 TB.
+
+    The limit belongs to the process, so one reader at a time sets it and puts it back.
+    """
+    faiss = _faiss()
+    with _read_lock:
+        default = faiss.get_deserialization_vector_byte_limit()
+        faiss.set_deserialization_vector_byte_limit(min(default, max(8 * size, 1 << 20)))
+        try:
+            yield
+        finally:
+            faiss.set_deserialization_vector_byte_limit(default)
 
 
 def _parameters(index: Any, search: dict[str, Any]) -> Any:
@@ -286,11 +307,6 @@ def search_index(
     else:
         scores, ids = index.search(queries, num_neighbors, params=_parameters(index, search))
     return np.where(ids < 0, -np.inf, scores).astype(np.float32, copy=False), ids
-
-
-_blas_lock = threading.Lock()
-_blas_users = 0
-_blas_default = 0
 
 
 @contextmanager

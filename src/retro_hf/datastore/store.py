@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import weakref
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from transformers import AutoTokenizer
 
 from ..errors import DatastoreCorruptError, DatastoreInputError
 from .build import build_datastore
@@ -34,6 +36,12 @@ __all__ = ["RetroDatastore"]
 _CHECKED_DOCUMENTS = 1 << 20
 
 
+def _remove_own_folder(folder: str, owner: int) -> None:
+    """Remove a temporary store, but not from a forked child, which has a copy of the object."""
+    if os.getpid() == owner:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 class RetroDatastore:
     """The retrieval database of section 2.3 of Borgeaud et al. (2022): keys, values and where they come from.
 
@@ -56,7 +64,6 @@ class RetroDatastore:
     def __init__(self, path: str | os.PathLike[str], manifest: DatastoreManifest) -> None:
         self.path = Path(path)
         self.manifest = manifest
-        self._owned_folder: tempfile.TemporaryDirectory[str] | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._check_sizes()
         self._doc_offsets = map_npy(self._file("doc_offsets"), np.dtype(np.int64), self.num_documents + 1)
@@ -103,8 +110,6 @@ class RetroDatastore:
         *Determinism*: the same documents, tokenizer, embedder, library versions and thread count give the same bytes.
         """
         if isinstance(tokenizer, (str, os.PathLike)):
-            from transformers import AutoTokenizer
-
             tokenizer = AutoTokenizer.from_pretrained(tokenizer)
         if isinstance(embedder, (str, os.PathLike)):
             embedder = ChunkEmbedder.from_pretrained(embedder)
@@ -141,9 +146,13 @@ class RetroDatastore:
         """
         if path is not None:
             return cls.build(texts, path, tokenizer=tokenizer, embedder=embedder, **options)
-        folder = tempfile.TemporaryDirectory(prefix="retro-datastore-", ignore_cleanup_errors=True)
-        datastore = cls.build(texts, Path(folder.name) / "store", tokenizer=tokenizer, embedder=embedder, **options)
-        datastore._owned_folder = folder
+        folder = tempfile.mkdtemp(prefix="retro-datastore-")
+        try:
+            datastore = cls.build(texts, Path(folder) / "store", tokenizer=tokenizer, embedder=embedder, **options)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        weakref.finalize(datastore, _remove_own_folder, folder, os.getpid())
         return datastore
 
     @classmethod
@@ -168,7 +177,7 @@ class RetroDatastore:
         with new_folder(Path(path)) as folder:
             for entry in self.manifest.files:
                 shutil.copyfile(self.path / entry.name, folder / entry.name)
-            # The manifest last, as in a build; copied as it is, so a copy has the same bytes.
+            # The manifest last, as in a build.
             shutil.copyfile(self.path / MANIFEST_NAME, folder / MANIFEST_NAME)
 
     def verify(self) -> None:
@@ -230,8 +239,6 @@ class RetroDatastore:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer of the token stream, from the store's own copy."""
         if self._tokenizer is None:
-            from transformers import AutoTokenizer
-
             self._tokenizer = AutoTokenizer.from_pretrained(self.path)
         return self._tokenizer
 

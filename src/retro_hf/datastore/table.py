@@ -61,7 +61,8 @@ class DocumentTable:
     def numbers(self) -> dict[str, int]:
         """Document numbers by id."""
         try:
-            ids = self._file.read(columns=["id"]).column("id").to_pylist()
+            with self._lock:
+                ids = self._file.read(columns=["id"]).column("id").to_pylist()
         except (OSError, pa.ArrowException) as error:
             raise self._damaged(str(error)) from error
         return {id: number for number, id in enumerate(ids)}
@@ -72,7 +73,9 @@ class DocumentTable:
                 self._groups.move_to_end(group)
             else:
                 try:
-                    self._groups[group] = self._file.read_row_group(group, columns=list(_COLUMNS)).to_pylist()
+                    # One small group: threads would cost more than they bring, and do not survive a fork.
+                    table = self._file.read_row_group(group, columns=list(_COLUMNS), use_threads=False)
+                    self._groups[group] = table.to_pylist()
                 except (OSError, pa.ArrowException) as error:
                     raise self._damaged(str(error)) from error
                 if len(self._groups) > _CACHED_GROUPS:
