@@ -6,10 +6,31 @@ Every check takes a model and raises an AssertionError. It runs in the dtype of 
 import torch
 
 from .naive_retro import NaiveShape, naive_decoder_logits
-from .tiny import hash_retriever, random_ids, random_neighbors
+from .tiny import hash_retriever, random_ids, random_neighbors, tiny_retro
 
 
 # ── the oracle ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+# Heads times head_dim differ from each other and from both widths (24, 16): a mixed-up argument cannot pass.
+TEXT = {"hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 3, "head_dim": 10}
+ENCODER = {"hidden_size": 16, "intermediate_size": 28, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 6}
+CROSS = {"cross_attention_num_heads": 2, "cross_attention_head_dim": 7}
+
+
+def oracle_model(seed: int = 0, **config):
+    """A model whose sizes all differ, with an epsilon that matters."""
+    eps = config.pop("eps", 1e-6)
+    text = {**TEXT, "rms_norm_eps": eps, **config.pop("text_config", {})}
+    encoder = {**ENCODER, "rms_norm_eps": eps, **config.pop("neighbor_encoder_config", {})}
+    return tiny_retro(
+        text_config=text,
+        neighbor_encoder_config=encoder,
+        rms_norm_eps=eps,
+        seed=seed,
+        scale=0.25,
+        **{**CROSS, **config},
+    )
 
 
 def naive_shape(config) -> NaiveShape:

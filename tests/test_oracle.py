@@ -5,29 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from retro_hf import modeling_retro_decoder
+
 from . import contracts
-from .tiny import random_ids, random_neighbors, tiny_retro
-
-
-# Heads times head_dim differ from each other and from both widths (24, 16): a mixed-up argument cannot pass.
-TEXT = {"hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 3, "head_dim": 10}
-ENCODER = {"hidden_size": 16, "intermediate_size": 28, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 6}
-CROSS = {"cross_attention_num_heads": 2, "cross_attention_head_dim": 7}
-
-
-def oracle_model(seed: int = 0, **config):
-    """A model whose sizes all differ, with an epsilon that matters."""
-    eps = config.pop("eps", 1e-6)
-    text = {**TEXT, "rms_norm_eps": eps, **config.pop("text_config", {})}
-    encoder = {**ENCODER, "rms_norm_eps": eps, **config.pop("neighbor_encoder_config", {})}
-    return tiny_retro(
-        text_config=text,
-        neighbor_encoder_config=encoder,
-        rms_norm_eps=eps,
-        seed=seed,
-        scale=0.25,
-        **{**CROSS, **config},
-    )
+from .contracts import oracle_model
+from .tiny import random_ids, random_neighbors
 
 
 @pytest.mark.parametrize("chunk_offset", [0, 1, 2, 3])
@@ -82,6 +64,34 @@ def test_logits_without_neighbors_agree():
 def test_gradients_agree():
     """Of every parameter: nothing is detached, and nothing counted twice."""
     contracts.check_gradients_agree_with_oracle(oracle_model())
+
+
+@pytest.mark.parametrize("block", [1, 5])
+def test_blocks_of_queries_agree(block, monkeypatch):
+    """Causal attention over several blocks of queries: logits, gradients, information flow and padding."""
+    monkeypatch.setattr(modeling_retro_decoder, "CAUSAL_BLOCK", block)
+    model = oracle_model()
+    for grad in (False, True):
+        for use_cache in (False, True):
+            contracts.check_agrees_with_oracle(model, grad=grad, use_cache=use_cache)
+    contracts.check_gradients_agree_with_oracle(model)
+    contracts.check_information_flow(model)
+    for side in ("left", "right"):
+        contracts.check_padding_is_invisible(model, side)
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
+def test_a_long_sequence_attends_as_eagerly(grad):
+    """Over more than two full blocks of queries the fused and the eager path agree."""
+    model = oracle_model(chunk_size=16)
+    ids = random_ids(1, 2 * modeling_retro_decoder.CAUSAL_BLOCK + 9)
+    neighbors = random_neighbors(1, ids.shape[1] // 16, neighbor_size=32, ragged=True)
+    logits = []
+    for implementation in ("sdpa", "eager"):
+        model.set_attn_implementation(implementation)
+        with torch.set_grad_enabled(grad):
+            logits.append(model(ids, **neighbors).logits.detach())
+    torch.testing.assert_close(*logits, atol=1e-5, rtol=0)
 
 
 def test_epsilon_of_every_norm_is_the_configured_one():
