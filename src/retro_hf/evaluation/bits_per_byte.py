@@ -260,7 +260,8 @@ def _find_neighbors(
         given = np.split(np.concatenate([*found, np.empty((0, count), dtype=np.int64)]), np.cumsum(counts)[:-1])
     for number, (document, _) in enumerate(read):
         if "on" in modes and given is not None:
-            ids = np.asarray(given[number], dtype=np.int64).reshape(len(given[number]), -1)
+            # A list of nothing has lost its second axis.
+            ids = np.asarray(given[number], dtype=np.int64) if len(given[number]) else np.empty((0, count), np.int64)
             if len(ids) != counts[number]:
                 raise DatasetError(
                     f"Document {number} has {counts[number]} complete chunks, but neighbor_chunk_ids of {len(ids)}."

@@ -112,7 +112,8 @@ class RetroDataCollator:
             attention_mask[row, : len(ids)] = 1
             labels[row, : len(ids)] = _labels(example, ids)
             neighbors = _neighbors(example, len(ids) // size)
-            chunk_ids[row, : len(neighbors)] = neighbors[:, :wanted]
+            if len(neighbors):
+                chunk_ids[row, : len(neighbors)] = neighbors[:, :wanted]
         if self.random_neighbor_probability or self.no_neighbor_probability:
             chunk_ids = self._dropped(chunk_ids, input_ids, attention_mask.sum(axis=1) // size)
         neighbor_input_ids, neighbor_attention_mask = self.datastore.gather(chunk_ids)
@@ -187,4 +188,5 @@ def _neighbors(example: Mapping[str, Any], num_chunks: int) -> np.ndarray:
             f"An example of {len(example['input_ids'])} tokens has {num_chunks} complete chunks, but neighbors of "
             f"{len(rows)}. Compute the neighbors after cutting the examples to length."
         )
-    return np.asarray(rows, dtype=np.int64).reshape(num_chunks, -1)
+    # A list of nothing has lost its second axis.
+    return np.asarray(rows, dtype=np.int64) if rows else np.empty((0, 0), dtype=np.int64)

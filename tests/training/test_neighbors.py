@@ -1,0 +1,186 @@
+"""Neighbors of a training set: windows on the chunk grid, own documents left out, stored keys used again."""
+
+import logging
+
+import numpy as np
+import pytest
+from datasets import Dataset
+from datastore.fixtures import corpus
+
+from retro_hf.datastore import RetroDatastore
+from retro_hf.errors import DatasetError, DatastoreMismatchError
+from retro_hf.training import precompute_neighbors, tokenize_documents
+
+
+SIZE = 8
+
+
+def texts_of(number: int) -> Dataset:
+    return Dataset.from_list(corpus(number))
+
+
+def test_windows_join_to_their_documents_and_begin_at_chunk_borders(world):
+    """Nothing is lost but a lone last token, and each window knows where it stands."""
+    for document in corpus():
+        windows = [row for row in world.windows if row["document_id"] == document["id"]]
+        tokens = world.tokenizer(document["text"], add_special_tokens=False)["input_ids"]
+        joined = [token for row in windows for token in row["input_ids"]]
+        assert joined == tokens[: len(joined)] and len(tokens) - len(joined) <= 1
+        assert [row["window_start"] for row in windows] == list(range(0, len(joined), 32))
+        assert all(len(row["input_ids"]) == 32 for row in windows[:-1])
+
+
+def test_windows_are_what_the_datastore_holds(world):
+    """A window has the very tokens of its document's chunks in the store."""
+    for row in world.windows.select(range(20)):
+        number = world.datastore.document_number(row["document_id"])
+        first = np.searchsorted(world.datastore.document_of(np.arange(len(world.datastore))), number)
+        chunks = np.arange(len(row["input_ids"]) // SIZE) + first + row["window_start"] // SIZE
+        tokens, _ = world.datastore.gather(chunks)
+        assert tokens[:, :SIZE].flatten().tolist() == row["input_ids"][: len(chunks) * SIZE]
+
+
+def test_documents_without_text_make_no_window(world):
+    """Empty, blank, missing and one-token documents are left out, and row numbers stand in for ids."""
+    dataset = Dataset.from_dict({"text": ["", "   ", None, "a", "the river runs"]})
+    windows = tokenize_documents(dataset, world.tokenizer, max_length=32, chunk_size=SIZE)
+    assert windows["document_id"] == ["4"]
+
+
+@pytest.mark.parametrize("max_length", [0, 1, 20, 33])
+def test_a_window_off_the_chunk_grid_is_refused(world, max_length):
+    """Neighbors of a shifted chunk would be those of other text."""
+    with pytest.raises(DatasetError, match=f"max_length={max_length}.*multiple of chunk_size=8"):
+        tokenize_documents(texts_of(2), world.tokenizer, max_length=max_length, chunk_size=SIZE)
+
+
+def test_a_dataset_without_text_names_its_columns(world):
+    """The message says what there is and which option to use."""
+    with pytest.raises(DatasetError, match="no column 'body'.*text_column="):
+        tokenize_documents(texts_of(2), world.tokenizer, max_length=32, chunk_size=SIZE, text_column="body")
+
+
+def test_each_complete_chunk_gets_its_neighbors_and_none_of_its_own_document(world):
+    """Numbers of lists fit the chunks; the own document is always there to be found, and never is."""
+    for row in world.dataset:
+        ids = np.array(row["neighbor_chunk_ids"]).reshape(-1, 2)
+        assert len(ids) == len(row["input_ids"]) // SIZE
+        assert (ids >= 0).all()
+        own = world.datastore.document_number(row["document_id"])
+        assert (world.datastore.document_of(ids) != own).all()
+
+
+def test_neighbors_are_the_exact_nearest_of_other_documents(world):
+    """As brute force over the keys says."""
+    keys = np.asarray(world.datastore.keys, dtype=np.float32)
+    owners = world.datastore.document_of(np.arange(len(keys)))
+    for row in world.dataset.select(range(0, len(world.dataset), 9)):
+        number = world.datastore.document_number(row["document_id"])
+        first = np.searchsorted(owners, number) + row["window_start"] // SIZE
+        for chunk, found in enumerate(row["neighbor_chunk_ids"]):
+            scores = np.where(owners == number, -np.inf, keys @ keys[first + chunk])
+            np.testing.assert_allclose(scores[found], np.sort(scores)[::-1][:2], atol=1e-6)
+
+
+def test_without_a_column_of_ids_a_chunk_finds_itself_and_is_told(world, caplog):
+    """The trap is real, and there is a warning of it."""
+    windows = world.windows.remove_columns(["document_id", "window_start"]).select(range(8))
+    logging.getLogger("transformers").propagate = True
+    with caplog.at_level(logging.WARNING):
+        found = precompute_neighbors(windows, world.retriever)
+    assert "document_id_column" in caplog.text
+    with_self = precompute_neighbors(world.windows.select(range(8)), world.retriever)
+    assert found["neighbor_chunk_ids"] != with_self["neighbor_chunk_ids"]
+    scores = world.retriever.datastore.keys
+    assert len(scores) > max(max(chunk) for row in found["neighbor_chunk_ids"] for chunk in row)
+    first = found[0]["neighbor_chunk_ids"][0][0]
+    assert world.datastore.gather(np.array([first]))[0][0, :SIZE].tolist() == found[0]["input_ids"][:SIZE]
+
+
+def test_stored_keys_are_used_again(world, monkeypatch):
+    """The same result as embedding, and the embedder isn't called once."""
+    monkeypatch.setattr(world.embedder, "embed", lambda *args, **kwargs: pytest.fail("embedded"))
+    again = precompute_neighbors(world.windows, world.retriever, batch_size=50)
+    alone = precompute_neighbors(world.windows, world.datastore, batch_size=17)
+    assert again["neighbor_chunk_ids"] == alone["neighbor_chunk_ids"] == world.dataset["neighbor_chunk_ids"]
+
+
+def test_embedded_queries_find_what_stored_keys_find(world):
+    """Keys are float16 and queries float32, which moves no neighbor here."""
+    embedded = precompute_neighbors(world.windows.remove_columns("window_start"), world.retriever)
+    assert embedded["neighbor_chunk_ids"] == world.dataset["neighbor_chunk_ids"]
+
+
+def test_documents_outside_the_store_exclude_nothing(world):
+    """Held-out text is embedded, and unknown ids are no error."""
+    held_out = Dataset.from_list([{**row, "id": f"new-{row['id']}"} for row in corpus(4, seed=9)])
+    windows = tokenize_documents(held_out, world.tokenizer, max_length=32, chunk_size=SIZE)
+    found = precompute_neighbors(windows, world.retriever)
+    for row in found:
+        chunks = np.array(row["input_ids"][: len(row["input_ids"]) // SIZE * SIZE]).reshape(-1, SIZE)
+        if len(chunks):
+            queries = world.embedder.embed(world.tokenizer.batch_decode(chunks))
+            assert row["neighbor_chunk_ids"] == world.datastore.search(queries, 2)[1].tolist()
+
+
+def test_a_datastore_alone_cannot_serve_text_it_does_not_hold(world):
+    """There is no embedder to make the queries with."""
+    windows = tokenize_documents(Dataset.from_list(corpus(2, seed=9)), world.tokenizer, max_length=32, chunk_size=SIZE)
+    with pytest.raises(DatasetError, match="Pass a RetroRetriever"):
+        precompute_neighbors(windows, world.datastore)
+
+
+def test_several_documents_can_be_excluded(world):
+    """A column of lists: the own document and its near-duplicates."""
+    first = world.windows.select([0]).remove_columns("window_start")
+    nearest = world.dataset[0]["neighbor_chunk_ids"]
+    numbers = world.datastore.document_of(np.array(nearest))
+    names = sorted({world.datastore.document(number)["id"] for number in numbers.flatten().tolist()})
+    several = first.add_column("excluded", [["doc-0", "unknown", *names]])
+    found = precompute_neighbors(several, world.retriever, document_id_column="excluded")
+    owners = world.datastore.document_of(np.array(found[0]["neighbor_chunk_ids"]))
+    assert not set(owners.flatten()) & {0, *numbers.flatten()}
+
+
+def test_missing_neighbors_are_minus_one(world, tmp_path):
+    """A store with fewer chunks than neighbors wanted fills up with -1."""
+    small = RetroDatastore.build(
+        corpus(2),
+        tmp_path / "small",
+        tokenizer=world.tokenizer,
+        embedder=world.embedder,
+        chunk_size=SIZE,
+        neighbor_size=16,
+    )
+    windows = tokenize_documents(texts_of(2), world.tokenizer, max_length=32, chunk_size=SIZE)
+    found = precompute_neighbors(windows, small, num_neighbors=len(small))
+    for row in found:
+        ids = np.array(row["neighbor_chunk_ids"]).reshape(-1, len(small))
+        other = 1 - small.document_number(row["document_id"])
+        count = (small.document_of(np.arange(len(small))) == other).sum()
+        assert (ids[:, :count] >= 0).all() and (ids[:, count:] == -1).all()
+
+
+def test_the_source_survives_what_datasets_do(world, tmp_path):
+    """Shuffling, selecting, saving and loading keep the record beside the ids."""
+    world.dataset.shuffle(seed=1).select(range(5)).save_to_disk(tmp_path / "saved")
+    loaded = Dataset.load_from_disk(tmp_path / "saved")
+    assert set(loaded["neighbor_source"]) == set(world.dataset["neighbor_source"])
+    assert len(set(loaded["neighbor_source"])) == 1
+
+
+def test_wrong_input_is_refused(world):
+    """Untokenized, padded, a list, another chunk size, an id column that is not there."""
+    with pytest.raises(DatasetError, match="tokenize_documents"):
+        precompute_neighbors(texts_of(2), world.retriever)
+    with pytest.raises(DatasetError, match=r"Dataset\.from_list"):
+        precompute_neighbors([{"input_ids": [1]}], world.retriever)
+    padded = Dataset.from_dict({"input_ids": [[1] * 16], "attention_mask": [[1] * 15 + [0]]})
+    with pytest.raises(DatasetError, match="padded"):
+        precompute_neighbors(padded, world.retriever)
+    with pytest.raises(DatastoreMismatchError, match="chunk_size=8, but chunk_size=16"):
+        precompute_neighbors(world.windows, world.retriever, chunk_size=16)
+    with pytest.raises(DatasetError, match="no column 'article'"):
+        precompute_neighbors(world.windows, world.retriever, document_id_column="article")
+    with pytest.raises(ValueError, match="num_neighbors is 0"):
+        precompute_neighbors(world.windows, world.retriever, num_neighbors=0)
