@@ -60,6 +60,8 @@ def check_neighbors(
     leading = input_ids.shape[: len(shape)]
     if input_ids.dim() != len(shape) + 2 or any(n not in (-1, size) for n, size in zip(shape, leading, strict=True)):
         raise ValueError(f"{source} must have shape {expected}, got {tuple(input_ids.shape)}.")
+    if input_ids.shape[-1] == 0:
+        raise ValueError(f"{source} must hold neighbors of at least one token, got shape {tuple(input_ids.shape)}.")
     if input_ids.is_floating_point() or input_ids.is_complex() or input_ids.dtype == torch.bool:
         raise ValueError(f"{source} must be token ids of an integer dtype (torch.long), got {input_ids.dtype}.")
     if mask is None:
@@ -121,7 +123,7 @@ class RetroLookup:
                 f"The retriever returned neighbors of {sizes[0]} and of {sizes[1]} tokens; the neighbor_size of a "
                 "retriever must not change while generating."
             )
-        width = max(len(ids) for ids, _ in found)
+        width = max(1, *(len(ids) for ids, _ in found))  # at least one, if only to be masked
         ids, mask = (torch.stack([pad_to(row, width, dim=0) for row in rows]) for rows in zip(*found, strict=True))
         return ids.to(chunk_input_ids.device), mask.to(chunk_input_ids.device)
 

@@ -868,7 +868,8 @@ class RetroModel(RetroPreTrainedModel):
                     f"only {num_tokens // size} complete chunks of {size}. Were they made with another `chunk_size`?"
                 )
         mask = torch.ones_like(input_ids) if mask is None else mask
-        return input_ids.to(tokens.device), mask.to(tokens.device).bool()
+        # A chunk has at least one neighbor, if only to be masked.
+        return tuple(pad_to(tensor.to(tokens.device), 1, dim=-2) for tensor in (input_ids, mask.bool()))
 
     def _state_of(self, cache: Cache, batch_size: int, chunk_offset: int | torch.Tensor | None) -> RetroState:
         """The history on a cache; a new one if the cache is empty."""
@@ -1271,6 +1272,7 @@ class RetroForCausalLM(RetroPreTrainedModel, GenerationMixin):
         self,
         input_ids: torch.LongTensor,
         attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
         neighbor_input_ids: torch.LongTensor | None = None,
         neighbor_attention_mask: torch.Tensor | None = None,
         chunk_offset: int | torch.LongTensor | None = None,
@@ -1278,7 +1280,9 @@ class RetroForCausalLM(RetroPreTrainedModel, GenerationMixin):
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Let the backbone prepare its inputs, and add those of retrieval."""
-        inputs = self.model.backbone.prepare_inputs_for_generation(input_ids, attention_mask=attention_mask, **kwargs)
+        inputs = self.model.backbone.prepare_inputs_for_generation(
+            input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
+        )
         if isinstance(retriever, RetroLookup):
             retriever.padding_mask = attention_mask
         if neighbor_input_ids is not None and kwargs.get("past_key_values") is None:
