@@ -38,6 +38,9 @@ MAX_FLAT_CHUNKS = 200_000
 TARGET_RECALL = 0.95
 _RECALL_AT = 2
 _RECALL_QUERIES = 1000
+# Lists read while the number of re-scored candidates is chosen.
+_TUNING_LISTS = 256
+_WORTHWHILE_GAIN = 0.005
 _BLOCK_ROWS = 1 << 16
 _TRAINING_ROWS_PER_LIST = 40
 
@@ -167,11 +170,25 @@ def _tune(index: Any, keys: np.ndarray, generator: np.random.Generator) -> tuple
     exact, exact_ids = exact_search(keys, queries, at + 1)
     threshold = _without(exact, exact_ids, rows, at)[:, -1:]
 
-    recall, search = 0.0, {}
-    for search in _search_grid(index):
-        scores, ids = search_index(index, queries, at + 1, search)
+    def measure(search: dict[str, int]) -> float:
+        _, ids = search_index(index, queries, at + 1, search)
         kept = _without(_scores_of(keys, queries, ids), ids, rows, at)
-        recall = float((kept >= threshold - 1e-5).mean()) if at else 1.0
+        return float((kept >= threshold - 1e-5).mean()) if at else 1.0
+
+    efforts, factors = _search_grid(index)
+    # How many candidates must be re-scored hardly depends on how many lists are read, so the two are found in turn.
+    thorough = [effort for effort in efforts if effort.get("nprobe", 0) <= _TUNING_LISTS][-1]
+    factor, recall, search = factors[0], 0.0, {}
+    for candidate in factors:
+        found = measure({**thorough, **candidate})
+        if found < recall + _WORTHWHILE_GAIN:
+            break
+        factor, recall = candidate, found
+        if found >= TARGET_RECALL:
+            break
+    for effort in efforts:
+        search = {**effort, **factor}
+        recall = measure(search)
         if recall >= TARGET_RECALL:
             break
     else:
@@ -182,27 +199,20 @@ def _tune(index: Any, keys: np.ndarray, generator: np.random.Generator) -> tuple
     return search, {"at": at, "value": round(recall, 4), "queries": num_queries}
 
 
-def _search_grid(index: Any) -> Iterator[dict[str, int]]:
-    """Search parameters from cheap to thorough, for the kinds of index that have any."""
+def _search_grid(index: Any) -> tuple[list[dict[str, int]], list[dict[str, int]]]:
+    """Search parameters from cheap to thorough: how much of the index is read, how much is re-scored."""
     faiss = _faiss()
     refined = isinstance(index, faiss.IndexRefine)
     base = faiss.downcast_index(index.base_index) if refined else index
     if isinstance(base, faiss.IndexPreTransform):
         base = faiss.downcast_index(base.index)
-    factors = (5, 10, 25, 50) if refined else (0,)
+    efforts: list[dict[str, int]] = [{}]
     if isinstance(base, faiss.IndexIVF):
-        steps = int(math.log2(max(base.nlist, 1)))
-        effort = [{"nprobe": 1 << step} for step in range(min(3, steps), steps)] + [{"nprobe": base.nlist}]
+        powers = [1 << step for step in range(base.nlist.bit_length()) if 1 << step < base.nlist]
+        efforts = [{"nprobe": count} for count in [*(powers[3:] or powers), base.nlist]]
     elif isinstance(base, faiss.IndexHNSW):
-        effort = [{"efSearch": 1 << step} for step in range(5, 11)]
-    else:
-        effort = [{}]
-    for number, part in enumerate(effort):
-        # More candidates are re-scored as more lists are read; the product of both grids would only cost time.
-        factor = factors[min(number * len(factors) // len(effort), len(factors) - 1)]
-        yield {**part, "k_factor": factor} if refined else part
-    if refined:
-        yield {**effort[-1], "k_factor": 100}
+        efforts = [{"efSearch": 1 << step} for step in range(5, 11)]
+    return efforts, [{"k_factor": factor} for factor in (5, 10, 25, 50, 100)] if refined else [{}]
 
 
 def _scores_of(keys: np.ndarray, queries: np.ndarray, ids: np.ndarray) -> np.ndarray:
@@ -218,13 +228,16 @@ def _without(scores: np.ndarray, ids: np.ndarray, own: np.ndarray, keep: int) ->
 
 def exact_search(keys: np.ndarray, queries: np.ndarray, num_neighbors: int) -> tuple[np.ndarray, np.ndarray]:
     """Exact search without an index, block by block: float32 scores and int64 ids of shape `(num_queries, k)`."""
+    faiss = _faiss()
     scores = np.full((len(queries), num_neighbors), -np.inf, dtype=np.float32)
     ids = np.full((len(queries), num_neighbors), -1, dtype=np.int64)
     for start in range(0, len(keys), _BLOCK_ROWS):
-        block = queries @ keys[start : start + _BLOCK_ROWS].astype(np.float32).T
-        block_ids = np.broadcast_to(np.arange(start, start + block.shape[1]), block.shape)
-        merged = np.concatenate([scores, block], axis=1)
-        merged_ids = np.concatenate([ids, block_ids], axis=1)
+        block = keys[start : start + _BLOCK_ROWS].astype(np.float32)
+        with _blas_from_three_queries(keys.shape[1]):
+            found, rows = faiss.knn(queries, block, num_neighbors, metric=faiss.METRIC_INNER_PRODUCT)
+        found = np.where(rows < 0, -np.inf, found)
+        merged = np.concatenate([scores, found], axis=1)
+        merged_ids = np.concatenate([ids, np.where(rows < 0, -1, rows + start)], axis=1)
         order = np.argsort(-merged, axis=1, kind="stable")[:, :num_neighbors]
         scores, ids = np.take_along_axis(merged, order, axis=1), np.take_along_axis(merged_ids, order, axis=1)
     return scores, ids
