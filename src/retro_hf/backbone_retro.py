@@ -61,6 +61,12 @@ def find_decoder_layers(backbone: PreTrainedModel, path: str | None = None) -> n
         raise ValueError(
             f"'{family}' is an encoder-decoder; RETRO needs a decoder-only causal language model such as Llama or GPT-2."
         )
+    # BERT and its kin serve as causal models too, but only if told so; GPT-NeoX has the first field alone, and is causal.
+    if all(getattr(backbone.config, name, None) is False for name in ("is_decoder", "add_cross_attention")):
+        raise ValueError(
+            f"'{family}' attends in both directions (`is_decoder=False`); RETRO needs a decoder-only causal language model "
+            "such as Llama or GPT-2."
+        )
     if path is not None:
         try:
             layers = backbone.get_submodule(path)

@@ -33,8 +33,14 @@ _ALIASES = {
     "dec_cross_attn_layers": "cross_attention_layers",
     "dec_cca_layers": "cross_attention_layers",
     "d_model": "hidden_size",
+    "dim": "hidden_size",
+    "d_ff": "intermediate_size",
+    "ffn_dim": "intermediate_size",
+    "depth": "num_hidden_layers",
+    "num_layers": "num_hidden_layers",
     "dim_head": "head_dim",
     "heads": "num_attention_heads",
+    "num_heads": "num_attention_heads",
     "encoder_config": "neighbor_encoder_config",
     "backbone_config": "text_config",
     "decoder_config": "text_config",
@@ -51,6 +57,27 @@ def _reject_misspelt_fields(config: PreTrainedConfig, unknown: dict) -> None:
             match = next(iter(get_close_matches(name.replace("neighbour", "neighbor"), fields, 1, 0.85)), None)
         if match is not None and name not in fields:
             raise ValueError(f"{type(config).__name__} has no field '{name}'. Did you mean '{match}'?")
+
+
+# What a user would set on `RetroConfig`, where it is read-only or does not exist.
+_BACKBONE_FIELDS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim")
+
+
+def _reject_backbone_fields(unknown: dict) -> None:
+    for name in unknown:
+        match = _ALIASES.get(name) or next(iter(get_close_matches(name, _BACKBONE_FIELDS, 1, 0.85)), None)
+        if match in _BACKBONE_FIELDS:
+            raise ValueError(
+                f"RetroConfig has no field '{name}' to set; the sizes of the backbone stand in its own config: "
+                f"`text_config={{'{match}': ...}}`."
+            )
+
+
+def _require_range(config: PreTrainedConfig, name: str, least: float, below: float = float("inf")) -> None:
+    value = getattr(config, name)
+    if not least <= value < below:
+        limit = "" if below == float("inf") else f" and below {below}"
+        raise ValueError(f"`{name}` must be at least {least}{limit}, got {value} in {type(config).__name__}.")
 
 
 def _require_positive(config: PreTrainedConfig, *names: str) -> None:
@@ -131,6 +158,9 @@ class RetroDecoderConfig(PreTrainedConfig):
         )
         _require_positive(self, "head_dim", "max_position_embeddings")
         _require_even(self, "hidden_size")
+        _require_range(self, "rms_norm_eps", 0.0)
+        _require_range(self, "initializer_range", 0.0)
+        _require_range(self, "attention_dropout", 0.0, 1.0)
 
 
 @strict
@@ -177,6 +207,8 @@ class RetroEncoderConfig(PreTrainedConfig):
         _require_positive(self, "head_dim")
         _require_even(self, "hidden_size")
         _require_layers(self, "cross_attention_layers", self.num_hidden_layers)
+        _require_range(self, "rms_norm_eps", 0.0)
+        _require_range(self, "initializer_range", 0.0)
 
 
 @strict
@@ -252,6 +284,9 @@ class RetroConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         _reject_misspelt_fields(self, kwargs)
+        _reject_backbone_fields(kwargs)
+        for name, family in (("text_config", None), ("neighbor_encoder_config", RetroEncoderConfig.model_type)):
+            self._check_family(name, family)
         if isinstance(self.text_config, dict):
             family = self.text_config.get("model_type", RetroDecoderConfig.model_type)
             if family == RetroDecoderConfig.model_type:
@@ -279,8 +314,24 @@ class RetroConfig(PreTrainedConfig):
             head_dim = getattr(backbone, "head_dim", None)
             self.cross_attention_head_dim = head_dim or backbone.hidden_size // backbone.num_attention_heads
 
+    def _check_family(self, name: str, expected: str | None) -> None:
+        config = getattr(self, name)
+        if config is None:
+            return
+        family = config.get("model_type", expected) if isinstance(config, dict) else config.model_type
+        if expected is not None and family != expected:
+            raise ValueError(
+                f"`{name}` must be a RetroEncoderConfig or a dict of its fields, got the family '{family}'."
+            )
+        if expected is None and family in (RetroConfig.model_type, RetroEncoderConfig.model_type):
+            raise ValueError(
+                f"`{name}` must be a decoder-only language model such as 'llama', got the family '{family}'."
+            )
+
     def validate_architecture(self):
         """Check values that types alone cannot (called by `@strict`)."""
+        _require_range(self, "rms_norm_eps", 0.0)
+        _require_range(self, "initializer_range", 0.0)
         _require_positive(self, "chunk_size", "num_neighbors", "neighbor_size", "cross_attention_num_heads")
         _require_positive(self, "cross_attention_head_dim")
         backbone = self.text_config.get_text_config(decoder=True)
