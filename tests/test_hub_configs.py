@@ -1,0 +1,96 @@
+"""The presets under hub_configs/: what their files hold, and that each value says where it comes from."""
+
+import json
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from transformers import AutoConfig, GenerationConfig
+
+from retro_hf import RetroConfig, RetroDecoderConfig, RetroEncoderConfig
+
+
+FOLDER = Path(__file__).resolve().parents[1] / "hub_configs"
+PRESETS = ["retro-172m", "retro-425m", "retro-1.5b", "retro-7.5b"]
+SUB_CONFIGS = {"text_config": RetroDecoderConfig, "neighbor_encoder_config": RetroEncoderConfig}
+ROW = re.compile(r"^\| `(?P<field>[\w.]+)` \| `(?P<value>[^`]+)` \| (?P<source>.+) \|$", re.MULTILINE)
+# Where a value comes from: a place in the paper, the reason for a choice, or a class of this package.
+SOURCE = re.compile(
+    r"[Ss]ections? [\dB]\.\d|Tables? \d+|Algorithm 1|Paper silent: our choice, because .|class of this package"
+)
+
+
+def read(preset: str, file: str) -> dict:
+    """A JSON file of a preset."""
+    return json.loads((FOLDER / preset / file).read_text())
+
+
+def flatten(values: dict, prefix: str = "") -> dict:
+    """Nested values under dotted names."""
+    flat = {}
+    for name, value in values.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
+def test_the_papers_four_sizes_are_there():
+    """One folder for each, named by its RETRO size."""
+    assert set(PRESETS) <= {path.name for path in FOLDER.iterdir()}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_field_is_known(preset):
+    """A misspelt field would be stored and never read."""
+    values = read(preset, "config.json")
+    known = {field.name for field in fields(RetroConfig)} | {"model_type"}
+    assert set(values) <= known
+    for name, config_class in SUB_CONFIGS.items():
+        assert set(values[name]) <= {field.name for field in fields(config_class)} | {"model_type"}
+        assert values[name]["model_type"] == config_class.model_type
+    known = set(vars(GenerationConfig()))
+    assert set(read(preset, "generation_config.json")) <= known
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_it_loads_and_comes_back_from_disk(preset, tmp_path):
+    """As RetroConfig and through AutoConfig; saved and loaded again it is the same, with every value of the file."""
+    config = RetroConfig.from_pretrained(FOLDER / preset)
+    automatic = AutoConfig.from_pretrained(FOLDER / preset)
+    assert type(automatic) is RetroConfig
+    assert {**automatic.to_dict(), "_name_or_path": ""} == {**config.to_dict(), "_name_or_path": ""}
+    config.save_pretrained(tmp_path)
+    assert RetroConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
+    stored = flatten(config.to_dict())
+    for name, value in flatten(read(preset, "config.json")).items():
+        assert stored[name] == value, name
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_generation_config_loads(preset, tmp_path):
+    """And comes back from disk with every value of the file."""
+    config = GenerationConfig.from_pretrained(FOLDER / preset)
+    config.save_pretrained(tmp_path)
+    again = GenerationConfig.from_pretrained(tmp_path)
+    for name, value in read(preset, "generation_config.json").items():
+        assert getattr(config, name) == getattr(again, name) == value, name
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_value_says_where_it_comes_from(preset):
+    """The README names each field once, with the value of the file, and its source in the paper or why we chose it."""
+    readme = (FOLDER / preset / "README.md").read_text()
+    rows = [match.groupdict() for match in ROW.finditer(readme)]
+    values = flatten(read(preset, "config.json")) | read(preset, "generation_config.json")
+    assert sorted(row["field"] for row in rows) == sorted(values)
+    for row in rows:
+        assert json.loads(row["value"]) == values[row["field"]], row["field"]
+        assert SOURCE.search(row["source"]), row
+
+
+def test_the_smallest_preset_is_the_default():
+    """A config without arguments is the paper's smallest model."""
+    preset, default = (flatten(c.to_dict()) for c in (RetroConfig.from_pretrained(FOLDER / PRESETS[0]), RetroConfig()))
+    assert {k: v for k, v in preset.items() if k != "architectures"} == {
+        k: v for k, v in default.items() if k != "architectures"
+    }
