@@ -11,7 +11,10 @@ from retro_hf.datastore import ChunkEmbedder, RetroDatastore
 from retro_hf.errors import DatastoreMismatchError, RetrieverError
 from retro_hf.retrieval_retro import RetroRetriever
 
-from .datastore.fixtures import corpus, make_encoder, make_tokenizer
+from .datastore.fixtures import corpus, make_encoder, make_tokenizer, one_thread
+
+
+__all__ = ["one_thread"]
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,10 @@ from transformers import PreTrainedTokenizerFast
 
 from retro_hf.datastore import ChunkEmbedder, RetroDatastore
 
-from .fixtures import corpus, make_encoder, make_tokenizer
+from .fixtures import corpus, make_encoder, make_tokenizer, one_thread
+
+
+__all__ = ["one_thread"]
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,10 @@
 """A tiny language-model tokenizer, a tiny random encoder and a tiny corpus, made on the spot: no download."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
@@ -13,6 +15,15 @@ WORDS = (
     "runs falls opens sings builds reads crosses finds loses writes over under near beyond with without old new tall "
     "quiet bright broken golden seven three hundred years ago today again because although lighthouse harbor"
 ).split()
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """One thread for torch and, since they share OpenMP, FAISS: two would mostly wait for each other on tiny inputs."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def sentence(generator: np.random.Generator, num_words: int) -> str:
