@@ -167,13 +167,24 @@ class RetroCacheMixin:
         super().reset()
         self.retro = None
 
+    def __reduce__(self) -> tuple:
+        return _restore, (type(self).__bases__[1], self.__dict__)
+
 
 @cache
 def _retro_class(cls: type[Cache]) -> type[Cache]:
     return type(f"Retro{cls.__name__}", (RetroCacheMixin, cls), {"__module__": __name__})
 
 
-def attach_state(cache: Cache, state: RetroState) -> None:
+def _restore(cls: type[Cache], attributes: dict) -> Cache:
+    """A copied or unpickled cache; its class is made at run time, so only the class that it extends is recorded."""
+    cache = cls.__new__(cls)
+    cache.__dict__.update(attributes)
+    attach_state(cache, attributes.get("retro"))
+    return cache
+
+
+def attach_state(cache: Cache, state: RetroState | None) -> None:
     """Give a cache, of any class and in place, a retrieval state; `isinstance` and identity are kept."""
     if not isinstance(cache, RetroCacheMixin):
         cache.__class__ = _retro_class(type(cache))
