@@ -137,8 +137,8 @@ def bits_per_byte(
             the datastore); all three by default, `("off",)` without a retriever.
         window (`int`, *optional*): tokens per row, a multiple of the chunk size; by default what the model has
             positions for, at most 2048.
-        stride (`int`, *optional*): tokens between the starts of two windows, a multiple of the chunk size; half a
-            window by default, as in the paper.
+        stride (`int`, *optional*): tokens between the starts of two windows, a multiple of the chunk size and shorter
+            than the window; half a window by default, as in the paper.
         batch_size (`int`, defaults to 8): windows per forward pass.
         seed (`int`, defaults to 0): of random neighbors and of the bootstrap.
         num_resamples (`int`, defaults to 2000): of the bootstrap.
@@ -211,10 +211,11 @@ def _checked_window(
     limit = getattr(model.config, "max_position_embeddings", None) or _DEFAULT_WINDOW
     window = window or max(1, min(limit, _DEFAULT_WINDOW) // chunk_size) * chunk_size
     stride = stride or max(1, window // 2 // chunk_size) * chunk_size
-    if window < 2 or window % chunk_size or stride % chunk_size or not 0 < stride <= window:
+    if window % chunk_size or stride % chunk_size or not 0 < stride < window:
         raise ValueError(
-            f"window={window} and stride={stride} must be multiples of the chunk size {chunk_size}, the window at least 2 "
-            "and the stride no longer than it: a window must begin at a chunk border of its document."
+            f"window={window} and stride={stride} must be multiples of the chunk size {chunk_size}, so that a window begins "
+            "at a chunk border of its document, and the stride shorter than the window, so that its first token has been "
+            "scored before."
         )
     return window, stride
 
