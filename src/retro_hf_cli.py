@@ -1,6 +1,10 @@
 """The `retro` command; beside the package so that `--help` waits for neither torch nor transformers."""
 
+import json
+import sys
 from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
@@ -13,6 +17,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+DATASTORE, MODEL = "Datastore", "Model"
+Embedder = Annotated[str | None, typer.Option(help="Frozen encoder: a folder or a Hub name.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+DEFAULT_EMBEDDER = "sentence-transformers/all-MiniLM-L6-v2"
+
 
 def _print_version(value: bool) -> None:
     if value:
@@ -22,16 +31,164 @@ def _print_version(value: bool) -> None:
 
 @app.callback()
 def _options(
-    show_version: bool = typer.Option(
-        False, "--version", callback=_print_version, is_eager=True, help="Show the version and exit."
-    ),
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     pass
 
 
+@app.command(rich_help_panel=DATASTORE)
+def build(
+    source: Annotated[Path, typer.Argument(help="A folder of texts, or a .txt, .jsonl, .jsonl.gz or .parquet file.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
+    tokenizer: Annotated[str, typer.Option(help="Tokenizer of the language model: a folder or a Hub name.")],
+    embedder: Annotated[str, typer.Option(help="Frozen encoder: a folder or a Hub name.")] = DEFAULT_EMBEDDER,
+    chunk_size: Annotated[int, typer.Option(help="Tokens per chunk, as the model has it.")] = 64,
+    index: Annotated[str, typer.Option(help="A FAISS factory string, or auto.")] = "auto",
+) -> None:
+    """Build a datastore: retro build notes/ -o store --tokenizer my-model"""
+    from transformers import AutoTokenizer
+    from transformers.utils import logging
+
+    from retro_hf import ChunkEmbedder, RetroDatastore
+
+    logging.get_logger("retro_hf").setLevel("INFO")
+    store = RetroDatastore.build(
+        source,
+        output,
+        tokenizer=AutoTokenizer.from_pretrained(tokenizer),
+        embedder=ChunkEmbedder.from_pretrained(embedder),
+        chunk_size=chunk_size,
+        index=index,
+        show_progress=True,
+    )
+    typer.echo(f"{store.num_documents:,} documents, {store.num_chunks:,} chunks in {output}")
+
+
+@app.command(rich_help_panel=DATASTORE)
+def search(
+    store: Annotated[Path, typer.Argument(help="Folder of a datastore.")],
+    query: Annotated[str, typer.Argument(help="Text to look up.")],
+    num_neighbors: Annotated[int, typer.Option("-k", help="How many neighbors.")] = 2,
+    embedder: Embedder = None,
+    as_json: AsJson = False,
+) -> None:
+    """Look a text up: retro search store "frogs came up" -k 3"""
+    import dataclasses
+
+    found = _open_retriever(store, embedder).find(query, num_neighbors=num_neighbors)[0]
+    if as_json:
+        typer.echo(json.dumps([dataclasses.asdict(neighbor) for neighbor in found], ensure_ascii=False))
+        return
+    for neighbor in found:
+        typer.echo(f"{neighbor.score:.3f}  {neighbor.document_id}  {neighbor.title}")
+        typer.echo(f"    {neighbor.text}\n  → {neighbor.continuation}\n")
+
+
+@app.command(rich_help_panel=DATASTORE)
+def inspect(
+    store: Annotated[Path, typer.Argument(help="Folder of a datastore.")],
+    verify: Annotated[bool, typer.Option("--verify", help="Check the checksum of every file.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a datastore is made of: retro inspect store --verify"""
+    import dataclasses
+
+    from retro_hf import RetroDatastore
+
+    manifest = dataclasses.asdict(RetroDatastore.load(store, verify=verify).manifest)
+    if as_json:
+        typer.echo(json.dumps(manifest, ensure_ascii=False))
+        return
+    files = manifest.pop("files")
+    for name, value in manifest.items():
+        typer.echo(f"{name:<20} {value}")
+    for file in files:
+        typer.echo(f"  {file['size'] / 1e6:>10.2f} MB  {file['name']}")
+    typer.echo("all checksums match" if verify else "sizes match; --verify checks the content, too")
+
+
+@app.command(rich_help_panel=MODEL)
+def generate(
+    model: Annotated[str, typer.Argument(help="Folder or Hub name of a RETRO model.")],
+    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+    store: Annotated[Path | None, typer.Option(help="Folder of a datastore; without one, retrieval is off.")] = None,
+    embedder: Embedder = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 64,
+) -> None:
+    """Continue a text, with retrieval: retro generate model "In the beginning" --store store"""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import retro_hf  # noqa: F401  (registers the model)
+
+    retriever = None if store is None else _open_retriever(store, embedder)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    output = AutoModelForCausalLM.from_pretrained(model).generate(
+        **inputs, retriever=retriever, max_new_tokens=max_new_tokens, do_sample=False
+    )
+    typer.echo(tokenizer.decode(output[0], skip_special_tokens=True))
+
+
+@app.command(rich_help_panel=MODEL)
+def retrofit(
+    base: Annotated[str, typer.Argument(help="Folder or Hub name of a decoder-only model.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
+    chunk_size: Annotated[int, typer.Option(help="Tokens per chunk.")] = 64,
+    adapter_only: Annotated[bool, typer.Option("--adapter-only", help="Save only what is added.")] = False,
+) -> None:
+    """Add retrieval to a checkpoint: retro retrofit org/base -o my-retro"""
+    from transformers import AutoTokenizer
+
+    from retro_hf import retrofit as add_retrieval
+    from retro_hf.retrofit import parameter_report
+
+    model = add_retrieval(base, chunk_size=chunk_size)
+    model.save_pretrained(output, save_backbone=not adapter_only)
+    AutoTokenizer.from_pretrained(base).save_pretrained(output)
+    typer.echo(parameter_report(model))
+
+
+@app.command("eval", rich_help_panel=MODEL)
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Folder or Hub name of a RETRO model.")],
+    texts: Annotated[Path, typer.Argument(help="A .jsonl file with held-out documents in the field `text`.")],
+    store: Annotated[Path, typer.Option(help="Folder of a datastore.")],
+    embedder: Embedder = None,
+    as_json: AsJson = False,
+) -> None:
+    """Bits per byte with retrieval on, off and random: retro eval model heldout.jsonl --store store"""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from retro_hf.evaluation import bits_per_byte
+
+    documents = [json.loads(line) for line in texts.read_text(encoding="utf-8").splitlines() if line.strip()]
+    result = bits_per_byte(
+        AutoModelForCausalLM.from_pretrained(model),
+        documents,
+        AutoTokenizer.from_pretrained(model),
+        retriever=_open_retriever(store, embedder),
+    )
+    typer.echo(json.dumps(result.to_dict()) if as_json else str(result))
+
+
+def _open_retriever(store: Path, embedder: str | None) -> Any:
+    from retro_hf import RetroRetriever
+
+    return RetroRetriever.from_pretrained(store, embedder=embedder)
+
+
 def main() -> None:
-    """Run the `retro` command."""
-    app()
+    """Run the `retro` command; an error that can be explained is one line on stderr, exit code 1."""
+    try:
+        app()
+    except (ValueError, OSError, RuntimeError) as error:
+        if "--debug" in sys.argv:
+            raise
+        typer.echo(f"{type(error).__name__}: {error}", err=True)
+        raise SystemExit(1) from None
 
 
 if __name__ == "__main__":

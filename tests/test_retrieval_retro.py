@@ -260,3 +260,16 @@ def test_pushing_uploads_the_folder_and_the_settings(retriever, monkeypatch):
         ("folder", retriever.datastore.path, "dataset"),
         ("file", "retriever.json", {"num_neighbors": 2}),
     ]
+
+
+def test_texts_of_any_length_are_looked_up(retriever):
+    """`find` takes words where `trace` takes chunks of tokens, and agrees with it on a chunk's own text."""
+    short, long = retriever.find(
+        ["lighthouse", "the king builds a bridge over the golden river " * 20], num_neighbors=3
+    )
+    assert len(short) == len(long) == 3
+    assert [n.score for n in short] == sorted((n.score for n in short), reverse=True)
+    stored = short[0]
+    again = retriever.find(stored.text)[0][0]
+    assert (again.chunk_id, again.text) == (stored.chunk_id, stored.text)
+    assert again.score == pytest.approx(1.0, abs=1e-2)

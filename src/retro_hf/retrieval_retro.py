@@ -198,7 +198,22 @@ class RetroRetriever:
         Returns:
             `list[list[RetrievedNeighbor]]`: for each chunk at most `num_neighbors` neighbors.
         """
-        found = self.search(chunk_input_ids, chunk_attention_mask)
+        return self._describe(self.search(chunk_input_ids, chunk_attention_mask))
+
+    def find(self, texts: str | list[str], *, num_neighbors: int | None = None) -> list[list[RetrievedNeighbor]]:
+        """Look texts of any length up, instead of chunks of tokens; what a person asks of a datastore.
+
+        Args:
+            texts (`str` or `list[str]`): queries; the encoder reads as much of each as it can.
+            num_neighbors (`int`, *optional*): defaults to the retriever's.
+        Returns:
+            `list[list[RetrievedNeighbor]]`: for each text its neighbors, nearest first.
+        """
+        keys = self.embedder.embed([texts] if isinstance(texts, str) else list(texts))
+        wanted = self.num_neighbors if num_neighbors is None else num_neighbors
+        return self._describe(RetrievalResult(*self.datastore.search(keys, wanted)))
+
+    def _describe(self, found: RetrievalResult) -> list[list[RetrievedNeighbor]]:
         tokens, mask = self.datastore.gather(found.chunk_ids)
         documents = self.datastore.document_of(found.chunk_ids)
         size = self.chunk_size

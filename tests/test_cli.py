@@ -1,0 +1,106 @@
+"""The `retro` command: each subcommand does its work, answers in JSON where asked, and explains its errors."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from datastore.fixtures import corpus
+from tiny_training import CHUNK_SIZE, make_model, make_world
+from typer.testing import CliRunner
+
+from retro_hf_cli import app
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Folders of a model, an encoder, texts and a datastore."""
+    folder = tmp_path_factory.mktemp("cli")
+    made = make_world(folder)
+    make_model().save_pretrained(folder / "model")
+    made.tokenizer.save_pretrained(folder / "model")
+    lines = [json.dumps({"id": f"new-{document['id']}", "text": document["text"]}) for document in corpus(5, seed=9)]
+    (folder / "texts.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def retro(*arguments: object) -> str:
+    """Run the command in this process and return what it prints."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def test_build_makes_a_datastore_that_search_and_inspect_open(world, tmp_path):
+    """The first three commands of a newcomer, in a row."""
+    options = ("--tokenizer", world / "model", "--embedder", world / "encoder", "--chunk-size", CHUNK_SIZE)
+    printed = retro("build", world / "texts.jsonl", "-o", tmp_path / "store", *options)
+    assert "5 documents" in printed
+    text = json.loads((world / "texts.jsonl").read_text().splitlines()[2])["text"]
+    found = json.loads(
+        retro("search", tmp_path / "store", text[:40], "-k", 3, "--embedder", world / "encoder", "--json")
+    )
+    assert len(found) == 3
+    assert found[0]["score"] >= found[1]["score"] >= found[2]["score"]
+    manifest = json.loads(retro("inspect", tmp_path / "store", "--verify", "--json"))
+    assert manifest["num_documents"] == 5
+    assert manifest["chunk_size"] == CHUNK_SIZE
+
+
+def test_search_prints_text_and_continuation(world):
+    """What is found is shown in words."""
+    printed = retro("search", world / "store", "the lighthouse", "--embedder", world / "encoder")
+    assert printed.count("→") == 2
+
+
+def test_generate_with_and_without_a_datastore(world):
+    """A datastore changes what is written; without one, retrieval is off."""
+    prompt = "the king reads seven letters under the old bridge near the harbor today because winter falls again"
+    arguments = ("generate", world / "model", prompt, "--max-new-tokens", 12)
+    off = retro(*arguments)
+    on = retro(*arguments, "--store", world / "store", "--embedder", world / "encoder")
+    assert off.startswith(prompt[:20])
+    assert on.startswith(prompt[:20])
+    assert on != off
+
+
+def test_eval_measures_on_off_and_random(world):
+    """The three figures, as JSON."""
+    arguments = (world / "model", world / "texts.jsonl", "--store", world / "store", "--embedder", world / "encoder")
+    result = json.loads(retro("eval", *arguments, "--json"))
+    assert set(result["bits_per_byte"]) == {"on", "off", "random"}
+
+
+def test_retrofit_saves_a_model_that_loads(world, tmp_path):
+    """Adapter-only: the folder holds what was added and the name of the base."""
+    from transformers import AutoModelForCausalLM
+
+    base = make_model().model.backbone
+    base.save_pretrained(tmp_path / "base")
+    from transformers import AutoTokenizer
+
+    AutoTokenizer.from_pretrained(world / "model").save_pretrained(tmp_path / "base")
+    printed = retro("retrofit", tmp_path / "base", "-o", tmp_path / "new", "--chunk-size", 8, "--adapter-only")
+    assert "trainable" in printed
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "new")
+    assert type(model).__name__ == "RetroForCausalLM"
+    assert model.config.chunk_size == 8
+
+
+def test_an_error_is_one_explained_line(tmp_path):
+    """No traceback, exit code 1; with --debug the traceback."""
+    command = [sys.executable, "-m", "retro_hf_cli"]
+    arguments = ["inspect", str(tmp_path / "nothing")]
+    failed = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
+    assert failed.returncode == 1
+    assert failed.stderr.startswith("DatastoreNotFoundError: There is no datastore")
+    assert "Traceback" not in failed.stderr
+    debug = subprocess.run([*command, "--debug", *arguments], capture_output=True, text=True, check=False)
+    assert "Traceback" in debug.stderr
+
+
+def test_help_names_every_command():
+    """The commands that the README promises."""
+    printed = retro("--help")
+    for name in ("build", "search", "inspect", "generate", "retrofit", "eval"):
+        assert name in printed
