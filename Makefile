@@ -45,7 +45,7 @@ demo: $(STAMP) ## Build a datastore, measure and show RETRO on real text (10 min
 	$(RUN)/python examples/demo.py
 
 demo-train: $(STAMP) ## Train the demo's model again from scratch
-	$(RUN)/python examples/demo.py --train
+	$(RUN)/python examples/train_demo.py --bf16
 
 test: $(STAMP) ## Run the tests (20 minutes at most on 2 cores)
 	$(RUN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST)

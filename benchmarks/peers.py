@@ -72,7 +72,9 @@ def build_ours(backbone: str, max_length: int):
     }
     if backbone == "rope":
         rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
-        text_config = GPTNeoXConfig(**shape, use_parallel_residual=False, rope_parameters=rope, bos_token_id=0, eos_token_id=0)
+        text_config = GPTNeoXConfig(
+            **shape, use_parallel_residual=False, rope_parameters=rope, bos_token_id=0, eos_token_id=0
+        )
     else:
         text_config = RetroDecoderConfig(**shape, head_dim=WIDTH // HEADS)
     encoder = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_attention_heads": HEADS, "head_dim": 64}

