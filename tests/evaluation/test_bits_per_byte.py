@@ -132,6 +132,11 @@ def test_precomputed_neighbors_need_no_embedder(world, model, held_out):
         none.append(np.full_like(found, -1) if len(found) else [])
     given = measure(model, held_out, world, retriever=world.datastore, neighbor_chunk_ids=ids, modes=("on",))
     np.testing.assert_allclose(given.nats["on"], live.nats["on"], rtol=1e-5)
+    fewer = [[row[:1] for row in rows] for rows in ids]
+    one = measure(model, held_out, world, retriever=world.datastore, neighbor_chunk_ids=fewer, modes=("on",))
+    first = measure(model, held_out, world, modes=("on",), num_neighbors=1)
+    assert (given.num_neighbors, one.num_neighbors, first.num_neighbors) == (2, 1, 1)
+    np.testing.assert_allclose(one.nats["on"], first.nats["on"], rtol=1e-5)
     nothing = measure(model, held_out, world, retriever=world.datastore, neighbor_chunk_ids=none, modes=("on",))
     np.testing.assert_allclose(nothing.nats["on"], live.nats["off"], rtol=1e-5)
 

@@ -169,6 +169,29 @@ def test_the_source_survives_what_datasets_do(world, tmp_path):
     assert len(set(loaded["neighbor_source"])) == 1
 
 
+def test_a_kept_result_is_found_again_and_never_for_another_store(world, tmp_path, monkeypatch):
+    """What `datasets` caches beside a dataset on disk belongs to one store and one number of neighbors."""
+    world.windows.select(range(30)).save_to_disk(tmp_path / "windows")
+    windows = Dataset.load_from_disk(tmp_path / "windows")
+    other = RetroDatastore.build(
+        corpus()[::-1],
+        tmp_path / "other",
+        tokenizer=world.tokenizer,
+        embedder=world.embedder,
+        chunk_size=SIZE,
+        neighbor_size=16,
+    )
+    first, third, single = (
+        precompute_neighbors(windows, store, num_neighbors=number)
+        for store, number in ((world.datastore, 2), (other, 2), (world.datastore, 1))
+    )
+    assert first["neighbor_chunk_ids"] == world.dataset[:30]["neighbor_chunk_ids"] != third["neighbor_chunk_ids"]
+    assert len(single[0]["neighbor_chunk_ids"][0]) == 1
+    monkeypatch.setattr(RetroDatastore, "search", lambda *args, **kwargs: pytest.fail("searched"))
+    again = precompute_neighbors(Dataset.load_from_disk(tmp_path / "windows"), world.datastore)
+    assert again["neighbor_chunk_ids"] == first["neighbor_chunk_ids"]
+
+
 def test_wrong_input_is_refused(world):
     """Untokenized, padded, a list, another chunk size, an id column that is not there."""
     with pytest.raises(DatasetError, match="tokenize_documents"):

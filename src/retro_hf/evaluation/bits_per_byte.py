@@ -132,7 +132,8 @@ def bits_per_byte(
             needs `neighbor_chunk_ids`.
         neighbor_chunk_ids (sequence of arrays of shape `(num_chunks, num_neighbors)`, *optional*): chunk ids for the
             complete chunks of each document, to use instead of a search.
-        num_neighbors (`int`, *optional*): neighbors per chunk; the retriever's number by default.
+        num_neighbors (`int`, *optional*): neighbors per chunk; as many as `neighbor_chunk_ids` has, or the retriever's
+            number, by default.
         modes (`Sequence[str]`, *optional*): of `"on"` (retrieved), `"off"` (none) and `"random"` (drawn uniformly from
             the datastore); all three by default, `("off",)` without a retriever.
         window (`int`, *optional*): tokens per row, a multiple of the chunk size; by default what the model has
@@ -162,6 +163,8 @@ def bits_per_byte(
         datastore.check_compatible(tokenizer=tokenizer, chunk_size=chunk_size)
     window, stride = _checked_window(model, window, stride, chunk_size)
 
+    if neighbor_chunk_ids is not None and num_neighbors is None:
+        num_neighbors = max((len(row) for rows in neighbor_chunk_ids for row in rows), default=None)
     count = wanted_neighbors(retriever, num_neighbors)
     read = list(_read(documents, tokenizer))
     if not any(len(document.input_ids) > 1 for document, _ in read):
@@ -267,7 +270,7 @@ def _find_neighbors(
                 raise DatasetError(
                     f"Document {number} has {counts[number]} complete chunks, but neighbor_chunk_ids of {len(ids)}."
                 )
-            document.chunk_ids["on"] = ids
+            document.chunk_ids["on"] = ids[:, :count]
         if "random" in modes:
             generator = np.random.default_rng([seed, number])
             document.chunk_ids["random"] = generator.integers(datastore.num_chunks, size=(counts[number], count))
