@@ -23,6 +23,7 @@ S = K · R neighbor tokens of a chunk, H heads, D head_dim, N chunks of any row.
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -36,7 +37,16 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel, load_state_dict
 from transformers.processing_utils import Unpack
-from transformers.utils import SAFE_WEIGHTS_NAME, ModelOutput, TransformersKwargs, auto_docstring, cached_file, logging
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    ModelOutput,
+    TransformersKwargs,
+    auto_docstring,
+    cached_file,
+    logging,
+)
+from transformers.utils.hub import get_checkpoint_shard_files
 from transformers.utils.output_capturing import CompileableContextVar
 
 from .backbone_retro import accepted_arguments, find_branch_end, find_decoder_layers
@@ -55,6 +65,8 @@ from .modeling_retro_decoder import (
 
 logger = logging.get_logger(__name__)
 
+# Where a checkpoint lies on the Hub; arguments of `from_pretrained`.
+_HUB_ARGUMENTS = ("revision", "cache_dir", "token", "local_files_only", "subfolder")
 _ATTACHED: Any = type("AttachedRetriever", (), {"__repr__": lambda self: "<the attached retriever>"})()
 
 
@@ -1354,17 +1366,14 @@ class RetroForCausalLM(RetroPreTrainedModel, GenerationMixin):
             config ([`RetroConfig`], *optional*): configuration to use instead of the saved one.
             retriever (`Callable`, *optional*): attached with `set_retriever`.
         """
-        hub = {
-            name: kwargs[name]
-            for name in ("revision", "cache_dir", "token", "local_files_only", "subfolder")
-            if name in kwargs
-        }
-        if not isinstance(config, RetroConfig) and pretrained_model_name_or_path is not None and config is None:
-            config = cls.config_class.from_pretrained(pretrained_model_name_or_path, **hub)
-        if config is None or config.save_backbone:
+        hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+        saved = config
+        if config is None and pretrained_model_name_or_path is not None:
+            saved = cls.config_class.from_pretrained(pretrained_model_name_or_path, **hub)
+        if pretrained_model_name_or_path is None or saved.save_backbone:
             model = super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
         else:
-            model = cls._from_adapter(pretrained_model_name_or_path, config, hub, **kwargs)
+            model = cls._from_adapter(pretrained_model_name_or_path, saved, hub, **kwargs)
         result = model[0] if isinstance(model, tuple) else model
         if result.config.freeze_backbone:
             result.model.backbone.requires_grad_(False)  # loading makes new parameters
@@ -1377,19 +1386,37 @@ class RetroForCausalLM(RetroPreTrainedModel, GenerationMixin):
         cls, path: str | os.PathLike, config: RetroConfig, hub: dict, **kwargs: Any
     ) -> "RetroForCausalLM":
         name, revision = config.backbone_name_or_path, config.backbone_revision
-        passed = {k: v for k, v in kwargs.items() if k not in hub and k != "output_loading_info"}
+        theirs = {
+            key: value for key, value in kwargs.items() if key not in ("revision", "subfolder", "output_loading_info")
+        }
+        theirs = {key: value for key, value in theirs.items() if not key.startswith("_")}  # what Auto classes add
+        implementation = theirs.pop("attn_implementation", config._attn_implementation_internal)
         try:
-            backbone = AutoModelForCausalLM.from_pretrained(name, revision=revision or "main", **passed)
+            backbone = AutoModelForCausalLM.from_pretrained(
+                name, revision=revision or "main", attn_implementation=implementation, **theirs
+            )
         except OSError as error:
             raise OSError(
                 f"'{path}' holds only what RETRO adds to '{name}' (revision {revision}), and that backbone cannot be loaded: "
                 f"{error} Make it available there, or set `backbone_name_or_path` in the folder's config.json."
             ) from error
+        expected = config.text_config.get_text_config(decoder=True)
+        found = backbone.config.get_text_config(decoder=True)
+        for field in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size"):
+            if getattr(found, field) != getattr(expected, field):
+                raise ValueError(
+                    f"'{path}' was made for a backbone with {field}={getattr(expected, field)}, but '{name}' (revision "
+                    f"{revision}) has {getattr(found, field)}. Load the checkpoint that it was made for: set "
+                    "`backbone_name_or_path` and `backbone_revision` in the folder's config.json."
+                )
         config.text_config = backbone.config
         model = cls(config, backbone=backbone)
-        file = cached_file(path, SAFE_WEIGHTS_NAME, **hub)
-        weights = load_state_dict(file)
-        own = {k for k in model.state_dict() if k.startswith("model.retro.")}
+        index = cached_file(path, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **hub)
+        files = [cached_file(path, SAFE_WEIGHTS_NAME, **hub)] if index is None else None
+        if files is None:
+            files, _ = get_checkpoint_shard_files(path, index, **hub)
+        weights = {key: tensor for file in files for key, tensor in load_state_dict(file).items()}
+        own = {key for key in model.state_dict() if key.startswith("model.retro.")}
         if own != set(weights):
             raise ValueError(
                 f"The weights in '{path}' do not fit its config: missing {sorted(own - set(weights))[:3]}, unexpected "
@@ -1397,6 +1424,10 @@ class RetroForCausalLM(RetroPreTrainedModel, GenerationMixin):
             )
         model.load_state_dict(weights, strict=False)
         model.model.retro.to(device=backbone.device, dtype=backbone.dtype)
+        if implementation is not None:
+            model.set_attn_implementation(implementation)
+        with suppress(OSError):  # the backbone's, if the folder has none of its own
+            model.generation_config = GenerationConfig.from_pretrained(path, **hub)
         return model.eval()
 
 

@@ -1,0 +1,225 @@
+"""Saving and loading: whole, in shards, or only what RETRO adds, always through the auto classes."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationConfig
+
+from retro_hf import RetroForCausalLM, RetroModel, retrofit
+
+from .tiny import ENCODER, FAMILIES, hash_retriever, random_ids, random_neighbors, randomize, tiny_backbone, tiny_retro
+
+
+def retrofitted(path, family="llama", **config):
+    """A trained-looking RETROfit of a base saved at `path`; its own weights are random, its base's as saved."""
+    if not Path(path).exists():
+        tiny_backbone(family).save_pretrained(path)
+    model = retrofit(path, encoder=ENCODER, chunk_size=4, cross_attention_layers=[1, 3], **config)
+    randomize(model.model.retro, seed=3)
+    return model
+
+
+def assert_same(loaded, model):
+    """Same class, weights, logits with and without neighbors, frozen parameters and mode."""
+    assert type(loaded) is RetroForCausalLM
+    assert not loaded.training
+    weights = model.state_dict()
+    assert set(loaded.state_dict()) == set(weights)
+    for name, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, weights[name]), name
+    ids, neighbors = random_ids(2, 14), random_neighbors(2, 3)
+    torch.testing.assert_close(loaded(ids, **neighbors).logits, model(ids, **neighbors).logits)
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
+    expected = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    assert {name: parameter.requires_grad for name, parameter in loaded.named_parameters()} == expected
+
+
+@pytest.mark.parametrize("family", ["retro_decoder", "llama", "gpt2", "gemma3", "qwen3_moe", "opt"])
+@pytest.mark.parametrize("shards", [None, "20KB"])
+def test_from_scratch(tmp_path, family, shards):
+    """A model with weights of its own, whole and in shards; fused experts and tied embeddings included."""
+    model = tiny_retro(family)
+    model.save_pretrained(tmp_path, **({"max_shard_size": shards} if shards else {}))
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shards is not None)
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    assert_same(loaded, model)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe"])
+@pytest.mark.parametrize("save_backbone", [True, False])
+@pytest.mark.parametrize("shards", [None, "4KB"])
+def test_retrofit(tmp_path, family, save_backbone, shards):
+    """A RETROfit saved whole, or only what it adds, whole and in shards; the freeze holds after loading."""
+    model = retrofitted(tmp_path / "base", family)
+    model.save_pretrained(
+        tmp_path / "model", save_backbone=save_backbone, **({"max_shard_size": shards} if shards else {})
+    )
+    assert model.config.save_backbone
+    names = [name for file in (tmp_path / "model").glob("*.safetensors") for name in safe_open(file, "pt").keys()]  # noqa: SIM118
+    assert any(name.startswith("model.backbone.") for name in names) == save_backbone
+    assert (len(list((tmp_path / "model").glob("*.safetensors"))) > 1) == (shards is not None)
+    assert_same(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), model)
+    assert_same(RetroForCausalLM.from_pretrained(tmp_path / "model"), model)
+
+
+def test_adapter_is_saved_again_as_an_adapter(tmp_path):
+    """The choice is kept in the config; an unfrozen backbone stays unfrozen."""
+    model = retrofitted(tmp_path / "base", freeze_backbone=False)
+    model.save_pretrained(tmp_path / "first", save_backbone=False)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "first")
+    assert_same(loaded, model)
+    loaded.save_pretrained(tmp_path / "second")
+    assert json.loads((tmp_path / "second" / "config.json").read_text())["save_backbone"] is False
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("first", "second")]
+    assert sizes[0] == sizes[1]
+    assert_same(AutoModelForCausalLM.from_pretrained(tmp_path / "second"), model)
+
+
+@pytest.mark.parametrize("save_backbone", [True, False])
+def test_a_state_dict_handed_over_by_a_trainer(tmp_path, save_backbone):
+    """Trainers gather the weights themselves and pass them."""
+    model = retrofitted(tmp_path / "base")
+    model.config.save_backbone = save_backbone
+    model.save_pretrained(tmp_path / "model", state_dict=model.state_dict())
+    assert_same(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), model)
+
+
+@pytest.mark.parametrize("save_backbone", [True, False])
+def test_dtype(tmp_path, save_backbone):
+    """`dtype=` reaches the backbone and what RETRO adds."""
+    retrofitted(tmp_path / "base").save_pretrained(tmp_path / "model", save_backbone=save_backbone)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
+    logits = loaded(random_ids(2, 14), **random_neighbors(2, 3)).logits
+    assert logits.dtype == torch.bfloat16
+    assert logits.isfinite().all()
+    generated = loaded.generate(
+        random_ids(2, 6), retriever=hash_retriever(), max_new_tokens=6, do_sample=False, pad_token_id=0
+    )
+    assert generated.shape == (2, 12)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "retro_decoder"])
+def test_tied_embeddings_stay_tied(tmp_path, family):
+    """The read-out of a tied backbone is its embedding, and is stored once."""
+    model = tiny_retro(family)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
+    assert not any("lm_head" in name for name in safe_open(tmp_path / "model.safetensors", "pt").keys())  # noqa: SIM118
+
+
+@pytest.mark.parametrize("save_backbone", [True, False])
+def test_attention_implementation(tmp_path, save_backbone):
+    """`attn_implementation=` reaches the backbone, which stays causal under each."""
+    model = retrofitted(tmp_path / "base")
+    model.save_pretrained(tmp_path / "model", save_backbone=save_backbone)
+    ids, neighbors = random_ids(2, 14), random_neighbors(2, 3)
+    for name in ("sdpa", "eager"):
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", attn_implementation=name)
+        assert loaded.model.backbone.config._attn_implementation == name
+        torch.testing.assert_close(loaded(ids, **neighbors).logits, model(ids, **neighbors).logits)
+
+
+@pytest.mark.parametrize("save_backbone", [True, False])
+def test_retriever_and_config_at_loading(tmp_path, save_backbone):
+    """`retriever=` is attached, and fields of the config may be overridden."""
+    model = retrofitted(tmp_path / "base")
+    model.save_pretrained(tmp_path / "model", save_backbone=save_backbone)
+    retriever = hash_retriever()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", retriever=retriever, num_neighbors=5)
+    assert loaded.retriever is retriever
+    assert loaded.config.num_neighbors == 5
+    config = AutoConfig.from_pretrained(tmp_path / "model")
+    config.num_neighbors = 7
+    assert RetroForCausalLM.from_pretrained(tmp_path / "model", config=config).config.num_neighbors == 7
+    if save_backbone:
+        assert RetroForCausalLM.from_pretrained(tmp_path / "model", num_neighbors=5).config.num_neighbors == 5
+
+
+@pytest.mark.parametrize("save_backbone", [True, False])
+def test_generation_config(tmp_path, save_backbone):
+    """A RETROfit starts with its base's generation config; a changed one is saved and loaded."""
+    base = tiny_backbone("llama")
+    base.generation_config = GenerationConfig(max_new_tokens=7)
+    base.save_pretrained(tmp_path / "base")
+    model = retrofitted(tmp_path / "base")
+    assert model.generation_config.max_new_tokens == 7
+    model.generation_config.max_new_tokens = 9
+    model.save_pretrained(tmp_path / "model", save_backbone=save_backbone)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "model").generation_config.max_new_tokens == 9
+
+
+def test_body_alone(tmp_path):
+    """`AutoModel` loads the model without its head's loss."""
+    model = tiny_retro("llama")
+    model.save_pretrained(tmp_path)
+    body = AutoModel.from_pretrained(tmp_path)
+    assert type(body) is RetroModel
+    ids, neighbors = random_ids(2, 14), random_neighbors(2, 3)
+    states = body(ids, **neighbors).last_hidden_state
+    torch.testing.assert_close(model.model.backbone.lm_head(states), model(ids, **neighbors).logits)
+
+
+def test_adapter_without_its_base(tmp_path):
+    """The error names the folder, the missing base and the remedy."""
+    model = retrofitted(tmp_path / "base")
+    model.save_pretrained(tmp_path / "model", save_backbone=False)
+    (tmp_path / "base").rename(tmp_path / "elsewhere")
+    with pytest.raises(OSError, match=r"holds only what RETRO adds to '.*base'.*`backbone_name_or_path`"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config["backbone_name_or_path"] = str(tmp_path / "elsewhere")
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    assert_same(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), model)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("hidden_size", 48), ("num_hidden_layers", 5), ("vocab_size", 101), ("model_type", "qwen3")]
+)
+def test_adapter_with_another_base(tmp_path, field, value):
+    """A base that has changed in the meantime is refused with both values."""
+    retrofitted(tmp_path / "base").save_pretrained(tmp_path / "model", save_backbone=False)
+    if field == "model_type":
+        tiny_backbone(value).save_pretrained(tmp_path / "base")
+    else:
+        tiny_backbone("llama", **{field: value}).save_pretrained(tmp_path / "base")
+    before = "llama" if field == "model_type" else FAMILIES["llama"][field]
+    with pytest.raises(ValueError, match=rf"with {field}={before}, but '.*base'.* has {value}.*backbone_revision"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+
+
+def test_adapter_with_missing_weights(tmp_path):
+    """A folder whose weights do not belong to its config is refused with their names."""
+    retrofitted(tmp_path / "base").save_pretrained(tmp_path / "model", save_backbone=False)
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config["cross_attention_layers"] = [1, 2]
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"do not fit its config: missing \['model.retro.cross_attention.2"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+
+
+def test_adapter_of_a_nameless_base(tmp_path):
+    """What has no name cannot be referred to; nothing is written, and the model can be saved whole."""
+    model = tiny_retro("llama")
+    with pytest.raises(ValueError, match=r"`backbone_name_or_path` is None.*`save_backbone=True`"):
+        model.save_pretrained(tmp_path / "model", save_backbone=False)
+    assert not (tmp_path / "model").exists()
+    model.save_pretrained(tmp_path / "model")
+    assert_same(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), model)
+
+
+def test_resized_embeddings(tmp_path):
+    """New tokens reach the backbone and the neighbor encoder, and are saved."""
+    model = tiny_retro("llama")
+    model.resize_token_embeddings(104)
+    assert model.config.vocab_size == 104
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    ids = random_ids(2, 14, vocab_size=104)
+    neighbors = random_neighbors(2, 3, vocab_size=104)
+    torch.testing.assert_close(loaded(ids, **neighbors).logits, model(ids, **neighbors).logits)
