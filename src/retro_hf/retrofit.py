@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 from .configuration_retro import RetroConfig, RetroEncoderConfig
+from .errors import UnsupportedBackboneError
 from .modeling_retro import RetroForCausalLM
 
 
@@ -58,15 +59,24 @@ def retrofit(
     Returns:
         [`RetroForCausalLM`] in evaluation mode, on the device and in the dtype of the base.
     Raises:
-        ValueError: if the base is no decoder-only model, or its layers cannot be told; the message says how to name them.
+        UnsupportedBackboneError: if the base is no decoder-only model, or its layers cannot be told; the message says how
+            to name them.
     """
     if isinstance(base, PreTrainedModel):
         backbone, name = base, base.config.name_or_path or None
         if isinstance(base, RetroForCausalLM):
             raise ValueError("The base is a RETRO model already; retrofit its `model.backbone`, or train it as it is.")
     else:
-        backbone = AutoModelForCausalLM.from_pretrained(base, revision=revision or "main", **(base_kwargs or {}))
         name = os.fspath(base)
+        try:
+            backbone = AutoModelForCausalLM.from_pretrained(name, revision=revision or "main", **(base_kwargs or {}))
+        except ValueError as error:
+            if not str(error).startswith("Unrecognized configuration class"):
+                raise
+            raise UnsupportedBackboneError(
+                f"'{name}' is no decoder-only causal language model such as Llama or GPT-2, which RETRO needs: "
+                f"{str(error).splitlines()[0]}"
+            ) from error
     width = backbone.config.get_text_config(decoder=True).hidden_size
     if encoder is None:
         heads = max(width // 128, 1)
@@ -83,7 +93,10 @@ def retrofit(
         backbone_revision=revision or getattr(backbone.config, "_commit_hash", None),
         **{"pad_token_id": backbone.config.pad_token_id, **config},
     )
-    model = RetroForCausalLM(retro_config, backbone=backbone)
+    try:
+        model = RetroForCausalLM(retro_config, backbone=backbone)
+    except ValueError as error:
+        raise UnsupportedBackboneError(str(error)) from error
     parameter = next(p for p in backbone.parameters() if p.is_floating_point())
     model.model.retro.to(device=parameter.device, dtype=parameter.dtype)
     logger.info(parameter_report(model))
