@@ -1,0 +1,150 @@
+"""`trust_remote_code`: a saved folder brings its code along, for a process that has no retro-hf."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from .tiny import ENCODER, random_ids, random_neighbors, randomize, tiny_retro
+
+
+MODEL_FILES = {
+    "backbone_retro.py",
+    "cache_retro.py",
+    "configuration_retro.py",
+    "lookup_retro.py",
+    "modeling_retro.py",
+    "modeling_retro_decoder.py",
+}
+
+SAVE = """
+import sys
+import torch
+from retro_hf import RetroConfig, RetroForCausalLM
+
+folder = sys.argv[1]
+model = RetroForCausalLM.from_pretrained(folder)
+RetroConfig.register_for_auto_class()
+RetroForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+model.save_pretrained(folder)
+"""
+
+LOAD = """
+import sys
+from importlib.util import find_spec
+
+# An editable installation is a path, or a finder: both are taken away.
+sys.path = [path for path in sys.path if not path.rstrip("/").endswith("src")]
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder).lower()]
+assert find_spec("retro_hf") is None, "retro_hf can be imported, so this would prove nothing"
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+folder = sys.argv[1]
+try:
+    AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
+except ValueError as error:
+    assert "trust_remote_code" in str(error), error
+else:
+    raise AssertionError("loaded without trust")
+
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+assert type(model).__module__.startswith("transformers_modules."), type(model).__module__
+assert "retro_hf" not in sys.modules
+data = torch.load(folder + "/data.pt")
+logits = model(data["ids"], **data["neighbors"]).logits
+torch.testing.assert_close(logits, data["logits"])
+torch.testing.assert_close(model(data["ids"]).logits, data["off"])
+
+retriever = lambda ids, mask: (torch.stack([ids.repeat(1, 2), ids.flip(1).repeat(1, 2)], dim=1), None)
+out = model.generate(
+    data["ids"], retriever=retriever, max_new_tokens=9, do_sample=False, eos_token_id=None, pad_token_id=0,
+    return_dict_in_generate=True,
+)
+assert torch.equal(out.sequences, data["generated"]), (out.sequences, data["generated"])
+assert [entry["chunk"] for entry in out.retrieval_trace[0]] == [0, 1, 2, 3]
+
+model.save_pretrained(folder + "/again")
+again = AutoModelForCausalLM.from_pretrained(folder + "/again", trust_remote_code=True)
+torch.testing.assert_close(again(data["ids"], **data["neighbors"]).logits, data["logits"])
+print("loaded", type(model.config).__name__)
+"""
+
+
+def run(code, *args, cwd, home):
+    """Run code in a fresh, isolated interpreter, away from this folder and its environment variables."""
+    environment = {
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(home),
+        "HOME": str(home),
+        "PATH": "/usr/bin:/bin",
+        "OMP_NUM_THREADS": "1",
+    }
+    result = subprocess.run(
+        [sys.executable, "-I", "-c", code, *map(str, args)],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+@pytest.mark.parametrize("family", ["retro_decoder", "llama"])
+def test_a_process_without_the_package_loads_and_generates(tmp_path, family):
+    """Code, weights and config of the folder are all that is needed."""
+    folder, elsewhere = tmp_path / "model", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    model = tiny_retro(family, neighbor_encoder_config=ENCODER)
+    model.save_pretrained(folder)
+    run(SAVE, folder, cwd=elsewhere, home=tmp_path / "home1")
+    assert {path.name for path in folder.glob("*.py")} == MODEL_FILES
+    config = json.loads((folder / "config.json").read_text())
+    assert config["auto_map"] == {
+        "AutoConfig": "configuration_retro.RetroConfig",
+        "AutoModelForCausalLM": "modeling_retro.RetroForCausalLM",
+    }
+
+    ids, neighbors = random_ids(2, 9), random_neighbors(2, 2)
+
+    def retriever(ids, mask):
+        return torch.stack([ids.repeat(1, 2), ids.flip(1).repeat(1, 2)], dim=1), None
+
+    with torch.no_grad():
+        data = {
+            "ids": ids,
+            "neighbors": neighbors,
+            "logits": model(ids, **neighbors).logits,
+            "off": model(ids).logits,
+            "generated": model.generate(
+                ids, retriever=retriever, max_new_tokens=9, do_sample=False, eos_token_id=None, pad_token_id=0
+            ),
+        }
+    torch.save(data, folder / "data.pt")
+    printed = run(LOAD, folder, cwd=elsewhere, home=tmp_path / "home2")
+    assert "loaded RetroConfig" in printed
+
+
+def test_model_files_import_only_each_other():
+    """What would be copied needs nothing of the package beside it, and nothing optional."""
+    source = Path(sys.modules["retro_hf"].__file__).parent
+    for name in MODEL_FILES:
+        text = (source / name).read_text()
+        siblings = {line.split()[1][1:] + ".py" for line in text.splitlines() if line.startswith("from .")}
+        assert siblings <= MODEL_FILES, name
+        assert "from . import" not in text
+        assert "import retro_hf" not in text
+        assert "from retro_hf" not in text
+
+
+def test_saving_from_the_package_copies_no_code(tmp_path):
+    """Checkpoints stay free of code unless it is asked for."""
+    randomize(tiny_retro("llama")).save_pretrained(tmp_path)
+    assert list(tmp_path.glob("*.py")) == []
+    assert "auto_map" not in json.loads((tmp_path / "config.json").read_text())
