@@ -14,6 +14,7 @@
 """What cached decoding must remember of every row, riding on whatever `Cache` the backbone uses."""
 
 from functools import cache
+from typing import Any
 
 import torch
 from transformers.cache_utils import Cache
@@ -184,7 +185,7 @@ def _restore(cls: type[Cache], attributes: dict) -> Cache:
     return cache
 
 
-def attach_state(cache: Cache, state: RetroState | None) -> None:
+def attach_state(cache: Any, state: RetroState | None) -> None:
     """Give a cache, of any class and in place, a retrieval state; `isinstance` and identity are kept."""
     if not isinstance(cache, RetroCacheMixin):
         cache.__class__ = _retro_class(type(cache))

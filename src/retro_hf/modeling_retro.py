@@ -280,6 +280,9 @@ def _invert(cells: torch.Tensor, num_cells: int) -> torch.Tensor:
     return inverse.scatter(1, cells, columns)[:, :num_cells]
 
 
+_Parts = tuple[RetroReader, nn.Module, RetroConfig]
+
+
 class _RetroPass:
     """What the hooks of one forward pass need to know; a new object every pass, so that passes never mix."""
 
@@ -299,6 +302,9 @@ class _RetroPass:
     ) -> torch.Tensor:
         """The update of layer `layer_idx`, of the shape of `hidden_states` (B, T, hidden_size)."""
         raise NotImplementedError
+
+    def commit(self) -> None:
+        """Write what must not be visible before all layers have run to the history."""
 
     def __call__(self, layer_idx: int, hidden_states: torch.Tensor) -> torch.Tensor:
         """Cross-attention of one layer: zero update or CCA(H, E) - H."""
@@ -567,9 +573,6 @@ class _StepPass(_RetroPass):
             mask = mask & torch.tensor([chunk >= 0 for chunk in self.chunks], device=mask.device).unsqueeze(1)
         return key, value, mask
 
-    def commit(self) -> None:
-        """Nothing is left to do: the mask was written when the pass was planned."""
-
 
 class _PassVar(CompileableContextVar):
     """A class of its own, so that output capturing does not take it for its collector."""
@@ -692,8 +695,8 @@ class RetroModel(RetroPreTrainedModel):
             else:
                 backbone = AutoModelForCausalLM.from_config(config.text_config)
         else:
-            for tensor in (*backbone.modules(), *backbone.parameters()):
-                tensor._is_hf_initialized = True  # its weights are not ours to initialize
+            for part in (*backbone.modules(), *backbone.parameters()):
+                setattr(part, "_is_hf_initialized", True)  # noqa: B010 - its weights are not ours to initialize
         self.backbone = backbone
         self.retro = RetroReader(config)
         self._attach_hooks()
@@ -920,7 +923,7 @@ class RetroModel(RetroPreTrainedModel):
             common, state, input_ids, real, tokens.shape[:2], given, chunk_offset, retriever, device
         )
 
-    def _plan_step(self, common, state, input_ids, given, retriever, device) -> "_StepPass":
+    def _plan_step(self, common: _Parts, state, input_ids, given, retriever, device) -> "_StepPass":
         size = self.config.chunk_size
         rows = [row for row, length in enumerate(state.lengths) if (length + 1) % size == 0]
         if input_ids is not None:
@@ -978,7 +981,9 @@ class RetroModel(RetroPreTrainedModel):
             ids[missing], mask[missing] = pad_to(found, width, 1), pad_to(found_mask, width, 1)
         return ids, mask
 
-    def _plan_grid(self, common, state, input_ids, real, shape, given, chunk_offset, retriever, device) -> "_GridPass":
+    def _plan_grid(
+        self, common: _Parts, state, input_ids, real, shape, given, chunk_offset, retriever, device
+    ) -> "_GridPass":
         size = self.config.chunk_size
         batch_size, num_tokens = shape
         steps = torch.arange(num_tokens, device=device).expand(batch_size, -1)
@@ -1260,7 +1265,7 @@ class RetroForCausalLM(RetroPreTrainedModel, GenerationMixin):
         chunk_offset: int | torch.Tensor | None,
     ) -> list[list[dict]]:
         """The trace of every sequence, of chunks that had a say in it: a token was generated after them."""
-        sequences = outputs.sequences
+        sequences = outputs["sequences"]
         real = torch.ones_like(sequences, dtype=torch.bool)
         real[:, -1] = False  # it was never an input
         if used.eos_token_id is not None:
