@@ -743,4 +743,4 @@ class TestCost:
             assert state.lengths == [num_chunks * CHUNK_SIZE + 3] * 2
             return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
-        assert size(10) == size(28)
+        assert size(10) == size(40)
