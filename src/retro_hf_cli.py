@@ -54,7 +54,7 @@ def build(
 
     from retro_hf import ChunkEmbedder, RetroDatastore
 
-    logging.get_logger("retro_hf").setLevel("INFO")
+    logging.get_logger("retro_hf").setLevel(logging.INFO)
     store = RetroDatastore.build(
         source,
         output,
@@ -126,9 +126,8 @@ def generate(
     retriever = None if store is None else _open_retriever(store, embedder)
     tokenizer = AutoTokenizer.from_pretrained(model)
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
-    output = AutoModelForCausalLM.from_pretrained(model).generate(
-        **inputs, retriever=retriever, max_new_tokens=max_new_tokens, do_sample=False
-    )
+    language_model: Any = AutoModelForCausalLM.from_pretrained(model)
+    output = language_model.generate(**inputs, retriever=retriever, max_new_tokens=max_new_tokens, do_sample=False)
     typer.echo(tokenizer.decode(output[0], skip_special_tokens=True))
 
 

@@ -19,6 +19,7 @@ from difflib import get_close_matches
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
+from transformers.utils import auto_docstring
 
 
 # What peers call our fields, so that their spelling gets an answer instead of being stored and ignored.
@@ -105,25 +106,26 @@ def _require_layers(config: PreTrainedConfig, name: str, num_layers: int) -> Non
         )
 
 
+@auto_docstring(
+    custom_intro="Configuration of [`RetroDecoderForCausalLM`], the paper's own decoder and baseline (section 2.5): GPT-2 "
+    "with RMSNorm in place of LayerNorm and Transformer-XL relative positions. The defaults are the paper's "
+    "smallest model (table 2)."
+)
 @strict
 class RetroDecoderConfig(PreTrainedConfig):
     r"""
-    Configuration of [`RetroDecoderForCausalLM`], the paper's own decoder and baseline (section 2.5): GPT-2 with RMSNorm
-    in place of LayerNorm and Transformer-XL relative positions. The defaults are the paper's smallest model (table 2).
-
-    Args:
-        vocab_size (`int`, defaults to 128000): number of tokens.
-        hidden_size (`int`, defaults to 896): width *d* of the residual stream.
-        intermediate_size (`int`, defaults to 3584): width of the feed-forward layer, 4 *d* in the paper.
-        num_hidden_layers (`int`, defaults to 12): number of layers *L*.
-        num_attention_heads (`int`, defaults to 16): attention heads.
-        head_dim (`int`, defaults to 64): width of a head; heads times head_dim need not be `hidden_size`.
-        hidden_act (`str`, defaults to `"gelu"`): activation of the feed-forward layer.
-        max_position_embeddings (`int`, defaults to 2048): longest sequence in tokens.
-        rms_norm_eps (`float`, defaults to 1e-6): added to the mean square before the root.
-        attention_dropout (`float`, defaults to 0.0): dropout of attention probabilities.
-        initializer_range (`float`, defaults to 0.02): standard deviation of initial weights.
-        tie_word_embeddings (`bool`, defaults to `True`): read out through the transposed embedding.
+    vocab_size (`int`, defaults to 128000): number of tokens.
+    hidden_size (`int`, defaults to 896): width *d* of the residual stream.
+    intermediate_size (`int`, defaults to 3584): width of the feed-forward layer, 4 *d* in the paper.
+    num_hidden_layers (`int`, defaults to 12): number of layers *L*.
+    num_attention_heads (`int`, defaults to 16): attention heads.
+    head_dim (`int`, defaults to 64): width of a head; heads times head_dim need not be `hidden_size`.
+    hidden_act (`str`, defaults to `"gelu"`): activation of the feed-forward layer.
+    max_position_embeddings (`int`, defaults to 2048): longest sequence in tokens.
+    rms_norm_eps (`float`, defaults to 1e-6): added to the mean square before the root.
+    attention_dropout (`float`, defaults to 0.0): dropout of attention probabilities.
+    initializer_range (`float`, defaults to 0.02): standard deviation of initial weights.
+    tie_word_embeddings (`bool`, defaults to `True`): read out through the transposed embedding.
     """
 
     model_type = "retro_decoder"
@@ -163,23 +165,24 @@ class RetroDecoderConfig(PreTrainedConfig):
         _require_range(self, "attention_dropout", 0.0, 1.0)
 
 
+@auto_docstring(
+    custom_intro="Configuration of the neighbor encoder (section 2.4): a small bidirectional transformer over one "
+    "neighbor, conditioned on the decoder. The defaults are the paper's, the same for all four model sizes "
+    "(table 2)."
+)
 @strict
 class RetroEncoderConfig(PreTrainedConfig):
     r"""
-    Configuration of the neighbor encoder (section 2.4): a small bidirectional transformer over one neighbor, conditioned
-    on the decoder. The defaults are the paper's, the same for all four model sizes (table 2).
-
-    Args:
-        hidden_size (`int`, defaults to 896): width *d'*.
-        intermediate_size (`int`, defaults to 3584): width of the feed-forward layer.
-        num_hidden_layers (`int`, defaults to 2): number of layers.
-        num_attention_heads (`int`, defaults to 16): attention heads.
-        head_dim (`int`, defaults to 64): width of a head.
-        cross_attention_layers (`list[int]`, defaults to `[0]`): layers, counted from 0, that attend to the decoder's
-            chunk; the paper's P_enc = [1].
-        hidden_act (`str`, defaults to `"gelu"`): activation of the feed-forward layer.
-        rms_norm_eps (`float`, defaults to 1e-6): added to the mean square before the root.
-        initializer_range (`float`, defaults to 0.02): standard deviation of initial weights.
+    hidden_size (`int`, defaults to 896): width *d'*.
+    intermediate_size (`int`, defaults to 3584): width of the feed-forward layer.
+    num_hidden_layers (`int`, defaults to 2): number of layers.
+    num_attention_heads (`int`, defaults to 16): attention heads.
+    head_dim (`int`, defaults to 64): width of a head.
+    cross_attention_layers (`list[int]`, defaults to `[0]`): layers, counted from 0, that attend to the decoder's
+        chunk; the paper's P_enc = [1].
+    hidden_act (`str`, defaults to `"gelu"`): activation of the feed-forward layer.
+    rms_norm_eps (`float`, defaults to 1e-6): added to the mean square before the root.
+    initializer_range (`float`, defaults to 0.02): standard deviation of initial weights.
     """
 
     model_type = "retro_encoder"
@@ -211,45 +214,45 @@ class RetroEncoderConfig(PreTrainedConfig):
         _require_range(self, "initializer_range", 0.0)
 
 
+@auto_docstring(
+    custom_intro="Configuration of [`RetroForCausalLM`]: a backbone, a neighbor encoder, and chunked cross-attention (CCA) "
+    "in some of the backbone's layers."
+)
 @strict
 class RetroConfig(PreTrainedConfig):
     r"""
-    Configuration of [`RetroForCausalLM`]: a backbone, a neighbor encoder, and chunked cross-attention (CCA) in some of
-    the backbone's layers.
-
-    Args:
-        text_config (`PreTrainedConfig` or `dict`, *optional*): the backbone, any decoder-only language model;
-            [`RetroDecoderConfig`] by default.
-        neighbor_encoder_config ([`RetroEncoderConfig`] or `dict`, *optional*): the neighbor encoder.
-        chunk_size (`int`, defaults to 64): tokens per chunk, the paper's *m*.
-        num_neighbors (`int`, defaults to 2): neighbors per chunk that the model is trained with, *k*; any other number
-            may be given at any time.
-        neighbor_size (`int`, *optional*, defaults to `2 * chunk_size`): tokens of one neighbor with its continuation,
-            *r*.
-        cross_attention_layers (`list[int]`, *optional*): layers with CCA, **counted from 0**; every third from the
-            sixth by default, the paper's P = 6, 9, 12, … written [5, 8, 11, …].
-        cross_attention_num_heads (`int`, *optional*): heads of CCA; the backbone's by default.
-        cross_attention_head_dim (`int`, *optional*): width of a CCA head; the backbone's by default.
-        cross_attention_placement (`str`, defaults to `"after_attention"`): `"after_attention"`, the paper's order
-            ATTN → CCA → FFW, or `"after_layer"`.
-        zero_init_cross_attention (`bool`, defaults to `False`): start with a zero output projection, so that the model
-            equals its backbone before the first training step; what `retrofit` does.
-        share_embeddings (`bool`, defaults to `False`): read neighbors through the backbone's embeddings instead of a
-            table of their own (B.1.4).
-        rms_norm_eps (`float`, defaults to 1e-6): of the norms before CCA and of the chunk states.
-        initializer_range (`float`, defaults to 0.02): standard deviation of initial CCA weights.
-        freeze_backbone (`bool`, defaults to `False`): build the model with the backbone's weights frozen; what `retrofit`
-            does.
-        backbone_layers (`str`, *optional*): dotted path of the backbone's layer list, for a family that the rule does
-            not find.
-        backbone_attention (`str`, *optional*): dotted path, inside a layer, of the module whose output is the
-            self-attention branch.
-        backbone_name_or_path (`str`, *optional*): checkpoint that the backbone's weights came from.
-        backbone_revision (`str`, *optional*): its revision.
-        save_backbone (`bool`, defaults to `True`): whether a saved folder holds the backbone's weights, or only their
-            name and revision (adapter-only).
-        retriever_name_or_path (`str`, *optional*): the retriever that the model was trained with; never opened
-            unasked.
+    text_config (`PreTrainedConfig` or `dict`, *optional*): the backbone, any decoder-only language model;
+        [`RetroDecoderConfig`] by default.
+    neighbor_encoder_config ([`RetroEncoderConfig`] or `dict`, *optional*): the neighbor encoder.
+    chunk_size (`int`, defaults to 64): tokens per chunk, the paper's *m*.
+    num_neighbors (`int`, defaults to 2): neighbors per chunk that the model is trained with, *k*; any other number
+        may be given at any time.
+    neighbor_size (`int`, *optional*, defaults to `2 * chunk_size`): tokens of one neighbor with its continuation,
+        *r*.
+    cross_attention_layers (`list[int]`, *optional*): layers with CCA, **counted from 0**; every third from the
+        sixth by default, the paper's P = 6, 9, 12, … written [5, 8, 11, …].
+    cross_attention_num_heads (`int`, *optional*): heads of CCA; the backbone's by default.
+    cross_attention_head_dim (`int`, *optional*): width of a CCA head; the backbone's by default.
+    cross_attention_placement (`str`, defaults to `"after_attention"`): `"after_attention"`, the paper's order
+        ATTN → CCA → FFW, or `"after_layer"`.
+    zero_init_cross_attention (`bool`, defaults to `False`): start with a zero output projection, so that the model
+        equals its backbone before the first training step; what `retrofit` does.
+    share_embeddings (`bool`, defaults to `False`): read neighbors through the backbone's embeddings instead of a
+        table of their own (B.1.4).
+    rms_norm_eps (`float`, defaults to 1e-6): of the norms before CCA and of the chunk states.
+    initializer_range (`float`, defaults to 0.02): standard deviation of initial CCA weights.
+    freeze_backbone (`bool`, defaults to `False`): build the model with the backbone's weights frozen; what `retrofit`
+        does.
+    backbone_layers (`str`, *optional*): dotted path of the backbone's layer list, for a family that the rule does
+        not find.
+    backbone_attention (`str`, *optional*): dotted path, inside a layer, of the module whose output is the
+        self-attention branch.
+    backbone_name_or_path (`str`, *optional*): checkpoint that the backbone's weights came from.
+    backbone_revision (`str`, *optional*): its revision.
+    save_backbone (`bool`, defaults to `True`): whether a saved folder holds the backbone's weights, or only their
+        name and revision (adapter-only).
+    retriever_name_or_path (`str`, *optional*): the retriever that the model was trained with; never opened
+        unasked.
     """
 
     model_type = "retro"
