@@ -48,7 +48,6 @@ class RetroState:
         self.lengths = list(offsets)
         self.num_columns = 0
         self.neighbor_size: int | None = None
-        self.pending: list[int] = []
         self.input_ids: torch.Tensor | None = None
         self.hidden_states: torch.Tensor | None = None
         self.neighbor_mask: torch.Tensor | None = None
@@ -75,6 +74,11 @@ class RetroState:
         else:
             self.lengths = self.lengths[:1] * len(indices)
             self.offsets = self.offsets[:1] * len(indices)
+
+    def advance(self, num_tokens: list[int], num_columns: int) -> None:
+        """Count a finished pass: new real tokens of each row, and columns, padding included."""
+        self.lengths = [length + count for length, count in zip(self.lengths, num_tokens, strict=True)]
+        self.num_columns += num_columns
 
     def repeat(self, repeats: int) -> None:
         """Repeat every row `repeats` times."""

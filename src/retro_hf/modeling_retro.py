@@ -50,8 +50,9 @@ from transformers.utils.hub import get_checkpoint_shard_files
 from transformers.utils.output_capturing import CompileableContextVar
 
 from .backbone_retro import accepted_arguments, find_branch_end, find_decoder_layers
-from .cache_retro import RetroState, attach_state, pad_to
+from .cache_retro import RetroState, pad_to
 from .configuration_retro import RetroConfig, RetroDecoderConfig, RetroEncoderConfig
+from .grid_retro import Planner, chunk_offsets, real_tokens, state_of
 from .lookup_retro import Retriever, RetroLookup, check_neighbors, check_retriever
 from .modeling_retro_decoder import (
     RetroAttention,
@@ -199,7 +200,7 @@ class RetroChunkedCrossAttention(nn.Module):
 
     One softmax runs over the tokens of all neighbors; the position table is the same for each of them (Listing 1), so
     their order does not matter. The shift by m - 1 that makes a chunk an *attending* chunk is the caller's
-    ([`_GridPass`], [`_StepPass`]).
+    (`grid_retro.py`).
     """
 
     def __init__(self, config: RetroConfig):
@@ -261,317 +262,7 @@ class RetroReader(nn.Module):
         )
 
 
-# ── one forward pass over the chunk grid ──────────────────────────────────────────────────────────────────────────────
-
-
-def _take(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Rows `index` (B, N) of `states` (B, L, d) as (B, N, d); the index L yields zeros."""
-    batch_size, length, width = states.shape
-    padded = torch.cat([states, states.new_zeros(batch_size, 1, width)], dim=1)
-    start = torch.arange(batch_size, device=states.device).unsqueeze(1) * (length + 1)
-    return padded.view(-1, width).index_select(0, (index + start).flatten()).view(batch_size, -1, width)
-
-
-def _invert(cells: torch.Tensor, num_cells: int) -> torch.Tensor:
-    """For every cell the column that lies in it, T if none; `cells` (B, T), entries equal to `num_cells` lie nowhere."""
-    batch_size, num_columns = cells.shape
-    columns = torch.arange(num_columns, device=cells.device).expand(batch_size, -1)
-    inverse = torch.full((batch_size, num_cells + 1), num_columns, device=cells.device)
-    return inverse.scatter(1, cells, columns)[:, :num_cells]
-
-
-_Parts = tuple[RetroReader, nn.Module, RetroConfig]
-
-
-class _RetroPass:
-    """What the hooks of one forward pass need to know; a new object every pass, so that passes never mix."""
-
-    def __init__(self, reader: RetroReader, embed: nn.Module, config: RetroConfig):
-        self.reader = reader
-        self.embed = embed
-        self.config = config
-        self.layer_inputs: dict[int, torch.Tensor] = {}
-        self.neighbor_states: torch.Tensor | None = None
-
-    def encode(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        """E of the chunks that complete in this pass, (N, S, d'), given the residual stream at layer min(P)."""
-        raise NotImplementedError
-
-    def attend(
-        self, layer_idx: int, hidden_states: torch.Tensor, neighbor_states: torch.Tensor | None
-    ) -> torch.Tensor:
-        """The update of layer `layer_idx`, of the shape of `hidden_states` (B, T, hidden_size)."""
-        raise NotImplementedError
-
-    def commit(self) -> None:
-        """Write what must not be visible before all layers have run to the history."""
-
-    def __call__(self, layer_idx: int, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Cross-attention of one layer: zero update or CCA(H, E) - H."""
-        neighbor_states = self.neighbor_states
-        if layer_idx == self.config.cross_attention_layers[0]:
-            # A recomputation under gradient checkpointing runs this again; later layers keep the first result.
-            neighbor_states = self.encode(hidden_states)
-            if self.neighbor_states is None:
-                self.neighbor_states = neighbor_states
-        return self.attend(layer_idx, hidden_states, neighbor_states)
-
-
-class _GridPass(_RetroPass):
-    """A pass over many tokens: training, scoring, prefill, checking proposed tokens.
-
-    Tokens are laid on a grid of V chunks that complete in this pass. With a cache, one more attending chunk comes
-    first: tokens that still attend to the neighbors of the chunk completed before this pass.
-
-    Args:
-        positions (`torch.LongTensor` of shape `(B, T)`): chunk positions relative to the first chunk of the grid, -1 at
-            padding.
-        num_chunks (`int`): V.
-        neighbor_input_ids, neighbor_mask (`(B, V, K, R)`, long and bool): neighbors of those chunks, None if V = 0.
-        state (`RetroState`, *optional*): history to read and to extend.
-        num_history (`torch.LongTensor` of shape `(B,)`): cells of the first chunk that an earlier pass has filled.
-        first_cell (`torch.LongTensor` of shape `(B,)`): cell of the row's very first token, if it is in the first chunk.
-        first_chunk (`list[int]`), num_completed (`list[int]`): per row, on the host; only with a state.
-    """
-
-    def __init__(
-        self,
-        reader: RetroReader,
-        embed: nn.Module,
-        config: RetroConfig,
-        positions: torch.Tensor,
-        num_chunks: int,
-        neighbor_input_ids: torch.Tensor | None,
-        neighbor_mask: torch.Tensor | None,
-        state: RetroState | None = None,
-        num_history: torch.Tensor | None = None,
-        first_cell: torch.Tensor | None = None,
-        first_chunk: list[int] | None = None,
-        num_completed: list[int] | None = None,
-    ):
-        super().__init__(reader, embed, config)
-        size = config.chunk_size
-        self.num_chunks = num_chunks
-        self.neighbor_input_ids = neighbor_input_ids
-        self.neighbor_mask = neighbor_mask
-        self.state = state
-        self.first_chunk = first_chunk
-        self.num_completed = num_completed
-        self.positions = positions
-        self.batch_size, num_tokens = positions.shape
-
-        # Attending chunks: token p attends to chunk (p + 1) // m - 1. Without a state there is none before the first.
-        self.num_groups = num_chunks + (state is not None)
-        cells = positions + 1 - (0 if state is not None else size)
-        num_cells = self.num_groups * size
-        self.cells = torch.where((positions >= 0) & (cells >= 0) & (cells < num_cells), cells, num_cells)
-        self.queries = _invert(self.cells, num_cells)
-
-        # Completing chunks: their m activations, of this pass or remembered.
-        num_cells = num_chunks * size
-        own = torch.where((positions >= 0) & (positions < num_cells), positions, num_cells)
-        self.chunk_columns = _invert(own, num_cells)
-        if state is not None:
-            index = torch.arange(num_cells, device=positions.device).expand(self.batch_size, -1)
-            remembered = (index < num_history[:, None]) & (index >= first_cell[:, None])
-            self.chunk_columns = torch.where(remembered, index, self.chunk_columns + size)
-        num_rows = num_tokens + (size if state is not None else 0)
-        self.chunk_mask = (self.chunk_columns < num_rows).view(-1, size)
-
-    def chunk_tokens(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Tokens of the completing chunks, (B, V, m), zero where a cell is empty."""
-        if self.state is not None:
-            input_ids = torch.cat([self._remembered("input_ids", input_ids), input_ids], dim=1)
-        tokens = _take(input_ids.unsqueeze(-1), self.chunk_columns).squeeze(-1)
-        return tokens.view(self.batch_size, self.num_chunks, -1)
-
-    def _remembered(self, buffer: str, like: torch.Tensor) -> torch.Tensor:
-        """The chunk that was growing before this pass, (B, m, ...)."""
-        ring = getattr(self.state, buffer)
-        if ring is None:
-            return like.new_zeros(self.batch_size, self.config.chunk_size, *like.shape[2:])
-        return _pick(ring, self.first_chunk)
-
-    def write(self, buffer: str, values: torch.Tensor) -> None:
-        """Remember the last two chunks of every row."""
-        starts = [chunk * self.config.chunk_size for chunk in self.first_chunk]
-        positions = self.positions + torch.tensor(starts, device=values.device).unsqueeze(1)
-        recent = positions > positions.max(dim=1, keepdim=True).values - 2 * self.config.chunk_size
-        self.state.write(buffer, torch.where((self.positions >= 0) & recent, positions, -1), values)
-
-    def encode(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        if self.state is not None:
-            history = self._remembered("hidden_states", hidden_states)
-            self.write("hidden_states", hidden_states)
-        if self.num_chunks == 0 or self.neighbor_input_ids is None:
-            return None
-        if self.state is not None:
-            hidden_states = torch.cat([history, hidden_states], dim=1)
-        chunk_states = _take(hidden_states, self.chunk_columns).view(*self.chunk_mask.shape, -1)
-        return self.reader.encoder(
-            self.neighbor_input_ids.flatten(0, 1),
-            self.neighbor_mask.flatten(0, 1),
-            chunk_states,
-            self.chunk_mask,
-            self.embed,
-        )
-
-    def attend(
-        self, layer_idx: int, hidden_states: torch.Tensor, neighbor_states: torch.Tensor | None
-    ) -> torch.Tensor:
-        size, state = self.config.chunk_size, self.state
-        if neighbor_states is None and (state is None or layer_idx not in state.key_values):
-            return torch.zeros_like(hidden_states)
-        neighbor_size = state.neighbor_size if self.neighbor_input_ids is None else self.neighbor_input_ids.shape[-1]
-        # Equation 6 with m for the paper's l: d = i - i' + m - 1, the same for every neighbor.
-        steps = torch.arange(size + neighbor_size - 1, device=hidden_states.device)
-        features = position_features(2 * size - 2 - steps, hidden_states.shape[-1], hidden_states.dtype)
-        queries = _take(hidden_states, self.queries).view(self.batch_size * self.num_groups, size, -1)
-        update = self.reader.cross_attention[str(layer_idx)](
-            queries, neighbor_states, features, neighbor_size, partial(self._recall, layer_idx)
-        )
-        return _take(update.view(self.batch_size, -1, update.shape[-1]), self.cells)
-
-    def _recall(self, layer_idx: int, projected: tuple | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        if self.state is None:
-            return *projected, self.neighbor_mask.flatten(0, 1).flatten(1)
-        state, batch_size = self.state, self.batch_size
-        before = [chunk - 1 for chunk in self.first_chunk]
-        old_mask = _pick(state.neighbor_mask, before)
-        old_mask = old_mask & torch.tensor([chunk >= 0 for chunk in before], device=old_mask.device).unsqueeze(1)
-        if projected is None:
-            key, value = (_pick(tensor, before) for tensor in state.key_values[layer_idx])
-            if self.num_chunks:  # chunks complete, but nothing is known for them
-                key, value = (tensor.repeat_interleave(self.num_groups, dim=0) for tensor in (key, value))
-                blank = torch.zeros_like(old_mask).unsqueeze(1).expand(-1, self.num_chunks, -1)
-                old_mask = torch.cat([old_mask.unsqueeze(1), blank], dim=1).flatten(0, 1)
-            return key, value, old_mask
-        num_tokens = old_mask.shape[-1]
-        new = [pad_to(t, num_tokens, dim=-2).unflatten(0, (batch_size, self.num_chunks)) for t in projected]
-        if layer_idx not in state.key_values:
-            shape = (batch_size, 2, *new[0].shape[2:])
-            state.key_values[layer_idx] = (new[0].new_zeros(shape), new[1].new_zeros(shape))
-        old = tuple(pad_to(tensor, num_tokens, dim=-2) for tensor in state.key_values[layer_idx])
-        gathered = [
-            torch.cat([_pick(o, before).unsqueeze(1), n], dim=1).flatten(0, 1) for o, n in zip(old, new, strict=True)
-        ]
-        state.key_values[layer_idx] = tuple(self._latest(o, n) for o, n in zip(old, new, strict=True))
-        new_mask = pad_to(self.neighbor_mask.flatten(2), num_tokens, dim=-1)
-        return *gathered, torch.cat([old_mask.unsqueeze(1), new_mask], dim=1).flatten(0, 1)
-
-    def _latest(self, old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-        """Halves (B, 2, ...) after this pass: of each parity the last completed chunk of `new` (B, V, ...), else `old`."""
-        last = []  # per row and half: index into new, or -1
-        for first, count in zip(self.first_chunk, self.num_completed, strict=True):
-            done = {(first + v) % 2: v for v in range(max(count - 2, 0), count)}
-            last.append([done.get(0, -1), done.get(1, -1)])
-        index = torch.tensor(last, device=old.device)
-        rows = torch.arange(self.batch_size, device=old.device).unsqueeze(1)
-        keep = (index < 0).view(self.batch_size, 2, *[1] * (old.dim() - 2))
-        return torch.where(keep, old, new[rows, index.clamp(min=0)])
-
-    def commit(self) -> None:
-        """Make the mask of the completed chunks part of the history, once all layers have run."""
-        mask = self.state.neighbor_mask
-        if mask is None or self.num_chunks == 0:
-            return
-        if self.neighbor_mask is None:
-            new = torch.zeros(self.batch_size, self.num_chunks, mask.shape[-1], dtype=torch.bool, device=mask.device)
-        else:
-            new = pad_to(self.neighbor_mask.flatten(2), mask.shape[-1], dim=-1)
-        self.state.neighbor_mask = self._latest(mask, new)
-
-
-def _pick(halves: torch.Tensor, chunks: list[int]) -> torch.Tensor:
-    """Per row the half of `halves` (B, 2, ...) that holds chunk `chunks[b]`, (B, ...)."""
-    parities = [chunk % 2 for chunk in chunks]
-    if len(set(parities)) == 1:
-        return halves[:, parities[0]]
-    return halves[torch.arange(len(chunks), device=halves.device), torch.tensor(parities, device=halves.device)]
-
-
-class _StepPass(_RetroPass):
-    """A pass over one token per row with a history: the steady state of generation.
-
-    Args:
-        state (`RetroState`): history; its `lengths` are still those before the pass.
-        rows (`list[int]`): rows whose chunk completes with this token.
-        neighbor_input_ids, neighbor_mask (`(len(rows), K, R)`, long and bool): their neighbors, None if there are none.
-    """
-
-    def __init__(
-        self,
-        reader: RetroReader,
-        embed: nn.Module,
-        config: RetroConfig,
-        state: RetroState,
-        rows: list[int],
-        neighbor_input_ids: torch.Tensor | None,
-        neighbor_mask: torch.Tensor | None,
-        device: torch.device,
-    ):
-        super().__init__(reader, embed, config)
-        size = config.chunk_size
-        self.state = state
-        self.neighbor_input_ids = neighbor_input_ids
-        self.neighbor_mask = neighbor_mask
-        self.rows = torch.tensor(rows, device=device) if rows else None
-        self.halves = torch.tensor([state.lengths[row] // size % 2 for row in rows], device=device) if rows else None
-        self.origins = [max(state.offsets[row] - state.lengths[row] // size * size, 0) for row in rows]
-        self.chunks = [(length + 1) // size - 1 for length in state.lengths]  # attended to, -1 for none
-        self.positions = torch.tensor(state.lengths, device=device).unsqueeze(1)
-        if rows and state.neighbor_mask is not None:
-            mask = state.neighbor_mask.clone()
-            mask[self.rows, self.halves] = False
-            if neighbor_mask is not None:
-                mask[self.rows, self.halves] = pad_to(neighbor_mask.flatten(1), mask.shape[-1], dim=-1)
-            state.neighbor_mask = mask
-
-    def encode(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        self.state.write("hidden_states", self.positions, hidden_states)
-        if self.neighbor_input_ids is None:
-            return None
-        chunk_states = self.state.hidden_states[self.rows, self.halves]
-        cells = torch.arange(self.config.chunk_size, device=hidden_states.device)
-        chunk_mask = cells >= torch.tensor(self.origins, device=hidden_states.device).unsqueeze(1)
-        return self.reader.encoder(self.neighbor_input_ids, self.neighbor_mask, chunk_states, chunk_mask, self.embed)
-
-    def attend(
-        self, layer_idx: int, hidden_states: torch.Tensor, neighbor_states: torch.Tensor | None
-    ) -> torch.Tensor:
-        state, size = self.state, self.config.chunk_size
-        if neighbor_states is None and layer_idx not in state.key_values:
-            return torch.zeros_like(hidden_states)
-        offsets = [(length + 1) % size for length in state.lengths]
-        offset = torch.tensor(offsets if len(set(offsets)) > 1 else offsets[:1], device=hidden_states.device)
-        distances = offset.unsqueeze(1) + size - 1 - torch.arange(state.neighbor_size, device=hidden_states.device)
-        features = position_features(distances, hidden_states.shape[-1], hidden_states.dtype)
-        return self.reader.cross_attention[str(layer_idx)](
-            hidden_states,
-            neighbor_states,
-            features if len(features) > 1 else features[0],
-            state.neighbor_size,
-            partial(self._recall, layer_idx),
-        )
-
-    def _recall(self, layer_idx: int, projected: tuple | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        state = self.state
-        num_tokens = state.neighbor_mask.shape[-1]
-        if projected is not None:
-            if layer_idx not in state.key_values:
-                shape = (len(state.lengths), 2, *projected[0].shape[1:])
-                state.key_values[layer_idx] = (projected[0].new_zeros(shape), projected[1].new_zeros(shape))
-            updated = []
-            for old, new in zip(state.key_values[layer_idx], projected, strict=True):
-                old = pad_to(old, num_tokens, dim=-2).clone()
-                old[self.rows, self.halves] = pad_to(new, num_tokens, dim=-2)
-                updated.append(old)
-            state.key_values[layer_idx] = tuple(updated)
-        key, value = (_pick(tensor, self.chunks) for tensor in state.key_values[layer_idx])
-        mask = _pick(state.neighbor_mask, self.chunks)
-        if min(self.chunks) < 0:
-            mask = mask & torch.tensor([chunk >= 0 for chunk in self.chunks], device=mask.device).unsqueeze(1)
-        return key, value, mask
+# ── where the pass meets the backbone ─────────────────────────────────────────────────────────────────────────────────
 
 
 class _PassVar(CompileableContextVar):
@@ -834,18 +525,19 @@ class RetroModel(RetroPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config.text_config.get_text_config(decoder=True))
         if past_key_values is not None:
-            state = self._state_of(past_key_values, len(tokens), chunk_offset)
-        real = _real_tokens(
+            state = state_of(past_key_values, len(tokens), chunk_offset, self.config)
+        real = real_tokens(
             attention_mask if token_mask is None else token_mask, position_ids, state, *tokens.shape[:2]
         )
-        retro_pass = self._plan(tokens, real, state, given, chunk_offset, retriever)
+        planner = Planner(self.retro, self.get_input_embeddings(), self.config, state, given, retriever)
+        retro_pass = planner.plan(tokens, real, chunk_offset)
         token = _active_pass.set(retro_pass)
         try:
             outputs = module(**inputs, past_key_values=past_key_values, use_cache=use_cache, **kwargs)
         finally:
             _active_pass.reset(token)
         if state is not None:
-            self._advance(state, retro_pass, tokens.shape[1])
+            retro_pass.commit()
         return outputs
 
     def _check_length(self, num_tokens: int, past_key_values: Cache | None) -> None:
@@ -886,238 +578,10 @@ class RetroModel(RetroPreTrainedModel):
         # A chunk has at least one neighbor, if only to be masked.
         return tuple(pad_to(tensor.to(tokens.device), 1, dim=-2) for tensor in (input_ids, mask.bool()))
 
-    def _state_of(self, cache: Cache, batch_size: int, chunk_offset: int | torch.Tensor | None) -> RetroState:
-        """The history on a cache; a new one if the cache is empty."""
-        state = getattr(cache, "retro", None)
-        if state is None:
-            if int(cache.get_seq_length()) > 0:
-                raise ValueError(
-                    f"The cache holds {int(cache.get_seq_length())} tokens that were processed without retrieval, so "
-                    "their chunks are unknown. Start from an empty cache, or give the retriever from the first call on."
-                )
-            state = RetroState(_offsets(chunk_offset, batch_size, self.config.chunk_size), self.config.chunk_size)
-            attach_state(cache, state)
-        elif len(state.lengths) != batch_size:
-            raise ValueError(
-                f"The cache holds {len(state.lengths)} rows, the input {batch_size}. Use `batch_select_indices` or "
-                "`batch_repeat_interleave` of the cache, or start from an empty one."
-            )
-        return state
-
-    def _plan(
-        self,
-        tokens: torch.Tensor,
-        real: torch.Tensor | None,
-        state: RetroState | None,
-        given: tuple[torch.Tensor, torch.Tensor] | None,
-        chunk_offset: int | torch.Tensor | None,
-        retriever: RetroLookup | None,
-    ) -> _RetroPass:
-        """Decide which chunks complete in this pass and fetch their neighbors, before any of it is computed."""
-        input_ids = tokens if tokens.dim() == 2 else None
-        common = (self.retro, self.get_input_embeddings(), self.config)
-        num_tokens, device = tokens.shape[1], tokens.device
-        if state is not None and num_tokens == 1 and state.is_started:
-            return self._plan_step(common, state, input_ids, given, retriever, device)
-        return self._plan_grid(
-            common, state, input_ids, real, tokens.shape[:2], given, chunk_offset, retriever, device
-        )
-
-    def _plan_step(self, common: _Parts, state, input_ids, given, retriever, device) -> "_StepPass":
-        size = self.config.chunk_size
-        rows = [row for row, length in enumerate(state.lengths) if (length + 1) % size == 0]
-        if input_ids is not None:
-            state.write("input_ids", torch.tensor(state.lengths, device=device).unsqueeze(1), input_ids)
-        ids = mask = None
-        if rows:
-            chunks = [state.lengths[row] // size for row in rows]
-            ids, mask = self._neighbors_of_rows(state, rows, chunks, given, retriever, device)
-        if ids is not None:
-            _make_room(state, ids)
-        return _StepPass(*common, state, rows, ids, mask, device)
-
-    def _neighbors_of_rows(self, state, rows, chunks, given, retriever, device):
-        """Neighbors (n, K, R) of chunk `chunks[i]` of row `rows[i]`, which a step has just completed."""
-        index = torch.tensor(rows, device=device)
-        parity = torch.tensor([chunk % 2 for chunk in chunks], device=device)
-
-        def chunk_tokens(selected: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            origins = [
-                state.offsets[row] - chunk * self.config.chunk_size for row, chunk in zip(rows, chunks, strict=True)
-            ]
-            cells = torch.arange(self.config.chunk_size, device=device)
-            real = cells >= torch.tensor(origins, device=device).unsqueeze(1)
-            return state.input_ids[index, parity][selected], real[selected]
-
-        return self._merge_neighbors(index, torch.tensor(chunks, device=device), None, given, retriever, chunk_tokens)
-
-    def _merge_neighbors(self, rows, chunks, wanted, given, retriever, chunk_tokens):
-        """Neighbors (n, K, R) of n chunks: the given ones, else the retriever's, else masked; None if there are none.
-
-        Args:
-            rows, chunks (`torch.LongTensor` of shape `(n,)`): row and absolute chunk index.
-            wanted (`torch.BoolTensor` of shape `(n,)`, *optional*): chunks that need neighbors; all by default.
-            chunk_tokens (`Callable`): maps a boolean selection to tokens and mask `(selected, m)` for the retriever.
-        """
-        ids = mask = None
-        missing = torch.ones_like(rows, dtype=torch.bool) if wanted is None else wanted
-        if given is not None and given[0].shape[1] > 0:
-            known = chunks < given[0].shape[1]
-            at = chunks.clamp(max=given[0].shape[1] - 1)
-            ids, mask = given[0][rows, at], given[1][rows, at] & known[:, None, None]
-            missing = missing & ~known
-        if retriever is not None and bool(missing.any()):
-            found, found_mask = retriever(*chunk_tokens(missing))
-            if ids is None:
-                ids = found.new_zeros(len(rows), *found.shape[1:])
-                mask = torch.zeros_like(ids, dtype=torch.bool)
-            elif found.shape[-1] != ids.shape[-1]:
-                raise ValueError(
-                    f"The retriever returned neighbors of {found.shape[-1]} tokens, `neighbor_input_ids` has "
-                    f"{ids.shape[-1]}; both must have the same neighbor_size."
-                )
-            width = max(ids.shape[1], found.shape[1])
-            ids, mask = pad_to(ids, width, 1).clone(), pad_to(mask, width, 1).clone()
-            ids[missing], mask[missing] = pad_to(found, width, 1), pad_to(found_mask, width, 1)
-        return ids, mask
-
-    def _plan_grid(
-        self, common: _Parts, state, input_ids, real, shape, given, chunk_offset, retriever, device
-    ) -> "_GridPass":
-        size = self.config.chunk_size
-        batch_size, num_tokens = shape
-        steps = torch.arange(num_tokens, device=device).expand(batch_size, -1)
-        order = steps if real is None else real.long().cumsum(dim=1) - 1
-        if state is None:
-            start = torch.tensor(_offsets(chunk_offset, batch_size, size), device=device)
-            base, first_chunk = torch.zeros_like(start), None
-        else:
-            start = torch.tensor(state.lengths, device=device)
-            first_chunk = [length // size for length in state.lengths]
-            base = torch.tensor(first_chunk, device=device) * size
-        positions = order + (start - base).unsqueeze(1)
-        positions = positions if real is None else torch.where(real, positions, -1)
-
-        num_completed = None
-        if state is None and retriever is None:
-            # Training: shapes alone decide, so that no value has to be read back.
-            bound = num_tokens if chunk_offset is None else num_tokens + size - 1
-            num_chunks = min(given[0].shape[1], bound // size)
-            ids, mask = (tensor[:, :num_chunks] for tensor in given)
-            return _GridPass(*common, positions, num_chunks, ids, mask)
-
-        counts = [num_tokens] * batch_size if real is None else real.sum(dim=1).tolist()
-        begins = start.tolist() if state is None else state.lengths
-        num_completed = [(b % size if state is not None else b) for b in begins]
-        num_completed = [(b + n) // size for b, n in zip(num_completed, counts, strict=True)]
-        num_chunks = max(num_completed)
-        history = {}
-        if state is not None:
-            origin = torch.tensor(state.offsets, device=device) - base
-            history = {
-                "state": state,
-                "num_history": start - base,
-                "first_cell": origin.clamp(min=0),
-                "first_chunk": first_chunk,
-                "num_completed": num_completed,
-            }
-            state.pending = counts
-        grid = _GridPass(*common, positions, num_chunks, None, None, **history)
-        if num_chunks:
-            complete = torch.tensor(num_completed, device=device).unsqueeze(1) > torch.arange(
-                num_chunks, device=device
-            )
-            rows = torch.arange(batch_size, device=device).repeat_interleave(num_chunks)
-            chunks = (base // size).unsqueeze(1) + torch.arange(num_chunks, device=device)
-
-            def chunk_tokens(selected: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-                return grid.chunk_tokens(input_ids).flatten(0, 1)[selected], grid.chunk_mask[selected]
-
-            ids, mask = self._merge_neighbors(
-                rows, chunks.flatten(), complete.flatten(), given, retriever, chunk_tokens
-            )
-            if ids is not None:
-                grid.neighbor_input_ids = ids.unflatten(0, (batch_size, num_chunks))
-                grid.neighbor_mask = mask.unflatten(0, (batch_size, num_chunks))
-                if state is not None:
-                    _make_room(state, ids)
-        if state is not None and input_ids is not None:
-            grid.write("input_ids", input_ids)
-        return grid
-
-    def _advance(self, state: RetroState, retro_pass: _RetroPass, num_columns: int) -> None:
-        """Count the tokens of a finished pass."""
-        retro_pass.commit()
-        counts = state.pending if isinstance(retro_pass, _GridPass) else [1] * len(state.lengths)
-        state.lengths = [length + count for length, count in zip(state.lengths, counts, strict=True)]
-        state.num_columns += num_columns
-
-
-def _make_room(state: RetroState, neighbor_input_ids: torch.Tensor) -> None:
-    """Make the history wide enough for neighbors (n, K, R)."""
-    num_neighbors, size = neighbor_input_ids.shape[-2:]
-    if state.neighbor_size not in (None, size):
-        raise ValueError(
-            f"Neighbors of {size} tokens follow neighbors of {state.neighbor_size} in one sequence; the neighbor_size of a "
-            "retriever must not change while generating."
-        )
-    state.neighbor_size = size
-    state.grow_neighbors(num_neighbors * size, neighbor_input_ids.device)
-
-
-def _offsets(chunk_offset: int | torch.Tensor | None, batch_size: int, chunk_size: int) -> list[int]:
-    """Chunk offsets as one integer per row, checked."""
-    if chunk_offset is None:
-        return [0] * batch_size
-    values = chunk_offset.tolist() if isinstance(chunk_offset, torch.Tensor) else chunk_offset
-    values = list(values) if isinstance(values, (list, tuple)) else [values] * batch_size
-    if len(values) != batch_size or not all(isinstance(value, int) and 0 <= value < chunk_size for value in values):
-        raise ValueError(
-            f"`chunk_offset` must be one integer from 0 to {chunk_size - 1}, or one per row of the batch of {batch_size}, "
-            f"got {chunk_offset}."
-        )
-    return values
-
 
 def _prompt_rows(num_rows: int, num_sequences: int) -> list[int]:
     """For each generated sequence a row of its prompt, which stand together: once per beam, and once per result."""
     return [sequence * num_rows // num_sequences for sequence in range(num_sequences)]
-
-
-def _real_tokens(
-    attention_mask: Any,
-    position_ids: torch.Tensor | None,
-    state: RetroState | None,
-    batch_size: int,
-    num_tokens: int,
-) -> torch.Tensor | None:
-    """Which of the new tokens are no padding, (B, T), or None if all are real.
-
-    A 4-D mask says nothing about padding; then the position of the last token tells how many tokens came before it.
-    """
-    num_columns = num_tokens + (0 if state is None else state.num_columns)
-    positions = position_ids if position_ids is not None and position_ids.dim() == 2 else None
-    real = None
-    if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
-        if attention_mask.shape != (batch_size, num_columns):
-            raise ValueError(
-                f"`attention_mask` must have shape {(batch_size, num_columns)}, one entry per token of the input and of "
-                f"the cache, got {tuple(attention_mask.shape)}."
-            )
-        real = attention_mask[:, -num_tokens:].bool()
-    elif attention_mask is not None and positions is not None:
-        num_padding = (num_columns - 1 - positions[:, -1:]).expand(batch_size, -1)
-        real = torch.arange(num_columns - num_tokens, num_columns, device=positions.device) >= num_padding
-    if positions is not None and num_tokens > 1:
-        restarts = positions.diff(dim=-1) != 1
-        if real is not None:
-            restarts = restarts & real[:, 1:] & real[:, :-1]
-        if restarts.any():
-            raise ValueError(
-                "`position_ids` restart inside a row, so it packs several sequences, whose chunks cannot be told apart. Give "
-                "each sequence a row of its own (`packing=False`)."
-            )
-    return real
 
 
 def _learned_positions(backbone: PreTrainedModel) -> int | None:
@@ -1279,7 +743,7 @@ class RetroForCausalLM(RetroPreTrainedModel, GenerationMixin):
         state = getattr(outputs.get("past_key_values"), "retro", None)
         if state is None:
             num_rows = len(chunk_offset) if isinstance(chunk_offset, (list, torch.Tensor)) else 1
-            offsets = _offsets(chunk_offset, num_rows, self.config.chunk_size)
+            offsets = chunk_offsets(chunk_offset, num_rows, self.config.chunk_size)
         else:
             offsets = state.offsets
         offsets = [offsets[row] for row in _prompt_rows(len(offsets), len(sequences))]
