@@ -169,6 +169,7 @@ class RetroAttention(nn.Module):
 
     num_key_value_groups = 1
 
+    # trf-ignore: TRF029 (one class serves four attentions, whose sizes stand in three configs)
     def __init__(
         self,
         config,
@@ -215,7 +216,7 @@ class RetroAttention(nn.Module):
         """Attend to projected keys and values; the keys are `num_repeats` runs with the same distances; see `forward`."""
         query = self._split_heads(self.q_proj(hidden_states))
         batch_size, _, num_queries, _ = query.shape
-        eager = self.config._attn_implementation == "eager"
+        eager = self.config._attn_implementation == "eager"  # trf-ignore: TRF051 (eager returns whole probabilities)
         if self.is_causal and num_queries == key.shape[-2] and num_queries > CAUSAL_BLOCK and not eager:
             return self.o_proj(self._attend_in_blocks(query, key, value, features, attention_mask, **kwargs)), None
         if batch_size * num_queries <= self.head_dim:  # a step of generation must not project the whole past
@@ -239,6 +240,7 @@ class RetroAttention(nn.Module):
     def _interface(self, query: torch.Tensor) -> Callable:
         # A bias that needs a gradient has no fused kernel on CPU: there sdpa would keep more matrices than we do. The mode
         # decides and not the tensor, so that retrieval on and off take the same path.
+        # trf-ignore: TRF051
         if self.config._attn_implementation == "eager" or (torch.is_grad_enabled() and query.device.type == "cpu"):
             return eager_attention_forward
         return ALL_ATTENTION_FUNCTIONS.get_interface("sdpa", eager_attention_forward)
