@@ -2,7 +2,7 @@
 
     make demo              # or: python examples/demo.py
 
-The model in `hub_configs/retro-bible` has 7 million parameters and was trained from scratch (`make demo-train`) on 48
+The model in `hub_configs/retro-bible` has 6 million parameters and was trained from scratch (`make demo-train`) on 48
 books of the Bible in three translations. Ten other books it has never seen, in any translation. Of these, two
 translations go into a datastore, and the third is what the model must predict, with and without reading from there.
 
@@ -30,7 +30,7 @@ from retro_hf.evaluation import bits_per_byte
 
 MODEL = Path(__file__).resolve().parent.parent / "hub_configs" / "retro-bible"
 WINDOW = 512
-PROMPT_DOCUMENT, PROMPT_TOKENS, NEW_TOKENS = "web/exodus/8", 64, 96
+PROMPT_DOCUMENT, PROMPT_TOKENS, NEW_TOKENS = "web/exodus/8.1", 64, 64
 
 
 def heading(text: str) -> None:
@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument(
         "--output", type=Path, default=Path("demo_output"), help="folder for what the demo leaves behind"
     )
-    parser.add_argument("--documents", type=int, default=60, help="held-out chapters to measure on (126 in all)")
+    parser.add_argument("--documents", type=int, default=400, help="how many held-out passages to measure on")
     args = parser.parse_args()
     start = time.perf_counter()
     args.output.mkdir(parents=True, exist_ok=True)
@@ -61,10 +61,10 @@ def main() -> None:
     step = max(len(heldout) // args.documents, 1)
     measured = heldout[::step][: args.documents]
     print(
-        f"  {len(parts.store)} chapters for the datastore (KJV, ASV), {len(heldout)} held out (WEB), measured: {len(measured)}"
+        f"  {len(parts.store)} passages for the datastore (KJV, ASV), {len(heldout)} held out (WEB), measured: {len(measured)}"
     )
 
-    heading("2. Datastore: chunks of 64 tokens, their keys and an index")
+    heading("2. Datastore: chunks of 32 tokens, their keys and an index")
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
     embedder = ChunkEmbedder.from_pretrained(minilm_path())

