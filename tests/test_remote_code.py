@@ -15,6 +15,7 @@ MODEL_FILES = {
     "backbone_retro.py",
     "cache_retro.py",
     "configuration_retro.py",
+    "grid_retro.py",
     "lookup_retro.py",
     "modeling_retro.py",
     "modeling_retro_decoder.py",
