@@ -123,9 +123,11 @@ def generate(
 
     import retro_hf  # noqa: F401  (registers the model)
 
-    retriever = None if store is None else _open_retriever(store, embedder)
     tokenizer = AutoTokenizer.from_pretrained(model)
+    retriever = None if store is None else _open_retriever(store, embedder, tokenizer)
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    if inputs.input_ids.shape[1] == 0:
+        raise ValueError("The prompt is empty; give at least one word to continue.")
     language_model: Any = AutoModelForCausalLM.from_pretrained(model)
     output = language_model.generate(**inputs, retriever=retriever, max_new_tokens=max_new_tokens, do_sample=False)
     typer.echo(tokenizer.decode(output[0], skip_special_tokens=True))
@@ -163,6 +165,8 @@ def evaluate(
 
     from retro_hf.evaluation import bits_per_byte
 
+    if not texts.is_file():
+        raise FileNotFoundError(f"There is no file '{texts}'; give a .jsonl file with a field `text` per line.")
     documents = [json.loads(line) for line in texts.read_text(encoding="utf-8").splitlines() if line.strip()]
     result = bits_per_byte(
         AutoModelForCausalLM.from_pretrained(model),
@@ -173,10 +177,10 @@ def evaluate(
     typer.echo(json.dumps(result.to_dict()) if as_json else str(result))
 
 
-def _open_retriever(store: Path, embedder: str | None) -> Any:
+def _open_retriever(store: Path, embedder: str | None, tokenizer: Any = None) -> Any:
     from retro_hf import RetroRetriever
 
-    return RetroRetriever.from_pretrained(store, embedder=embedder)
+    return RetroRetriever.from_pretrained(store, embedder=embedder, tokenizer=tokenizer)
 
 
 def main() -> None:

@@ -104,3 +104,23 @@ def test_help_names_every_command():
     printed = retro("--help")
     for name in ("build", "search", "inspect", "generate", "retrofit", "eval"):
         assert name in printed
+
+
+def test_a_datastore_of_another_tokenizer_is_refused(world, tmp_path):
+    """Also if the prompt is so short that nothing would be looked up."""
+    from transformers import AutoTokenizer
+
+    other = AutoTokenizer.from_pretrained(world / "encoder")
+    other.save_pretrained(tmp_path / "other")
+    options = ("--tokenizer", tmp_path / "other", "--embedder", world / "encoder", "--chunk-size", CHUNK_SIZE)
+    retro("build", world / "texts.jsonl", "-o", tmp_path / "store", *options)
+    with pytest.raises(ValueError, match="tokenizer"):
+        retro("generate", world / "model", "the", "--store", tmp_path / "store", "--embedder", world / "encoder")
+
+
+def test_an_empty_prompt_and_a_missing_store_are_explained(world, tmp_path):
+    """Nothing to continue; nowhere to look."""
+    with pytest.raises(ValueError, match="prompt is empty"):
+        retro("generate", world / "model", "")
+    with pytest.raises(FileNotFoundError, match="There is no folder"):
+        retro("search", tmp_path / "nowhere", "frogs", "--embedder", world / "encoder")

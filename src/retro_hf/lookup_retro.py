@@ -25,16 +25,22 @@ Retriever = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Ten
 """`retriever(chunk_input_ids (N, m), chunk_attention_mask (N, m)) -> (neighbor_input_ids (N, K, R), mask (N, K, R))`."""
 
 
-def check_retriever(retriever: Any) -> None:
-    """Check that a retriever can be called.
+def check_retriever(retriever: Any, chunk_size: int | None = None) -> None:
+    """Check that a retriever can be called, and looks up chunks of the model's size if it says which.
 
     Raises:
-        ValueError: if it can't.
+        ValueError: if it can't, or looks up chunks of another size.
     """
     if not callable(retriever):
         raise ValueError(
             "A retriever must be callable as retriever(chunk_input_ids, chunk_attention_mask), got "
             f"{type(retriever).__name__}. `RetroRetriever.from_pretrained(...)` opens a saved one."
+        )
+    size = getattr(retriever, "chunk_size", None)
+    if None not in (size, chunk_size) and size != chunk_size:
+        raise ValueError(
+            f"The retriever looks up chunks of {size} tokens, the model's chunks have {chunk_size}. Build the datastore with "
+            f"chunk_size={chunk_size}."
         )
 
 
@@ -89,10 +95,11 @@ class RetroLookup:
     Args:
         retriever (`Callable`): see [`Retriever`].
         vocab_size (`int`): of the model.
+        chunk_size (`int`, *optional*): of the model; checked where the retriever says for which it is.
     """
 
-    def __init__(self, retriever: Retriever, vocab_size: int) -> None:
-        check_retriever(retriever)
+    def __init__(self, retriever: Retriever, vocab_size: int, chunk_size: int | None = None) -> None:
+        check_retriever(retriever, chunk_size)
         self.retriever = retriever
         self.vocab_size = vocab_size
         self.found: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]] = {}

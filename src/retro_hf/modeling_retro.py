@@ -432,7 +432,7 @@ class RetroModel(RetroPreTrainedModel):
     def set_retriever(self, retriever: Retriever | None) -> None:
         """Attach a retriever that every forward pass and `generate` will use; None detaches it."""
         if retriever is not None:
-            check_retriever(retriever)
+            check_retriever(retriever, self.config.chunk_size)
         self._retriever = _Shared(retriever)
 
     @property
@@ -512,7 +512,7 @@ class RetroModel(RetroPreTrainedModel):
 
         retriever = self.retriever if retriever is _ATTACHED else retriever
         if retriever is not None and not isinstance(retriever, RetroLookup):
-            retriever = RetroLookup(retriever, self.config.vocab_size)
+            retriever = RetroLookup(retriever, self.config.vocab_size, self.config.chunk_size)
         state = getattr(past_key_values, "retro", None)
         is_whole = past_key_values is None and not use_cache
         given = self._given_neighbors(neighbor_input_ids, neighbor_attention_mask, tokens, state, is_whole)
@@ -721,7 +721,7 @@ class RetroForCausalLM(RetroPreTrainedModel, GenerationMixin):
                 f"Generating without retrieval: this model was trained with '{self.config.retriever_name_or_path}'. Open it "
                 "with `RetroRetriever.from_pretrained(...)` and pass `retriever=`."
             )
-        lookup = None if retriever is None else RetroLookup(retriever, self.config.vocab_size)
+        lookup = None if retriever is None else RetroLookup(retriever, self.config.vocab_size, self.config.chunk_size)
         outputs = super().generate(inputs, generation_config, *args, retriever=lookup, **kwargs)
         if lookup is not None and isinstance(outputs, ModelOutput):
             used = self._prepare_generation_config(generation_config, **kwargs)[0]

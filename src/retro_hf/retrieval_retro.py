@@ -16,7 +16,7 @@ import torch
 
 from .datastore import ChunkEmbedder, RetroDatastore, chunk_texts
 from .datastore.storage import write_file
-from .errors import RetrieverError
+from .errors import DatastoreNotFoundError, RetrieverError
 
 
 if TYPE_CHECKING:
@@ -315,7 +315,13 @@ class RetroRetriever:
         if not path.is_dir():
             from huggingface_hub import snapshot_download
 
-            path = Path(snapshot_download(str(name_or_path), repo_type="dataset", revision=revision))
+            try:
+                path = Path(snapshot_download(str(name_or_path), repo_type="dataset", revision=revision))
+            except (OSError, ValueError) as error:
+                raise DatastoreNotFoundError(
+                    f"There is no folder '{name_or_path}', and no dataset repository of that name could be loaded from the "
+                    f"Hub: {error} Check the path, or build the datastore first."
+                ) from error
             verify = True
         datastore = RetroDatastore.load(path, verify=verify)
         if embedder is None or isinstance(embedder, (str, os.PathLike)):
@@ -327,7 +333,7 @@ class RetroRetriever:
             except OSError as error:
                 raise RetrieverError(
                     f"The embedder {embedder or known['name']!r} could not be loaded: {error} Pass the embedder that "
-                    "made the keys: from_pretrained(path, embedder='<folder or Hub name>')."
+                    "made the keys: from_pretrained(path, embedder='<folder or Hub name>'), or `--embedder` on the command line."
                 ) from error
         if num_neighbors is None:
             num_neighbors = _saved_num_neighbors(path)

@@ -151,6 +151,8 @@ def bits_per_byte(
         DatastoreMismatchError: if the datastore is of another tokenizer or chunk size than the model.
     *Determinism*: the same arguments give the same numbers; `batch_size` moves only the last bits.
     """
+    if isinstance(documents, str):
+        raise DatasetError("`documents` is one string; give a list of texts: `bits_per_byte(model, [text], ...)`.")
     datastore = retriever.datastore if isinstance(retriever, RetroRetriever) else retriever
     modes = tuple(modes or (_MODES if retriever is not None else ("off",)))
     unknown = [mode for mode in modes if mode not in _MODES]
