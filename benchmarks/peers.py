@@ -140,7 +140,7 @@ def measure(who: str, task: str, length: int, repeats: int) -> dict:
                 with torch.no_grad():
                     return model(part, retrieved=seen)
 
-            per_token[probe] = seconds(run, 1)
+            per_token[probe] = seconds(run, repeats)
         points = sorted(per_token)
         total = sum((per_token[a] + per_token[b]) / 2 * (b - a) for a, b in zip(points, points[1:], strict=False))
         result |= {"seconds": total, "per_token": per_token, "extrapolated": True}
