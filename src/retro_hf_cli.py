@@ -98,7 +98,9 @@ def inspect(
 
     from retro_hf import RetroDatastore
 
-    manifest = dataclasses.asdict(RetroDatastore.load(store, verify=verify).manifest)
+    opened = RetroDatastore.load(store, verify=verify).manifest
+    counts = {name: getattr(opened, name) for name in ("num_documents", "num_chunks", "num_tokens")}
+    manifest = counts | dataclasses.asdict(opened)
     if as_json:
         typer.echo(json.dumps(manifest, ensure_ascii=False))
         return

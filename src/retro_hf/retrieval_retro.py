@@ -95,6 +95,7 @@ class RetroRetriever:
 
     def _forget(self) -> None:
         self._cache: OrderedDict[bytes, tuple[np.ndarray, np.ndarray]] = OrderedDict()
+        self._generation = self.datastore.generation
         self._lock = threading.Lock()
 
     @property
@@ -240,8 +241,11 @@ class RetroRetriever:
         return self.embedder.embed(chunk_texts(self.tokenizer, rows, mask))
 
     def _recall(self, names: list[bytes], wanted: int) -> dict[bytes, tuple[np.ndarray, np.ndarray]]:
-        """Remembered results with at least the wanted number of neighbors."""
+        """Remembered results with at least the wanted number of neighbors; none from before the datastore changed."""
         with self._lock:
+            if self._generation != self.datastore.generation:
+                self._cache.clear()
+                self._generation = self.datastore.generation
             results = {}
             for name in names:
                 known = self._cache.get(name)

@@ -26,6 +26,19 @@ def stream_of(documents: list[list[int]], chunk_size: int) -> tuple[np.ndarray, 
     return chunks, offsets, np.array([len(document) for document in documents])
 
 
+def gather(ids: np.ndarray, store: tuple, neighbor_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Neighbors of a store, which are the same where it says in so many words at which token each chunk begins."""
+    documents, chunk_size, _ = store
+    chunks, offsets, lengths = stream_of(documents, chunk_size)
+    sizes = {"chunk_size": chunk_size, "neighbor_size": neighbor_size}
+    found = gather_tokens(ids, chunks.reshape(-1), offsets, lengths, **sizes)
+    starts = np.arange(len(chunks)) * chunk_size
+    again = gather_tokens(ids, chunks.reshape(-1), offsets, lengths, **sizes, chunk_starts=starts)
+    for one, other in zip(found, again, strict=True):
+        np.testing.assert_array_equal(one, other)
+    return found
+
+
 stores = st.tuples(
     st.lists(st.lists(st.integers(1, 60_000), min_size=1, max_size=40), min_size=1, max_size=6),
     st.integers(1, 9),
@@ -38,7 +51,7 @@ def test_a_neighbor_is_the_chunk_and_what_follows_it_in_its_document(store):
     documents, chunk_size, extra = store
     chunks, offsets, lengths = stream_of(documents, chunk_size)
     neighbor_size = chunk_size + extra
-    tokens, mask = gather_tokens(np.arange(len(chunks)), chunks, offsets, lengths, neighbor_size)
+    tokens, mask = gather(np.arange(len(chunks)), store, neighbor_size)
     expected = [
         document[start : start + neighbor_size]
         for document in documents
@@ -56,7 +69,7 @@ def test_chunks_of_a_document_put_together_are_the_document(store):
     documents, chunk_size, _ = store
     chunks, offsets, lengths = stream_of(documents, chunk_size)
     ids = np.arange(len(chunks))
-    tokens, mask = gather_tokens(ids, chunks, offsets, lengths, chunk_size)
+    tokens, mask = gather(ids, store, chunk_size)
     owners = document_of(ids, offsets)
     for number, document in enumerate(documents):
         own = owners == number
@@ -71,7 +84,7 @@ def test_gather_takes_any_shape_and_minus_one(store, data):
     shape = data.draw(st.sampled_from([(), (0,), (3,), (2, 3), (2, 0, 4), (1, 2, 3)]))
     size = int(np.prod(shape))
     ids = np.array(data.draw(st.lists(st.integers(-1, len(chunks) - 1), min_size=size, max_size=size)), dtype=np.int64)
-    tokens, mask = gather_tokens(ids.reshape(shape), chunks, offsets, lengths, chunk_size + extra)
+    tokens, mask = gather(ids.reshape(shape), store, chunk_size + extra)
     assert tokens.shape == mask.shape == (*shape, chunk_size + extra)
     assert tokens.dtype == mask.dtype == np.int64
     absent = ids.reshape(shape) == -1

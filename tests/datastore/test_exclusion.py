@@ -56,13 +56,13 @@ def store(request, tokenizer, embedder) -> RetroDatastore:
 
 
 def test_the_store_never_returns_an_excluded_document(store):
-    keys = np.asarray(store.keys, dtype=np.float32)
+    keys = store.keys_of(np.arange(store.num_chunks))
     own = store.document_of(np.arange(store.num_chunks))
     scores, ids = store.search(keys, 5, exclude_documents=own)
     assert (ids >= 0).all() and (store.document_of(ids) != own[:, None]).all()
     assert (np.diff(scores, axis=1) <= 0).all()
     if store.manifest.index["factory"] == "Flat":
-        expected = brute_force(keys @ keys.T, store._doc_offsets, own[:, None], 5)
+        expected = brute_force(keys @ keys.T, store.shards[0].doc_offsets, own[:, None], 5)
         np.testing.assert_allclose(scores, expected, atol=1e-5)
     both = np.stack([own, (own + 1) % store.num_documents, np.full_like(own, -1)], axis=1)
     found = store.document_of(store.search(keys, 3, exclude_documents=both)[1])
@@ -70,7 +70,7 @@ def test_the_store_never_returns_an_excluded_document(store):
 
 
 def test_minus_one_excludes_nothing(store):
-    keys = np.asarray(store.keys[:50], dtype=np.float32)
+    keys = store.keys_of(np.arange(50))
     plain = store.search(keys, 4)
     none = store.search(keys, 4, exclude_documents=np.full(50, -1))
     np.testing.assert_allclose(none[0], plain[0], atol=1e-6)
@@ -78,7 +78,7 @@ def test_minus_one_excludes_nothing(store):
 
 def test_all_that_is_left_is_returned(store):
     """Everything but one document is excluded, and more is asked for than it has."""
-    keys = np.asarray(store.keys[:3], dtype=np.float32)
+    keys = store.keys_of(np.arange(3))
     kept = np.flatnonzero(store.document_of(np.arange(store.num_chunks)) == 7)
     others = np.array([number for number in range(store.num_documents) if number != 7])
     scores, ids = store.search(keys, len(kept) + 2, exclude_documents=np.broadcast_to(others, (3, len(others))))
@@ -88,7 +88,7 @@ def test_all_that_is_left_is_returned(store):
 
 
 def test_more_neighbors_than_one_list_holds_are_found(store):
-    keys = np.asarray(store.keys[:3], dtype=np.float32)
+    keys = store.keys_of(np.arange(3))
     scores, ids = store.search(keys, store.num_chunks + 3)
     if not store.manifest.index["factory"].startswith("HNSW"):
         assert (np.sort(ids, axis=1)[:, 3:] == np.arange(store.num_chunks)).all()

@@ -65,9 +65,9 @@ def test_a_folder_without_a_manifest_is_no_datastore(tmp_path):
     "change",
     [
         setter("neighbor_size", 24),
-        setter("num_documents", 39),
+        setter("shards", 0, "num_documents", 39),
         setter("embedder", "fingerprint", "0" * 64),
-        setter("index", "recall", {"at": 2, "value": 1.0, "queries": 1}),
+        setter("shards", 0, "index", "recall", {"at": 2, "value": 1.0, "queries": 1}),
         lambda content: content.pop("sources"),
         lambda content: content.pop("checksum"),
     ],
@@ -79,7 +79,7 @@ def test_any_change_without_a_new_checksum_is_refused(copy, change):
 
 
 HOSTILE = {
-    "format": setter("format_version", 2),
+    "format": setter("format_version", 1),
     "chunk size zero": setter("chunk_size", 0),
     "chunk size of another type": setter("chunk_size", "8"),
     "chunk size true": setter("chunk_size", True),
@@ -87,13 +87,13 @@ HOSTILE = {
     "another chunk size": setter("chunk_size", 4),
     "neighbor below chunk": setter("neighbor_size", 4),
     "neighbor huge": setter("neighbor_size", 1 << 40),
-    "chunks negative": setter("num_chunks", -1),
-    "chunks huge": setter("num_chunks", 1 << 60),
-    "chunks a float": setter("num_chunks", 12.0),
-    "fewer chunks": setter("num_chunks", 40),
-    "fewer documents": setter("num_documents", 39),
-    "more documents than chunks": setter("num_documents", 1 << 30),
-    "tokens huge": setter("num_tokens", 1 << 40),
+    "chunks negative": setter("shards", 0, "num_chunks", -1),
+    "chunks huge": setter("shards", 0, "num_chunks", 1 << 60),
+    "chunks a float": setter("shards", 0, "num_chunks", 12.0),
+    "fewer chunks": setter("shards", 0, "num_chunks", 40),
+    "fewer documents": setter("shards", 0, "num_documents", 39),
+    "more documents than chunks": setter("shards", 0, "num_documents", 1 << 30),
+    "tokens huge": setter("shards", 0, "num_tokens", 1 << 40),
     "wider tokens": setter("token_dtype", "uint32"),
     "tokens of objects": setter("token_dtype", "object"),
     "metric": setter("metric", "l2"),
@@ -102,10 +102,10 @@ HOSTILE = {
     "fingerprint": setter("embedder", "fingerprint", "../x"),
     "tokenizer a list": setter("tokenizer", []),
     "vocabulary": setter("tokenizer", "vocab_size", 0),
-    "factory": setter("index", "factory", None),
-    "search": setter("index", "search", {"nprobe": -1}),
-    "search infinite": setter("index", "search", {"nprobe": 1e300}),
-    "search of text": setter("index", "search", "nprobe=1"),
+    "factory": setter("shards", 0, "index", "factory", None),
+    "search": setter("shards", 0, "index", "search", {"nprobe": -1}),
+    "search infinite": setter("shards", 0, "index", "search", {"nprobe": 1e300}),
+    "search of text": setter("shards", 0, "index", "search", "nprobe=1"),
     "parent path": setter("files", 0, "name", "../datastore.json"),
     "absolute path": setter("files", 0, "name", "/etc/passwd"),
     "windows path": setter("files", 0, "name", "a\\b"),
@@ -119,10 +119,21 @@ HOSTILE = {
     "sha256": setter("files", 0, "sha256", "abc"),
     "kind": setter("files", 0, "kind", "pickle"),
     "file twice": lambda content: content["files"].append(content["files"][0]),
-    "file a text": setter("files", 0, "index.faiss"),
+    "file a text": setter("files", 0, "index-00000.faiss"),
     "no files": setter("files", []),
     "files an object": setter("files", {}),
     "too many files": lambda content: content["files"].extend(content["files"] * 2000),
+    "no shards": setter("shards", []),
+    "shard twice": lambda content: content["shards"].append(content["shards"][0]),
+    "shard of no digits": setter("shards", 0, "name", "../00"),
+    "shard of the future": setter("next_shard", 0),
+    "shard a number": setter("shards", 0, 3),
+    "stream of other length": setter("shards", 0, "stream_length", 1 << 20),
+    "file of another shard": setter("files", 0, "shard", "00007"),
+    "file of a list": setter("files", 0, "shard", []),
+    "documents deleted": setter("num_deleted_documents", 3),
+    "deleted negative": setter("num_deleted_documents", -1),
+    "generation": setter("generation", 0),
     "unknown field": setter("trust_remote_code", True),
     "sources": setter("sources", "wiki"),
 }
@@ -134,7 +145,7 @@ def test_a_hostile_manifest_with_a_right_checksum_is_refused(copy, name):
     with pytest.raises(DatastoreCorruptError):
         # Whatever opening lets through because it looks at no key yet, using it does not.
         store = RetroDatastore.load(copy)
-        _ = store.keys, store.index
+        _ = store.shards[0].keys, store.shards[0].index
 
 
 @pytest.mark.parametrize(
@@ -161,7 +172,7 @@ def test_a_missing_file_is_named(copy):
     for name in names_of(copy):
         content = (copy / name).read_bytes()
         (copy / name).unlink()
-        with pytest.raises(DatastoreCorruptError, match=f"{name!r} .* is missing"):
+        with pytest.raises(DatastoreCorruptError, match=f"{name}' is damaged: it is missing"):
             RetroDatastore.load(copy)
         (copy / name).write_bytes(content)
     RetroDatastore.load(copy, verify=True)
@@ -172,7 +183,9 @@ def test_a_file_cut_short_or_grown_is_named(copy):
         content = (copy / name).read_bytes()
         for damaged in (content[:-1], content[: len(content) // 2], b"", content + b"\0"):
             (copy / name).write_bytes(damaged)
-            with pytest.raises(DatastoreCorruptError, match=f"{name!r} .* bytes, but the manifest says"):
+            with pytest.raises(
+                DatastoreCorruptError, match=f"{name}' is damaged: it has .* bytes, but the manifest says"
+            ):
                 RetroDatastore.load(copy)
         (copy / name).write_bytes(content)
 
@@ -199,7 +212,7 @@ def test_swapped_files_are_refused(copy):
         RetroDatastore.load(copy)
 
 
-@pytest.mark.parametrize("kind", ["tokens", "doc_offsets", "doc_lengths", "documents", "keys", "index"])
+@pytest.mark.parametrize("kind", ["tokens", "doc_offsets", "doc_lengths", "ids", "documents", "keys", "index"])
 def test_a_file_of_noise_of_the_right_size_is_refused_or_never_trusted(copy, kind):
     """Sealed anew by an attacker, so that sizes and checksums agree: the headers still do not."""
     manifest = DatastoreManifest.read(copy)
@@ -213,4 +226,4 @@ def test_a_file_of_noise_of_the_right_size_is_refused_or_never_trusted(copy, kin
     dataclasses.replace(manifest, files=files).write(copy)
     with pytest.raises(DatastoreCorruptError):
         store = RetroDatastore.load(copy, verify=True)
-        _ = store.keys, store.index, store.document(0)
+        _ = store.shards[0].keys, store.shards[0].index, store.document_number("doc-3")

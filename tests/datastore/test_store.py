@@ -39,7 +39,7 @@ def test_the_store_holds_what_was_given(datastore, tokenizer, embedder):
         assert tokens[owners == number][mask[owners == number]].tolist() == expected
     assert datastore.num_tokens == mask.sum()
     texts = chunk_texts(tokenizer, tokens, mask)
-    np.testing.assert_allclose(datastore.keys.astype(np.float32), embedder.embed(texts), atol=1e-3)
+    np.testing.assert_allclose(datastore.keys_of(ids), embedder.embed(texts), atol=1e-3)
 
 
 def test_every_chunk_finds_itself(datastore, embedder, tokenizer):
@@ -54,7 +54,7 @@ def test_every_chunk_finds_itself(datastore, embedder, tokenizer):
 def test_keys_are_a_safetensors_file_that_others_can_read(datastore):
     name = datastore.manifest.entries("keys")[0].name
     keys = safetensors.numpy.load_file(datastore.path / name)["keys"]
-    np.testing.assert_array_equal(keys, datastore.keys)
+    np.testing.assert_array_equal(keys, datastore.shards[0].keys)
     assert keys.dtype == np.float16 and keys.shape == (datastore.num_chunks, 32)
 
 
@@ -106,7 +106,7 @@ def test_one_short_document_is_a_store(tokenizer, embedder):
     assert (store.num_chunks, store.num_tokens, store.chunk_size, store.neighbor_size) == (1, 1, 64, 128)
     tokens, mask = store.gather([[0, -1]])
     assert mask.sum(axis=-1).tolist() == [[1, 0]]
-    scores, ids = store.search(np.asarray(store.keys, dtype=np.float32), 3)
+    scores, ids = store.search(store.keys_of(np.arange(store.num_chunks)), 3)
     assert ids.tolist() == [[0, -1, -1]] and np.isneginf(scores[0, 1:]).all()
 
 
@@ -156,15 +156,15 @@ def test_saving_makes_an_exact_copy_and_never_overwrites(datastore, tmp_path):
 def test_loading_writes_nothing(built):
     before = {file.name: file.stat().st_mtime_ns for file in built.iterdir()}
     store = RetroDatastore.load(built, verify=True)
-    store.search(np.asarray(store.keys[:3], dtype=np.float32), 2)
+    store.search(store.keys_of(np.arange(3)), 2)
     store.document(0)
     assert {file.name: file.stat().st_mtime_ns for file in built.iterdir()} == before
     with pytest.raises(ValueError, match="read-only"):
-        store.keys[0] = 0
+        store.shards[0].keys[0] = 0
 
 
 def test_pickling_keeps_the_path_only(datastore):
-    _ = datastore.index, datastore.keys
+    _ = datastore.shards[0].index, datastore.shards[0].keys
     data = pickle.dumps(datastore)
     assert len(data) < 500
     again = pickle.loads(data)
@@ -196,8 +196,12 @@ def test_a_taken_path_is_refused_before_any_work(tmp_path, tokenizer, embedder):
         ),
         (["a"], {"index": "PQ8"}, r"trained on at least 256 chunks.*Flat"),
         (["a"], {"index": None}, "index is of type NoneType"),
-        ([{"id": "x", "text": "a"}, {"id": "x", "text": "b"}], {}, "Document 1 has the id 'x', which an earlier"),
-        ([{"id": "1", "text": "a"}, "b"], {}, "Document 1 has the id '1'"),
+        (
+            [{"id": "x", "text": "a"}, {"id": "x", "text": "b"}],
+            {},
+            "Two documents have the id 'x': number 0 and number 1",
+        ),
+        ([{"id": "1", "text": "a"}, "b"], {}, "Two documents have the id '1'"),
     ],
 )
 def test_bad_input_leaves_nothing_behind(documents, options, message, tmp_path, tokenizer, embedder):

@@ -72,7 +72,7 @@ def test_each_complete_chunk_gets_its_neighbors_and_none_of_its_own_document(wor
 
 def test_neighbors_are_the_exact_nearest_of_other_documents(world):
     """As brute force over the keys says."""
-    keys = np.asarray(world.datastore.keys, dtype=np.float32)
+    keys = world.datastore.keys_of(np.arange(world.datastore.num_chunks))
     owners = world.datastore.document_of(np.arange(len(keys)))
     for row in world.dataset.select(range(0, len(world.dataset), 9)):
         number = world.datastore.document_number(row["document_id"])
@@ -91,7 +91,7 @@ def test_without_a_column_of_ids_a_chunk_finds_itself_and_is_told(world, caplog)
     assert "document_id_column" in caplog.text
     with_self = precompute_neighbors(world.windows.select(range(8)), world.retriever)
     assert found["neighbor_chunk_ids"] != with_self["neighbor_chunk_ids"]
-    scores = world.retriever.datastore.keys
+    scores = world.retriever.datastore.keys_of(np.arange(world.datastore.num_chunks))
     assert len(scores) > max(max(chunk) for row in found["neighbor_chunk_ids"] for chunk in row)
     first = found[0]["neighbor_chunk_ids"][0][0]
     assert world.datastore.gather(np.array([first]))[0][0, :SIZE].tolist() == found[0]["input_ids"][:SIZE]

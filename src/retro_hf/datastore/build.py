@@ -1,27 +1,41 @@
-"""Building a datastore, in stages: documents and tokens, then keys, then the index, then the manifest."""
+"""Building shards in stages, tokens → keys → index, each block by block, so that a stopped build goes on."""
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
-import json
 import os
-from collections.abc import Iterator
-from itertools import islice
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
+from filelock import FileLock, Timeout
 from transformers.utils import logging
 
-from ..errors import DatastoreInputError
-from .chunks import chunk_texts, num_chunks_of, token_dtype, tokenizer_fingerprint, vocabulary_size
-from .documents import Document, DocumentReader
-from .index import build_index, check_factory, choose_factory
-from .manifest import DatastoreManifest, FileEntry
-from .storage import NpyWriter, TensorWriter, map_npy, map_tensor, new_folder, sha256_of
+from ..errors import DatastoreExistsError, DatastoreInputError, RetroError
+from .blocks import (
+    Block,
+    EmbedBlock,
+    TokenizeBlock,
+    batches,
+    content_digest,
+    digest_of,
+    documents_path,
+    read_token_block,
+    tokenizer_identity,
+)
+from .chunks import token_dtype, tokenizer_fingerprint, vocabulary_size
+from .documents import DocumentReader
+from .executors import Call, Executor, progress_bar, run_stage
+from .manifest import DatastoreManifest
+from .policy import IndexOptions, check_factory, plan_index, tell_plan
+from .storage import sync
+from .writer import BuiltShard, ShardWriter, describe_file
 
 
 if TYPE_CHECKING:
@@ -29,270 +43,320 @@ if TYPE_CHECKING:
 
     from .embedder import ChunkEmbedder
 
-__all__ = ["build_datastore"]
+__all__ = ["BuildOptions", "build_datastore", "build_shards", "work_folder"]
 
 logger = logging.get_logger(__name__)
 
-TOKENS = "tokens-00000.npy"
-DOC_OFFSETS = "doc_offsets.npy"
-DOC_LENGTHS = "doc_lengths.npy"
-DOCUMENTS = "documents-00000.parquet"
-KEYS = "keys-00000.safetensors"
-INDEX = "index.faiss"
-
-_SCHEMA = pa.schema([(name, pa.string()) for name in ("id", "title", "source", "text", "metadata")])
-# Documents are read back one by one, so row groups stay small; a long document closes its group early.
-_GROUP_DOCUMENTS = 512
-_GROUP_CHARACTERS = 1 << 20
-_KEY_BLOCK = 1 << 14
+_POLL_SECONDS = 0.1
 
 
-def build_datastore(
-    documents: Any,
-    path: Path,
-    *,
-    tokenizer: PreTrainedTokenizerBase,
-    embedder: ChunkEmbedder,
-    chunk_size: int,
-    neighbor_size: int,
-    index: str,
-    batch_size: int,
-    show_progress: bool | None,
-) -> None:
+@dataclass(frozen=True)
+class BuildOptions:
+    """What a build is made with, apart from the documents. See [`RetroDatastore.build`]."""
+
+    tokenizer: PreTrainedTokenizerBase
+    embedder: ChunkEmbedder
+    chunk_size: int
+    neighbor_size: int
+    index: IndexOptions
+    batch_size: int
+    shard_chunks: int
+    show_progress: bool | None
+
+    def __post_init__(self) -> None:
+        for name in ("chunk_size", "neighbor_size", "batch_size", "shard_chunks"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise DatastoreInputError(f"{name} is {value!r}, but it must be an integer of at least 1.")
+        if self.neighbor_size < self.chunk_size:
+            raise DatastoreInputError(
+                f"neighbor_size={self.neighbor_size} is below chunk_size={self.chunk_size}, but a neighbor holds its "
+                f"whole chunk and what follows it. Use at least {self.chunk_size}; the paper uses {2 * self.chunk_size}."
+            )
+        if self.index.factory != "auto":
+            check_factory(self.index.factory, None, self.embedder.dim)
+
+
+@contextmanager
+def work_folder(path: Path, *, helps: bool = False) -> Iterator[Path]:
+    """The folder of unfinished work on the datastore at `path`, for one process, and those that help it.
+
+    Bad input leaves nothing behind unless keys have been computed; whatever else stops the work leaves all of it.
+
+    Raises:
+        DatastoreExistsError: if another process is at work there.
+    """
+    folder = path.with_name(f".{path.name}.building")
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        if not helps:
+            lock.acquire()
+    except Timeout as error:
+        raise DatastoreExistsError(
+            f"Another process is writing the datastore {str(path)!r} (it holds {str(folder / '.lock')!r}). Wait for it, or "
+            "stop it; what it has done is kept, and used when the same call is made again."
+        ) from error
+    try:
+        yield folder
+    except BaseException as error:
+        if isinstance(error, RetroError) and not any(folder.glob("keys-*")):
+            shutil.rmtree(folder, ignore_errors=True)
+        else:
+            logger.warning(f"What was done so far is kept in {str(folder)!r}: the same call again goes on from there.")
+        raise
+    else:
+        if not helps:
+            shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        lock.release()
+
+
+def build_datastore(documents: Any, path: Path, options: BuildOptions, executor: Executor) -> None:
     """Write the datastore of `documents` to the folder `path`. See [`RetroDatastore.build`] for the arguments."""
-    _check_options(chunk_size, neighbor_size, index, batch_size)
-    if index != "auto":
-        check_factory(index, None, embedder.dim)
-    with new_folder(path) as folder:
-        counts, sources = _write_tokens(documents, folder, tokenizer, chunk_size, show_progress)
-        num_chunks = counts["num_chunks"]
-        factory = choose_factory(num_chunks, embedder.dim) if index == "auto" else index
-        check_factory(factory, num_chunks, embedder.dim)
-        _tell_sizes(counts, embedder.dim, factory)
-        _write_keys(folder, tokenizer, embedder, chunk_size, batch_size, show_progress)
-        keys = map_tensor(folder / KEYS, (num_chunks, embedder.dim))
-        with _bar(show_progress, total=num_chunks, unit="chunk", desc=f"Indexing ({factory})") as progress:
-            built = build_index(keys, factory, folder / INDEX, progress=progress)
-        tokenizer.save_pretrained(folder)
-        DatastoreManifest(
-            chunk_size=chunk_size,
-            neighbor_size=neighbor_size,
-            **counts,
-            tokenizer={
-                "name": _portable_name(tokenizer.name_or_path),
-                "revision": getattr(tokenizer, "init_kwargs", {}).get("revision"),
-                "fingerprint": tokenizer_fingerprint(tokenizer),
-                "vocab_size": vocabulary_size(tokenizer),
-            },
-            embedder={
-                "name": _portable_name(embedder.name_or_path),
-                "revision": embedder.revision,
-                "fingerprint": embedder.fingerprint,
-                "dim": embedder.dim,
-                "pooling": embedder.pooling,
-                "dtype": str(embedder.dtype).removeprefix("torch."),
-            },
-            index=built,
-            files=tuple(_entries(folder)),
-            sources=sources,
-            library_version=_library_version(),
-        ).write(folder)
-
-
-def _check_options(chunk_size: int, neighbor_size: int, index: str, batch_size: int) -> None:
-    for name, value in (("chunk_size", chunk_size), ("neighbor_size", neighbor_size), ("batch_size", batch_size)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise DatastoreInputError(f"{name} is {value!r}, but it must be an integer of at least 1.")
-    if neighbor_size < chunk_size:
-        raise DatastoreInputError(
-            f"neighbor_size={neighbor_size} is below chunk_size={chunk_size}, but a neighbor holds its whole chunk "
-            f"and what follows it. Use at least {chunk_size}; the paper uses {2 * chunk_size}."
+    path = Path(os.path.abspath(path))
+    if path.is_symlink() or path.is_file() or (path.is_dir() and any(path.iterdir())):
+        raise DatastoreExistsError(
+            f"{str(path)!r} already exists. A datastore is never written over another: choose another path, remove the "
+            "old one first, or add to it with `RetroDatastore.load(path).append(documents)`."
         )
-    if not isinstance(index, str):
-        raise DatastoreInputError(f"index is of type {type(index).__name__}, not a FAISS factory string or 'auto'.")
+    with work_folder(path, helps=not executor.is_main) as work:
+        built = build_shards(documents, work, options, executor)
+        if built is not None:
+            _finish(path, work, *built, options)
+    # Whoever helps is done before the store is.
+    while not path.exists():
+        time.sleep(_POLL_SECONDS)
 
 
-def _bar(show_progress: bool | None, **options: Any) -> Any:
-    """A progress bar: on a terminal by default, always with True, never with False or with transformers' bars off."""
-    return logging.tqdm(disable=None if show_progress is None else not show_progress, **options)
+def _finish(
+    path: Path,
+    work: Path,
+    shards: list[BuiltShard],
+    sources: list[dict[str, Any]],
+    num_empty: int,
+    options: BuildOptions,
+) -> None:
+    """Put shards, tokenizer and manifest together in a folder, and give it its name."""
+    folder = work / "store"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    options.tokenizer.save_pretrained(folder)
+    shared = [describe_file(file, "tokenizer") for file in sorted(folder.iterdir())]
+    for shard in shards:
+        shard.link_into(folder)
+    tokenizer, embedder = options.tokenizer, options.embedder
+    DatastoreManifest(
+        chunk_size=options.chunk_size,
+        neighbor_size=options.neighbor_size,
+        token_dtype=str(token_dtype(vocabulary_size(tokenizer))),
+        tokenizer=describe_tokenizer(tokenizer),
+        embedder={
+            "name": portable_name(embedder.name_or_path),
+            "revision": embedder.revision,
+            "fingerprint": embedder.fingerprint,
+            "dim": embedder.dim,
+            "pooling": embedder.pooling,
+            "dtype": str(embedder.dtype).removeprefix("torch."),
+        },
+        shards=tuple(shard.entry for shard in shards),
+        files=(*(file for shard in shards for file in shard.files), *shared),
+        next_shard=len(shards),
+        num_empty_documents=num_empty,
+        sources=sources,
+        library_version=library_version(),
+    ).write(folder)
+    for file in folder.iterdir():
+        sync(file)
+    sync(folder)
+    try:
+        os.replace(folder, path)
+    except OSError as error:
+        raise DatastoreExistsError(
+            f"{str(path)!r} appeared while the datastore was being written. Nothing was changed; choose another path and "
+            "build it again."
+        ) from error
+    sync(path.parent)
 
 
-def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
-    """Groups of documents that bound memory: at most 512 documents, fewer when they are long."""
-    batch: list[Document] = []
-    characters = 0
-    for document in documents:
-        batch.append(document)
-        characters += len(document.text)
-        if len(batch) == _GROUP_DOCUMENTS or characters >= _GROUP_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
+def build_shards(
+    documents: Any,
+    work: Path,
+    options: BuildOptions,
+    executor: Executor,
+    first_shard: int = 0,
+    taken: Callable[[list[str]], np.ndarray] | None = None,
+) -> tuple[list[BuiltShard], list[dict[str, Any]], int] | None:
+    """Make shards of documents in a work folder.
 
-
-def _write_tokens(
-    documents: Any, folder: Path, tokenizer: PreTrainedTokenizerBase, chunk_size: int, show_progress: bool | None
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Write documents, token stream and document borders in one pass; returns the counts and the sources."""
+    Args:
+        first_shard (`int`): number of the first shard.
+        taken (`Callable`, *optional*): says which ids cannot be used, by a number that is not -1 for each.
+    Returns:
+        The shards, the sources, and how many documents had no text; None where another process puts them together.
+    """
+    tokenizer, embedder, size = options.tokenizer, options.embedder, options.chunk_size
     reader = DocumentReader(documents)
     dtype = token_dtype(vocabulary_size(tokenizer))
-    num_chunks = num_tokens = num_documents = num_wordless = largest = 0
-    seen: set[bytes] = set()
-    int64 = np.dtype(np.int64)
-    with (
-        _bar(show_progress, total=reader.total, unit="doc", desc="Tokenizing") as progress,
-        NpyWriter(folder / TOKENS, dtype) as tokens,
-        NpyWriter(folder / DOC_OFFSETS, int64) as offsets,
-        NpyWriter(folder / DOC_LENGTHS, int64) as lengths,
-        pq.ParquetWriter(folder / DOCUMENTS, _SCHEMA, compression="zstd") as table,
-    ):
-        for batch in _batches(iter(reader)):
-            encoded = tokenizer(
-                [document.text for document in batch],
-                add_special_tokens=False,
-                padding=False,
-                truncation=False,
-                return_attention_mask=False,
-                return_token_type_ids=False,
-                verbose=False,
-            )["input_ids"]
-            kept = []
-            for document, ids in zip(batch, encoded, strict=True):
-                _check_new_id(document, seen)
-                if not ids:
-                    num_wordless += 1
-                    continue
-                padded = np.zeros(num_chunks_of(len(ids), chunk_size) * chunk_size, dtype=dtype)
-                padded[: len(ids)] = ids
-                tokens.append(padded)
-                offsets.append(np.array([num_chunks]))
-                lengths.append(np.array([len(ids)]))
-                largest = max(largest, int(padded.max()))
-                num_chunks += len(padded) // chunk_size
-                num_tokens += len(ids)
-                kept.append(document)
-            num_documents += len(kept)
-            if kept:
-                table.write_table(_rows(kept))
-            progress.update(len(batch))
-        offsets.append(np.array([num_chunks]))
+    settings = digest_of(tokenizer_identity(tokenizer), str(size), str(dtype), library_version())
+    embed = EmbedBlock(work, tokenizer, embedder, size, options.batch_size)
+    write = WriteShard(work, embed, options.index.recall)
+    tasks = (TokenizeBlock(work, tokenizer, size, dtype), embed, write)
+    blocks: list[Block] = []
 
-    num_empty = reader.num_empty + num_wordless
-    if not num_documents:
+    def tokenize_calls() -> Iterator[Call]:
+        for batch in batches(iter(reader)):
+            blocks.append(Block(len(blocks), content_digest(batch, settings)))
+            yield Call(len(batch), (blocks[-1], batch))
+
+    with executor.start(tasks) as run:
+
+        def stage(number: int, calls: Iterable[Call], total: int | None, unit: str, desc: str) -> None:
+            with progress_bar(options.show_progress, total=total, unit=unit, desc=desc) as progress:
+                run_stage(run, tasks, number, calls, progress)
+
+        stage(0, tokenize_calls(), reader.total, "doc", "Tokenizing")
+        blocks, counts, num_wordless = _counted(work, blocks, size)
+        num_empty = reader.num_empty + num_wordless
+        _tell_input(len(blocks), num_empty, reader)
+        if taken is not None:
+            _check_taken(work, blocks, taken)
+        total = sum(counts)
+        groups = list(_groups(blocks, counts, options.shard_chunks))
+        sizes = [sum(count for _, count in group) for group in groups]
+        # Planned before the long part of the work, so that what cannot be built is refused first.
+        plans = [plan_index(size, embedder.dim, options.index, total) for size in sizes]
+        tell_plan(total, embedder, plans, options.batch_size)
+
+        calls = [Call(count, (block,)) for block, count in zip(blocks, counts, strict=True)]
+        stage(1, calls, total, "chunk", "Embedding")
+
+        shard_calls = []
+        for number, (group, count, plan) in enumerate(zip(groups, sizes, plans, strict=True)):
+            name, members = f"{first_shard + number:05d}", tuple(block for block, _ in group)
+            shard_calls.append(Call(count, (name, plan.factory, members)))
+        kinds = " + ".join(dict.fromkeys(plan.factory for plan in plans))
+        stage(2, shard_calls, total, "chunk", f"Indexing ({kinds})")
+    if not executor.is_main:
+        return None
+    return [BuiltShard.read(write.output(*call.args)) for call in shard_calls], reader.sources, num_empty
+
+
+def _counted(work: Path, blocks: list[Block], chunk_size: int) -> tuple[list[Block], list[int], int]:
+    """The blocks that have chunks, how many each, and how many documents had no token; refuses ids that come twice."""
+    counts, hashes, num_wordless = [], [], 0
+    kept = []
+    for block in blocks:
+        tokens = read_token_block(work, block)
+        num_wordless += tokens.num_wordless
+        if len(tokens.lengths):
+            kept.append(block)
+            counts.append(len(tokens.tokens) // chunk_size)
+            hashes.append(tokens.id_hashes)
+    if hashes:
+        _check_ids(work, kept, hashes)
+    return kept, counts, num_wordless
+
+
+def _check_ids(work: Path, blocks: list[Block], hashes: list[np.ndarray]) -> None:
+    owner = np.repeat(np.arange(len(hashes)), [len(part) for part in hashes])
+    everything = np.concatenate(hashes)
+    order = np.argsort(everything, kind="stable")
+    twice = np.flatnonzero(everything[order][1:] == everything[order][:-1])
+    starts = np.cumsum([0, *(len(part) for part in hashes)])
+    for place in twice:
+        rows = [int(row) for row in order[place : place + 2]]
+        first, second = (
+            pq.read_table(documents_path(work, blocks[owner[row]])).slice(row - starts[owner[row]], 1).to_pylist()[0]
+            for row in rows
+        )
+        if first["id"] == second["id"]:
+            raise DatastoreInputError(
+                f"Two documents have the id {first['id']!r}: number {rows[0]} and number {rows[1]}, counted from 0 without "
+                f"those that are empty, from the sources {first['source']!r} and {second['source']!r}. Documents are found, "
+                "excluded and deleted by id: make the ids unique, or leave them out."
+            )
+
+
+def _check_taken(work: Path, blocks: list[Block], taken: Callable[[list[str]], np.ndarray]) -> None:
+    for block in blocks:
+        ids = pq.read_table(documents_path(work, block), columns=["id"]).column("id").to_pylist()
+        found = np.flatnonzero(taken(ids) >= 0)
+        if len(found):
+            raise DatastoreInputError(
+                f"The datastore has a document with the id {ids[found[0]]!r} already, and {len(found) - 1} more of the ids to "
+                "be added. Documents are found, excluded and deleted by id: delete the old ones first, or give the new ones "
+                "ids of their own (a text without an id is numbered from 0)."
+            )
+
+
+def _tell_input(num_blocks: int, num_empty: int, reader: DocumentReader) -> None:
+    if not num_blocks:
         raise DatastoreInputError(
             f"There is nothing to build a datastore from: the input has {num_empty:,} documents, all without text."
             if num_empty
             else "There is nothing to build a datastore from: the input has no documents."
         )
     if num_empty:
-        logger.warning(f"Skipped {num_empty:,} of {num_empty + num_documents:,} documents, because they have no text.")
+        logger.warning(f"Skipped {num_empty:,} of {reader.num_read:,} documents, because they have no text.")
     if reader.num_repaired:
         logger.warning(f"Replaced lone surrogates by U+FFFD in {reader.num_repaired:,} documents.")
-    counts = {
-        "num_chunks": num_chunks,
-        "num_documents": num_documents,
-        "num_tokens": num_tokens,
-        "num_empty_documents": num_empty,
-        "token_dtype": str(dtype),
-        "max_token_id": largest,
+
+
+def _groups(blocks: list[Block], counts: list[int], shard_chunks: int) -> Iterator[list[tuple[Block, int]]]:
+    """Blocks by shards of about equal size, each of at most `shard_chunks` chunks unless a single block has more."""
+    total = sum(counts)
+    limit = -(-total // (-(-total // shard_chunks)))
+    group: list[tuple[Block, int]] = []
+    for block, count in zip(blocks, counts, strict=True):
+        if group and sum(c for _, c in group) + count > limit:
+            yield group
+            group = []
+        group.append((block, count))
+    yield group
+
+
+@dataclass(frozen=True)
+class WriteShard:
+    """Stage 3: the blocks of one shard joined, and an index over their keys."""
+
+    folder: Path
+    embed: EmbedBlock
+    recall: float
+
+    def output(self, name: str, factory: str, blocks: tuple[Block, ...]) -> Path:
+        """The folder of the shard."""
+        keys = [self.embed.output(block).name for block in blocks]
+        return self.folder / f"shard-{name}-{digest_of(factory, str(self.recall), *keys)}"
+
+    def __call__(self, name: str, factory: str, blocks: tuple[Block, ...]) -> None:
+        """Write the shard."""
+        dtype = read_token_block(self.folder, blocks[0]).tokens.dtype
+        with ShardWriter(self.output(name, factory, blocks), name, dtype, self.embed.embedder.dim) as writer:
+            for block in blocks:
+                writer.add(self.embed.piece(block))
+            writer.finish(factory, self.recall)
+
+
+def describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What a manifest says of a tokenizer."""
+    return {
+        "name": portable_name(tokenizer.name_or_path),
+        "revision": getattr(tokenizer, "init_kwargs", {}).get("revision"),
+        "fingerprint": tokenizer_fingerprint(tokenizer),
+        "vocab_size": vocabulary_size(tokenizer),
     }
-    return counts, reader.sources
 
 
-def _check_new_id(document: Document, seen: set[bytes]) -> None:
-    # A digest per document, not the id: ids may be long paths.
-    digest = hashlib.blake2b(document.id.encode(), digest_size=16).digest()
-    if digest in seen:
-        raise DatastoreInputError(
-            f"{document.where} has the id {document.id!r}, which an earlier document has too. Documents are found, "
-            "excluded and deleted by id: make the ids unique, or leave them out."
-        )
-    seen.add(digest)
-
-
-def _rows(documents: list[Document]) -> pa.Table:
-    columns = {name: [getattr(document, name) for document in documents] for name in ("id", "title", "source", "text")}
-    columns["metadata"] = [
-        json.dumps(document.metadata, default=str, sort_keys=True) if document.metadata else None
-        for document in documents
-    ]
-    return pa.table(columns, schema=_SCHEMA)
-
-
-def _tell_sizes(counts: dict[str, Any], dim: int, factory: str) -> None:
-    """Say what is about to be computed and written, before the long part of the work."""
-    num_chunks = counts["num_chunks"]
-    megabytes = num_chunks * dim * 2 / 1e6
-    logger.info(
-        f"{counts['num_documents']:,} documents, {counts['num_tokens']:,} tokens, {num_chunks:,} chunks to embed: "
-        f"{megabytes:,.1f} MB of keys and an index {factory!r} of at most {2 * megabytes:,.1f} MB."
-    )
-
-
-def _write_keys(
-    folder: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    embedder: ChunkEmbedder,
-    chunk_size: int,
-    batch_size: int,
-    show_progress: bool | None,
-) -> None:
-    """Embed every chunk, block by block, into the float16 keys."""
-    offsets = np.load(folder / DOC_OFFSETS)
-    lengths = np.load(folder / DOC_LENGTHS)
-    num_chunks = int(offsets[-1])
-    tokens = map_npy(folder / TOKENS, token_dtype(vocabulary_size(tokenizer)), num_chunks * chunk_size)
-    chunks = tokens.reshape(num_chunks, chunk_size)
-    desc = f"Embedding ({num_chunks * embedder.dim * 2 / 1e6:,.1f} MB of keys)"
-    with (
-        TensorWriter(folder / KEYS, num_chunks, embedder.dim) as keys,
-        _bar(show_progress, total=num_chunks, unit="chunk", desc=desc) as progress,
-    ):
-        for start in range(0, num_chunks, _KEY_BLOCK):
-            ids = np.arange(start, min(start + _KEY_BLOCK, num_chunks))
-            owner = np.searchsorted(offsets, ids, side="right") - 1
-            left = lengths[owner] - (ids - offsets[owner]) * chunk_size
-            mask = np.arange(chunk_size) < left[:, None]
-            texts = chunk_texts(tokenizer, np.asarray(chunks[ids]), mask)
-            # Sorting by length inside a block, rather than a batch, is what saves padding.
-            order = sorted(range(len(texts)), key=lambda row: len(texts[row]), reverse=True)
-            vectors = np.empty((len(texts), embedder.dim), dtype=np.float32)
-            rows = iter(order)
-            while part := list(islice(rows, batch_size * 8)):
-                vectors[part] = embedder.embed([texts[row] for row in part], batch_size=batch_size)
-                progress.update(len(part))
-            if not np.isfinite(vectors).all():
-                raise DatastoreInputError(
-                    f"The embedder {embedder.name_or_path!r} gave vectors that are not finite for chunks from "
-                    f"{start:,} on. Try dtype=torch.float32."
-                )
-            keys.append(vectors)
-
-
-def _entries(folder: Path) -> Iterator[FileEntry]:
-    """Manifest entries of all files in the folder, in a fixed order."""
-    kinds = {
-        TOKENS: "tokens",
-        DOC_OFFSETS: "doc_offsets",
-        DOC_LENGTHS: "doc_lengths",
-        DOCUMENTS: "documents",
-        KEYS: "keys",
-        INDEX: "index",
-    }
-    for file in sorted(folder.iterdir()):
-        if file.is_file():
-            yield FileEntry(file.name, kinds.get(file.name, "tokenizer"), file.stat().st_size, sha256_of(file))
-
-
-def _portable_name(name_or_path: str) -> str:
+def portable_name(name_or_path: str) -> str:
     """A Hub name as it is; of a local folder only its last part, since a datastore travels."""
     if os.path.isabs(name_or_path) or os.path.exists(name_or_path):
         return os.path.basename(os.path.normpath(name_or_path))
     return name_or_path
 
 
-def _library_version() -> str:
+def library_version() -> str:
+    """The version of this package, for manifests."""
     try:
         return importlib.metadata.version("retro-hf")
     except importlib.metadata.PackageNotFoundError:

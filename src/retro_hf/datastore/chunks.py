@@ -61,41 +61,52 @@ def document_of(chunk_ids: np.ndarray, doc_offsets: np.ndarray) -> np.ndarray:
 
 def gather_tokens(
     chunk_ids: np.ndarray,
-    chunks: np.ndarray,
+    tokens: np.ndarray,
     doc_offsets: np.ndarray,
     doc_lengths: np.ndarray,
+    *,
+    chunk_size: int,
     neighbor_size: int,
+    chunk_starts: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Neighbors by chunk id: each chunk and what follows it in the same document, at most `neighbor_size` tokens.
 
     Args:
         chunk_ids (`np.ndarray` of int64, any shape): below `num_chunks`; -1 gives zeros with mask 0.
-        chunks (`np.ndarray` of uint16 or uint32 and shape `(num_chunks, chunk_size)`): the token stream.
+        tokens (`np.ndarray` of uint16 or uint32 and shape `(stream_length,)`): the token stream.
         doc_offsets (`np.ndarray` of int64 and shape `(num_documents + 1,)`): first chunk of each document.
         doc_lengths (`np.ndarray` of int64 and shape `(num_documents,)`): real tokens of each document.
+        chunk_size (`int`): tokens per chunk.
         neighbor_size (`int`): tokens per neighbor.
+        chunk_starts (`np.ndarray` of int64 and shape `(num_chunks,)`, *optional*): where in the stream a chunk begins,
+            if not at `chunk_id * chunk_size`.
     Returns:
         `(tokens, mask)`, both int64 of shape `(*chunk_ids.shape, neighbor_size)`; tokens are 0 where the mask is 0.
     """
-    num_chunks, chunk_size = chunks.shape
     flat = chunk_ids.reshape(-1)
     known = flat >= 0
-    start = np.where(known, flat, 0)
-    documents = np.searchsorted(doc_offsets, start, side="right") - 1
+    chunks = np.where(known, flat, 0)
+    first = doc_offsets[documents := np.searchsorted(doc_offsets, chunks, side="right") - 1]
     # What is left of the document, in tokens, from the first token of the chunk.
-    left = doc_lengths[documents] - (start - doc_offsets[documents]) * chunk_size
+    if chunk_starts is None:
+        left = doc_lengths[documents] - (chunks - first) * chunk_size
+    else:
+        left = doc_lengths[documents] - (chunk_starts[chunks] - chunk_starts[first])
     left = np.where(known, np.minimum(left, neighbor_size), 0).astype(np.int32)
     mask = np.arange(neighbor_size, dtype=np.int32) < left[:, None]
-
-    # Chunks past the end of the document are read and masked, which costs less than selecting rows; the last chunk of
-    # the stream stands in for those past its end.
-    width = num_chunks_of(neighbor_size, chunk_size)
-    following = np.minimum(start[:, None] + np.arange(width), num_chunks - 1)
-    rows = np.take(chunks, following, axis=0).reshape(len(flat), width * chunk_size)[:, :neighbor_size]
+    if chunk_starts is None:
+        # Chunks past the end of the document are read and masked, which costs less than selecting rows; the last chunk
+        # of the stream stands in for those past its end.
+        width, rows = num_chunks_of(neighbor_size, chunk_size), tokens.reshape(-1, chunk_size)
+        following = np.minimum(chunks[:, None] + np.arange(width), len(rows) - 1)
+        found = np.take(rows, following, axis=0).reshape(len(flat), width * chunk_size)[:, :neighbor_size]
+    else:
+        following = np.minimum(chunk_starts[chunks][:, None] + np.arange(neighbor_size), len(tokens) - 1)
+        found = np.take(tokens, following)
     # In the stream's own narrow type, twice as fast as after the conversion.
-    np.multiply(rows, mask, out=rows)
+    np.multiply(found, mask, out=found)
     shape = (*chunk_ids.shape, neighbor_size)
-    return rows.astype(np.int64).reshape(shape), mask.astype(np.int64).reshape(shape)
+    return found.astype(np.int64).reshape(shape), mask.astype(np.int64).reshape(shape)
 
 
 def chunk_texts(tokenizer: PreTrainedTokenizerBase, rows: np.ndarray, mask: np.ndarray | None = None) -> list[str]:

@@ -46,6 +46,7 @@ class DocumentReader:
 
     Attributes:
         total (`int`, *optional*): number of records where it is known beforehand.
+        num_read (`int`): records met so far.
         num_empty (`int`): records without text met so far; they are skipped.
         num_repaired (`int`): texts met so far with lone surrogates (half characters that JSON can smuggle in), which
             became U+FFFD.
@@ -56,6 +57,7 @@ class DocumentReader:
     """
 
     def __init__(self, documents: Any) -> None:
+        self.num_read = 0
         self.num_empty = 0
         self.num_repaired = 0
         self.sources: list[dict[str, Any]] = []
@@ -88,6 +90,7 @@ class DocumentReader:
 
     def __iter__(self) -> Iterator[Document]:
         for number, (record, where, defaults) in enumerate(self._records):
+            self.num_read = number + 1
             document = self._document(record, where, {"id": str(number), **defaults})
             if document is None:
                 self.num_empty += 1

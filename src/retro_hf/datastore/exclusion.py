@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,12 +12,23 @@ from ..errors import DatastoreInputError
 from .chunks import document_of
 
 
-__all__ = ["checked_exclusion", "search_excluding"]
+__all__ = ["Deleted", "checked_exclusion", "search_excluding"]
 
 # Results fetched beyond the wanted ones, so that a few excluded ones rarely cost a second search.
 _OVER_FETCH = 32
 
+# Results held at once, over all queries: 12 bytes each.
+_MAX_RESULTS = 1 << 24
+
 Search = Callable[[np.ndarray, int, int], tuple[np.ndarray, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Deleted:
+    """Documents that no query may see: a bool per document, and how many chunks they have together."""
+
+    mask: np.ndarray
+    num_chunks: int
 
 
 def checked_exclusion(documents: Any, num_queries: int, num_documents: int) -> np.ndarray:
@@ -49,6 +61,7 @@ def search_excluding(
     excluded: np.ndarray,
     doc_offsets: np.ndarray,
     max_effort: int,
+    deleted: Deleted | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The nearest chunks that are not in a query's excluded documents.
 
@@ -63,6 +76,7 @@ def search_excluding(
         excluded (`np.ndarray` of int64 and shape `(num_queries, any)`): document numbers, -1 for none.
         doc_offsets (`np.ndarray` of int64 and shape `(num_documents + 1,)`): first chunk of each document.
         max_effort (`int`): the effort at which the index is read as a whole.
+        deleted ([`Deleted`], *optional*): documents that no query may get.
     Returns:
         `(scores, chunk_ids)` of shape `(num_queries, num_neighbors)`; -inf and -1 where the store has no more.
     """
@@ -72,25 +86,36 @@ def search_excluding(
     # A document named twice counts once: sort each row, and drop repetitions.
     excluded = np.sort(excluded, axis=1)
     excluded[:, 1:][excluded[:, 1:] == excluded[:, :-1]] = -1
-    documents = np.maximum(excluded, 0)
-    sizes = ((doc_offsets[documents + 1] - doc_offsets[documents]) * (excluded >= 0)).sum(axis=1)
+    named = np.maximum(excluded, 0)
+    counted = excluded >= 0
+    if deleted is not None:
+        # A deleted document is hidden already, and counts once.
+        counted &= ~deleted.mask[named]
+    sizes = ((doc_offsets[named + 1] - doc_offsets[named]) * counted).sum(axis=1)
+    sizes += 0 if deleted is None else deleted.num_chunks
     # What a query can get at most, and the number of results that surely holds it.
     obtainable = np.minimum(num_neighbors, num_chunks - sizes)
     enough = np.minimum(num_neighbors + sizes, num_chunks)
 
-    rows = np.arange(len(queries))
+    todo = [np.arange(len(queries))] if len(queries) else []
     fetch, effort = num_neighbors + _OVER_FETCH, 1
-    while len(rows):
-        fetch = min(fetch, int(enough[rows].max()))
-        found_scores, found = search(queries[rows], fetch, effort)
-        owner = document_of(found, doc_offsets)
-        kept = (found >= 0) & (owner[:, :, None] != excluded[rows, None, :]).all(axis=-1)
-        order = np.argsort(~kept, axis=1, kind="stable")[:, :num_neighbors]
-        kept = np.take_along_axis(kept, order, axis=1)
-        columns = slice(0, order.shape[1])
-        ids[rows, columns] = np.where(kept, np.take_along_axis(found, order, axis=1), -1)
-        scores[rows, columns] = np.where(kept, np.take_along_axis(found_scores, order, axis=1), -np.inf)
-        short = (ids[rows] >= 0).sum(axis=1) < obtainable[rows]
-        rows = rows[short & ((fetch < enough[rows]) | (effort < max_effort))]
+    while todo:
+        short = np.concatenate(todo)
+        fetch = min(fetch, int(enough[short].max()))
+        todo = []
+        for rows in np.array_split(short, max(1, -(-len(short) * fetch // _MAX_RESULTS))):
+            found_scores, found = search(queries[rows], fetch, effort)
+            owner = document_of(found, doc_offsets)
+            kept = (found >= 0) & (owner[:, :, None] != excluded[rows, None, :]).all(axis=-1)
+            if deleted is not None:
+                kept &= ~deleted.mask[owner]
+            order = np.argsort(~kept, axis=1, kind="stable")[:, :num_neighbors]
+            kept = np.take_along_axis(kept, order, axis=1)
+            columns = slice(0, order.shape[1])
+            ids[rows, columns] = np.where(kept, np.take_along_axis(found, order, axis=1), -1)
+            scores[rows, columns] = np.where(kept, np.take_along_axis(found_scores, order, axis=1), -np.inf)
+            found_few = (ids[rows] >= 0).sum(axis=1) < obtainable[rows]
+            again = rows[found_few & ((fetch < enough[rows]) | (effort < max_effort))]
+            todo += [again] if len(again) else []
         fetch, effort = fetch * 4, effort * 4
     return scores, ids

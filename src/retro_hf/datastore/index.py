@@ -1,4 +1,4 @@
-"""The FAISS index over the keys: which kind, how it is built and measured, how it is opened and searched.
+"""The FAISS index over the keys: how it is built, tuned and measured, how it is opened and searched.
 
 Similarity is the inner product of unit vectors. The paper's squared L2 distance of such vectors is
 `d = 2 - 2 * score`, so both rank alike and the nearest neighbor has the largest score.
@@ -22,27 +22,26 @@ from ..errors import DatastoreCorruptError, DatastoreInputError, MissingExtraErr
 
 
 __all__ = [
+    "TRAINING_ROWS_PER_LIST",
     "build_index",
-    "check_factory",
-    "choose_factory",
     "exact_search",
+    "import_faiss",
     "max_effort",
     "open_index",
     "search_index",
+    "short_message",
+    "training_points",
 ]
 
 logger = logging.get_logger(__name__)
 
-# Exact search takes 0.7 ms per query in a batch at 100,000 chunks; above twice that, an approximate index pays.
-MAX_FLAT_CHUNKS = 200_000
-TARGET_RECALL = 0.95
 _RECALL_AT = 2
 _RECALL_QUERIES = 1000
 # Lists read while the number of re-scored candidates is chosen.
 _TUNING_LISTS = 256
 _WORTHWHILE_GAIN = 0.005
 _BLOCK_ROWS = 1 << 16
-_TRAINING_ROWS_PER_LIST = 40
+TRAINING_ROWS_PER_LIST = 40
 
 # Settings of FAISS that belong to the process, which are changed for the time of a call.
 _read_lock = threading.Lock()
@@ -51,7 +50,8 @@ _blas_users = 0
 _blas_default = 0
 
 
-def _faiss() -> Any:
+def import_faiss() -> Any:
+    """The module `faiss`, imported when it is first needed; raises `MissingExtraError` without it."""
     try:
         import faiss
     except ImportError as error:
@@ -71,43 +71,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_single_thread_after_fork)
 
 
-def choose_factory(num_chunks: int, dim: int) -> str:
-    """The FAISS factory string for a store of this size: exact up to 200,000 chunks, then 4-bit PQ with re-scoring.
-
-    Without re-scoring from fp16 originals, product quantization loses 40 % of the two nearest neighbors.
-    """
-    if num_chunks <= MAX_FLAT_CHUNKS:
-        return "Flat"
-    num_lists = 2 ** round(math.log2(4 * math.sqrt(num_chunks)))
-    num_lists = min(max(num_lists, 1024), 1 << 20)
-    coarse = f"IVF{num_lists}_HNSW32" if num_lists >= 1 << 14 else f"IVF{num_lists}"
-    codes = f"PQ{dim // 4}x4fs" if dim % 4 == 0 else "SQ8"
-    return f"{coarse},{codes},Refine(SQfp16)"
-
-
-def check_factory(factory: str, num_chunks: int | None, dim: int) -> None:
-    """Refuse a factory string that FAISS does not know, or that needs more training points than there are chunks.
-
-    Raises:
-        DatastoreInputError: before any embedding work is spent.
-    """
-    faiss = _faiss()
-    try:
-        faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise DatastoreInputError(
-            f"FAISS cannot make the index {factory!r} for vectors of length {dim}: {_short(error)}. Use index='Flat', "
-            "or see the factory strings in the FAISS documentation."
-        ) from error
-    needed = _training_points(factory)
-    if num_chunks is not None and num_chunks < needed:
-        raise DatastoreInputError(
-            f"The index {factory!r} is trained on at least {needed:,} chunks, but the documents make {num_chunks:,}. "
-            "Use index='Flat', which is exact and needs no training."
-        )
-
-
-def _training_points(factory: str) -> int:
+def training_points(factory: str) -> int:
     """The least number of vectors that a factory string can be trained on: one per centroid."""
     lists = [int(number) for number in re.findall(r"IVF(\d+)", factory)]
     # "PQ16" has codes of 8 bits, "PQ16x4" of 4: that many centroids.
@@ -115,49 +79,50 @@ def _training_points(factory: str) -> int:
     return max([1, *lists, *(1 << number for number in bits)])
 
 
-def _short(error: Exception) -> str:
+def short_message(error: Exception) -> str:
     """The last sentence of a FAISS message, without the place in its sources."""
     return str(error).strip().rsplit("Error: ", 1)[-1].rsplit("failed: ", 1)[-1].rstrip(". ")
 
 
-def build_index(keys: np.ndarray, factory: str, path: Path, *, progress: Any, seed: int = 0) -> dict[str, Any]:
+def build_index(keys: np.ndarray, factory: str, path: Path, *, recall: float = 0.95, seed: int = 0) -> dict[str, Any]:
     """Build, tune, measure and write an index.
 
     Args:
         keys (`np.ndarray` of float16 and shape `(num_chunks, dim)`): memory-mapped; read in blocks of 65,536 rows.
         factory (`str`): FAISS factory string.
         path (`Path`): of the index file.
-        progress: a progress bar, advanced by the number of keys added.
+        recall (`float`, defaults to 0.95): share of the exact neighbors that search parameters are chosen to find.
     Returns:
         `dict` with `factory`, `search` (search parameters) and `recall` (None for an exact index), for the manifest.
     """
-    faiss = _faiss()
+    faiss = import_faiss()
     num_chunks, dim = keys.shape
     index = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
     generator = np.random.default_rng(seed)
     if not index.is_trained:
-        num_rows = min(num_chunks, max(_TRAINING_ROWS_PER_LIST * _training_points(factory), _BLOCK_ROWS))
+        num_rows = min(num_chunks, max(TRAINING_ROWS_PER_LIST * training_points(factory), _BLOCK_ROWS))
         rows = np.sort(generator.choice(num_chunks, size=num_rows, replace=False))
         try:
             index.train(keys[rows].astype(np.float32))
         except RuntimeError as error:
             raise DatastoreInputError(
                 f"The index {factory!r} could not be trained on {num_rows:,} of {num_chunks:,} chunks: "
-                f"{_short(error)}. Use index='Flat', which is exact and needs no training."
+                f"{short_message(error)}. Use index='Flat', which is exact and needs no training."
             ) from error
     for start in range(0, num_chunks, _BLOCK_ROWS):
         block = keys[start : start + _BLOCK_ROWS].astype(np.float32)
         index.add(block)
-        progress.update(len(block))
     faiss.write_index(index, str(path))
 
     if factory == "Flat":
         return {"factory": factory, "search": {}, "recall": None}
-    search, recall = _tune(index, keys, generator)
-    return {"factory": factory, "search": search, "recall": recall}
+    search, measured = _tune(index, keys, generator, recall)
+    return {"factory": factory, "search": search, "recall": measured}
 
 
-def _tune(index: Any, keys: np.ndarray, generator: np.random.Generator) -> tuple[dict[str, int], dict[str, Any]]:
+def _tune(
+    index: Any, keys: np.ndarray, generator: np.random.Generator, target: float
+) -> tuple[dict[str, int], dict[str, Any]]:
     """The cheapest search parameters that reach the target recall, and the recall measured with them.
 
     Queries are keys of the store, each of which ignores itself. A neighbor counts as found if its score reaches that
@@ -184,16 +149,16 @@ def _tune(index: Any, keys: np.ndarray, generator: np.random.Generator) -> tuple
         if found < recall + _WORTHWHILE_GAIN:
             break
         factor, recall = candidate, found
-        if found >= TARGET_RECALL:
+        if found >= target:
             break
     for effort in efforts:
         search = {**effort, **factor}
         recall = measure(search)
-        if recall >= TARGET_RECALL:
+        if recall >= target:
             break
     else:
         logger.warning(
-            f"The index finds {recall:.1%} of the {at} nearest neighbors, below the {TARGET_RECALL:.0%} aimed at. "
+            f"The index finds {recall:.1%} of the {at} nearest neighbors, below the {target:.1%} aimed at. "
             "Use index='Flat' for exact search."
         )
     return search, {"at": at, "value": round(recall, 4), "queries": num_queries}
@@ -201,7 +166,7 @@ def _tune(index: Any, keys: np.ndarray, generator: np.random.Generator) -> tuple
 
 def _search_grid(index: Any) -> tuple[list[dict[str, int]], list[dict[str, int]]]:
     """Search parameters from cheap to thorough: how much of the index is read, how much is re-scored."""
-    faiss = _faiss()
+    faiss = import_faiss()
     refined = isinstance(index, faiss.IndexRefine)
     base = faiss.downcast_index(index.base_index) if refined else index
     if isinstance(base, faiss.IndexPreTransform):
@@ -228,7 +193,7 @@ def _without(scores: np.ndarray, ids: np.ndarray, own: np.ndarray, keep: int) ->
 
 def exact_search(keys: np.ndarray, queries: np.ndarray, num_neighbors: int) -> tuple[np.ndarray, np.ndarray]:
     """Exact search without an index, block by block: float32 scores and int64 ids of shape `(num_queries, k)`."""
-    faiss = _faiss()
+    faiss = import_faiss()
     scores = np.full((len(queries), num_neighbors), -np.inf, dtype=np.float32)
     ids = np.full((len(queries), num_neighbors), -1, dtype=np.int64)
     for start in range(0, len(keys), _BLOCK_ROWS):
@@ -249,13 +214,13 @@ def open_index(path: Path, num_chunks: int, dim: int) -> Any:
     Raises:
         DatastoreCorruptError: if FAISS cannot read it, or it holds other vectors than the manifest says.
     """
-    faiss = _faiss()
+    faiss = import_faiss()
     try:
         with _bounded_reading(path.stat().st_size):
             index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
     except (RuntimeError, MemoryError) as error:
         raise DatastoreCorruptError(
-            f"{str(path)!r} is damaged: FAISS says {_short(error)}. Restore the folder from a copy, or build the "
+            f"{str(path)!r} is damaged: FAISS says {short_message(error)}. Restore the folder from a copy, or build the "
             "datastore again."
         ) from error
     found = (index.ntotal, index.d, index.metric_type)
@@ -274,7 +239,7 @@ def _bounded_reading(size: int) -> Iterator[None]:
 
     The limit belongs to the process, so one reader at a time sets it and puts it back.
     """
-    faiss = _faiss()
+    faiss = import_faiss()
     with _read_lock:
         default = faiss.get_deserialization_vector_byte_limit()
         faiss.set_deserialization_vector_byte_limit(min(default, max(8 * size, 1 << 20)))
@@ -286,10 +251,10 @@ def _bounded_reading(size: int) -> Iterator[None]:
 
 def _parameters(index: Any, search: dict[str, Any]) -> Any:
     """FAISS search parameters for one call; the index itself is never changed, so threads can share it."""
-    faiss = _faiss()
+    faiss = import_faiss()
     if isinstance(index, faiss.IndexRefine):
         base = _parameters(faiss.downcast_index(index.base_index), search)
-        return faiss.IndexRefineSearchParameters(k_factor=search.get("k_factor", 1), base_index_params=base)
+        return faiss.IndexRefineSearchParameters(k_factor=float(search.get("k_factor", 1)), base_index_params=base)
     if isinstance(index, faiss.IndexPreTransform):
         inner = _parameters(faiss.downcast_index(index.index), search)
         return None if inner is None else faiss.SearchParametersPreTransform(index_params=inner)
@@ -302,7 +267,7 @@ def _parameters(index: Any, search: dict[str, Any]) -> Any:
 
 def max_effort(index: Any, search: dict[str, Any]) -> int:
     """The factor on `nprobe` at which an index of lists is read as a whole; 1 for other kinds."""
-    faiss = _faiss()
+    faiss = import_faiss()
     if isinstance(index, (faiss.IndexRefine, faiss.IndexPreTransform)):
         inner = index.base_index if isinstance(index, faiss.IndexRefine) else index.index
         return max_effort(faiss.downcast_index(inner), search)
@@ -313,7 +278,7 @@ def search_index(
     index: Any, queries: np.ndarray, num_neighbors: int, search: dict[str, Any]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Nearest keys of each query: float32 scores (best first, -inf where none) and int64 ids (-1 where none)."""
-    faiss = _faiss()
+    faiss = import_faiss()
     if isinstance(index, faiss.IndexFlat):
         with _blas_from_three_queries(index.d):
             scores, ids = index.search(queries, num_neighbors)
@@ -329,7 +294,7 @@ def _blas_from_three_queries(dim: int) -> Iterator[None]:
     The setting belongs to the process, so the first thread to enter saves it and the last to leave restores it.
     """
     global _blas_users, _blas_default
-    variables = _faiss().cvar
+    variables = import_faiss().cvar
     with _blas_lock:
         if not _blas_users:
             _blas_default = variables.distance_compute_blas_threshold

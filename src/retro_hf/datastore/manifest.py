@@ -14,9 +14,9 @@ from ..errors import DatastoreCorruptError, DatastoreNotFoundError
 from .storage import write_file
 
 
-__all__ = ["FORMAT_VERSION", "MANIFEST_NAME", "DatastoreManifest", "FileEntry"]
+__all__ = ["FORMAT_VERSION", "MANIFEST_NAME", "SHARD_FILES", "DatastoreManifest", "FileEntry", "ShardEntry"]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_NAME = "datastore.json"
 METRIC = "inner_product"
 
@@ -25,20 +25,60 @@ _MAX_MANIFEST_BYTES = 16 << 20
 _MAX_COUNT = 1 << 48
 _MAX_TOKENS = 1 << 20
 _MAX_DIM = 1 << 16
-_MAX_FILES = 10_000
+_MAX_FILES = 50_000
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
+_SHARD_NAME = re.compile(r"[0-9]{5,10}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_KINDS = ("tokens", "doc_offsets", "doc_lengths", "documents", "keys", "index", "tokenizer")
+
+# What a shard consists of, each kind in one file named after the shard; only a retokenized shard has `chunk_starts`.
+SHARD_FILES = {
+    "tokens": "tokens-{}.npy",
+    "doc_offsets": "doc_offsets-{}.npy",
+    "doc_lengths": "doc_lengths-{}.npy",
+    "ids": "ids-{}.npy",
+    "documents": "documents-{}.parquet",
+    "keys": "keys-{}.safetensors",
+    "index": "index-{}.faiss",
+    "chunk_starts": "chunk_starts-{}.npy",
+}
+_OPTIONAL = ("chunk_starts",)
+_STORE_KINDS = ("tokenizer", "deleted")
 
 
 @dataclass(frozen=True)
 class FileEntry:
-    """One file of a datastore: `name` inside its folder, what `kind` of content, `size` in bytes, sha256 in hex."""
+    """One file of a datastore: `name` inside its folder, `kind` of content, `size` in bytes, sha256 in hex.
+
+    `shard` is the name of the shard it belongs to, None for what the whole store shares.
+    """
 
     name: str
     kind: str
     size: int
     sha256: str
+    shard: str | None = None
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """One shard: a run of documents with everything that finds and reads their chunks. Its files never change.
+
+    Attributes:
+        name: five digits or more, never given twice in the life of a store.
+        num_chunks, num_documents, num_tokens: counts; tokens without padding.
+        stream_length: tokens in its stream, padding included.
+        max_token_id: the largest id in its stream.
+        index: `factory` (FAISS), `search` (its search parameters), `recall` (None where the index is exact, else
+            `at`, `value`, `queries`: the share of the exact neighbors found).
+    """
+
+    name: str
+    num_chunks: int
+    num_documents: int
+    num_tokens: int
+    stream_length: int
+    max_token_id: int
+    index: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -47,34 +87,58 @@ class DatastoreManifest:
 
     Attributes:
         chunk_size, neighbor_size: tokens per chunk, and per chunk with its continuation.
-        num_chunks, num_documents, num_tokens: counts; tokens without padding.
-        num_empty_documents: documents of the input without text, which were skipped.
         token_dtype: `"uint16"` or `"uint32"`.
-        max_token_id: the largest id in the token stream.
         tokenizer: `name`, `revision`, `fingerprint`, `vocab_size` of the language model's tokenizer.
         embedder: `name`, `revision`, `fingerprint`, `dim`, `pooling`, `dtype` of the frozen encoder.
-        index: `factory` (FAISS), `search` (its search parameters), `recall` (None where the index is exact, else
-            `at`, `value`, `queries`: the share of the exact neighbors found).
-        sources: one entry per source of documents: `name`, and `revision` and `license` where known.
+        shards: the shards, whose documents and chunks are numbered in this order.
         files: every file of the folder that belongs to the datastore.
+        generation: 1 when built, one more with every change.
+        next_shard: number of the shard that is written next.
+        num_deleted_documents: documents that are no longer returned, but still counted until [`RetroDatastore.compact`].
+        num_empty_documents: documents of the input without text, which were skipped.
+        sources: one entry per source of documents: `name`, and `revision` and `license` where known.
     """
 
     chunk_size: int
     neighbor_size: int
-    num_chunks: int
-    num_documents: int
-    num_tokens: int
-    num_empty_documents: int
     token_dtype: str
-    max_token_id: int
     tokenizer: dict[str, Any]
     embedder: dict[str, Any]
-    index: dict[str, Any]
+    shards: tuple[ShardEntry, ...]
     files: tuple[FileEntry, ...]
+    generation: int = 1
+    next_shard: int = 1
+    num_deleted_documents: int = 0
+    num_empty_documents: int = 0
     sources: list[dict[str, Any]] = field(default_factory=list)
     metric: str = METRIC
     library_version: str = "unknown"
     format_version: int = FORMAT_VERSION
+
+    @property
+    def num_chunks(self) -> int:
+        """Chunks of all shards."""
+        return sum(shard.num_chunks for shard in self.shards)
+
+    @property
+    def num_documents(self) -> int:
+        """Documents of all shards, deleted ones included."""
+        return sum(shard.num_documents for shard in self.shards)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all shards, without padding."""
+        return sum(shard.num_tokens for shard in self.shards)
+
+    @property
+    def max_token_id(self) -> int:
+        """The largest id in any token stream."""
+        return max(shard.max_token_id for shard in self.shards)
+
+    @property
+    def index(self) -> dict[str, Any]:
+        """The index of the largest shard."""
+        return max(self.shards, key=lambda shard: shard.num_chunks).index
 
     @property
     def dim(self) -> int:
@@ -82,8 +146,12 @@ class DatastoreManifest:
         return self.embedder["dim"]
 
     def entries(self, kind: str) -> list[FileEntry]:
-        """The files of one kind, in order."""
+        """The files of one kind, in the order of their shards."""
         return [entry for entry in self.files if entry.kind == kind]
+
+    def shard_files(self, shard: str) -> dict[str, str]:
+        """File names of one shard, by kind."""
+        return {entry.kind: entry.name for entry in self.files if entry.shard == shard}
 
     def write(self, folder: Path) -> None:
         """Write `datastore.json` into `folder`, atomically, with a checksum over its own content."""
@@ -120,7 +188,7 @@ class DatastoreManifest:
             raise _corrupt(
                 path,
                 f"format_version is {version!r}, but this version of retro-hf reads {FORMAT_VERSION}; "
-                "a newer library may read it",
+                "another version of the library may read it",
             )
         try:
             return cls._from_content(content)
@@ -137,6 +205,7 @@ class DatastoreManifest:
         if checksum != _checksum(content):
             raise ValueError("its checksum does not match its content")
         content["files"] = tuple(FileEntry(**entry) for entry in _of_type(content, "files", list))
+        content["shards"] = tuple(ShardEntry(**entry) for entry in _of_type(content, "shards", list))
         manifest = cls(**content)
         manifest._validate()
         return manifest
@@ -145,18 +214,15 @@ class DatastoreManifest:
         content = vars(self)
         _integer(content, "chunk_size", 1, _MAX_TOKENS)
         _integer(content, "neighbor_size", self.chunk_size, _MAX_TOKENS)
-        _integer(content, "num_chunks", 1, _MAX_COUNT)
-        _integer(content, "num_documents", 1, self.num_chunks)
-        _integer(content, "num_tokens", self.num_documents, self.num_chunks * self.chunk_size)
+        _integer(content, "generation", 1, _MAX_COUNT)
+        _integer(content, "next_shard", 1, _MAX_COUNT)
         _integer(content, "num_empty_documents", 0, _MAX_COUNT)
         if self.token_dtype not in ("uint16", "uint32"):
             raise ValueError(f"token_dtype is {self.token_dtype!r}, not 'uint16' or 'uint32'")
-        _integer(content, "max_token_id", 0, (1 << 16 if self.token_dtype == "uint16" else 1 << 32) - 1)
         if self.metric != METRIC:
             raise ValueError(f"metric is {self.metric!r}, not {METRIC!r}")
         _of_type(content, "library_version", str)
         _of_type(content, "sources", list)
-        _of_type(content, "index", dict)
         for name in ("tokenizer", "embedder"):
             part = _of_type(content, name, dict)
             _of_type(part, "name", str)
@@ -164,11 +230,37 @@ class DatastoreManifest:
                 raise ValueError(f"the fingerprint of the {name} is not a sha256")
         _integer(self.tokenizer, "vocab_size", 1, 1 << 32)
         _integer(self.embedder, "dim", 1, _MAX_DIM)
-        _of_type(self.index, "factory", str)
-        for name, value in _of_type(self.index, "search", dict).items():
+        if not self.shards:
+            raise ValueError("it lists no shards")
+        retokenized = {entry.shard for entry in self.files if entry.kind == "chunk_starts"}
+        for shard in self.shards:
+            self._validate_shard(shard, shard.name in retokenized)
+        names = [shard.name for shard in self.shards]
+        if len(set(names)) != len(names) or any(int(name) >= self.next_shard for name in names):
+            raise ValueError(
+                f"the shards are named {names}, but each name is used once and the next is {self.next_shard}"
+            )
+        _integer(content, "num_deleted_documents", 0, self.num_documents)
+        self._validate_files()
+
+    def _validate_shard(self, shard: ShardEntry, retokenized: bool) -> None:
+        content = vars(shard)
+        if not isinstance(shard.name, str) or not _SHARD_NAME.fullmatch(shard.name):
+            raise ValueError(f"a shard is named {shard.name!r}, not with five to ten digits")
+        _integer(content, "num_chunks", 1, _MAX_COUNT)
+        _integer(content, "num_documents", 1, shard.num_chunks)
+        _integer(content, "num_tokens", shard.num_documents, _MAX_COUNT)
+        _integer(content, "stream_length", shard.num_tokens, _MAX_COUNT)
+        if not retokenized and shard.stream_length != shard.num_chunks * self.chunk_size:
+            raise ValueError(
+                f"shard {shard.name} has {shard.num_chunks} chunks in a stream of {shard.stream_length} tokens"
+            )
+        _integer(content, "max_token_id", 0, (1 << 16 if self.token_dtype == "uint16" else 1 << 32) - 1)
+        index = _of_type(content, "index", dict)
+        _of_type(index, "factory", str)
+        for name, value in _of_type(index, "search", dict).items():
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= _MAX_COUNT:
                 raise ValueError(f"index.search.{name} is {value!r}, not a positive number")
-        self._validate_files()
 
     def _validate_files(self) -> None:
         if len(self.files) > _MAX_FILES:
@@ -176,7 +268,7 @@ class DatastoreManifest:
         for entry in self.files:
             if not isinstance(entry.name, str) or not _FILE_NAME.fullmatch(entry.name):
                 raise ValueError(f"{entry.name!r} is not a plain file name")
-            if entry.kind not in _KINDS:
+            if entry.kind not in (_STORE_KINDS if entry.shard is None else SHARD_FILES):
                 raise ValueError(f"file {entry.name!r} is of unknown kind {entry.kind!r}")
             _integer(vars(entry), "size", 0, 1 << 56)
             if not isinstance(entry.sha256, str) or not _SHA256.fullmatch(entry.sha256):
@@ -184,9 +276,14 @@ class DatastoreManifest:
         names = [entry.name for entry in self.files]
         if len(set(names)) != len(names):
             raise ValueError("it lists a file twice")
-        for kind in _KINDS:
-            if kind != "tokenizer" and len(self.entries(kind)) != 1:
-                raise ValueError(f"it lists {len(self.entries(kind))} files of kind {kind!r}; this version reads one")
+        found = sorted(
+            (str(entry.shard), entry.kind) for entry in self.files if entry.kind not in (*_STORE_KINDS, *_OPTIONAL)
+        )
+        needed = sorted((shard.name, kind) for shard in self.shards for kind in SHARD_FILES if kind not in _OPTIONAL)
+        if found != needed:
+            raise ValueError("its files are not those of its shards, one of each kind")
+        if len(self.entries("deleted")) != bool(self.num_deleted_documents):
+            raise ValueError(f"it lists {len(self.entries('deleted'))} files of deleted documents")
 
 
 def _checksum(content: dict[str, Any]) -> str:

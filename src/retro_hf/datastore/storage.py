@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import struct
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,15 +19,28 @@ import numpy as np
 from ..errors import DatastoreCorruptError, DatastoreExistsError
 
 
-__all__ = ["NpyWriter", "TensorWriter", "map_npy", "map_tensor", "new_folder", "sha256_of", "write_file"]
+__all__ = [
+    "NpyWriter",
+    "TensorWriter",
+    "complete_file",
+    "damaged",
+    "link_or_copy",
+    "map_npy",
+    "map_tensor",
+    "new_folder",
+    "sha256_of",
+    "sync",
+    "write_file",
+]
 
 _KEYS_NAME = "keys"
-_HEADER_ALIGNMENT = 64
+# Where the matrix of keys begins in its file: room for the longest header, and a multiple of a cache line.
+_KEYS_OFFSET = 256
 _HASH_BLOCK = 1 << 20
 _MAX_HEADER_BYTES = 1 << 20
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Flush a file or folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -35,16 +49,40 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Write a small file atomically: a reader sees the old content or the new, never a part."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+@contextmanager
+def complete_file(path: Path) -> Iterator[Path]:
+    """A hidden sibling to write to, which takes the name `path` once the block ends without an error.
+
+    A reader sees the old content or the new, never a part; a crash leaves at most the sibling.
+    """
+    # Its own name for each writer, also on machines that share the folder.
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
-        partial.write_bytes(content)
-        _sync(partial)
+        yield partial
+        sync(partial)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
-    _sync(path.parent)
+    sync(path.parent)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a small file atomically."""
+    with complete_file(path) as partial:
+        partial.write_bytes(content)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give a file that never changes a second name; a copy where the file system cannot, or the name lies on another.
+
+    An older file under the new name, which a killed process left, is replaced.
+    """
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        with complete_file(target) as partial:
+            shutil.copyfile(source, partial)
 
 
 @contextmanager
@@ -71,8 +109,8 @@ def new_folder(path: Path) -> Iterator[Path]:
     try:
         yield partial
         for file in partial.iterdir():
-            _sync(file)
-        _sync(partial)
+            sync(file)
+        sync(partial)
         try:
             os.replace(partial, path)
         except OSError as error:
@@ -80,7 +118,7 @@ def new_folder(path: Path) -> Iterator[Path]:
                 f"{str(path)!r} appeared while the datastore was being written. Nothing was changed; choose another "
                 "path and write it again."
             ) from error
-        _sync(path.parent)
+        sync(path.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -125,17 +163,19 @@ class NpyWriter:
 
 
 class TensorWriter:
-    """A safetensors file with one float16 matrix, `keys`, written block by block."""
+    """A safetensors file with one float16 matrix, `keys`, that grows block by block; its header leaves room to grow."""
 
-    def __init__(self, path: Path, num_rows: int, dim: int) -> None:
-        self._expected = num_rows
+    def __init__(self, path: Path, dim: int) -> None:
+        self._dim = dim
         self._rows = 0
-        end = num_rows * dim * 2
-        header = {_KEYS_NAME: {"dtype": "F16", "shape": [num_rows, dim], "data_offsets": [0, end]}}
-        text = json.dumps(header, separators=(",", ":")).encode()
-        # Spaces are part of the format; they bring the matrix to a cache line.
-        text += b" " * (-(len(text) + 8) % _HEADER_ALIGNMENT)
         self._file = path.open("wb")
+        self._write_header()
+
+    def _write_header(self) -> None:
+        end = self._rows * self._dim * 2
+        header = {_KEYS_NAME: {"dtype": "F16", "shape": [self._rows, self._dim], "data_offsets": [0, end]}}
+        # Spaces are part of the format.
+        text = json.dumps(header, separators=(",", ":")).encode().ljust(_KEYS_OFFSET - 8)
         self._file.write(struct.pack("<Q", len(text)) + text)
 
     def append(self, rows: np.ndarray) -> None:
@@ -149,12 +189,13 @@ class TensorWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._file.seek(0)
+        self._write_header()
         self._file.close()
-        if kind is None and self._rows != self._expected:
-            raise RuntimeError(f"{self._rows} keys were written, but {self._expected} were announced.")
 
 
-def _bad_file(path: Path, reason: str) -> DatastoreCorruptError:
+def damaged(path: Path, reason: str) -> DatastoreCorruptError:
+    """The error for a file that is not as it should be."""
     return DatastoreCorruptError(
         f"{str(path)!r} is damaged: {reason}. Restore the folder from a copy, or build the datastore again."
     )
@@ -165,10 +206,10 @@ def map_npy(path: Path, dtype: np.dtype, length: int) -> np.ndarray:
     try:
         values = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError, SyntaxError, TypeError) as error:
-        raise _bad_file(path, f"it is not a .npy file ({error})") from error
+        raise damaged(path, f"it is not a .npy file ({error})") from error
     if not isinstance(values, np.ndarray) or values.dtype != dtype or values.shape != (length,):
         found = f"{values.dtype} of shape {values.shape}" if isinstance(values, np.ndarray) else type(values).__name__
-        raise _bad_file(path, f"it holds {found}, but the manifest says {dtype} of shape {(length,)}")
+        raise damaged(path, f"it holds {found}, but the manifest says {dtype} of shape {(length,)}")
     return values
 
 
@@ -179,13 +220,13 @@ def map_tensor(path: Path, shape: tuple[int, int]) -> np.ndarray:
         prefix = file.read(8)
         header_size = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
         if not 2 <= header_size <= min(_MAX_HEADER_BYTES, size - 8):
-            raise _bad_file(path, f"its header claims {header_size:,} bytes of a file of {size:,}")
+            raise damaged(path, f"its header claims {header_size:,} bytes of a file of {size:,}")
         try:
             header: Any = json.loads(file.read(header_size))
         except (ValueError, RecursionError) as error:
-            raise _bad_file(path, f"its header is not JSON ({error})") from error
+            raise damaged(path, f"its header is not JSON ({error})") from error
     end = shape[0] * shape[1] * 2
     expected = {"dtype": "F16", "shape": list(shape), "data_offsets": [0, end]}
     if not isinstance(header, dict) or header.get(_KEYS_NAME) != expected or size != 8 + header_size + end:
-        raise _bad_file(path, f"its header does not describe a float16 matrix of shape {shape}")
+        raise damaged(path, f"its header does not describe a float16 matrix of shape {shape}")
     return np.memmap(path, dtype=np.float16, mode="r", offset=8 + header_size, shape=shape)

@@ -6,34 +6,32 @@ import os
 import shutil
 import tempfile
 import weakref
-from functools import cached_property
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from transformers import AutoTokenizer
 
-from ..errors import DatastoreCorruptError, DatastoreInputError
-from .build import build_datastore
-from .chunks import document_of, gather_tokens
+from ..errors import DatastoreInputError
+from .build import BuildOptions, build_datastore
 from .compatibility import check_compatible
+from .derive import merge, retokenize, subset
 from .embedder import ChunkEmbedder
-from .exclusion import checked_exclusion, search_excluding
-from .index import max_effort, open_index, search_index
+from .exclusion import checked_exclusion
+from .executors import Executor, LocalExecutor
 from .manifest import MANIFEST_NAME, DatastoreManifest
-from .storage import map_npy, map_tensor, new_folder, sha256_of
-from .table import DocumentTable
+from .policy import DEFAULT_SHARD_CHUNKS, IndexOptions, parse_bytes
+from .shard import Shard
+from .storage import damaged, new_folder, sha256_of
+from .update import append, compact, delete
+from .view import View, check_sizes
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from transformers import PreTrainedTokenizerBase
 
 __all__ = ["RetroDatastore"]
-
-# Borders of up to a million documents are checked when a store opens: a few milliseconds.
-_CHECKED_DOCUMENTS = 1 << 20
 
 
 def _remove_own_folder(folder: str, owner: int) -> None:
@@ -49,12 +47,12 @@ class RetroDatastore:
     `chunk_size` consecutive tokens of one document; its key is the embedding of its text; its value, the *neighbor*,
     is the chunk and what follows it in the same document, up to `neighbor_size` tokens.
 
-    The folder is portable (no absolute paths, no pickle) and is never written to after it has been built. Everything
-    is memory-mapped: opening reads the manifest and takes milliseconds, processes share the pages.
+    The folder is portable: no absolute paths, no pickle. Its files never change; [`append`], [`delete`] and [`compact`]
+    write new ones and then, as one step, the manifest that names them. Everything is memory-mapped: opening reads the
+    manifest and takes milliseconds, processes share the pages. Documents and chunks keep their numbers until `compact`.
 
     Attributes:
         path (`Path`): the folder.
-        manifest ([`DatastoreManifest`]): what the folder says about itself.
 
     *Memory*: per million chunks of 64 tokens at `dim=384`, 128 MB of tokens (uint16), 768 MB of keys, and an index of
     1,536 MB (`Flat`) or 833 MB (61 MB of it resident).
@@ -63,14 +61,8 @@ class RetroDatastore:
 
     def __init__(self, path: str | os.PathLike[str], manifest: DatastoreManifest) -> None:
         self.path = Path(path)
-        self.manifest = manifest
         self._tokenizer: PreTrainedTokenizerBase | None = None
-        self._check_sizes()
-        self._doc_offsets = map_npy(self._file("doc_offsets"), np.dtype(np.int64), self.num_documents + 1)
-        self._doc_lengths = map_npy(self._file("doc_lengths"), np.dtype(np.int64), self.num_documents)
-        tokens = map_npy(self._file("tokens"), np.dtype(manifest.token_dtype), self.num_chunks * self.chunk_size)
-        self._chunks = tokens.reshape(self.num_chunks, self.chunk_size)
-        self._check_borders()
+        self._view = View.open(self.path, manifest)
 
     @classmethod
     def build(
@@ -83,10 +75,17 @@ class RetroDatastore:
         chunk_size: int = 64,
         neighbor_size: int = 128,
         index: str = "auto",
+        recall: float = 0.95,
+        memory_budget: int | str | None = None,
         batch_size: int = 64,
+        shard_chunks: int = DEFAULT_SHARD_CHUNKS,
+        executor: Executor | int = 1,
         show_progress: bool | None = None,
     ) -> RetroDatastore:
         """Build a datastore and open it.
+
+        Killed or interrupted at any moment, it goes on where it was when the same call is made again, and ends with the
+        same bytes. Its unfinished work lies beside `path`, in a hidden folder that is gone at the end.
 
         Args:
             documents: an iterable of texts, of dicts with `text` (and perhaps `id`, `title`, `source`, and any other
@@ -99,8 +98,16 @@ class RetroDatastore:
             chunk_size (`int`, defaults to 64): tokens per chunk; m in the paper.
             neighbor_size (`int`, defaults to 128): tokens per neighbor, continuation included; r in the paper.
             index (`str`, defaults to `"auto"`): a FAISS factory string such as `"Flat"` or `"IVF64,Flat"`. `"auto"` is
-                exact up to 200,000 chunks and 4-bit IVF-PQ with re-scoring above, tuned to a measured recall of 0.95.
+                exact up to 200,000 chunks and 4-bit IVF-PQ with re-scoring above.
+            recall (`float`, defaults to 0.95): share of the two nearest neighbors that an approximate index is to find.
+                Its search parameters are chosen so, measured against exact search, and recorded; 1.0 is exact search.
+            memory_budget (`int` or `str`, *optional*): what the index may keep in memory when searched, such as
+                `"4GB"`. It chooses the kind of index; what does not fit is refused before any work is spent.
             batch_size (`int`, defaults to 64): chunks per forward pass of the embedder.
+            shard_chunks (`int`, defaults to 67,108,864): chunks per shard at most. Memory while building is bounded by a
+                shard's index; a cluster searches shards on different machines.
+            executor (`int` or [`Executor`], defaults to 1): number of processes on this machine, a
+                [`RankExecutor`] under torchrun or Slurm, or a `RayExecutor`.
             show_progress (`bool`, *optional*): progress bars; by default on a terminal only.
         Returns:
             [`RetroDatastore`]: the opened store.
@@ -108,21 +115,24 @@ class RetroDatastore:
             DatastoreInputError: for documents or options that cannot make a store.
             DatastoreExistsError: if `path` is taken.
         *Determinism*: the same documents, tokenizer, embedder, library versions and thread count give the same bytes.
+        *Memory*: a few hundred MB and the encoder, whatever the input; then the index of one shard.
         """
         if isinstance(tokenizer, (str, os.PathLike)):
             tokenizer = AutoTokenizer.from_pretrained(tokenizer)
         if isinstance(embedder, (str, os.PathLike)):
             embedder = ChunkEmbedder.from_pretrained(embedder)
-        build_datastore(
-            documents,
-            Path(path),
+        options = BuildOptions(
             tokenizer=tokenizer,
             embedder=embedder,
             chunk_size=chunk_size,
             neighbor_size=neighbor_size,
-            index=index,
+            index=IndexOptions(index, recall, parse_bytes(memory_budget)),
             batch_size=batch_size,
+            shard_chunks=shard_chunks,
             show_progress=show_progress,
+        )
+        build_datastore(
+            documents, Path(path), options, LocalExecutor(executor) if isinstance(executor, int) else executor
         )
         datastore = cls.load(path)
         datastore._tokenizer = tokenizer
@@ -172,6 +182,43 @@ class RetroDatastore:
             datastore.verify()
         return datastore
 
+    def refresh(self) -> None:
+        """See what has changed in the folder since it was opened: documents appended, deleted or compacted.
+
+        Raises:
+            DatastoreCorruptError: if the folder is damaged; what was open stays open.
+        """
+        manifest = DatastoreManifest.read(self.path)
+        if manifest != self.manifest:
+            self._view = View.open(self.path, manifest, self._view.shards)
+
+    def append(self, documents: Any, *, embedder: ChunkEmbedder | str, **options: Any) -> None:
+        """Add documents as a new shard; nothing that is there is touched or computed again. See [`append`]."""
+        append(self, documents, embedder=embedder, **options)
+
+    def delete(self, ids: Iterable[str]) -> None:
+        """Never return these documents again, from this moment; [`compact`] removes them from the disk. See [`delete`]."""
+        delete(self, ids)
+
+    def compact(self, **options: Any) -> None:
+        """Rewrite the store without its deleted documents and with as few shards as can be. See [`compact`]."""
+        compact(self, **options)
+
+    def subset(self, path: str | os.PathLike[str], **options: Any) -> RetroDatastore:
+        """A new datastore of some of the documents, chosen by id or as a fraction. See [`subset`]."""
+        return subset(self, path, **options)
+
+    def retokenize(
+        self, path: str | os.PathLike[str], tokenizer: PreTrainedTokenizerBase | str, **options: Any
+    ) -> RetroDatastore:
+        """A new datastore with the same keys for a model with another tokenizer. See [`retokenize`]."""
+        return retokenize(self, path, tokenizer, **options)
+
+    @staticmethod
+    def merge(datastores: Sequence[RetroDatastore], path: str | os.PathLike[str]) -> RetroDatastore:
+        """A new datastore of all shards of several. See [`merge`]."""
+        return merge(datastores, path)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Copy the datastore to a new folder, which appears when the copy is complete."""
         with new_folder(Path(path)) as folder:
@@ -182,11 +229,11 @@ class RetroDatastore:
 
     def verify(self) -> None:
         """Compare size and sha256 of every file with the manifest; raises `DatastoreCorruptError` at the first."""
-        self._check_sizes()
+        check_sizes(self.path, self.manifest)
         for entry in self.manifest.files:
             found = sha256_of(self.path / entry.name)
             if found != entry.sha256:
-                raise self._corrupt(entry.name, f"its sha256 is {found}, but the manifest says {entry.sha256}")
+                raise damaged(self.path / entry.name, f"its sha256 is {found}, but the manifest says {entry.sha256}")
 
     def check_compatible(
         self,
@@ -211,6 +258,21 @@ class RetroDatastore:
         )
 
     @property
+    def manifest(self) -> DatastoreManifest:
+        """What the folder says about itself."""
+        return self._view.manifest
+
+    @property
+    def generation(self) -> int:
+        """1 when built, one more with every change."""
+        return self.manifest.generation
+
+    @property
+    def shards(self) -> tuple[Shard, ...]:
+        """The opened shards, whose documents and chunks are numbered in this order."""
+        return self._view.shards
+
+    @property
     def chunk_size(self) -> int:
         """Tokens per chunk."""
         return self.manifest.chunk_size
@@ -222,13 +284,23 @@ class RetroDatastore:
 
     @property
     def num_chunks(self) -> int:
-        """Chunks in the store."""
-        return self.manifest.num_chunks
+        """Chunks in the store, those of deleted documents included: one more than the largest chunk id."""
+        return self._view.num_chunks
 
     @property
     def num_documents(self) -> int:
-        """Documents in the store, without the empty ones of the input."""
-        return self.manifest.num_documents
+        """Documents in the store, deleted ones included, without the empty ones of the input."""
+        return self._view.num_documents
+
+    @property
+    def num_deleted_documents(self) -> int:
+        """Documents that are no longer returned."""
+        return len(self._view.deleted)
+
+    @property
+    def deleted_documents(self) -> np.ndarray:
+        """Numbers (int64) of the documents that are no longer returned, in order."""
+        return self._view.deleted
 
     @property
     def num_tokens(self) -> int:
@@ -242,20 +314,6 @@ class RetroDatastore:
             self._tokenizer = AutoTokenizer.from_pretrained(self.path)
         return self._tokenizer
 
-    @cached_property
-    def keys(self) -> np.ndarray:
-        """The keys: a read-only float16 memory map of shape `(num_chunks, dim)`, rows of length 1."""
-        return map_tensor(self._file("keys"), (self.num_chunks, self.manifest.dim))
-
-    @cached_property
-    def index(self) -> Any:
-        """The FAISS index over the keys, opened on first use through a memory map."""
-        return open_index(self._file("index"), self.num_chunks, self.manifest.dim)
-
-    @cached_property
-    def _table(self) -> DocumentTable:
-        return DocumentTable(self._file("documents"), self.num_documents)
-
     def gather(self, chunk_ids: Any) -> tuple[np.ndarray, np.ndarray]:
         """The neighbors of given chunk ids: each chunk and what follows it in the same document.
 
@@ -263,31 +321,68 @@ class RetroDatastore:
             chunk_ids (`np.ndarray` of integers, any shape `(...)`): -1 stands for no neighbor.
         Returns:
             `(tokens, mask)`, both `np.ndarray` of int64 and shape `(..., neighbor_size)`. The mask is 1 at tokens and
-            0 at padding; tokens are 0 where it is 0.
+            0 at padding; tokens are 0 where it is 0. Chunks of deleted documents come back as no neighbor.
         Raises:
             DatastoreInputError: for an id that is not in the store.
         """
-        ids = self._checked_ids(chunk_ids)
-        return gather_tokens(ids, self._chunks, self._doc_offsets, self._doc_lengths, self.neighbor_size)
+        view = self._view
+        return view.gather(view.checked_ids(chunk_ids))
+
+    def keys_of(self, chunk_ids: Any) -> np.ndarray:
+        """The keys of given chunk ids (integers, `(n,)`): float32 of shape `(n, dim)`, rows of length 1."""
+        view = self._view
+        return view.keys_of(view.checked_ids(chunk_ids))
 
     def document_of(self, chunk_ids: Any) -> np.ndarray:
         """Document numbers (int64, in the shape of `chunk_ids`) of chunks; -1 for -1."""
-        return document_of(self._checked_ids(chunk_ids), self._doc_offsets)
+        view = self._view
+        return view.document_of(view.checked_ids(chunk_ids))
+
+    def first_chunks(self, documents: np.ndarray) -> np.ndarray:
+        """The first chunk (int64) of documents by number, and for `num_documents` the number of chunks."""
+        return self._view.first_chunks(documents)
+
+    def random_chunks(self, generator: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+        """Chunk ids (int64) drawn uniformly from the documents that are not deleted."""
+        ids = generator.integers(self.num_chunks, size=shape)
+        while len(self._view.deleted):
+            hidden = np.isin(self.document_of(ids), self._view.deleted)
+            if not hidden.any():
+                break
+            if len(self._view.deleted) == self.num_documents:
+                return np.full(shape, -1, dtype=np.int64)
+            ids[hidden] = generator.integers(self.num_chunks, size=np.count_nonzero(hidden))
+        return ids
 
     def document(self, number: int) -> dict[str, Any]:
-        """One document: `id`, `title`, `source`, `text`, and whatever other fields it was given with."""
+        """One document: `id`, `title`, `source`, `text`, and whatever other fields it was given with.
+
+        Raises:
+            DatastoreInputError: if there is no such document, or it has been deleted.
+        """
+        view = self._view
         if not 0 <= number < self.num_documents:
             raise DatastoreInputError(
                 f"There is no document {number}: the store has documents 0 to {self.num_documents - 1}."
             )
-        return self._table.document(number)
+        if number in view.deleted:
+            raise DatastoreInputError(f"Document {number} has been deleted from {str(self.path)!r}.")
+        return view.document(number)
 
     def document_number(self, id: str) -> int:
-        """The number of the document with a given id. The first call reads all ids into memory."""
-        number = self._table.numbers.get(id)
-        if number is None:
+        """The number of the document with a given id.
+
+        Raises:
+            DatastoreInputError: if there is none, or it has been deleted.
+        """
+        number = self.document_numbers([id])[0]
+        if number < 0:
             raise DatastoreInputError(f"There is no document with the id {id!r} in {str(self.path)!r}.")
-        return number
+        return int(number)
+
+    def document_numbers(self, ids: Sequence[str]) -> np.ndarray:
+        """The numbers (int64, `(n,)`) of documents by id, -1 for those that aren't there or have been deleted."""
+        return self._view.document_numbers(ids)
 
     def search(
         self, queries: np.ndarray, num_neighbors: int, *, exclude_documents: Any = None
@@ -306,6 +401,7 @@ class RetroDatastore:
             product of the unit vectors, so bigger is nearer; the paper's distance is `d = 2 - 2 * score`. Where
             the store has no more chunks, the id is -1 and the score -inf.
         """
+        view = self._view
         queries = np.ascontiguousarray(queries, dtype=np.float32)
         if queries.ndim != 2 or queries.shape[1] != self.manifest.dim:
             raise DatastoreInputError(
@@ -315,70 +411,10 @@ class RetroDatastore:
             raise DatastoreInputError("The queries hold values that are not finite (NaN or infinity).")
         if num_neighbors < 1:
             raise DatastoreInputError(f"num_neighbors is {num_neighbors}, but it must be at least 1.")
-        limit = max_effort(self.index, self.manifest.index["search"])
-        if exclude_documents is None:
-            scores, ids = self._search(queries, num_neighbors, 1)
-            if limit == 1 or (ids[:, : self.num_chunks] >= 0).all():
-                return scores, ids
-            # Few lists were read and they held too little: read more of them for the rows that came out short.
-            excluded = np.full((len(queries), 1), -1, dtype=np.int64)
-        else:
-            excluded = checked_exclusion(exclude_documents, len(queries), self.num_documents)
-        return search_excluding(self._search, queries, num_neighbors, excluded, self._doc_offsets, limit)
-
-    def _search(self, queries: np.ndarray, num_neighbors: int, effort: int) -> tuple[np.ndarray, np.ndarray]:
-        """Search, padded to `num_neighbors` columns; `effort` multiplies the number of lists that are read."""
-        search = dict(self.manifest.index["search"])
-        if "nprobe" in search:
-            search["nprobe"] *= effort
-        found = min(num_neighbors, self.num_chunks)
-        scores = np.full((len(queries), num_neighbors), -np.inf, dtype=np.float32)
-        ids = np.full((len(queries), num_neighbors), -1, dtype=np.int64)
-        if len(queries):
-            scores[:, :found], ids[:, :found] = search_index(self.index, queries, found, search)
-        if ids.size and (ids.max() >= self.num_chunks or ids.min() < -1):
-            raise self._corrupt(self._file("index").name, "it returns chunks that the store does not have")
-        return scores, ids
-
-    def _checked_ids(self, chunk_ids: Any) -> np.ndarray:
-        ids = np.asarray(chunk_ids)
-        if ids.size and not np.issubdtype(ids.dtype, np.integer):
-            raise DatastoreInputError(f"Chunk ids are of type {ids.dtype}, not integers.")
-        ids = ids.astype(np.int64, copy=False)
-        if ids.size and (ids.min() < -1 or ids.max() >= self.num_chunks):
-            raise DatastoreInputError(
-                f"Chunk ids run from {ids.min()} to {ids.max()}, but the store has chunks 0 to {self.num_chunks - 1} "
-                "(-1 for none). Were they computed with another datastore?"
-            )
-        return ids
-
-    def _file(self, kind: str) -> Path:
-        return self.path / self.manifest.entries(kind)[0].name
-
-    def _check_sizes(self) -> None:
-        """Sizes come first: reading past the end of a mapped file that was cut short kills the process."""
-        for entry in self.manifest.files:
-            file = self.path / entry.name
-            if not file.is_file():
-                raise self._corrupt(entry.name, "it is missing")
-            size = file.stat().st_size
-            if size != entry.size:
-                raise self._corrupt(entry.name, f"it has {size:,} bytes, but the manifest says {entry.size:,}")
-
-    def _check_borders(self) -> None:
-        offsets, lengths = self._doc_offsets, self._doc_lengths
-        sound = offsets[0] == 0 and offsets[-1] == self.num_chunks
-        if sound and self.num_documents <= _CHECKED_DOCUMENTS:
-            chunks = np.diff(offsets)
-            sound = bool((-(-lengths // self.chunk_size) == chunks).all() and (lengths > 0).all())
-        if not sound:
-            raise self._corrupt(self._file("doc_offsets").name, "its document borders contradict each other")
-
-    def _corrupt(self, name: str, reason: str) -> DatastoreCorruptError:
-        return DatastoreCorruptError(
-            f"The file {name!r} of the datastore {str(self.path)!r} is damaged: {reason}. Restore it from a copy, or "
-            "build the datastore again."
-        )
+        excluded = None
+        if exclude_documents is not None:
+            excluded = checked_exclusion(exclude_documents, len(queries), view.num_documents)
+        return view.search(queries, num_neighbors, excluded)
 
     def __len__(self) -> int:
         return self.num_chunks

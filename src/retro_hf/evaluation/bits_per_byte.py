@@ -275,7 +275,7 @@ def _find_neighbors(
             document.chunk_ids["on"] = ids[:, :count]
         if "random" in modes:
             generator = np.random.default_rng([seed, number])
-            document.chunk_ids["random"] = generator.integers(datastore.num_chunks, size=(counts[number], count))
+            document.chunk_ids["random"] = datastore.random_chunks(generator, (counts[number], count))
 
 
 def _cut(number: int, document: _Document, window: int, stride: int) -> Iterator[_Window]:

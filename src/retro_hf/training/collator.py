@@ -131,7 +131,7 @@ class RetroDataCollator:
         digest = hashlib.blake2b(input_ids.tobytes(), digest_size=8).digest()
         generator = np.random.default_rng([self.seed, self.epoch, int.from_bytes(digest, "little")])
         draw = generator.random(chunk_ids.shape[:2])[:, :, None]
-        drawn = generator.integers(self.datastore.num_chunks, size=chunk_ids.shape)
+        drawn = self.datastore.random_chunks(generator, chunk_ids.shape)
         complete = np.arange(chunk_ids.shape[1]) < num_chunks[:, None]
         chunk_ids = np.where((draw < self.random_neighbor_probability) & complete[:, :, None], drawn, chunk_ids)
         return np.where(draw >= 1 - self.no_neighbor_probability, -1, chunk_ids)
@@ -154,6 +154,8 @@ class RetroDataCollator:
         computed = json.loads(source)
         count = computed["num_neighbors"]
         own = json.loads(neighbor_source(self.datastore, count))
+        # Shards that were appended since then have ids of their own.
+        own["datastore"] = own["datastore"][: len(computed.get("datastore", ()))]
         names = ("chunk_size", "tokenizer_fingerprint", "embedder", "embedder_fingerprint", "datastore")
         other = next((name for name in names if computed.get(name) != own[name]), None)
         if other is not None:

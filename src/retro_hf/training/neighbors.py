@@ -12,7 +12,7 @@ from datasets import Dataset, Features, List, Value
 from transformers.utils import logging
 
 from ..datastore import RetroDatastore, chunk_texts
-from ..errors import DatasetError, DatastoreInputError
+from ..errors import DatasetError
 from ..retrieval_retro import RetroRetriever
 
 
@@ -202,11 +202,18 @@ def wanted_neighbors(retriever: RetroRetriever | RetroDatastore | None, num_neig
 
 
 def neighbor_source(datastore: RetroDatastore, num_neighbors: int) -> str:
-    """JSON that identifies what chunk ids refer to: the token stream and its borders, wherever the folder lies."""
+    """JSON that identifies what chunk ids refer to: the token streams and their borders, wherever the folder lies.
+
+    One digest per shard: appending to the datastore leaves the ids of its first shards what they are.
+    """
     manifest = datastore.manifest
-    stream = [entry.sha256 for kind in ("tokens", "doc_offsets", "doc_lengths") for entry in manifest.entries(kind)]
+    shards = []
+    for shard in manifest.shards:
+        digests = {entry.kind: entry.sha256 for entry in manifest.files if entry.shard == shard.name}
+        stream = [digests.get(kind, "") for kind in ("tokens", "doc_offsets", "doc_lengths", "chunk_starts")]
+        shards.append(hashlib.sha256(" ".join(stream).encode()).hexdigest()[:16])
     content = {
-        "datastore": hashlib.sha256(" ".join(stream).encode()).hexdigest()[:16],
+        "datastore": shards,
         "chunk_size": datastore.chunk_size,
         "num_neighbors": num_neighbors,
         "embedder": manifest.embedder["name"],
@@ -224,18 +231,13 @@ def complete_chunks(input_ids: Sequence[int] | np.ndarray, chunk_size: int) -> n
 
 def document_numbers(datastore: RetroDatastore, ids: Sequence[Any]) -> np.ndarray:
     """Document numbers of ids, or of lists of ids; int64 of shape `(len(ids), widest)`, -1 for what isn't there."""
-    rows = [[_number(datastore, one) for one in (row if isinstance(row, list) else [row])] for row in ids]
+    rows = [row if isinstance(row, list) else [row] for row in ids]
+    known = sorted({str(one) for row in rows for one in row if one is not None})
+    number_of = dict(zip(known, datastore.document_numbers(known).tolist(), strict=True))
     numbers = np.full((len(rows), max([1, *map(len, rows)])), -1, dtype=np.int64)
-    for row, found in zip(numbers, rows, strict=True):
-        row[: len(found)] = found
+    for place, row in zip(numbers, rows, strict=True):
+        place[: len(row)] = [-1 if one is None else number_of[str(one)] for one in row]
     return numbers
-
-
-def _number(datastore: RetroDatastore, document_id: Any) -> int:
-    try:
-        return -1 if document_id is None else datastore.document_number(str(document_id))
-    except DatastoreInputError:
-        return -1
 
 
 def nearest_chunks(
@@ -267,7 +269,7 @@ def nearest_chunks(
         tokens, mask = datastore.gather(candidates)
         size = datastore.chunk_size
         known = ((tokens[:, :size] == chunks) & (mask[:, :size] == 1)).all(axis=1)
-        queries[known] = datastore.keys[candidates[known]]
+        queries[known] = datastore.keys_of(candidates[known])
     if not known.all():
         if isinstance(retriever, RetroDatastore):
             raise DatasetError(
@@ -286,16 +288,14 @@ def _stored_places(
 
     -1 for a document that is not in the datastore, for a place past its end, and off the chunk grid.
     """
-    # Chunks of a document are numbered in a row, so the first is found by bisection in their sorted document numbers.
-    owners = datastore.document_of(np.arange(datastore.num_chunks))
+    # Chunks of a document are numbered in a row.
     begins, size = np.asarray(starts, dtype=np.int64), datastore.chunk_size
     usable = (documents >= 0) & (begins % size == 0)
-    first = np.where(usable, np.searchsorted(owners, documents) + begins // size, -1)
+    known = np.maximum(documents, 0)
+    first = datastore.first_chunks(known) + begins // size
+    ends = np.repeat(np.where(usable, datastore.first_chunks(known + 1), -1), counts)
     places = np.concatenate([start + np.arange(count) for start, count in zip(first, counts, strict=True)])
-    owner = np.repeat(np.where(usable, documents, -1), counts)
-    inside = (owner >= 0) & (places < datastore.num_chunks)
-    inside[inside] = owners[places[inside]] == owner[inside]
-    return np.where(inside, places, -1)
+    return np.where(places < ends, places, -1)
 
 
 def _document_id_column(dataset: Dataset, column: str | None) -> str | None:

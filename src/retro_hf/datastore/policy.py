@@ -1,0 +1,215 @@
+"""Which index a datastore gets: by its size, the recall asked for and the memory there is; what it will cost.
+
+The constants are measured (docs/scale.md): d-dimensional keys of a small encoder, one core.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from transformers.utils import logging
+
+from ..errors import DatastoreInputError
+from .index import TRAINING_ROWS_PER_LIST, import_faiss, short_message, training_points
+
+
+if TYPE_CHECKING:
+    from .embedder import ChunkEmbedder
+
+__all__ = [
+    "DEFAULT_SHARD_CHUNKS",
+    "IndexOptions",
+    "IndexPlan",
+    "check_factory",
+    "parse_bytes",
+    "plan_index",
+    "tell_plan",
+]
+
+logger = logging.get_logger(__name__)
+
+# 64 million chunks: 64 GB of keys and 4 GB of codes at dim 384, one machine's worth.
+DEFAULT_SHARD_CHUNKS = 1 << 26
+# Exact search takes 0.7 ms per query in a batch at 100,000 chunks; above twice that, an approximate index pays.
+MAX_FLAT_CHUNKS = 200_000
+# From here on, finding the nearest lists by a graph is faster than by comparing with all of them.
+_GRAPH_LISTS = 1 << 14
+_GRAPH_SECONDS_PER_CHUNK = 1 / 12_000
+_FLOPS = 1e11
+_KMEANS_ITERATIONS = 10
+# Above this many chunks the encoder's speed is measured, to tell the time that embedding will take.
+_TIMED_CHUNKS = 5000
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+@dataclass(frozen=True)
+class IndexOptions:
+    """What is asked of an index.
+
+    Attributes:
+        factory (`str`): FAISS factory string, or `"auto"`.
+        recall (`float`): share of the two exact nearest neighbors to find; 1.0 asks for exact search.
+        memory_budget (`int`, *optional*): bytes that the index may keep in memory while it is searched.
+    """
+
+    factory: str = "auto"
+    recall: float = 0.95
+    memory_budget: int | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.factory, str):
+            raise DatastoreInputError(
+                f"index is of type {type(self.factory).__name__}, not a FAISS factory string or 'auto'."
+            )
+        if not isinstance(self.recall, (int, float)) or not 0 < self.recall <= 1:
+            raise DatastoreInputError(
+                f"recall is {self.recall!r}, but it is a share: above 0, at most 1 (exact search)."
+            )
+        if self.memory_budget is not None and self.factory != "auto":
+            raise DatastoreInputError(
+                f"index={self.factory!r} and memory_budget={self.memory_budget:,} contradict each other: a budget chooses "
+                "the kind of index. Leave one of them out."
+            )
+
+
+@dataclass(frozen=True)
+class IndexPlan:
+    """An index to be built: its factory string, and bytes in memory when searched, on disk, in memory when built."""
+
+    factory: str
+    memory: int
+    disk: int
+    build_memory: int
+    build_seconds: float
+
+
+def parse_bytes(size: int | str | None) -> int | None:
+    """Bytes from a number, or from a text such as `"300MB"` or `"4 GB"` (powers of 1000)."""
+    if size is None or (isinstance(size, int) and not isinstance(size, bool) and size > 0):
+        return size
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?B?)", str(size).strip().upper())
+    unit = match and match[2].rstrip("B") + "B" if match and match[2] not in ("", "B") else ""
+    if not match or isinstance(size, bool) or float(match[1]) <= 0:
+        raise DatastoreInputError(
+            f"memory_budget is {size!r}, but it must be a number of bytes, such as 4e9 as an int or '4GB'."
+        )
+    return int(float(match[1]) * _UNITS[unit or ""])
+
+
+def flat_plan(num_chunks: int, dim: int) -> IndexPlan:
+    """Exact search: every query is compared with every key."""
+    size = 4 * dim * num_chunks
+    return IndexPlan("Flat", size, size, size, num_chunks / 1e6)
+
+
+def ivf_plan(num_chunks: int, dim: int) -> IndexPlan:
+    """Lists of 4-bit codes in memory, re-scored from float16 keys that stay on disk.
+
+    Without re-scoring, product quantization loses 40 % of the two nearest neighbors.
+    """
+    num_lists = min(max(2 ** round(math.log2(4 * math.sqrt(num_chunks))), 1024), 1 << 20)
+    codes, code_bytes = (f"PQ{dim // 4}x4fs", dim // 8) if dim % 4 == 0 else ("SQ8", dim)
+    graph = "_HNSW32" if num_lists >= _GRAPH_LISTS else ""
+    # An id for each code; for each list a centroid (and its links in the graph), and half a block of 32 codes not filled.
+    memory = (code_bytes + 8) * num_chunks + (4 * dim + (280 if graph else 0) + 16 * code_bytes) * num_lists
+    disk = memory + 2 * dim * num_chunks
+    training_rows = min(num_chunks, TRAINING_ROWS_PER_LIST * num_lists)
+    train = 2 * dim * num_lists * training_rows * _KMEANS_ITERATIONS / _FLOPS
+    assign = num_chunks * (_GRAPH_SECONDS_PER_CHUNK if graph else 2 * dim * num_lists / _FLOPS)
+    return IndexPlan(
+        f"IVF{num_lists}{graph},{codes},Refine(SQfp16)", memory, disk, disk + 4 * dim * training_rows, train + assign
+    )
+
+
+def plan_index(num_chunks: int, dim: int, options: IndexOptions, total_chunks: int | None = None) -> IndexPlan:
+    """Choose the index of a shard of `num_chunks` keys, in a store of `total_chunks`.
+
+    Raises:
+        DatastoreInputError: if no kind fits the memory budget; says what would.
+    """
+    if options.factory != "auto":
+        check_factory(options.factory, num_chunks, dim)
+        # The factory's own compression is not known here: at most the keys in float32 and in float16.
+        size = 6 * dim * num_chunks
+        return IndexPlan(options.factory, size, size, size, num_chunks / 1e6)
+    share = num_chunks / (total_chunks or num_chunks)
+    budget = math.inf if options.memory_budget is None else options.memory_budget * share
+    flat, ivf = flat_plan(num_chunks, dim), ivf_plan(num_chunks, dim)
+    plans = [flat] if options.recall == 1 else [flat, ivf] if num_chunks <= MAX_FLAT_CHUNKS else [ivf]
+    # A compressed index needs as many keys as it has lists to be trained.
+    plans = [plan for plan in plans if plan is flat or num_chunks >= training_points(plan.factory)]
+    fitting = [plan for plan in plans if plan.memory <= budget]
+    if not fitting:
+        least = min(plans, key=lambda plan: plan.memory)
+        per_chunk = least.memory / num_chunks
+        raise DatastoreInputError(
+            f"An index of {total_chunks or num_chunks:,} chunks of dimension {dim} needs {_size(least.memory / share)} of memory "
+            f"({least.factory!r}, {per_chunk:.0f} bytes per chunk), but memory_budget is {_size(options.memory_budget or 0)}. "
+            f"That holds {int((options.memory_budget or 0) / per_chunk):,} chunks: raise the budget, use fewer documents, an "
+            "encoder of smaller dimension"
+            + (", a recall below 1" if options.recall == 1 else "")
+            + ", or several machines (docs/scale.md)."
+        )
+    return fitting[0]
+
+
+def check_factory(factory: str, num_chunks: int | None, dim: int) -> None:
+    """Refuse a factory string that FAISS does not know, or that needs more training points than there are chunks.
+
+    Raises:
+        DatastoreInputError: before any embedding work is spent.
+    """
+    faiss = import_faiss()
+    try:
+        faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise DatastoreInputError(
+            f"FAISS cannot make the index {factory!r} for vectors of length {dim}: {short_message(error)}. Use index='Flat', "
+            "or see the factory strings in the FAISS documentation."
+        ) from error
+    needed = training_points(factory)
+    if num_chunks is not None and num_chunks < needed:
+        raise DatastoreInputError(
+            f"The index {factory!r} is trained on at least {needed:,} chunks, but the documents make {num_chunks:,}. "
+            "Use index='Flat', which is exact and needs no training."
+        )
+
+
+def tell_plan(num_chunks: int, embedder: ChunkEmbedder, plans: list[IndexPlan], batch_size: int) -> None:
+    """Say what is about to be computed and written, before the long part of the work."""
+    shards = f" in {len(plans)} shards" if len(plans) > 1 else ""
+    logger.info(
+        f"{num_chunks:,} chunks{shards}: {_size(2 * embedder.dim * num_chunks)} of keys, index "
+        f"{' + '.join(dict.fromkeys(plan.factory for plan in plans))} of {_size(sum(plan.disk for plan in plans))}, of which "
+        f"{_size(sum(plan.memory for plan in plans))} in memory when searched. Building needs up to "
+        f"{_size(max(plan.build_memory for plan in plans))} of memory for the index."
+    )
+    if num_chunks > _TIMED_CHUNKS:
+        texts = ["the size of a usual chunk is about fifty words " * 6] * batch_size
+        embedder.embed(texts, batch_size=batch_size)
+        start = time.perf_counter()
+        embedder.embed(texts, batch_size=batch_size)
+        rate = batch_size / (time.perf_counter() - start)
+        logger.info(
+            f"Embedding takes about {_duration(num_chunks / rate)} ({rate:,.0f} chunks per second and process), indexing "
+            f"about {_duration(sum(plan.build_seconds for plan in plans))} on one core."
+        )
+
+
+def _size(num_bytes: float) -> str:
+    """Bytes in words, such as 1.5 GB."""
+    unit = int(np.clip(math.log10(max(num_bytes, 1)) // 3, 2, 4))
+    return f"{num_bytes / 1000**unit:,.1f} {'B KB MB GB TB'.split()[unit]}"
+
+
+def _duration(seconds: float) -> str:
+    """Seconds in words, such as 3 min."""
+    for name, size in (("h", 3600), ("min", 60)):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:,.0f} {name}"
+    return f"{max(seconds, 1):.0f} s"

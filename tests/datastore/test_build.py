@@ -1,0 +1,240 @@
+"""Building: stopped anywhere it goes on and ends with the same bytes; any number of processes make the same store."""
+
+import logging
+import multiprocessing
+import os
+
+import datasets
+import numpy as np
+import pytest
+
+from retro_hf.datastore import ChunkEmbedder, RetroDatastore
+from retro_hf.datastore import blocks as blocks_module
+from retro_hf.datastore.executors import RankExecutor
+from retro_hf.errors import DatastoreExistsError, DatastoreInputError
+
+from .fixtures import corpus
+from .test_store import content_of
+
+
+OPTIONS = {"chunk_size": 8, "neighbor_size": 20}
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(blocks_module, "_BLOCK_DOCUMENTS", 5)
+
+
+def build(path, tokenizer, embedder, documents=None, **options):
+    documents = corpus() if documents is None else documents
+    return RetroDatastore.build(documents, path, tokenizer=tokenizer, embedder=embedder, **OPTIONS, **options)
+
+
+class Stopped(BaseException):
+    """What Ctrl-C does: no error of ours, and not to be caught."""
+
+
+def test_blocks_do_not_show_in_the_store(built, tmp_path, tokenizer, embedder):
+    store = build(tmp_path / "store", tokenizer, embedder)
+    names = {entry.name for entry in store.manifest.files if entry.kind not in ("keys", "documents", "index")}
+    assert {name: content_of(store.path)[name] for name in names} == {name: content_of(built)[name] for name in names}
+    # Texts are embedded in other batches, which moves the last bits.
+    np.testing.assert_allclose(
+        store.keys_of(np.arange(len(store))), RetroDatastore.load(built).keys_of(np.arange(len(store))), atol=2e-3
+    )
+
+
+@pytest.mark.parametrize("stop_at", [1, 3, 6])
+def test_a_stopped_build_goes_on_and_ends_with_the_same_bytes(
+    tmp_path, tokenizer, embedder, monkeypatch, stop_at, caplog
+):
+    whole = build(tmp_path / "whole", tokenizer, embedder)
+    embed = type(embedder).embed
+    calls = []
+
+    def embed_until(self, texts, **rest):
+        calls.append(len(texts))
+        if len(calls) == stop_at:
+            raise Stopped
+        return embed(self, texts, **rest)
+
+    monkeypatch.setattr(type(embedder), "embed", embed_until)
+    with pytest.raises(Stopped):
+        build(tmp_path / "store", tokenizer, embedder)
+    assert "the same call again goes on from there" in caplog.text
+    assert not (tmp_path / "store").exists()
+    done = len(calls)
+    calls.clear()
+    monkeypatch.setattr(
+        type(embedder), "embed", lambda self, texts, **rest: calls.append(1) or embed(self, texts, **rest)
+    )
+    store = build(tmp_path / "store", tokenizer, embedder)
+    assert content_of(store.path) == content_of(whole.path)
+    # Eight blocks in all; those that were done are not embedded again.
+    assert len(calls) == 8 - (done - 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["store", "whole"]
+
+
+def test_only_what_has_changed_is_done_again(tmp_path, tokenizer, embedder, monkeypatch):
+    """Another document in the third block; the others keep their keys."""
+    embed = type(embedder).embed
+    calls = []
+
+    def embed_seven(self, texts, **rest):
+        calls.append(len(texts))
+        if len(calls) == 8:
+            raise Stopped
+        return embed(self, texts, **rest)
+
+    monkeypatch.setattr(type(embedder), "embed", embed_seven)
+    with pytest.raises(Stopped):
+        build(tmp_path / "store", tokenizer, embedder)
+    changed = corpus()
+    changed[12]["text"] = "another text"
+    calls.clear()
+    store = build(tmp_path / "store", tokenizer, embedder, changed)
+    assert len(calls) == 2
+    assert store.document(12)["text"] == "another text"
+    monkeypatch.undo()
+    again = build(tmp_path / "again", tokenizer, embedder, changed)
+    assert again.num_chunks == store.num_chunks
+
+
+def _build_and_die(path, tokenizer, embedder, after):
+    """A child process that dies before its `after`-th file appears."""
+    replace, calls = os.replace, []
+
+    def dying(*args):
+        calls.append(1)
+        if len(calls) == after:
+            os._exit(9)
+        return replace(*args)
+
+    os.replace = dying
+    build(path, tokenizer, embedder)
+    os._exit(0)
+
+
+@pytest.mark.parametrize("after", [4, 7, 11])
+def test_a_build_killed_over_and_over_ends_with_the_same_bytes(tmp_path, tokenizer, embedder, after):
+    """Each run gets a few files further; what it leaves half-written is never taken for whole."""
+    whole = build(tmp_path / "whole", tokenizer, embedder)
+    kills = 0
+    while not (tmp_path / "store").exists():
+        child = multiprocessing.get_context("fork").Process(
+            target=_build_and_die, args=(tmp_path / "store", tokenizer, embedder, after)
+        )
+        child.start()
+        child.join(60)
+        kills += child.exitcode == 9
+        assert kills < 60
+    assert kills >= 2 and content_of(tmp_path / "store") == content_of(whole.path)
+    RetroDatastore.load(tmp_path / "store", verify=True)
+
+
+def test_two_processes_make_the_same_store_as_one(tmp_path, tokenizer, encoder_folder):
+    """Workers are spawned; they see the tokenizer and the encoder through their folders."""
+    embedder = ChunkEmbedder.from_pretrained(encoder_folder, dtype=None)
+    one = build(tmp_path / "one", tokenizer, embedder, shard_chunks=100)
+    two = build(tmp_path / "two", tokenizer, embedder, shard_chunks=100, executor=2)
+    assert content_of(two.path) == content_of(one.path)
+    assert len(two.shards) > 1
+
+
+def _build_as_rank(rank, path, tokenizer, embedder):
+    build(path, tokenizer, embedder, shard_chunks=100, executor=RankExecutor(rank, 3, timeout=60))
+
+
+def test_ranks_of_a_job_make_one_store_together(tmp_path, tokenizer, embedder):
+    """As torchrun or Slurm start them: three processes, one folder, each a share of the blocks."""
+    context = multiprocessing.get_context("fork")
+    ranks = [
+        context.Process(target=_build_as_rank, args=(rank, tmp_path / "store", tokenizer, embedder))
+        for rank in range(3)
+    ]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(120)
+    assert [process.exitcode for process in ranks] == [0, 0, 0]
+    alone = build(tmp_path / "alone", tokenizer, embedder, shard_chunks=100)
+    assert content_of(tmp_path / "store") == content_of(alone.path)
+
+
+def test_a_rank_that_is_none_is_refused():
+    with pytest.raises(DatastoreInputError, match="rank is 3 of 3, but ranks run from 0 to 2"):
+        RankExecutor(3, 3)
+
+
+def test_a_second_builder_of_the_same_store_is_refused(tmp_path, tokenizer, embedder, monkeypatch):
+    embed = type(embedder).embed
+
+    def embed_and_build(self, texts, **rest):
+        monkeypatch.setattr(type(embedder), "embed", embed)
+        with pytest.raises(DatastoreExistsError, match="Another process is writing"):
+            build(tmp_path / "store", tokenizer, embedder)
+        return embed(self, texts, **rest)
+
+    monkeypatch.setattr(type(embedder), "embed", embed_and_build)
+    assert build(tmp_path / "store", tokenizer, embedder).num_documents == 40
+
+
+def test_a_full_disk_loses_nothing(tmp_path, tokenizer, embedder, monkeypatch):
+    whole = build(tmp_path / "whole", tokenizer, embedder)
+    replace, calls = os.replace, []
+
+    def full_after_ten(source, target):
+        calls.append(target)
+        if len(calls) > 10:
+            raise OSError(28, "No space left on device")
+        return replace(source, target)
+
+    monkeypatch.setattr(os, "replace", full_after_ten)
+    with pytest.raises(OSError, match="No space left"):
+        build(tmp_path / "store", tokenizer, embedder)
+    monkeypatch.undo()
+    monkeypatch.setattr(blocks_module, "_BLOCK_DOCUMENTS", 5)
+    assert content_of(build(tmp_path / "store", tokenizer, embedder).path) == content_of(whole.path)
+
+
+def test_shards_are_of_about_the_same_size_and_searched_as_one(built, tmp_path, tokenizer, embedder):
+    store = build(tmp_path / "store", tokenizer, embedder, shard_chunks=120)
+    one = build(tmp_path / "one", tokenizer, embedder)
+    sizes = [shard.num_chunks for shard in store.shards]
+    assert len(sizes) > 2 and max(sizes) <= 120 and min(sizes) > 40
+    ids = np.arange(store.num_chunks)
+    np.testing.assert_array_equal(store.gather(ids)[0], one.gather(ids)[0])
+    np.testing.assert_array_equal(store.document_of(ids), one.document_of(ids))
+    np.testing.assert_array_equal(store.keys_of(ids), one.keys_of(ids))
+    assert [store.document(number) for number in range(40)] == corpus()
+    assert [store.document_number(f"doc-{number}") for number in range(40)] == list(range(40))
+    everything = np.arange(41)
+    np.testing.assert_array_equal(store.first_chunks(everything), one.first_chunks(everything))
+    queries, own = one.keys_of(ids), one.document_of(ids)
+    for excluded in (None, own):
+        scores, found = store.search(queries, 4, exclude_documents=excluded)
+        expected, expected_ids = one.search(queries, 4, exclude_documents=excluded)
+        np.testing.assert_allclose(scores, expected, atol=1e-6)
+        # Short chunks of different documents may be the same text.
+        assert (found == expected_ids).mean() > 0.97
+
+
+def test_a_stream_is_read_once_and_not_held(tmp_path, tokenizer, embedder):
+    """An IterableDataset as large as the disk; documents are handed on in bounded groups."""
+    alive = []
+
+    def stream():
+        for document in corpus():
+            alive.append(document["id"])
+            yield document
+
+    dataset = datasets.IterableDataset.from_generator(stream)
+    store = build(tmp_path / "store", tokenizer, embedder, dataset)
+    assert store.num_documents == 40 and len(alive) == 40
+
+
+def test_sizes_are_told_before_the_long_part(tmp_path, tokenizer, embedder, caplog):
+    with caplog.at_level(logging.INFO, "retro_hf"):
+        store = build(tmp_path / "store", tokenizer, embedder)
+    told = next(record.getMessage() for record in caplog.records if "chunks" in record.getMessage())
+    assert f"{store.num_chunks} chunks" in told and "index Flat" in told and "in memory" in told

@@ -1,0 +1,172 @@
+"""Subset, merge and retokenize: new stores with the keys of old ones, and not one text embedded."""
+
+import numpy as np
+import pytest
+
+from retro_hf.datastore import RetroDatastore, chunk_texts
+from retro_hf.errors import DatastoreExistsError, DatastoreInputError, DatastoreMismatchError
+
+from .fixtures import corpus, make_encoder, make_tokenizer
+
+
+OPTIONS = {"chunk_size": 8, "neighbor_size": 20}
+
+
+@pytest.fixture(autouse=True)
+def no_embedding(datastore, embedder, monkeypatch):
+    """After the fixtures are built, nothing may be embedded."""
+    monkeypatch.setattr(type(embedder), "embed", lambda *_, **__: pytest.fail("embedded"))
+
+
+def nearest(store, other):
+    queries = other.keys_of(np.arange(other.num_chunks))
+    scores, ids = store.search(queries, 3)
+    return scores, [[store.document(int(n))["id"] for n in row] for row in store.document_of(ids)]
+
+
+def test_a_subset_by_id_has_the_documents_and_their_keys(datastore, tmp_path):
+    subset = datastore.subset(tmp_path / "subset", ids=["doc-30", "doc-2", "doc-9"])
+    assert [subset.document(number)["id"] for number in range(3)] == ["doc-2", "doc-9", "doc-30"]
+    for number, old in enumerate((2, 9, 30)):
+        here, there = (store.first_chunks(np.array([n])) for store, n in ((subset, number), (datastore, old)))
+        np.testing.assert_array_equal(subset.gather(here)[0], datastore.gather(there)[0])
+        np.testing.assert_array_equal(subset.keys_of(here), datastore.keys_of(there))
+    subset.verify()
+    with pytest.raises(DatastoreInputError, match="no document with the id 'doc-99'"):
+        datastore.subset(tmp_path / "other", ids=["doc-99"])
+
+
+def test_fractions_are_nested_and_of_the_right_size(datastore, tmp_path):
+    """A smaller subset lies inside a larger one, so that a sweep over sizes only ever adds."""
+    ids = []
+    for fraction in (0.25, 0.5, 1.0):
+        subset = datastore.subset(tmp_path / str(fraction), fraction=fraction, seed=3)
+        ids.append({subset.document(number)["id"] for number in range(subset.num_documents)})
+    assert ids[0] < ids[1] < ids[2] and len(ids[2]) == 40
+    assert 4 <= len(ids[0]) <= 16 and 12 <= len(ids[1]) <= 28
+    other = datastore.subset(tmp_path / "seed", fraction=0.5, seed=4)
+    assert {other.document(number)["id"] for number in range(other.num_documents)} != ids[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "either the ids"),
+        ({"ids": ["doc-1"], "fraction": 0.5}, "either the ids"),
+        ({"fraction": 0}, "fraction is 0"),
+        ({"fraction": 1.5}, "fraction is 1.5"),
+        ({"fraction": 1e-9}, "None of the 40 documents is left"),
+        ({"ids": []}, "None of the 40 documents is left"),
+    ],
+)
+def test_a_subset_of_nothing_is_refused_and_leaves_nothing(datastore, tmp_path, options, message):
+    with pytest.raises(DatastoreInputError, match=message):
+        datastore.subset(tmp_path / "subset", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_merged_parts_are_the_whole(datastore, tmp_path):
+    """Cut in two, one document deleted from each part, and put together again."""
+    parts = [
+        datastore.subset(tmp_path / str(number), ids=[f"doc-{n}" for n in range(number, 40, 2)]) for number in range(2)
+    ]
+    parts[0].delete(["doc-4"])
+    parts[1].delete(["doc-7"])
+    merged = RetroDatastore.merge(parts, tmp_path / "merged")
+    assert merged.num_documents == 40 and merged.num_deleted_documents == 2
+    rest = [f"doc-{n}" for n in range(40) if n not in (4, 7)]
+    assert (merged.document_numbers(rest) >= 0).all()
+    assert (merged.document_numbers(["doc-4", "doc-7"]) == -1).all()
+    whole = datastore.subset(tmp_path / "whole", ids=rest)
+    np.testing.assert_allclose(nearest(merged, whole)[0], nearest(whole, whole)[0], atol=1e-6)
+    merged.verify()
+    merged.compact()
+    np.testing.assert_allclose(nearest(merged, whole)[0], nearest(whole, whole)[0], atol=1e-6)
+    # The parts have not changed.
+    assert parts[0].num_deleted_documents == 1
+    parts[0].verify()
+
+
+def test_what_does_not_fit_together_is_not_merged(datastore, tmp_path, tokenizer, monkeypatch):
+    monkeypatch.undo()
+    other = RetroDatastore.build(
+        corpus(2),
+        tmp_path / "other",
+        tokenizer=tokenizer,
+        embedder=make_encoder(tmp_path / "encoder", seed=4),
+        **OPTIONS,
+    )
+    with pytest.raises(DatastoreMismatchError, match="do not fit together: .* has embedder="):
+        RetroDatastore.merge([datastore, other], tmp_path / "merged")
+    with pytest.raises(DatastoreInputError, match="The document 'doc-3' is in"):
+        RetroDatastore.merge([datastore, datastore.subset(tmp_path / "part", ids=["doc-3"])], tmp_path / "merged")
+    with pytest.raises(DatastoreInputError, match="no datastores"):
+        RetroDatastore.merge([], tmp_path / "merged")
+    with pytest.raises(DatastoreExistsError):
+        RetroDatastore.merge([datastore], tmp_path / "part")
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("vocab_size", [270, 800])
+def test_a_retokenized_store_finds_the_same_and_reads_it_in_other_tokens(datastore, tmp_path, vocab_size):
+    """Chunks begin with the same text and neighbors are cut at the same documents, for finer and for coarser tokens."""
+    other = make_tokenizer(vocab_size)
+    again = datastore.retokenize(tmp_path / "again", other)
+    ids = np.arange(datastore.num_chunks)
+    np.testing.assert_array_equal(again.keys_of(ids), datastore.keys_of(ids))
+    np.testing.assert_array_equal(again.document_of(ids), datastore.document_of(ids))
+    queries = datastore.keys_of(ids)
+    np.testing.assert_array_equal(again.search(queries, 4)[1], datastore.search(queries, 4)[1])
+    again.check_compatible(tokenizer=other, chunk_size=8)
+    old_texts = chunk_texts(datastore.tokenizer, *datastore.gather(ids))
+    new_texts = chunk_texts(other, *again.gather(ids))
+    for number, (old, new) in enumerate(zip(old_texts, new_texts, strict=True)):
+        document = datastore.document(int(datastore.document_of(ids[number : number + 1])[0]))["text"]
+        assert new in document and old in document
+        # A token may begin before the chunk does, never after.
+        place = document.index(old)
+        assert any(new.startswith(document[start:place] + old[:3]) for start in range(max(0, place - 12), place + 1))
+    first = datastore.first_chunks(np.arange(40))
+    tokens, mask = again.gather(first)
+    for number in range(40):
+        expected = other(datastore.document(number)["text"])["input_ids"][:20]
+        assert tokens[number][mask[number].astype(bool)].tolist() == expected
+    again.verify()
+    with pytest.raises(DatastoreMismatchError, match="tokenizer"):
+        again.check_compatible(tokenizer=datastore.tokenizer)
+
+
+def test_a_retokenized_store_can_be_changed_like_any_other(datastore, tmp_path, tokenizer):
+    """Back again it is the same stream; cut, joined and compacted it still says the same."""
+    there = datastore.retokenize(tmp_path / "there", make_tokenizer(270))
+    ids = np.arange(datastore.num_chunks)
+    back = there.retokenize(tmp_path / "back", tokenizer)
+    np.testing.assert_array_equal(back.gather(ids)[0][:, :8], datastore.gather(ids)[0][:, :8])
+    there.delete(["doc-5"])
+    expected = there.gather(ids)[0][datastore.document_of(ids) != 5]
+    there.compact()
+    np.testing.assert_array_equal(there.gather(np.arange(there.num_chunks))[0], expected)
+    halves = [there.subset(tmp_path / str(n), ids=[f"doc-{k}" for k in range(n, 40, 2) if k != 5]) for n in (0, 1)]
+    merged = RetroDatastore.merge(halves, tmp_path / "merged")
+    for number in (0, 38):
+        id = merged.document(number)["id"]
+        one = merged.gather(merged.first_chunks(np.array([number])))[0]
+        two = there.gather(there.first_chunks(np.array([there.document_number(id)])))[0]
+        np.testing.assert_array_equal(one, two)
+    merged.verify()
+
+
+def test_any_text_survives_retokenization(tokenizer, embedder, tmp_path, monkeypatch):
+    monkeypatch.undo()
+    texts = [
+        "\U0001f600\U0001f468\u200d\U0001f469 x",
+        "\u05e9\u05dc\u05d5\u05dd " * 9,
+        "a",
+        "  two  spaces  ",
+        "\u0301\u0302abc" * 5,
+    ]
+    store = RetroDatastore.from_texts(texts, tokenizer, embedder=embedder, chunk_size=3, neighbor_size=200)
+    other = make_tokenizer(300)
+    again = store.retokenize(tmp_path / "again", other)
+    tokens, mask = again.gather(again.first_chunks(np.arange(len(texts))))
+    assert chunk_texts(other, tokens, mask) == texts

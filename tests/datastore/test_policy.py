@@ -1,0 +1,110 @@
+"""The kind of index follows size, recall and memory; what cannot fit is refused with what would."""
+
+import numpy as np
+import pytest
+
+from retro_hf.datastore import RetroDatastore
+from retro_hf.datastore.index import build_index, open_index
+from retro_hf.datastore.policy import IndexOptions, check_factory, parse_bytes, plan_index
+from retro_hf.errors import DatastoreInputError
+
+from .fixtures import corpus
+
+
+def test_the_kind_of_index_follows_the_size():
+    def factory(num_chunks, dim=384):
+        return plan_index(num_chunks, dim, IndexOptions()).factory
+
+    assert factory(1) == factory(200_000) == "Flat"
+    assert factory(200_001) == "IVF2048,PQ96x4fs,Refine(SQfp16)"
+    assert factory(1_000_000) == "IVF4096,PQ96x4fs,Refine(SQfp16)"
+    assert factory(20_000_000) == "IVF16384_HNSW32,PQ96x4fs,Refine(SQfp16)"
+    assert factory(10**12, 770) == "IVF1048576_HNSW32,SQ8,Refine(SQfp16)"
+    for num_chunks in (1, 300_000, 10**7):
+        check_factory(factory(num_chunks), num_chunks, 384)
+
+
+def test_exact_search_is_to_be_had_at_any_size():
+    assert plan_index(10**7, 384, IndexOptions(recall=1.0)).factory == "Flat"
+
+
+def test_a_budget_chooses_the_kind():
+    """150 MB hold 100,000 vectors of dimension 384; with less they are compressed, and with too little refused."""
+    assert plan_index(100_000, 384, IndexOptions(memory_budget=160_000_000)).factory == "Flat"
+    compressed = plan_index(100_000, 384, IndexOptions(memory_budget=20_000_000))
+    assert compressed.factory == "IVF1024,PQ96x4fs,Refine(SQfp16)" and compressed.memory <= 20_000_000
+    with pytest.raises(
+        DatastoreInputError,
+        match=r"10,000,000 chunks of dimension 384 needs .* memory_budget is 100.0 MB.*holds 1,\d+,\d+ chunks",
+    ):
+        plan_index(10**7, 384, IndexOptions(memory_budget=100_000_000))
+
+
+def test_a_budget_is_shared_by_the_shards():
+    options = IndexOptions(memory_budget=2_000_000_000)
+    assert plan_index(10**6, 384, options, total_chunks=10**7).memory <= 200_000_000
+    with pytest.raises(DatastoreInputError, match="100,000,000 chunks"):
+        plan_index(10**6, 384, options, total_chunks=10**8)
+
+
+def test_memory_and_disk_are_what_was_planned(tmp_path):
+    """An index of 20,000 vectors; headers and lists add a little."""
+    keys = np.random.default_rng(0).normal(size=(20_000, 64))
+    keys = (keys / np.linalg.norm(keys, axis=1, keepdims=True)).astype(np.float16)
+    for options in (IndexOptions(recall=1.0), IndexOptions(memory_budget=1_000_000)):
+        plan = plan_index(20_000, 64, options)
+        build_index(keys, plan.factory, tmp_path / "index", recall=0.5)
+        assert open_index(tmp_path / "index", 20_000, 64).ntotal == 20_000
+        assert abs((tmp_path / "index").stat().st_size - plan.disk) < 0.1 * plan.disk
+
+
+@pytest.mark.parametrize(
+    ("given", "size"),
+    [
+        (None, None),
+        (7, 7),
+        ("7", 7),
+        ("300MB", 300_000_000),
+        ("1.5 GB", 1_500_000_000),
+        ("2tb", 2 * 10**12),
+        ("4K", 4000),
+    ],
+)
+def test_sizes_are_written_as_people_write_them(given, size):
+    assert parse_bytes(given) == size
+
+
+@pytest.mark.parametrize("given", ["", "many", "-1GB", "0", 0, -5, True, 1.5j, "1.2.3GB"])
+def test_a_size_that_is_none_is_refused(given):
+    with pytest.raises(DatastoreInputError, match="memory_budget is"):
+        parse_bytes(given)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"recall": 0}, "recall is 0"),
+        ({"recall": 95}, "recall is 95"),
+        ({"memory_budget": 10}, "memory_budget is 0.0 MB"),
+        ({"memory_budget": "1GB", "index": "IVF4,Flat"}, "contradict each other"),
+    ],
+)
+def test_what_cannot_be_built_is_refused_before_any_work(options, message, tmp_path, tokenizer, embedder, monkeypatch):
+    monkeypatch.setattr(type(embedder), "embed", lambda *_, **__: pytest.fail("embedded"))
+    with pytest.raises(DatastoreInputError, match=message):
+        RetroDatastore.build(corpus(), tmp_path / "store", tokenizer=tokenizer, embedder=embedder, **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_recall_asked_for_is_measured_and_written_down(tmp_path, tokenizer, embedder):
+    store = RetroDatastore.build(
+        corpus(),
+        tmp_path / "store",
+        tokenizer=tokenizer,
+        embedder=embedder,
+        chunk_size=8,
+        index="IVF16,Flat",
+        recall=0.6,
+    )
+    low = store.manifest.index
+    assert low["recall"]["value"] >= 0.6 and low["search"]["nprobe"] < 16

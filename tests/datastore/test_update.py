@@ -1,0 +1,287 @@
+"""Append, delete, compact: what is there stays there, what is deleted is gone, and a crash leaves one state or the other."""
+
+import json
+import multiprocessing
+import os
+import pickle
+import shutil
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from retro_hf.datastore import RetroDatastore, storage
+from retro_hf.errors import DatastoreCorruptError, DatastoreInputError, DatastoreMismatchError, DatastoreNotFoundError
+from retro_hf.retrieval_retro import RetroRetriever
+
+from .fixtures import corpus, make_encoder
+from .test_store import content_of
+
+
+@pytest.fixture
+def store(built, tmp_path) -> RetroDatastore:
+    """A copy of the store of 40 documents that a test may change."""
+    return RetroDatastore.load(shutil.copytree(built, tmp_path / "store"))
+
+
+def more(number: int = 10) -> list[dict]:
+    return [document | {"id": f"new-{document['id']}"} for document in corpus(number, seed=5)]
+
+
+def found_by_all(store) -> set[int]:
+    """Documents that any query for many neighbors returns."""
+    queries = store.keys_of(np.arange(store.num_chunks))
+    ids = store.search(queries, 30)[1]
+    return set(store.document_of(ids[ids >= 0]).tolist())
+
+
+def test_appended_documents_are_found_and_the_old_keep_their_numbers(store, embedder):
+    before = store.gather(np.arange(store.num_chunks))[0]
+    old_files = {file.name for file in store.path.iterdir()}
+    untouched = content_of(store.path)
+    store.append(more(), embedder=embedder)
+    assert store.num_documents == 50 and store.generation == 2 and len(store.shards) == 2
+    np.testing.assert_array_equal(store.gather(np.arange(len(before)))[0], before)
+    assert [store.document(number)["text"] for number in range(40, 50)] == [document["text"] for document in more()]
+    assert store.document_number("new-doc-3") == 43
+    scores, ids = store.search(store.keys_of(np.arange(store.num_chunks)), 1)
+    np.testing.assert_allclose(scores[:, 0], 1, atol=2e-3)
+    assert found_by_all(store) == set(range(50))
+    after = content_of(store.path)
+    assert all(after[name] == untouched[name] for name in old_files if name != "datastore.json")
+    RetroDatastore.load(store.path, verify=True)
+
+
+def test_an_appended_id_that_is_taken_changes_nothing(store, embedder):
+    before = content_of(store.path)
+    with pytest.raises(
+        DatastoreInputError, match="has a document with the id 'doc-7' already.*delete the old ones first"
+    ):
+        store.append([*more(3), corpus()[7]], embedder=embedder)
+    assert content_of(store.path) == before and os.listdir(store.path.parent) == ["store"]
+
+
+def test_an_id_can_be_used_again_after_its_document_is_deleted(store, embedder):
+    store.delete(["doc-7"])
+    store.append([{"id": "doc-7", "text": "the new seventh document"}], embedder=embedder)
+    assert store.document_number("doc-7") == 40
+    assert store.document(40)["text"] == "the new seventh document"
+    store.delete("doc-7")
+    assert store.deleted_documents.tolist() == [7, 40]
+    with pytest.raises(DatastoreInputError, match="no document with the id 'doc-7'"):
+        store.document_number("doc-7")
+
+
+def test_another_embedder_is_refused(store, tmp_path):
+    with pytest.raises(DatastoreMismatchError, match="made by the embedder"):
+        store.append(more(), embedder=make_encoder(tmp_path / "other", seed=3))
+
+
+def test_a_deleted_document_is_never_returned_again(store, embedder):
+    """From this moment, by search, by id, by number and as tokens; everything else is what it was."""
+    everything = np.arange(store.num_chunks)
+    queries, owners = store.keys_of(everything), store.document_of(everything)
+    tokens = store.gather(everything)[0]
+    gone = [3, 17, 18]
+    store.delete([f"doc-{number}" for number in gone])
+    assert found_by_all(store) == set(range(40)) - set(gone)
+    for excluded in (None, owners, np.stack([owners, np.full_like(owners, 17)], axis=1)):
+        ids = store.search(queries, 5, exclude_documents=excluded)[1]
+        assert (ids >= 0).all() and not np.isin(store.document_of(ids), gone).any()
+    kept = ~np.isin(owners, gone)
+    again, mask = store.gather(everything)
+    np.testing.assert_array_equal(again[kept], tokens[kept])
+    assert not mask[~kept].any() and not again[~kept].any()
+    for number in gone:
+        with pytest.raises(DatastoreInputError, match=f"Document {number} has been deleted"):
+            store.document(number)
+        with pytest.raises(DatastoreInputError, match="no document with the id"):
+            store.document_number(f"doc-{number}")
+    drawn = store.random_chunks(np.random.default_rng(0), (2000,))
+    assert not np.isin(store.document_of(drawn), gone).any()
+
+
+def test_search_after_deleting_is_search_over_what_is_left(store):
+    queries = store.keys_of(np.arange(0, store.num_chunks, 7))
+    gone = list(range(0, 40, 2))
+    owners = store.document_of(np.arange(store.num_chunks))
+    everything = queries @ store.keys_of(np.arange(store.num_chunks)).T
+    everything[:, np.isin(owners, gone)] = -np.inf
+    store.delete(f"doc-{number}" for number in gone)
+    scores, _ = store.search(queries, 9)
+    np.testing.assert_allclose(scores, -np.sort(-everything, axis=1)[:, :9], atol=1e-5)
+
+
+def test_a_copy_that_is_open_sees_the_change_after_a_refresh(store, embedder):
+    other = RetroDatastore.load(store.path)
+    key = store.keys_of(store.first_chunks(np.array([3])))
+    store.delete(["doc-3"])
+    assert other.document_of(other.search(key, 1)[1]) == 3
+    other.refresh()
+    assert other.num_deleted_documents == 1
+    assert other.document_of(other.search(key, 1)[1]) != 3
+    store.append(more(), embedder=embedder)
+    other.refresh()
+    assert other.num_documents == 50 and other.shards[0] is not None
+    assert pickle.loads(pickle.dumps(other)).generation == 3
+
+
+def test_a_retriever_forgets_what_has_changed(store, embedder, tokenizer):
+    """Its memory of chunks that were looked up does not outlive a deletion."""
+    import torch
+
+    retriever = RetroRetriever(store, embedder=embedder, tokenizer=tokenizer)
+    tokens, mask = store.gather(store.first_chunks(np.array([3])))
+    chunk = torch.from_numpy(tokens[:, :8])
+    assert store.document_of(retriever.search(chunk).chunk_ids)[0, 0] == 3
+    store.delete(["doc-3"])
+    assert store.document_of(retriever.search(chunk).chunk_ids)[0, 0] != 3
+
+
+def test_deleting_what_is_not_there_changes_nothing(store):
+    before = content_of(store.path)
+    with pytest.raises(DatastoreInputError, match="1 of the 2 documents are not in .*'doc-99'.*Nothing was deleted"):
+        store.delete(["doc-1", "doc-99"])
+    assert content_of(store.path) == before
+    store.delete([])
+    assert store.generation == 1
+
+
+def test_everything_may_be_deleted(store, embedder):
+    store.delete([f"doc-{number}" for number in range(40)])
+    scores, ids = store.search(np.ones((2, 32), dtype=np.float32), 3, exclude_documents=np.array([0, -1]))
+    assert (ids == -1).all() and np.isneginf(scores).all()
+    assert (store.random_chunks(np.random.default_rng(0), (3,)) == -1).all()
+    with pytest.raises(DatastoreInputError, match="All 40 documents .* have been deleted"):
+        store.compact()
+    store.append(more(2), embedder=embedder)
+    store.compact()
+    assert store.num_documents == 2 and store.document_number("new-doc-1") == 1
+
+
+@pytest.mark.parametrize("index", ["auto", "IVF8,Flat"])
+def test_compaction_removes_what_is_deleted_and_joins_shards(store, embedder, index):
+    store.append(more(), embedder=embedder)
+    store.delete(["doc-3", "new-doc-0"])
+    live = [number for number in range(50) if number not in (3, 40)]
+    documents = [store.document(number) for number in live]
+    first = store.first_chunks(np.array(live))
+    tokens = store.gather(first)[0]
+    keys = store.keys_of(first)
+    store.compact(index=index)
+    assert (store.num_documents, store.num_deleted_documents, len(store.shards)) == (48, 0, 1)
+    assert [store.document(number) for number in range(48)] == documents
+    first = store.first_chunks(np.arange(48))
+    np.testing.assert_array_equal(store.gather(first)[0], tokens)
+    np.testing.assert_array_equal(store.keys_of(first), keys)
+    assert store.document_number("new-doc-1") == 39
+    table = pq.read_table(store.path / store.manifest.entries("documents")[0].name)
+    assert table.column("text").to_pylist() == [document["text"] for document in documents]
+    names = {file.name for file in store.path.iterdir()}
+    assert names == {"datastore.json", *(entry.name for entry in store.manifest.files)}
+    RetroDatastore.load(store.path, verify=True)
+
+
+def test_a_copy_opened_before_a_compaction_goes_on_or_says_what_to_do(store, embedder):
+    """What it has mapped it keeps; what it has not opened yet is gone, and the message names the remedy."""
+    warm, cold = (RetroDatastore.load(store.path) for _ in range(2))
+    queries = warm.keys_of(np.arange(5))
+    expected = warm.search(queries, 2)[1]
+    store.delete(["doc-1"])
+    store.compact()
+    np.testing.assert_array_equal(warm.search(queries, 2)[1], expected)
+    with pytest.raises(DatastoreNotFoundError, match=r"call `refresh\(\)`"):
+        cold.search(queries, 2)
+    cold.refresh()
+    assert cold.search(queries, 2)[1].shape == (5, 2)
+
+
+def _change_and_die(folder, change, embedder, after):
+    """A child process that dies before its `after`-th step that makes something visible on the disk."""
+    calls = []
+
+    def dying(function):
+        def call(*args, **kwargs):
+            calls.append(1)
+            if len(calls) == after:
+                os._exit(9)
+            return function(*args, **kwargs)
+
+        return call
+
+    os.replace, os.link, os.unlink = dying(os.replace), dying(os.link), dying(os.unlink)
+    store = RetroDatastore.load(folder)
+    if change == "append":
+        store.append(more(), embedder=embedder)
+    elif change == "delete":
+        store.delete(["doc-1"])
+    else:
+        store.compact()
+    os._exit(0)
+
+
+@pytest.mark.parametrize("change", ["append", "delete", "compact"])
+def test_a_crash_leaves_the_old_state_or_the_new(store, embedder, change, tmp_path):
+    """Killed before each step in turn, until one run comes through."""
+    store.delete(["doc-2"])
+    states, code, after = set(), 9, 0
+    while code == 9:
+        after += 1
+        folder = shutil.copytree(store.path, tmp_path / f"{after}")
+        child = multiprocessing.get_context("fork").Process(
+            target=_change_and_die, args=(folder, change, embedder, after)
+        )
+        child.start()
+        child.join(60)
+        code = child.exitcode
+        opened = RetroDatastore.load(folder, verify=True)
+        states.add((opened.num_documents, opened.num_deleted_documents))
+        # The next change cleans up and goes through.
+        opened.delete(["doc-30"])
+        assert {file.name for file in folder.iterdir()} == {"datastore.json", *(f.name for f in opened.manifest.files)}
+    assert code == 0 and after > 3
+    assert states == {(40, 1), {"append": (50, 1), "delete": (40, 2), "compact": (39, 0)}[change]}
+
+
+def test_numbers_of_deleted_documents_are_checked(store):
+    store.delete(["doc-1", "doc-2"])
+    name = store.manifest.entries("deleted")[0].name
+    for numbers in ([2, 1], [1, 40], [-1, 2], [1, 1]):
+        with storage.NpyWriter(store.path / name, np.dtype(np.int64)) as file:
+            file.append(np.array(numbers))
+        with pytest.raises(DatastoreCorruptError, match="numbers of deleted documents"):
+            RetroDatastore.load(store.path)
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(steps=st.lists(st.tuples(st.sampled_from(["append", "delete", "compact"]), st.integers(0, 2**16)), max_size=5))
+def test_any_sequence_of_changes_leaves_exactly_the_documents_that_should_be_there(steps, tokenizer, embedder):
+    """Against a dictionary that is changed in the same way."""
+    expected = {document["id"]: document for document in corpus(6)}
+    store = RetroDatastore.from_texts(expected.values(), tokenizer, embedder=embedder, chunk_size=8, neighbor_size=20)
+    for number, (step, seed) in enumerate(steps):
+        if step == "append":
+            new = {f"{number}-{d['id']}": d | {"id": f"{number}-{d['id']}"} for d in corpus(1 + seed % 4, seed)}
+            store.append(new.values(), embedder=embedder)
+            expected |= new
+        elif step == "delete" and expected:
+            gone = [id for place, id in enumerate(expected) if (seed >> place % 16) & 1]
+            store.delete(gone)
+            expected = {id: document for id, document in expected.items() if id not in gone}
+        elif step == "compact" and expected:
+            store.compact()
+    live = [number for number in range(store.num_documents) if number not in set(store.deleted_documents.tolist())]
+    assert [store.document(number) for number in live] == list(expected.values())
+    assert [store.document_number(id) for id in expected] == live
+    assert found_by_all(store) == set(live)
+    store.verify()
+
+
+def test_the_manifest_says_what_happened(store, embedder):
+    store.append(more(), embedder=embedder)
+    store.delete(["doc-1"])
+    content = json.loads((store.path / "datastore.json").read_text())
+    assert content["generation"] == 3 and content["num_deleted_documents"] == 1
+    assert [shard["name"] for shard in content["shards"]] == ["00000", "00001"] and content["next_shard"] == 2
