@@ -19,6 +19,7 @@ app = typer.Typer(
 
 DATASTORE, MODEL = "Datastore", "Model"
 Embedder = Annotated[str | None, typer.Option(help="Frozen encoder: a folder or a Hub name.")]
+Workers = Annotated[int, typer.Option(help="Processes that share the cores.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 DEFAULT_EMBEDDER = "sentence-transformers/all-MiniLM-L6-v2"
 
@@ -47,14 +48,18 @@ def build(
     embedder: Annotated[str, typer.Option(help="Frozen encoder: a folder or a Hub name.")] = DEFAULT_EMBEDDER,
     chunk_size: Annotated[int, typer.Option(help="Tokens per chunk, as the model has it.")] = 64,
     index: Annotated[str, typer.Option(help="A FAISS factory string, or auto.")] = "auto",
+    recall: Annotated[
+        float, typer.Option(help="Share of the two nearest neighbors to find; 1 is exact search.")
+    ] = 0.95,
+    memory_budget: Annotated[str | None, typer.Option(help="For the index when searched, such as 4GB.")] = None,
+    workers: Workers = 1,
 ) -> None:
-    """Build a datastore: retro build notes/ -o store --tokenizer my-model"""
+    """Build a datastore, or go on with a build that was stopped: retro build notes/ -o store --tokenizer my-model"""
     from transformers import AutoTokenizer
-    from transformers.utils import logging
 
     from retro_hf import ChunkEmbedder, RetroDatastore
 
-    logging.get_logger("retro_hf").setLevel(logging.INFO)
+    _tell_sizes()
     store = RetroDatastore.build(
         source,
         output,
@@ -62,9 +67,52 @@ def build(
         embedder=ChunkEmbedder.from_pretrained(embedder),
         chunk_size=chunk_size,
         index=index,
+        recall=recall,
+        memory_budget=memory_budget,
+        executor=workers,
         show_progress=True,
     )
     typer.echo(f"{store.num_documents:,} documents, {store.num_chunks:,} chunks in {output}")
+
+
+@app.command(rich_help_panel=DATASTORE)
+def append(
+    store: Annotated[Path, typer.Argument(help="Folder of a datastore.")],
+    source: Annotated[Path, typer.Argument(help="A folder of texts, or a .txt, .jsonl, .jsonl.gz or .parquet file.")],
+    embedder: Embedder = None,
+    workers: Workers = 1,
+) -> None:
+    """Add documents; nothing that is there is computed again: retro append store more.jsonl"""
+    from retro_hf import RetroDatastore
+
+    _tell_sizes()
+    opened = RetroDatastore.load(store)
+    before = opened.num_documents
+    name = embedder or opened.manifest.embedder["name"]
+    opened.append(source, embedder=name, executor=workers, show_progress=True)
+    typer.echo(f"{opened.num_documents - before:,} documents added; {opened.num_chunks:,} chunks in {store}")
+
+
+@app.command(rich_help_panel=DATASTORE)
+def delete(
+    store: Annotated[Path, typer.Argument(help="Folder of a datastore.")],
+    ids: Annotated[list[str], typer.Argument(help="Ids of documents.")],
+) -> None:
+    """Never return documents again; compact removes them from the disk: retro delete store doc-7 doc-9"""
+    from retro_hf import RetroDatastore
+
+    RetroDatastore.load(store).delete(ids)
+    typer.echo(f"{len(ids):,} documents deleted from {store}; `retro compact {store}` removes them from the disk")
+
+
+@app.command(rich_help_panel=DATASTORE)
+def compact(store: Annotated[Path, typer.Argument(help="Folder of a datastore.")]) -> None:
+    """Rewrite a datastore without what was deleted, as one shard: retro compact store"""
+    from retro_hf import RetroDatastore
+
+    opened = RetroDatastore.load(store)
+    opened.compact(show_progress=True)
+    typer.echo(f"{opened.num_documents:,} documents, {opened.num_chunks:,} chunks in {store}")
 
 
 @app.command(rich_help_panel=DATASTORE)
@@ -177,6 +225,13 @@ def evaluate(
         retriever=_open_retriever(store, embedder),
     )
     typer.echo(json.dumps(result.to_dict()) if as_json else str(result))
+
+
+def _tell_sizes() -> None:
+    """Show what the library says before long work."""
+    from transformers.utils import logging
+
+    logging.get_logger("retro_hf").setLevel(logging.INFO)
 
 
 def _open_retriever(store: Path, embedder: str | None, tokenizer: Any = None) -> Any:

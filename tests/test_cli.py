@@ -47,6 +47,23 @@ def test_build_makes_a_datastore_that_search_and_inspect_open(world, tmp_path):
     assert manifest["chunk_size"] == CHUNK_SIZE
 
 
+def test_a_store_grows_forgets_and_is_compacted(world, tmp_path):
+    """Append, delete, compact: what they say is what is there afterwards."""
+    options = ("--tokenizer", world / "model", "--embedder", world / "encoder", "--chunk-size", CHUNK_SIZE)
+    store = tmp_path / "store"
+    retro("build", world / "texts.jsonl", "-o", store, *options, "--memory-budget", "1GB", "--recall", 1)
+    (tmp_path / "more.jsonl").write_text('{"id": "new", "text": "a brand new document"}\n')
+    printed = retro("append", store, tmp_path / "more.jsonl", "--embedder", world / "encoder")
+    assert "1 documents added" in printed
+    first = json.loads(retro("search", store, "anything", "-k", 1, "--embedder", world / "encoder", "--json"))[0]
+    assert "2 documents deleted" in retro("delete", store, "new", first["document_id"])
+    found = json.loads(retro("search", store, "anything", "-k", 9, "--embedder", world / "encoder", "--json"))
+    assert not {neighbor["document_id"] for neighbor in found} & {"new", first["document_id"]}
+    assert "4 documents" in retro("compact", store)
+    manifest = json.loads(retro("inspect", store, "--verify", "--json"))
+    assert (manifest["num_documents"], manifest["num_deleted_documents"], manifest["generation"]) == (4, 0, 4)
+
+
 def test_search_prints_text_and_continuation(world):
     """What is found is shown in words."""
     printed = retro("search", world / "store", "the lighthouse", "--embedder", world / "encoder")

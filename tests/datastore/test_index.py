@@ -175,3 +175,16 @@ def test_a_forked_child_searches_although_its_parent_has_used_two_threads(datast
         faiss.omp_set_num_threads(before)
     assert threads == 1
     np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("base", ["IVF32,PQ8x4fs", "IVF16,SQ8", "PQ8x4fs"])
+def test_a_refined_index_is_written_as_faiss_writes_it(keys, tmp_path, base):
+    """Byte for byte, though the keys are never copied into memory."""
+    built = build_index(keys, f"{base},Refine(SQfp16)", tmp_path / "ours")
+    index = faiss.index_factory(32, f"{base},Refine(SQfp16)", faiss.METRIC_INNER_PRODUCT)
+    rows = np.sort(np.random.default_rng(0).choice(len(keys), size=len(keys), replace=False))
+    index.train(keys[rows].astype(np.float32))
+    index.add(keys.astype(np.float32))
+    faiss.write_index(index, str(tmp_path / "theirs"))
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+    assert built["search"]["k_factor"] >= 1

@@ -85,7 +85,7 @@ def test_a_size_that_is_none_is_refused(given):
     [
         ({"recall": 0}, "recall is 0"),
         ({"recall": 95}, "recall is 95"),
-        ({"memory_budget": 10}, "memory_budget is 0.0 MB"),
+        ({"memory_budget": 10}, "memory_budget is 0.0 KB"),
         ({"memory_budget": "1GB", "index": "IVF4,Flat"}, "contradict each other"),
     ],
 )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import struct
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,6 +43,9 @@ _TUNING_LISTS = 256
 _WORTHWHILE_GAIN = 0.005
 _BLOCK_ROWS = 1 << 16
 TRAINING_ROWS_PER_LIST = 40
+_REFINE = ",Refine(SQfp16)"
+# Where an index file says how many vectors it has, after its four letters and its dimension.
+_NTOTAL = slice(8, 16)
 
 # Settings of FAISS that belong to the process, which are changed for the time of a call.
 _read_lock = threading.Lock()
@@ -97,7 +101,8 @@ def build_index(keys: np.ndarray, factory: str, path: Path, *, recall: float = 0
     """
     faiss = import_faiss()
     num_chunks, dim = keys.shape
-    index = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
+    base = factory.removesuffix(_REFINE)
+    index = faiss.index_factory(dim, base, faiss.METRIC_INNER_PRODUCT)
     generator = np.random.default_rng(seed)
     if not index.is_trained:
         num_rows = min(num_chunks, max(TRAINING_ROWS_PER_LIST * training_points(factory), _BLOCK_ROWS))
@@ -112,12 +117,38 @@ def build_index(keys: np.ndarray, factory: str, path: Path, *, recall: float = 0
     for start in range(0, num_chunks, _BLOCK_ROWS):
         block = keys[start : start + _BLOCK_ROWS].astype(np.float32)
         index.add(block)
-    faiss.write_index(index, str(path))
-
+    if base != factory:
+        _write_refined(index, keys, path)
+    else:
+        faiss.write_index(index, str(path))
     if factory == "Flat":
         return {"factory": factory, "search": {}, "recall": None}
+    # Tuned as it will be searched: through a memory map.
+    index = open_index(path, num_chunks, dim)
     search, measured = _tune(index, keys, generator, recall)
     return {"factory": factory, "search": search, "recall": measured}
+
+
+def _write_refined(base: Any, keys: np.ndarray, path: Path) -> None:
+    """Write `IndexRefine(base, float16 keys)` as FAISS writes it, without holding a copy of the keys in memory.
+
+    The keys of the store are the very codes of FAISS' float16 quantizer. Everything but their length and themselves is
+    taken from an empty one.
+    """
+    faiss = import_faiss()
+    num_keys, dim = keys.shape
+    empty = faiss.serialize_index(faiss.IndexScalarQuantizer(dim, faiss.ScalarQuantizer.QT_fp16, base.metric_type))
+    refine = bytearray(empty.tobytes())
+    refine[_NTOTAL] = struct.pack("<q", num_keys)
+    refine[-8:] = struct.pack("<q", keys.nbytes)
+    with path.open("wb") as file:
+        file.write(b"IxRF" + struct.pack("<iqqq?i", dim, num_keys, 1 << 20, 1 << 20, True, base.metric_type))
+        file.flush()
+        faiss.write_index(base, faiss.PyCallbackIOWriter(file.write))
+        file.write(refine)
+        for start in range(0, num_keys, _BLOCK_ROWS):
+            file.write(np.ascontiguousarray(keys[start : start + _BLOCK_ROWS]).tobytes())
+        file.write(struct.pack("<f", 1.0))
 
 
 def _tune(

@@ -122,7 +122,7 @@ def ivf_plan(num_chunks: int, dim: int) -> IndexPlan:
     train = 2 * dim * num_lists * training_rows * _KMEANS_ITERATIONS / _FLOPS
     assign = num_chunks * (_GRAPH_SECONDS_PER_CHUNK if graph else 2 * dim * num_lists / _FLOPS)
     return IndexPlan(
-        f"IVF{num_lists}{graph},{codes},Refine(SQfp16)", memory, disk, disk + 4 * dim * training_rows, train + assign
+        f"IVF{num_lists}{graph},{codes},Refine(SQfp16)", memory, disk, memory + 6 * dim * training_rows, train + assign
     )
 
 
@@ -203,7 +203,7 @@ def tell_plan(num_chunks: int, embedder: ChunkEmbedder, plans: list[IndexPlan], 
 
 def _size(num_bytes: float) -> str:
     """Bytes in words, such as 1.5 GB."""
-    unit = int(np.clip(math.log10(max(num_bytes, 1)) // 3, 2, 4))
+    unit = int(np.clip(math.log10(max(num_bytes, 1)) // 3, 1, 4))
     return f"{num_bytes / 1000**unit:,.1f} {'B KB MB GB TB'.split()[unit]}"
 
 
