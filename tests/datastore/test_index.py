@@ -15,6 +15,7 @@ from retro_hf.datastore.index import (
     max_effort,
     open_index,
     search_index,
+    search_parameters,
 )
 from retro_hf.datastore.policy import check_factory
 from retro_hf.errors import DatastoreCorruptError, DatastoreInputError
@@ -53,7 +54,7 @@ def test_exact_search_is_exact(keys, queries, monkeypatch):
 def test_flat_finds_what_exact_search_finds_at_every_batch_size(keys, queries, tmp_path, num_queries):
     built, index = build_and_open(keys, "Flat", tmp_path / "index")
     assert built == {"factory": "Flat", "search": {}, "recall": None}
-    scores, ids = search_index(index, queries[:num_queries], 10, {})
+    scores, ids = search_index(index, queries[:num_queries], 10, None)
     expected, expected_ids = exact_search(keys, queries[:num_queries], 10)
     np.testing.assert_allclose(scores, expected, atol=1e-5)
     assert (ids == expected_ids).mean() > 0.99
@@ -69,7 +70,7 @@ def test_recall_of_other_kinds_is_what_was_measured(keys, queries, tmp_path, fac
     assert recall["at"] == 2 and recall["queries"] == 1000
     if factory != "PQ8x4fs":  # Codes alone do not tell near neighbors apart.
         assert recall["value"] >= 0.95
-    scores, ids = search_index(index, queries, 2, built["search"])
+    scores, ids = search_index(index, queries, 2, search_parameters(index, built["search"]))
     assert scores.dtype == np.float32 and ids.dtype == np.int64
     exact, _ = exact_search(keys, queries, 2)
     found = np.einsum("qd,qkd->qk", queries, keys[ids].astype(np.float32)) >= exact[:, -1:] - 1e-5
@@ -84,7 +85,9 @@ def test_an_index_below_the_target_says_so(keys, tmp_path, caplog):
 def test_search_parameters_do_not_change_the_index(keys, queries, tmp_path):
     _, index = build_and_open(keys, "IVF32,Flat", tmp_path / "index")
     before = index.nprobe
-    narrow, wide = (search_index(index, queries, 5, {"nprobe": count})[0] for count in (1, 32))
+    narrow, wide = (
+        search_index(index, queries, 5, search_parameters(index, {"nprobe": count}))[0] for count in (1, 32)
+    )
     assert index.nprobe == before and narrow.sum() < wide.sum()
     np.testing.assert_allclose(wide, exact_search(keys, queries, 5)[0], atol=1e-5)
     assert max_effort(index, {"nprobe": 5}) == 7 and max_effort(index, {}) == 1
@@ -137,13 +140,13 @@ def test_opening_an_index_leaves_the_settings_of_faiss_alone(keys, tmp_path):
 def test_threads_get_the_single_thread_answers_and_the_blas_setting_comes_back(keys, queries, tmp_path):
     _, index = build_and_open(keys, "Flat", tmp_path / "index")
     before = faiss.cvar.distance_compute_blas_threshold
-    expected, expected_ids = search_index(index, queries, 4, {})
+    expected, expected_ids = search_index(index, queries, 4, None)
     barrier = threading.Barrier(8)
 
     def work(_: int) -> None:
         barrier.wait()
         for _ in range(5):
-            scores, ids = search_index(index, queries, 4, {})
+            scores, ids = search_index(index, queries, 4, None)
             # Threads of different widths add in another order: the last bit of a score may differ, no neighbor does.
             np.testing.assert_allclose(scores, expected, atol=1e-6)
             np.testing.assert_array_equal(ids, expected_ids)

@@ -30,6 +30,7 @@ __all__ = [
     "max_effort",
     "open_index",
     "search_index",
+    "search_parameters",
     "short_message",
     "training_points",
 ]
@@ -38,6 +39,7 @@ logger = logging.get_logger(__name__)
 
 _RECALL_AT = 2
 _RECALL_QUERIES = 1000
+_RECALL_MARGIN = 0.01
 # Lists read while the number of re-scored candidates is chosen.
 _TUNING_LISTS = 256
 _WORTHWHILE_GAIN = 0.005
@@ -154,12 +156,14 @@ def _write_refined(base: Any, keys: np.ndarray, path: Path) -> None:
 def _tune(
     index: Any, keys: np.ndarray, generator: np.random.Generator, target: float
 ) -> tuple[dict[str, int], dict[str, Any]]:
-    """The cheapest search parameters that reach the target recall, and the recall measured with them.
+    """The cheapest search parameters that surely reach the target recall, and the recall measured with them.
 
     Queries are keys of the store, each of which ignores itself. A neighbor counts as found if its score reaches that
     of the last exact neighbor: copies of a chunk are as good as the chunk.
     """
     num_chunks = len(keys)
+    # Two standard errors of what 1,000 queries measure, so that other queries reach the target, too.
+    sure = min(1.0, target + _RECALL_MARGIN)
     num_queries, at = min(_RECALL_QUERIES, num_chunks), min(_RECALL_AT, num_chunks - 1)
     rows = np.sort(generator.choice(num_chunks, size=num_queries, replace=False))
     queries = keys[rows].astype(np.float32)
@@ -167,7 +171,7 @@ def _tune(
     threshold = _without(exact, exact_ids, rows, at)[:, -1:]
 
     def measure(search: dict[str, int]) -> float:
-        _, ids = search_index(index, queries, at + 1, search)
+        _, ids = search_index(index, queries, at + 1, search_parameters(index, search))
         kept = _without(_scores_of(keys, queries, ids), ids, rows, at)
         return float((kept >= threshold - 1e-5).mean()) if at else 1.0
 
@@ -180,14 +184,14 @@ def _tune(
         if found < recall + _WORTHWHILE_GAIN:
             break
         factor, recall = candidate, found
-        if found >= target:
+        if found >= sure:
             break
     for effort in efforts:
         search = {**effort, **factor}
         recall = measure(search)
-        if recall >= target:
+        if recall >= sure:
             break
-    else:
+    if recall < target:
         logger.warning(
             f"The index finds {recall:.1%} of the {at} nearest neighbors, below the {target:.1%} aimed at. "
             "Use index='Flat' for exact search."
@@ -280,14 +284,14 @@ def _bounded_reading(size: int) -> Iterator[None]:
             faiss.set_deserialization_vector_byte_limit(default)
 
 
-def _parameters(index: Any, search: dict[str, Any]) -> Any:
-    """FAISS search parameters for one call; the index itself is never changed, so threads can share it."""
+def search_parameters(index: Any, search: dict[str, Any]) -> Any:
+    """FAISS' own form of search parameters; the index itself is never changed, so threads can share it."""
     faiss = import_faiss()
     if isinstance(index, faiss.IndexRefine):
-        base = _parameters(faiss.downcast_index(index.base_index), search)
+        base = search_parameters(faiss.downcast_index(index.base_index), search)
         return faiss.IndexRefineSearchParameters(k_factor=float(search.get("k_factor", 1)), base_index_params=base)
     if isinstance(index, faiss.IndexPreTransform):
-        inner = _parameters(faiss.downcast_index(index.index), search)
+        inner = search_parameters(faiss.downcast_index(index.index), search)
         return None if inner is None else faiss.SearchParametersPreTransform(index_params=inner)
     if isinstance(index, faiss.IndexIVF) and "nprobe" in search:
         return faiss.SearchParametersIVF(nprobe=int(min(search["nprobe"], index.nlist)))
@@ -306,16 +310,20 @@ def max_effort(index: Any, search: dict[str, Any]) -> int:
 
 
 def search_index(
-    index: Any, queries: np.ndarray, num_neighbors: int, search: dict[str, Any]
+    index: Any, queries: np.ndarray, num_neighbors: int, parameters: Any
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Nearest keys of each query: float32 scores (best first, -inf where none) and int64 ids (-1 where none)."""
-    faiss = import_faiss()
-    if isinstance(index, faiss.IndexFlat):
+    """Nearest keys of each query: float32 scores (best first, -inf where none) and int64 ids (negative where none).
+
+    `parameters` are what [`search_parameters`] returns.
+    """
+    if isinstance(index, import_faiss().IndexFlat):
         with _blas_from_three_queries(index.d):
             scores, ids = index.search(queries, num_neighbors)
     else:
-        scores, ids = index.search(queries, num_neighbors, params=_parameters(index, search))
-    return np.where(ids < 0, -np.inf, scores).astype(np.float32, copy=False), ids
+        scores, ids = index.search(queries, num_neighbors, params=parameters)
+    if ids.size and ids.min() < 0:
+        scores[ids < 0] = -np.inf
+    return scores, ids
 
 
 @contextmanager

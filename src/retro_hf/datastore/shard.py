@@ -14,7 +14,7 @@ import xxhash
 from ..errors import DatastoreNotFoundError
 from .chunks import document_of, gather_tokens
 from .exclusion import Deleted, search_excluding
-from .index import max_effort, open_index, search_index
+from .index import max_effort, open_index, search_index, search_parameters
 from .manifest import DatastoreManifest, ShardEntry
 from .storage import damaged, map_npy, map_tensor
 from .table import DocumentTable
@@ -56,6 +56,8 @@ class Shard:
         self.chunk_starts = (
             map_npy(self._files["chunk_starts"], _INT64, entry.num_chunks) if "chunk_starts" in self._files else None
         )
+        # By effort and by how much is fetched beyond what is wanted: a few of each.
+        self._parameters: dict[tuple[int, float], Any] = {}
         self._check_borders()
 
     @property
@@ -178,10 +180,9 @@ class Shard:
         Returns:
             `(scores, chunk_ids)` of shape `(num_queries, num_neighbors)`, float32 and int64; -inf and -1 for none.
         """
-        limit = max_effort(self.index, self.entry.index["search"])
         if excluded is None and deleted is None:
             scores, ids = self._search(queries, num_neighbors, 1, num_neighbors)
-            if limit == 1 or (ids[:, : self.num_chunks] >= 0).all():
+            if self._max_effort == 1 or (ids[:, : self.num_chunks] >= 0).all():
                 return scores, ids
         # Otherwise few lists were read and they held too little: read more of them for the rows that came out short.
         if excluded is None:
@@ -190,23 +191,33 @@ class Shard:
         def search(rows: np.ndarray, count: int, effort: int) -> tuple[np.ndarray, np.ndarray]:
             return self._search(rows, count, effort, num_neighbors)
 
+        limit = self._max_effort
         return search_excluding(search, queries, num_neighbors, excluded, self.doc_offsets, limit, deleted)
+
+    @cached_property
+    def _max_effort(self) -> int:
+        return max_effort(self.index, self.entry.index["search"])
 
     def _search(self, queries: np.ndarray, count: int, effort: int, wanted: int) -> tuple[np.ndarray, np.ndarray]:
         """`count` results per query, of which `wanted` are for the caller; `effort` multiplies the lists that are read."""
-        search = dict(self.entry.index["search"])
-        if "nprobe" in search:
-            search["nprobe"] *= effort
-        if "k_factor" in search:
-            # The number re-scored was tuned for the wanted results; those fetched beyond them count as re-scored.
-            search["k_factor"] = max(1.0, search["k_factor"] * wanted / count)
-        found = min(count, self.num_chunks)
-        scores = np.full((len(queries), count), -np.inf, dtype=np.float32)
-        ids = np.full((len(queries), count), -1, dtype=np.int64)
-        if len(queries):
-            scores[:, :found], ids[:, :found] = search_index(self.index, queries, found, search)
-        if ids.size and (ids.max() >= self.num_chunks or ids.min() < -1):
+        key = (effort, wanted / count)
+        if key not in self._parameters:
+            search = dict(self.entry.index["search"])
+            if "nprobe" in search:
+                search["nprobe"] *= effort
+            if "k_factor" in search:
+                # The number re-scored was tuned for the wanted results; those fetched beyond them count as re-scored.
+                search["k_factor"] = max(1.0, search["k_factor"] * key[1])
+            self._parameters[key] = search_parameters(self.index, search)
+        if not len(queries):
+            return np.empty((0, count), dtype=np.float32), np.empty((0, count), dtype=np.int64)
+        scores, ids = search_index(self.index, queries, min(count, self.num_chunks), self._parameters[key])
+        if ids.max() >= self.num_chunks:
             raise damaged(self._files["index"], "it returns chunks that the shard does not have")
+        if count > self.num_chunks:
+            missing = ((0, 0), (0, count - self.num_chunks))
+            scores = np.pad(scores, missing, constant_values=-np.inf)
+            ids = np.pad(ids, missing, constant_values=-1)
         return scores, ids
 
     def _check_borders(self) -> None:

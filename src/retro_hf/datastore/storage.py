@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tokenize import TokenError
 from types import TracebackType
 from typing import Any
 
@@ -205,7 +206,7 @@ def map_npy(path: Path, dtype: np.dtype, length: int) -> np.ndarray:
     """Map a one-dimensional .npy file read-only, after checking that it holds `length` values of `dtype`."""
     try:
         values = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError, SyntaxError, TypeError) as error:
+    except (OSError, ValueError, EOFError, SyntaxError, TypeError, TokenError) as error:
         raise damaged(path, f"it is not a .npy file ({error})") from error
     if not isinstance(values, np.ndarray) or values.dtype != dtype or values.shape != (length,):
         found = f"{values.dtype} of shape {values.shape}" if isinstance(values, np.ndarray) else type(values).__name__
