@@ -236,32 +236,6 @@ def test_an_embedder_that_cannot_be_found_says_what_to_pass(retriever, tmp_path)
         RetroRetriever.from_pretrained(tmp_path / "saved")
 
 
-def test_pushing_uploads_the_folder_and_the_settings(retriever, monkeypatch):
-    calls = []
-
-    class Api:
-        def __init__(self, token):
-            pass
-
-        def create_repo(self, repo_id, **options):
-            calls.append(("create", repo_id, options))
-            return "https://hub/x/y"
-
-        def upload_folder(self, **options):
-            calls.append(("folder", options["folder_path"], options["repo_type"]))
-
-        def upload_file(self, **options):
-            calls.append(("file", options["path_in_repo"], json.loads(options["path_or_fileobj"])))
-
-    monkeypatch.setattr("huggingface_hub.HfApi", Api)
-    assert retriever.push_to_hub("x/y", private=True) == "https://hub/x/y"
-    assert calls == [
-        ("create", "x/y", {"repo_type": "dataset", "private": True, "exist_ok": True}),
-        ("folder", retriever.datastore.path, "dataset"),
-        ("file", "retriever.json", {"num_neighbors": 2}),
-    ]
-
-
 def test_texts_of_any_length_are_looked_up(retriever):
     """`find` takes words where `trace` takes chunks of tokens, and agrees with it on a chunk's own text."""
     short, long = retriever.find(

@@ -15,11 +15,13 @@ import numpy as np
 import torch
 
 from .datastore import ChunkEmbedder, RetroDatastore, chunk_texts
+from .datastore.hub import local_folder, push
 from .datastore.storage import write_file
-from .errors import DatastoreNotFoundError, RetrieverError
+from .errors import RetrieverError
 
 
 if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
     from transformers import PreTrainedTokenizerBase
 
 __all__ = ["RetrievalResult", "RetrievedNeighbor", "RetroRetriever"]
@@ -305,7 +307,7 @@ class RetroRetriever:
         embedder: ChunkEmbedder | str | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         num_neighbors: int | None = None,
-        revision: str | None = None,
+        **options: Any,
     ) -> RetroRetriever:
         """Open a retriever from a folder, or from a dataset repository on the Hub (downloaded, checksums verified).
 
@@ -313,21 +315,10 @@ class RetroRetriever:
             embedder ([`ChunkEmbedder`] or `str`, *optional*): defaults to the one named in the datastore. Name it
                 where that one was a local folder.
             num_neighbors (`int`, *optional*): defaults to the saved number.
-            revision (`str`, *optional*): branch, tag or commit on the Hub.
+            options: those of [`RetroDatastore.from_pretrained`]: `revision`, `cache_dir`, `token`, `verify`.
         """
-        path, verify = Path(name_or_path), False
-        if not path.is_dir():
-            from huggingface_hub import snapshot_download
-
-            try:
-                path = Path(snapshot_download(str(name_or_path), repo_type="dataset", revision=revision))
-            except (OSError, ValueError) as error:
-                raise DatastoreNotFoundError(
-                    f"There is no folder '{name_or_path}', and no dataset repository of that name could be loaded from the "
-                    f"Hub: {error} Check the path, or build the datastore first."
-                ) from error
-            verify = True
-        datastore = RetroDatastore.load(path, verify=verify)
+        path = local_folder(name_or_path, settings=_CONFIG_NAME, **options)
+        datastore = RetroDatastore.load(path)
         if embedder is None or isinstance(embedder, (str, os.PathLike)):
             known = datastore.manifest.embedder
             try:
@@ -346,21 +337,21 @@ class RetroRetriever:
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Write a copy of the datastore and the retriever's settings to a new folder."""
         self.datastore.save(path)
-        content = json.dumps({"num_neighbors": self.num_neighbors}, indent=2) + "\n"
-        write_file(Path(path) / _CONFIG_NAME, content.encode())
+        write_file(Path(path) / _CONFIG_NAME, self._settings())
 
-    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
-        """Upload the datastore and the settings as a dataset repository; returns its address."""
-        from huggingface_hub import HfApi
+    def push_to_hub(self, repo_id: str, **options: Any) -> CommitInfo:
+        """Upload the datastore and the retriever's settings to a dataset repository, as one commit.
 
-        api = HfApi(token=token)
-        address = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
-        api.upload_folder(repo_id=repo_id, repo_type="dataset", folder_path=self.datastore.path)
-        settings = json.dumps({"num_neighbors": self.num_neighbors}, indent=2) + "\n"
-        api.upload_file(
-            path_or_fileobj=settings.encode(), path_in_repo=_CONFIG_NAME, repo_id=repo_id, repo_type="dataset"
-        )
-        return str(address)
+        Args:
+            repo_id (`str`): `"name"` or `"organization/name"`; made if it isn't there.
+            options: those of [`RetroDatastore.push_to_hub`].
+        Returns:
+            [`~huggingface_hub.CommitInfo`]: its `oid` is the `revision` that pins what was pushed.
+        """
+        return push(self.datastore, repo_id, settings={_CONFIG_NAME: self._settings()}, **options)
+
+    def _settings(self) -> bytes:
+        return (json.dumps({"num_neighbors": self.num_neighbors}, indent=2) + "\n").encode()
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key not in ("_cache", "_lock")}

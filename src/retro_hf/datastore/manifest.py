@@ -153,12 +153,16 @@ class DatastoreManifest:
         """File names of one shard, by kind."""
         return {entry.kind: entry.name for entry in self.files if entry.shard == shard}
 
-    def write(self, folder: Path) -> None:
-        """Write `datastore.json` into `folder`, atomically, with a checksum over its own content."""
+    def to_bytes(self) -> bytes:
+        """The content of `datastore.json`, with a checksum over itself."""
         content = dataclasses.asdict(self)
         content["checksum"] = _checksum(content)
         text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=True) + "\n"
-        write_file(folder / MANIFEST_NAME, text.encode())
+        return text.encode()
+
+    def write(self, folder: Path) -> None:
+        """Write `datastore.json` into `folder`, atomically."""
+        write_file(folder / MANIFEST_NAME, self.to_bytes())
 
     @classmethod
     def read(cls, folder: Path) -> DatastoreManifest:

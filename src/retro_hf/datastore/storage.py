@@ -21,6 +21,7 @@ from ..errors import DatastoreCorruptError, DatastoreExistsError
 
 
 __all__ = [
+    "RESTORE",
     "NpyWriter",
     "TensorWriter",
     "complete_file",
@@ -39,6 +40,8 @@ _KEYS_NAME = "keys"
 _KEYS_OFFSET = 256
 _HASH_BLOCK = 1 << 20
 _MAX_HEADER_BYTES = 1 << 20
+# What helps against most damage.
+RESTORE = "Restore the folder from a copy, or build the datastore again."
 
 
 def sync(path: Path) -> None:
@@ -195,11 +198,9 @@ class TensorWriter:
         self._file.close()
 
 
-def damaged(path: Path, reason: str) -> DatastoreCorruptError:
+def damaged(path: Path, reason: str, remedy: str = RESTORE) -> DatastoreCorruptError:
     """The error for a file that is not as it should be."""
-    return DatastoreCorruptError(
-        f"{str(path)!r} is damaged: {reason}. Restore the folder from a copy, or build the datastore again."
-    )
+    return DatastoreCorruptError(f"{str(path)!r} is damaged: {reason}. {remedy}")
 
 
 def map_npy(path: Path, dtype: np.dtype, length: int) -> np.ndarray:

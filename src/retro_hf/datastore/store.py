@@ -20,15 +20,17 @@ from .derive import merge, retokenize, subset
 from .embedder import ChunkEmbedder
 from .exclusion import checked_exclusion
 from .executors import Executor, LocalExecutor
+from .hub import local_folder, push
 from .manifest import MANIFEST_NAME, DatastoreManifest
 from .policy import DEFAULT_SHARD_CHUNKS, IndexOptions, parse_bytes
 from .shard import Shard
-from .storage import damaged, new_folder, sha256_of
+from .storage import new_folder
 from .update import append, compact, delete
-from .view import View, check_sizes
+from .view import View, verify_files
 
 
 if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
     from transformers import PreTrainedTokenizerBase
 
 __all__ = ["RetroDatastore"]
@@ -182,6 +184,45 @@ class RetroDatastore:
             datastore.verify()
         return datastore
 
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        token: str | None = None,
+        verify: bool = True,
+    ) -> RetroDatastore:
+        """Open a datastore from a folder, or from a dataset repository on the Hub.
+
+        A downloaded one is read-only: [`save`] makes a copy that can be changed.
+
+        Args:
+            name_or_path (`str` or `Path`): a folder, or a dataset repository.
+            revision (`str`, *optional*): branch, tag or commit; a commit pins the content.
+            cache_dir (`str` or `Path`, *optional*): where downloads are kept; by default `$HF_HOME/hub`.
+            token (`str`, *optional*): for the Hub; by default the one that `hf auth login` saved.
+            verify (`bool`, defaults to `True`): compare the sha256 of every downloaded file with the manifest, at about
+                2 GB per second, also of one that was downloaded before.
+        Raises:
+            DatastoreNotFoundError: if there is no such folder or repository, or it holds no datastore.
+            DatastoreCorruptError: if its files are not what its manifest says.
+        """
+        return cls.load(local_folder(name_or_path, revision=revision, cache_dir=cache_dir, token=token, verify=verify))
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+    ) -> CommitInfo:
+        """Upload the datastore to a dataset repository, with a card, as one commit. See [`push`]."""
+        return push(self, repo_id, private=private, token=token, revision=revision, commit_message=commit_message)
+
     def refresh(self) -> None:
         """See what has changed in the folder since it was opened: documents appended, deleted or compacted.
 
@@ -229,11 +270,7 @@ class RetroDatastore:
 
     def verify(self) -> None:
         """Compare size and sha256 of every file with the manifest; raises `DatastoreCorruptError` at the first."""
-        check_sizes(self.path, self.manifest)
-        for entry in self.manifest.files:
-            found = sha256_of(self.path / entry.name)
-            if found != entry.sha256:
-                raise damaged(self.path / entry.name, f"its sha256 is {found}, but the manifest says {entry.sha256}")
+        verify_files(self.path, self.manifest)
 
     def check_compatible(
         self,

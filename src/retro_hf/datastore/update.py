@@ -225,6 +225,11 @@ def _grouped(
 @contextmanager
 def _changing(datastore: RetroDatastore) -> Iterator[Path]:
     """Hold the store for one writer, and see it as it is now."""
+    if (datastore.path / MANIFEST_NAME).is_symlink():
+        raise DatastoreInputError(
+            f"{str(datastore.path)!r} is a download in the cache of the Hub's client, which must stay what its revision "
+            "says. Make a copy with `datastore.save(path)`, and change and push `RetroDatastore.load(path)`."
+        )
     with work_folder(datastore.path.absolute()) as work:
         datastore.refresh()
         _remove_unnamed(datastore.path, datastore.manifest)

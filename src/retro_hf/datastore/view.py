@@ -13,10 +13,10 @@ from ..errors import DatastoreInputError
 from .exclusion import Deleted
 from .manifest import DatastoreManifest
 from .shard import Shard, hash_of_id
-from .storage import damaged, map_npy
+from .storage import RESTORE, damaged, map_npy, sha256_of
 
 
-__all__ = ["View", "check_sizes", "merge_results"]
+__all__ = ["View", "check_sizes", "merge_results", "verify_files"]
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ class View:
                 yield number, here
 
 
-def check_sizes(folder: Path, manifest: DatastoreManifest) -> None:
+def check_sizes(folder: Path, manifest: DatastoreManifest, remedy: str = RESTORE) -> None:
     """Check that every file is there and as long as the manifest says.
 
     Sizes come first: reading past the end of a mapped file that was cut short kills the process.
@@ -183,9 +183,24 @@ def check_sizes(folder: Path, manifest: DatastoreManifest) -> None:
         try:
             size = (folder / entry.name).stat().st_size
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise damaged(folder / entry.name, "it is missing") from error
+            raise damaged(folder / entry.name, "it is missing", remedy) from error
         if size != entry.size:
-            raise damaged(folder / entry.name, f"it has {size:,} bytes, but the manifest says {entry.size:,}")
+            reason = f"it has {size:,} bytes, but the manifest says {entry.size:,}"
+            raise damaged(folder / entry.name, reason, remedy)
+
+
+def verify_files(folder: Path, manifest: DatastoreManifest, remedy: str = RESTORE) -> None:
+    """Compare size and sha256 of every file with the manifest.
+
+    Raises:
+        DatastoreCorruptError: at the first that differs.
+    """
+    check_sizes(folder, manifest, remedy)
+    for entry in manifest.files:
+        found = sha256_of(folder / entry.name)
+        if found != entry.sha256:
+            reason = f"its sha256 is {found}, but the manifest says {entry.sha256}"
+            raise damaged(folder / entry.name, reason, remedy)
 
 
 def _deleted_in(shard: Shard, deleted: np.ndarray, first_document: int) -> Deleted | None:
