@@ -5,6 +5,7 @@ a namespace and an empty working directory in which the repository's own folders
 here has `<!-- not run: the reason -->` on the line before it; README.md has none.
 """
 
+import ast
 import contextlib
 import doctest
 import io
@@ -144,3 +145,27 @@ def test_wrong_page_is_noticed(text, message, tmp_path):
     folder.mkdir()
     with pytest.raises((AssertionError, ZeroDivisionError), match=message):
         run_page(page, folder)
+
+
+def messages_in_source() -> str:
+    """Every string of the package, one a line, with … for its values; a message over several lines is one string."""
+    found = []
+    for file in (ROOT / "src/retro_hf").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                found.append("".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return "\n".join(text.replace("\n", " ") for text in found)
+
+
+def test_messages_of_the_troubleshooting_page_exist():
+    """What a person searches for: each heading, and each reason in a table, is what the package says."""
+    page = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
+    rows = "\n".join(re.findall(r"^\| (`.+?) \|", page, re.MULTILINE))
+    quoted = re.findall(r"^### `(.+)`$", page, re.MULTILINE) + re.findall(r"`([^`]+)`", rows)
+    assert len(quoted) > 40 and page.count("\n### ") == len(re.findall(r"^### `.+`$", page, re.MULTILINE))
+    source = messages_in_source()
+    for message in quoted:
+        pattern = "[^\n]*".join(re.escape(part) for part in message.split("…"))
+        assert re.search(pattern, source), f"no message reads: {message}"

@@ -296,7 +296,7 @@ def test_the_card_has_the_license_that_all_sources_agree_on(datastore, licenses,
 def test_a_card_that_fails_costs_a_warning_and_not_the_upload(hub, datastore, caplog):
     hub.invalid_cards = True
     datastore.push_to_hub(REPO)
-    assert "without a new README.md" in caplog.text and "no cards today" in caplog.text
+    assert "without a new card" in caplog.text and "no cards today" in caplog.text
     assert RetroDatastore.from_pretrained(REPO).num_documents == 40
     assert "README.md" not in hub.files(f"datasets/{REPO}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -43,15 +44,15 @@ def make_card(api: HfApi, repo_id: str, commit: str | None, manifest: DatastoreM
             _, line, own = Path(path).read_text(encoding="utf-8").partition(_OWN_TEXT)
             if not line:
                 logger.warning(
-                    f"{CARD_NAME} of {repo_id!r} was written by hand and stays as it is. Remove it from the repository "
-                    "to have one made."
+                    f"The card of {repo_id!r} was written by hand and stays as it is. Remove {CARD_NAME} from the "
+                    "repository to have one made."
                 )
                 return None
         card = render_card(manifest, repo_id)
         card.validate(repo_type="dataset")
         return f"{str(card).rstrip()}\n\n{_OWN_TEXT}{own}".encode()
     except Exception as error:  # whatever it is, it must not keep the datastore from its readers
-        logger.warning(f"The datastore is pushed to {repo_id!r} without a new {CARD_NAME}: {error}")
+        logger.warning(f"The datastore is pushed to {repo_id!r} without a new card: {error}")
         return None
 
 
@@ -65,9 +66,9 @@ def render_card(manifest: DatastoreManifest, repo_id: str) -> DatasetCard:
         tags=["retro", "retrieval", "retro-hf"],
         configs=[{"config_name": "default", "data_files": "documents-*.parquet"}],
     )
-    embedder = manifest.embedder
     # A name on the Hub has an owner; of a local folder the manifest keeps the last part.
-    on_hub = "/" in embedder["name"]
+    embedder = manifest.embedder
+    on_hub = "/" in embedder["name"] or embedder["revision"] is not None
     return DatasetCard.from_template(
         data,
         template_path=str(_TEMPLATE),
@@ -78,8 +79,7 @@ def render_card(manifest: DatastoreManifest, repo_id: str) -> DatasetCard:
         num_more_sources=max(0, len(manifest.sources) - _MAX_SOURCES),
         indexes=[_index(shard.index) for shard in manifest.shards[:_MAX_SOURCES]],
         num_more_shards=max(0, len(manifest.shards) - _MAX_SOURCES),
-        embedder_argument="" if on_hub else f', embedder="{embedder["name"]}"',
-        embedder_is_local=not on_hub,
+        embedder_argument="" if on_hub else f", embedder={json.dumps(embedder['name'])}",
     )
 
 
