@@ -121,12 +121,21 @@ def search(
     query: Annotated[str, typer.Argument(help="Text to look up.")],
     num_neighbors: Annotated[int, typer.Option("-k", help="How many neighbors.")] = 2,
     embedder: Embedder = None,
+    bm25: Annotated[bool, typer.Option("--bm25", help="Search by words instead of vectors.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Look a text up: retro search store "frogs came up" -k 3"""
     import dataclasses
 
-    found = _open_retriever(store, embedder).find(query, num_neighbors=num_neighbors)[0]
+    if bm25:
+        from retro_hf import RetroDatastore, RetroRetriever
+        from retro_hf.datastore import LexicalSearcher
+
+        datastore = RetroDatastore.load(store)
+        retriever = RetroRetriever(datastore, searcher=LexicalSearcher.build(datastore))
+    else:
+        retriever = _open_retriever(store, embedder)
+    found = retriever.find(query, num_neighbors=num_neighbors)[0]
     if as_json:
         typer.echo(json.dumps([dataclasses.asdict(neighbor) for neighbor in found], ensure_ascii=False))
         return

@@ -68,6 +68,8 @@ def test_search_prints_text_and_continuation(world):
     """What is found is shown in words."""
     printed = retro("search", world / "store", "the lighthouse", "--embedder", world / "encoder")
     assert printed.count("→") == 2
+    found = json.loads(retro("search", world / "store", "the lighthouse", "--bm25", "--json"))
+    assert "lighthouse" in found[0]["text"] and found[0]["metric"] == "bm25"
 
 
 def test_generate_with_and_without_a_datastore(world):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from retro_hf.datastore import ChunkEmbedder, RetroDatastore
+from retro_hf.datastore import ChunkEmbedder, EmbeddingSearcher, HybridSearcher, LexicalSearcher, RetroDatastore
 from retro_hf.errors import DatastoreMismatchError, RetrieverError
 from retro_hf.retrieval_retro import RetroRetriever
 
@@ -247,3 +247,47 @@ def test_texts_of_any_length_are_looked_up(retriever):
     again = retriever.find(stored.text)[0][0]
     assert (again.chunk_id, again.text) == (stored.chunk_id, stored.text)
     assert again.score == pytest.approx(1.0, abs=1e-2)
+
+
+@pytest.fixture(params=["bm25", "reciprocal_rank_fusion"])
+def searching(parts, request) -> RetroRetriever:
+    """A retriever with a searcher instead of an embedder."""
+    store, embedder, tokenizer = parts
+    searcher = LexicalSearcher.build(store)
+    if request.param == "reciprocal_rank_fusion":
+        searcher = HybridSearcher(EmbeddingSearcher(store, embedder), searcher)
+    return RetroRetriever(store, searcher=searcher, tokenizer=tokenizer)
+
+
+def test_any_searcher_serves_the_retriever(searching, chunks):
+    """Tokens from the store, a trace that names its metric, exclusion, and `find` in agreement."""
+    ids, mask = searching(chunks[:6])
+    assert ids.shape == mask.shape == (6, 2, 20)
+    found = searching.search(chunks[:6])
+    assert torch.equal(ids, torch.from_numpy(searching.datastore.gather(found.chunk_ids)[0]))
+    own = searching.datastore.document_of(found.chunk_ids[:, 0])
+    other = searching.search(chunks[:6], exclude_documents=own)
+    assert (searching.datastore.document_of(other.chunk_ids) != own[:, None]).all()
+    trace = searching.trace(chunks[:1])[0]
+    assert {neighbor.metric for neighbor in trace} == {searching.searcher.metric}
+    again = searching.find(searching.tokenizer.decode(chunks[0]))[0]
+    assert [neighbor.chunk_id for neighbor in again] == [neighbor.chunk_id for neighbor in trace]
+
+
+def test_any_searcher_is_cached_and_pickled(searching, chunks, monkeypatch):
+    expected = searching(chunks[:4])[0]
+    assert torch.equal(pickle.loads(pickle.dumps(searching))(chunks[:4])[0], expected)
+    searching.num_neighbors = 1
+    monkeypatch.setattr(searching, "searcher", None)
+    assert torch.equal(searching(chunks[:4])[0], expected[:, :1])
+
+
+def test_a_retriever_takes_either_an_embedder_or_a_searcher_of_its_own_store(parts, tmp_path):
+    store, embedder, tokenizer = parts
+    lexical = LexicalSearcher.build(store)
+    for options in ({}, {"embedder": embedder, "searcher": lexical}):
+        with pytest.raises(RetrieverError, match="either the embedder.*or a searcher"):
+            RetroRetriever(store, **options)
+    store.save(tmp_path / "copy")
+    with pytest.raises(RetrieverError, match="The searcher finds chunks of"):
+        RetroRetriever(RetroDatastore.load(tmp_path / "copy"), searcher=lexical)

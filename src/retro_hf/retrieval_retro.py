@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from .datastore import ChunkEmbedder, RetroDatastore, chunk_texts
+from .datastore import ChunkEmbedder, EmbeddingSearcher, RetroDatastore, Searcher, chunk_texts
 from .datastore.hub import local_folder, push
 from .datastore.storage import write_file
 from .errors import RetrieverError
@@ -34,8 +34,8 @@ class RetrievalResult:
     """What a search found.
 
     Attributes:
-        scores (`np.ndarray` of float32 and shape `(num_queries, num_neighbors)`): inner products of unit vectors, best
-            first; the paper's squared distance is `2 - 2 * score`. -inf where there is no neighbor.
+        scores (`np.ndarray` of float32 and shape `(num_queries, num_neighbors)`): best first; -inf where there is no
+            neighbor. By default inner products of unit vectors; the paper's squared distance is `2 - 2 * score`.
         chunk_ids (`np.ndarray` of int64 and shape `(num_queries, num_neighbors)`): -1 where there is no neighbor.
     """
 
@@ -45,7 +45,10 @@ class RetrievalResult:
 
 @dataclass(frozen=True)
 class RetrievedNeighbor:
-    """One neighbor in words: which chunk of which document, how near (bigger is nearer), its text, what follows."""
+    """One neighbor in words: which chunk of which document, how near (bigger is nearer), its text, what follows.
+
+    `metric` says what the score is: `"inner_product"` of unit vectors, `"bm25"`, or `"reciprocal_rank_fusion"`.
+    """
 
     chunk_id: int
     score: float
@@ -53,17 +56,20 @@ class RetrievedNeighbor:
     title: str
     text: str
     continuation: str
+    metric: str
 
 
 class RetroRetriever:
-    """Finds the neighbors of completed chunks: decodes them, embeds the text, searches, gathers tokens.
+    """Finds the neighbors of completed chunks: decodes them, looks the text up, gathers tokens.
 
     `retriever(chunk_input_ids, chunk_attention_mask)` is all a RETRO model needs to know. Results are remembered by
     the chunk's tokens, so beams and repeated prefixes cost one search.
 
     Args:
         datastore ([`RetroDatastore`]): where to look.
-        embedder ([`ChunkEmbedder`] or `str`): the encoder that made the datastore's keys.
+        embedder ([`ChunkEmbedder`] or `str`, *optional*): the encoder that made the datastore's keys. Give either this
+            or a searcher.
+        searcher ([`Searcher`], *optional*): who finds the chunks for a text instead, such as a [`LexicalSearcher`].
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): of the language model; defaults to the copy
             in the datastore.
         num_neighbors (`int`, defaults to 2): neighbors per chunk. It may be set at any time, also beyond the number a
@@ -72,6 +78,8 @@ class RetroRetriever:
 
     Raises:
         DatastoreMismatchError: if tokenizer or embedder are not those of the datastore.
+        RetrieverError: if both an embedder and a searcher are given, or neither, or the searcher finds the chunks of
+            another datastore.
     *Cost*: one embedding and one search per chunk not seen before, that is one per `chunk_size` generated tokens.
     *Processes*: pickling keeps paths and settings; each process loads the encoder and opens the index on first use.
     """
@@ -80,16 +88,30 @@ class RetroRetriever:
         self,
         datastore: RetroDatastore,
         *,
-        embedder: ChunkEmbedder | str,
+        embedder: ChunkEmbedder | str | None = None,
+        searcher: Searcher | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         num_neighbors: int = 2,
         cache_size: int = 4096,
     ) -> None:
-        if isinstance(embedder, (str, os.PathLike)):
-            embedder = ChunkEmbedder.from_pretrained(embedder)
-        datastore.check_compatible(tokenizer=tokenizer, embedder=embedder)
+        if (embedder is None) == (searcher is None):
+            raise RetrieverError(
+                "A retriever needs either the embedder that made the keys of its datastore, or a searcher: "
+                "RetroRetriever(datastore, embedder=...) or RetroRetriever(datastore, searcher=...)."
+            )
+        datastore.check_compatible(tokenizer=tokenizer)
+        if embedder is not None:
+            if isinstance(embedder, (str, os.PathLike)):
+                embedder = ChunkEmbedder.from_pretrained(embedder)
+            searcher = EmbeddingSearcher(datastore, embedder)
+        other = getattr(searcher, "datastore", datastore)
+        if other.path != datastore.path:
+            raise RetrieverError(
+                f"The searcher finds chunks of {str(other.path)!r}, but the retriever reads their tokens from "
+                f"{str(datastore.path)!r}, where the same ids are other chunks. Give both the same datastore."
+            )
         self.datastore = datastore
-        self.embedder = embedder
+        self.searcher: Searcher = searcher  # type: ignore[assignment]
         self.cache_size = cache_size
         self.num_neighbors = num_neighbors
         self._tokenizer = tokenizer
@@ -110,6 +132,11 @@ class RetroRetriever:
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise RetrieverError(f"num_neighbors is {value!r}, but it must be an integer of at least 1.")
         self._num_neighbors = value
+
+    @property
+    def embedder(self) -> ChunkEmbedder | None:
+        """The encoder of the queries; None where the searcher has none."""
+        return getattr(self.searcher, "embedder", None)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -174,9 +201,8 @@ class RetroRetriever:
                     f"exclude_documents has shape {excluded.shape}, but there are {len(rows)} chunks."
                 )
             if len(filled):
-                queries = self._embed(rows[filled], mask[filled])
-                scores[filled], chunk_ids[filled] = self.datastore.search(
-                    queries, wanted, exclude_documents=excluded[filled]
+                scores[filled], chunk_ids[filled] = self.searcher.search(
+                    self._texts(rows[filled], mask[filled]), wanted, exclude_documents=excluded[filled]
                 )
             return RetrievalResult(scores, chunk_ids)
 
@@ -185,7 +211,7 @@ class RetroRetriever:
         missing = {name: row for name, row in zip(names, filled, strict=True) if name not in results}
         if missing:
             places = np.fromiter(missing.values(), dtype=np.int64)
-            found = self.datastore.search(self._embed(rows[places], mask[places]), wanted)
+            found = self.searcher.search(self._texts(rows[places], mask[places]), wanted)
             fresh = {name: (found[0][place], found[1][place]) for place, name in enumerate(missing)}
             self._remember(fresh)
             results |= fresh
@@ -207,14 +233,14 @@ class RetroRetriever:
         """Look texts of any length up, instead of chunks of tokens; what a person asks of a datastore.
 
         Args:
-            texts (`str` or `list[str]`): queries; the encoder reads as much of each as it can.
+            texts (`str` or `list[str]`): queries; an encoder reads as much of each as it can.
             num_neighbors (`int`, *optional*): defaults to the retriever's.
         Returns:
             `list[list[RetrievedNeighbor]]`: for each text its neighbors, nearest first.
         """
-        keys = self.embedder.embed([texts] if isinstance(texts, str) else list(texts))
         wanted = self.num_neighbors if num_neighbors is None else num_neighbors
-        return self._describe(RetrievalResult(*self.datastore.search(keys, wanted)))
+        queries = [texts] if isinstance(texts, str) else list(texts)
+        return self._describe(RetrievalResult(*self.searcher.search(queries, wanted)))
 
     def _describe(self, found: RetrievalResult) -> list[list[RetrievedNeighbor]]:
         tokens, mask = self.datastore.gather(found.chunk_ids)
@@ -237,10 +263,11 @@ class RetroRetriever:
 
     def _neighbor(self, chunk_id: int, score: float, number: int, text: str, continuation: str) -> RetrievedNeighbor:
         document = self.datastore.document(number)
-        return RetrievedNeighbor(chunk_id, score, document["id"], document["title"], text, continuation)
+        names = document["id"], document["title"]
+        return RetrievedNeighbor(chunk_id, score, *names, text, continuation, self.searcher.metric)
 
-    def _embed(self, rows: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        return self.embedder.embed(chunk_texts(self.tokenizer, rows, mask))
+    def _texts(self, rows: np.ndarray, mask: np.ndarray) -> list[str]:
+        return chunk_texts(self.tokenizer, rows, mask)
 
     def _recall(self, names: list[bytes], wanted: int) -> dict[bytes, tuple[np.ndarray, np.ndarray]]:
         """Remembered results with at least the wanted number of neighbors; none from before the datastore changed."""
@@ -361,7 +388,9 @@ class RetroRetriever:
         self._forget()
 
     def __repr__(self) -> str:
-        return f"RetroRetriever({self.datastore!r}, num_neighbors={self.num_neighbors})"
+        return (
+            f"RetroRetriever({self.datastore!r}, metric={self.searcher.metric!r}, num_neighbors={self.num_neighbors})"
+        )
 
 
 def _saved_num_neighbors(path: Path) -> int:

@@ -4,11 +4,13 @@ import logging
 
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset
 from datastore.fixtures import corpus
 
-from retro_hf.datastore import RetroDatastore
+from retro_hf.datastore import EmbeddingSearcher, HybridSearcher, LexicalSearcher, RetroDatastore
 from retro_hf.errors import DatasetError, DatastoreMismatchError
+from retro_hf.retrieval_retro import RetroRetriever
 from retro_hf.training import precompute_neighbors, tokenize_documents
 
 
@@ -207,3 +209,20 @@ def test_wrong_input_is_refused(world):
         precompute_neighbors(world.windows, world.retriever, document_id_column="article")
     with pytest.raises(ValueError, match="num_neighbors is 0"):
         precompute_neighbors(world.windows, world.retriever, num_neighbors=0)
+
+
+@pytest.mark.parametrize("hybrid", [False, True])
+def test_neighbors_by_words_are_precomputed_too(world, hybrid):
+    """Another searcher than the store's own index has the text, not the stored key, as its query."""
+    searcher = LexicalSearcher.build(world.datastore)
+    if hybrid:
+        searcher = HybridSearcher(EmbeddingSearcher(world.datastore, world.embedder), searcher)
+    retriever = RetroRetriever(world.datastore, searcher=searcher)
+    windows = world.windows.select(range(12))
+    found = precompute_neighbors(windows, retriever)
+    for row in found:
+        chunks = np.array(row["input_ids"][: len(row["input_ids"]) // SIZE * SIZE], dtype=np.int64).reshape(-1, SIZE)
+        own = [world.datastore.document_number(row["document_id"])] * len(chunks)
+        expected = retriever.search(torch.from_numpy(chunks), exclude_documents=np.array(own, dtype=np.int64))
+        assert row["neighbor_chunk_ids"] == expected.chunk_ids.tolist()
+    assert found._fingerprint != precompute_neighbors(windows, world.retriever)._fingerprint

@@ -2,8 +2,21 @@
 
 from .chunks import chunk_texts, tokenizer_fingerprint
 from .embedder import ChunkEmbedder
+from .lexical import LexicalSearcher
 from .manifest import DatastoreManifest
+from .searchers import EmbeddingSearcher, HybridSearcher, Searcher, VectorIndex
 from .store import RetroDatastore
 
 
-__all__ = ["ChunkEmbedder", "DatastoreManifest", "RetroDatastore", "chunk_texts", "tokenizer_fingerprint"]
+__all__ = [
+    "ChunkEmbedder",
+    "DatastoreManifest",
+    "EmbeddingSearcher",
+    "HybridSearcher",
+    "LexicalSearcher",
+    "RetroDatastore",
+    "Searcher",
+    "VectorIndex",
+    "chunk_texts",
+    "tokenizer_fingerprint",
+]

@@ -24,6 +24,7 @@ __all__ = [
     "document_of",
     "gather_tokens",
     "num_chunks_of",
+    "ranges",
     "token_dtype",
     "tokenizer_fingerprint",
     "vocabulary_size",
@@ -33,6 +34,11 @@ __all__ = [
 def num_chunks_of(num_tokens: int | np.ndarray, chunk_size: int) -> Any:
     """Chunks that `num_tokens` tokens of one document fill; the last one may be short."""
     return -(-num_tokens // chunk_size)
+
+
+def ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """The integers of several ranges in a row: `starts[i]` to `starts[i] + counts[i] - 1` for each `i`."""
+    return np.repeat(starts - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
 
 
 def token_dtype(vocab_size: int) -> np.dtype:

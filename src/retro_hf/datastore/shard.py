@@ -12,7 +12,7 @@ import pyarrow as pa
 import xxhash
 
 from ..errors import DatastoreNotFoundError
-from .chunks import document_of, gather_tokens
+from .chunks import document_of, gather_tokens, ranges
 from .exclusion import Deleted, search_excluding
 from .index import max_effort, open_index, search_index, search_parameters
 from .manifest import DatastoreManifest, ShardEntry
@@ -132,7 +132,7 @@ class Shard:
     def _piece(self, documents: np.ndarray, table: pa.Table) -> Piece:
         starts, ends = self.doc_offsets[documents], self.doc_offsets[documents + 1]
         counts, lengths = ends - starts, self.doc_lengths[documents]
-        chunks = _ranges(starts, counts)
+        chunks = ranges(starts, counts)
         if self.chunk_starts is None:
             begins, sizes, chunk_starts = starts * self.chunk_size, counts * self.chunk_size, None
         else:
@@ -141,7 +141,7 @@ class Shard:
             chunk_starts = self.chunk_starts[chunks] + np.repeat(new_begins - begins, counts)
         ids = table.column("id").to_pylist()
         return Piece(
-            tokens=self.tokens[_ranges(begins, sizes)],
+            tokens=self.tokens[ranges(begins, sizes)],
             lengths=lengths,
             counts=counts,
             hashes=np.array([hash_of_id(id) for id in ids], dtype=np.uint64),
@@ -232,8 +232,3 @@ class Shard:
             raise damaged(self._files["doc_offsets"], "its document borders contradict each other")
         if starts is not None and (starts[0] != 0 or (np.diff(starts) < 0).any() or starts[-1] >= len(self.tokens)):
             raise damaged(self._files["chunk_starts"], "its chunks do not follow each other in the token stream")
-
-
-def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """The integers of several ranges in a row: `starts[i]` to `starts[i] + counts[i] - 1` for each `i`."""
-    return np.repeat(starts - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import uuid
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,14 @@ import numpy as np
 from datasets import Dataset, Features, List, Value
 from transformers.utils import logging
 
-from ..datastore import RetroDatastore, chunk_texts
+from ..datastore import (
+    EmbeddingSearcher,
+    HybridSearcher,
+    LexicalSearcher,
+    RetroDatastore,
+    Searcher,
+    chunk_texts,
+)
 from ..errors import DatasetError
 from ..retrieval_retro import RetroRetriever
 
@@ -183,7 +191,8 @@ def precompute_neighbors(
     features.update({NEIGHBORS_COLUMN: List(List(Value("int64"))), SOURCE_COLUMN: Value("string")})
     # The fingerprint `datasets` would make hashes the pickled retriever, which only knows paths.
     files = [entry.sha256 for entry in datastore.manifest.files]
-    identity = f"{dataset._fingerprint} {source} {files} {id_column} {batch_size}"
+    way = _way_of(datastore if isinstance(retriever, RetroDatastore) else retriever.searcher)
+    identity = f"{dataset._fingerprint} {source} {files} {id_column} {batch_size} {way}"
     return dataset.map(
         find,
         batched=True,
@@ -263,6 +272,10 @@ def nearest_chunks(
     datastore = retriever if isinstance(retriever, RetroDatastore) else retriever.datastore
     if not len(chunks):
         return np.empty((0, num_neighbors), dtype=np.int64)
+    searcher = retriever if isinstance(retriever, RetroDatastore) else retriever.searcher
+    if not isinstance(searcher, (RetroDatastore, EmbeddingSearcher)):
+        texts = chunk_texts(retriever.tokenizer, chunks)
+        return searcher.search(texts, num_neighbors, exclude_documents=exclude_documents)[1]
     queries = np.empty((len(chunks), datastore.manifest.dim), dtype=np.float32)
     known = np.zeros(len(chunks), dtype=bool)
     if candidates is not None:
@@ -271,14 +284,27 @@ def nearest_chunks(
         known = ((tokens[:, :size] == chunks) & (mask[:, :size] == 1)).all(axis=1)
         queries[known] = datastore.keys_of(candidates[known])
     if not known.all():
-        if isinstance(retriever, RetroDatastore):
+        if isinstance(searcher, RetroDatastore):
             raise DatasetError(
                 f"{np.count_nonzero(~known)} of {len(chunks)} chunks are not in the datastore under their document's id, so "
                 "they have no stored key and must be embedded. Pass a RetroRetriever, which has the embedder, instead of "
                 "the datastore alone."
             )
-        queries[~known] = retriever.embedder.embed(chunk_texts(retriever.tokenizer, chunks[~known]))
-    return datastore.search(queries, num_neighbors, exclude_documents=exclude_documents)[1]
+        queries[~known] = searcher.embedder.embed(chunk_texts(retriever.tokenizer, chunks[~known]))
+    search = searcher.search if isinstance(searcher, RetroDatastore) else searcher.search_vectors
+    return search(queries, num_neighbors, exclude_documents=exclude_documents)[1]
+
+
+def _way_of(searcher: Searcher | RetroDatastore) -> str:
+    """How neighbors are found, for the fingerprint of a kept result."""
+    if isinstance(searcher, HybridSearcher):
+        return f"{searcher.metric} ({_way_of(searcher.dense)}, {_way_of(searcher.lexical)})"
+    if isinstance(searcher, (RetroDatastore, LexicalSearcher)):
+        return type(searcher).__name__
+    if isinstance(searcher, EmbeddingSearcher) and searcher.index is searcher.datastore:
+        return RetroDatastore.__name__
+    # Nobody knows whether another index still holds what it held: its results are never found again.
+    return uuid.uuid4().hex
 
 
 def _stored_places(

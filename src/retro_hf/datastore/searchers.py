@@ -1,0 +1,147 @@
+"""Who finds the chunks for a text: by its vector, by its words ([`LexicalSearcher`]), or by both."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from ..errors import RetrieverError
+
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from .embedder import ChunkEmbedder
+    from .store import RetroDatastore
+
+__all__ = ["EmbeddingSearcher", "HybridSearcher", "Searcher", "VectorIndex"]
+
+# Cormack et al. (2009) found 60 by experiment and call the choice not critical.
+_RANK_OFFSET = 60
+_FUSED_RESULTS = 100
+
+
+class Searcher(Protocol):
+    """Texts in, chunk ids out: what a [`RetroRetriever`] asks for the neighbors of a chunk's text."""
+
+    metric: str
+    """What a score is, for the trace; a bigger one is always nearer."""
+
+    def search(
+        self, texts: Sequence[str], num_neighbors: int, *, exclude_documents: Any = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The nearest chunks of each text, best first.
+
+        Args:
+            texts (`Sequence[str]`): queries.
+            num_neighbors (`int`): chunks per query.
+            exclude_documents (`np.ndarray` of integers and shape `(num_queries,)` or `(num_queries, any)`,
+                *optional*): document numbers whose chunks a query must not get, -1 for none.
+        Returns:
+            `(scores, chunk_ids)` of shape `(num_queries, num_neighbors)`, float32 and int64; -inf and -1 for none.
+            Chunks of deleted documents are never among them.
+        """
+
+
+class VectorIndex(Protocol):
+    """Unit vectors in, chunk ids out: [`RetroDatastore`] itself, or a vector database that holds the store's keys."""
+
+    def search(
+        self, queries: np.ndarray, num_neighbors: int, *, exclude_documents: Any = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The nearest chunks of each query (float32, `(num_queries, dim)`); see [`RetroDatastore.search`]."""
+
+
+class EmbeddingSearcher:
+    """Finds chunks by the vector of a text, as the paper does.
+
+    Args:
+        datastore ([`RetroDatastore`]): whose chunks are found.
+        embedder ([`ChunkEmbedder`]): the encoder that made the datastore's keys.
+        index ([`VectorIndex`], *optional*): where to search instead of in the datastore's own index; it holds the keys
+            of the same chunks (`datastore.keys_of`) under the same ids.
+
+    Raises:
+        DatastoreMismatchError: if the embedder is not the datastore's.
+    """
+
+    metric = "inner_product"
+
+    def __init__(self, datastore: RetroDatastore, embedder: ChunkEmbedder, index: VectorIndex | None = None) -> None:
+        datastore.check_compatible(embedder=embedder)
+        self.datastore = datastore
+        self.embedder = embedder
+        self.index: VectorIndex = datastore if index is None else index
+
+    def search(
+        self, texts: Sequence[str], num_neighbors: int, *, exclude_documents: Any = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """See [`Searcher.search`]; a score is the inner product of two unit vectors."""
+        return self.search_vectors(self.embedder.embed(texts), num_neighbors, exclude_documents=exclude_documents)
+
+    def search_vectors(
+        self, queries: np.ndarray, num_neighbors: int, *, exclude_documents: Any = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The nearest chunks of vectors (float32, `(num_queries, dim)`) that the embedder has made.
+
+        Raises:
+            RetrieverError: if an index that is not the datastore's own returns arrays of another shape.
+        """
+        scores, ids = self.index.search(queries, num_neighbors, exclude_documents=exclude_documents)
+        if self.index is self.datastore:
+            return scores, ids
+        expected = (len(queries), num_neighbors)
+        if np.shape(scores) != expected or np.shape(ids) != expected:
+            raise RetrieverError(
+                f"{type(self.index).__name__}.search returned scores of shape {np.shape(scores)} and chunk ids of shape "
+                f"{np.shape(ids)}, but both must have the shape {expected}. Fill up with -inf and -1 where there are fewer."
+            )
+        # Another index does not know what has been deleted since it was filled.
+        hidden = np.isin(self.datastore.document_of(ids), np.append(self.datastore.deleted_documents, -1))
+        return np.where(hidden, -np.inf, scores).astype(np.float32), np.where(hidden, -1, ids).astype(np.int64)
+
+    def __repr__(self) -> str:
+        return f"EmbeddingSearcher({self.embedder!r}, index={type(self.index).__name__})"
+
+
+class HybridSearcher:
+    """Finds chunks by two searchers and fuses their ranks (reciprocal rank fusion, Cormack et al., 2009).
+
+    A chunk's score is the sum of `1 / (60 + rank)` over the searchers that have it among their best 100, with ranks
+    from 1. On equal scores the first searcher decides.
+
+    Args:
+        dense ([`Searcher`]): such as [`EmbeddingSearcher`].
+        lexical ([`Searcher`]): such as [`LexicalSearcher`].
+    """
+
+    metric = "reciprocal_rank_fusion"
+
+    def __init__(self, dense: Searcher, lexical: Searcher) -> None:
+        self.dense = dense
+        self.lexical = lexical
+
+    def search(
+        self, texts: Sequence[str], num_neighbors: int, *, exclude_documents: Any = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """See [`Searcher.search`]."""
+        fetched = max(num_neighbors, _FUSED_RESULTS)
+        both = [
+            searcher.search(texts, fetched, exclude_documents=exclude_documents)[1]
+            for searcher in (self.dense, self.lexical)
+        ]
+        ids = np.concatenate(both, axis=1)
+        shares = np.tile(1 / (_RANK_OFFSET + 1 + np.arange(fetched)), 2) * (ids >= 0)
+        # A chunk that both have found gets the sum in its first place, and nothing in its second.
+        places = (np.arange(len(ids))[:, None] * (ids.max(initial=0) + 2) + ids).reshape(-1)
+        _, first, inverse = np.unique(places, return_index=True, return_inverse=True)
+        scores = np.zeros(ids.shape)
+        scores.flat[first] = np.bincount(inverse, weights=shares.reshape(-1), minlength=len(first))
+        order = np.argsort(-scores, axis=1, kind="stable")[:, :num_neighbors]
+        scores = np.take_along_axis(scores, order, axis=1)
+        ids = np.where(scores > 0, np.take_along_axis(ids, order, axis=1), -1)
+        return np.where(ids < 0, -np.inf, scores).astype(np.float32), ids
+
+    def __repr__(self) -> str:
+        return f"HybridSearcher({self.dense!r}, {self.lexical!r})"
