@@ -349,13 +349,12 @@ class RetroRetriever:
         if embedder is None or isinstance(embedder, (str, os.PathLike)):
             known = datastore.manifest.embedder
             try:
-                embedder = ChunkEmbedder.from_pretrained(
-                    embedder or known["name"], revision=None if embedder else known["revision"]
-                )
+                embedder = ChunkEmbedder.of_datastore(known, embedder)
             except OSError as error:
                 raise RetrieverError(
                     f"The embedder {embedder or known['name']!r} could not be loaded: {error} Pass the embedder that "
-                    "made the keys: from_pretrained(path, embedder='<folder or Hub name>'), or `--embedder` on the command line."
+                    "made the keys: from_pretrained(path, embedder='<folder or Hub name>'), or `--embedder` on the command line; "
+                    "if queries have an encoder of their own, embedder=ChunkEmbedder.from_pretrained(..., query_encoder=...)."
                 ) from error
         if num_neighbors is None:
             num_neighbors = _saved_num_neighbors(path)

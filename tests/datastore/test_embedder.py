@@ -6,12 +6,16 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModel, AutoTokenizer
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Pooling, Router, Transformer
+from transformers import AutoModel, AutoTokenizer, DPRConfig, DPRContextEncoder, DPRQuestionEncoder
 
-from retro_hf.datastore import ChunkEmbedder
+from retro_hf.datastore import ChunkEmbedder, RetroDatastore
 from retro_hf.datastore.embedder import _default_dtype
+from retro_hf.errors import DatastoreMismatchError
+from retro_hf.retrieval_retro import RetroRetriever
 
-from .fixtures import make_encoder, sentence
+from .fixtures import corpus, make_encoder, sentence
 
 
 @pytest.fixture(scope="module")
@@ -101,3 +105,120 @@ def test_pickling_keeps_the_name_and_not_the_weights(embedder, texts):
     data = pickle.dumps(embedder)
     assert len(data) < 2000
     np.testing.assert_array_equal(pickle.loads(data).embed(texts), embedder.embed(texts))
+
+
+def plain(folder, seed: int = 0, **options) -> ChunkEmbedder:
+    return ChunkEmbedder.from_pretrained(make_encoder(folder, seed=seed), dtype=torch.float32, **options)
+
+
+def test_without_prompts_queries_are_embedded_as_chunks_are(embedder, texts):
+    assert embedder.symmetric and embedder.query_fingerprint == embedder.fingerprint
+    np.testing.assert_array_equal(embedder.embed_queries(texts), embedder.embed(texts))
+
+
+def test_prompts_are_put_before_chunks_and_queries(embedder, tmp_path, texts):
+    prompted = plain(tmp_path, prompt="the river: ", query_prompt="the king: ")
+    assert not prompted.symmetric
+    assert len({embedder.fingerprint, prompted.fingerprint, prompted.query_fingerprint}) == 3
+    np.testing.assert_array_equal(prompted.embed(texts), embedder.embed([f"the river: {text}" for text in texts]))
+    np.testing.assert_array_equal(
+        prompted.embed_queries(texts), embedder.embed([f"the king: {text}" for text in texts])
+    )
+    again = pickle.loads(pickle.dumps(prompted))
+    np.testing.assert_array_equal(again.embed_queries(texts), prompted.embed_queries(texts))
+    # The same prompt on both sides makes another embedder, but a symmetric one.
+    same = plain(tmp_path, prompt="the king: ", query_prompt="the king: ")
+    assert same.symmetric and same.fingerprint == prompted.query_fingerprint
+
+
+def dpr(folder, kind, seed: int = 0, **config):
+    """A folder with a random DPR encoder."""
+    make_encoder(folder)
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    vocab = len(AutoTokenizer.from_pretrained(folder))
+    kind(DPRConfig(vocab_size=vocab, max_position_embeddings=128, **sizes, **config)).save_pretrained(folder)
+    return folder
+
+
+def test_two_encoders_of_dpr_are_read_at_their_poolers(tmp_path, texts):
+    passages, questions = (
+        dpr(tmp_path / "passages", DPRContextEncoder),
+        dpr(tmp_path / "questions", DPRQuestionEncoder, seed=1),
+    )
+    both = ChunkEmbedder.from_pretrained(passages, query_encoder=questions, dtype=torch.float32)
+    assert both.pooling == "pooler" and not both.symmetric
+    assert both.fingerprint == ChunkEmbedder.from_pretrained(passages).fingerprint
+    tokenizer = AutoTokenizer.from_pretrained(passages)
+    for embed, kind, folder in (
+        (both.embed, DPRContextEncoder, passages),
+        (both.embed_queries, DPRQuestionEncoder, questions),
+        (pickle.loads(pickle.dumps(both)).embed_queries, DPRQuestionEncoder, questions),
+    ):
+        model = kind.from_pretrained(folder).eval()
+        for text, vector in zip(texts[:5], embed(texts[:5]), strict=True):
+            with torch.no_grad():
+                pooled = model(**tokenizer(text, return_tensors="pt")).pooler_output[0]
+            np.testing.assert_allclose(vector, (pooled / pooled.norm()).numpy(), atol=1e-5)
+    projected = dpr(tmp_path / "projected", DPRContextEncoder, projection_dim=8)
+    assert ChunkEmbedder.from_pretrained(projected).embed(texts[:2]).shape == (2, 8)
+
+
+def test_two_encoders_with_vectors_of_different_lengths_are_refused(tmp_path):
+    with pytest.raises(DatastoreMismatchError, match="length 32, but the queries' encoder .* length 16"):
+        plain(tmp_path / "32", query_encoder=make_encoder(tmp_path / "16", hidden_size=16))
+
+
+@pytest.mark.parametrize("mode", ["mean", "cls"])
+def test_the_prompts_of_a_sentence_transformer_are_its_own(tmp_path, texts, mode):
+    """As the library's `encode_document` and `encode_query` embed, with the plain mean and with another recipe."""
+    modules = [Transformer(str(make_encoder(tmp_path / "encoder"))), Pooling(32, pooling_mode=mode)]
+    prompts = {"query": "the king: ", "document": "the river: "}
+    SentenceTransformer(modules=modules, prompts=prompts, device="cpu").save(str(tmp_path / "recipe"))
+    library = SentenceTransformer(str(tmp_path / "recipe"), device="cpu")
+    embedder = ChunkEmbedder.from_pretrained(tmp_path / "recipe", dtype=torch.float32)
+    assert embedder.pooling == ("mean" if mode == "mean" else "sentence-transformers") and not embedder.symmetric
+    for embed, encode in ((embedder.embed, library.encode_document), (embedder.embed_queries, library.encode_query)):
+        expected = encode(texts, normalize_embeddings=True, show_progress_bar=False)
+        np.testing.assert_allclose(embed(texts), expected, atol=1e-5)
+    off = ChunkEmbedder.from_pretrained(tmp_path / "recipe", prompt="", query_prompt="", dtype=torch.float32)
+    assert off.symmetric and off.fingerprint != embedder.fingerprint
+
+
+def test_a_router_sends_queries_another_way(tmp_path, texts):
+    sides = [
+        [Transformer(str(make_encoder(tmp_path / str(seed), seed=seed))), Pooling(32, pooling_mode="mean")]
+        for seed in (0, 1)
+    ]
+    router = Router.for_query_document(query_modules=sides[1], document_modules=sides[0])
+    SentenceTransformer(modules=[router], device="cpu").save(str(tmp_path / "router"))
+    embedder = ChunkEmbedder.from_pretrained(tmp_path / "router")
+    assert not embedder.symmetric
+    np.testing.assert_allclose(embedder.embed(texts), plain(tmp_path / "0").embed(texts), atol=1e-5)
+    np.testing.assert_allclose(embedder.embed_queries(texts), plain(tmp_path / "1", seed=1).embed(texts), atol=1e-5)
+
+
+def test_a_store_knows_both_sides_and_refuses_other_queries(tokenizer, tmp_path):
+    """By default the sides it was built with are loaded again; a symmetric store's manifest is what it was."""
+    options = {"prompt": "the river: ", "query_prompt": "the king: "}
+    embedder = plain(tmp_path / "encoder", **options)
+    store = RetroDatastore.build(
+        corpus(4), tmp_path / "store", tokenizer=tokenizer, embedder=embedder, chunk_size=8, neighbor_size=16
+    )
+    known = store.manifest.embedder
+    assert (known["prompt"], known["query"]["prompt"]) == ("the river: ", "the king: ")
+    text = "the lighthouse"
+    expected = store.search(embedder.embed_queries([text]), 3)
+    retriever = RetroRetriever.from_pretrained(store.path, embedder=tmp_path / "encoder", num_neighbors=3)
+    assert [neighbor.chunk_id for neighbor in retriever.find(text)[0]] == expected[1][0].tolist()
+    for wrong in ({"prompt": "the river: ", "query_prompt": "the queen: "}, {"prompt": "the river: "}):
+        with pytest.raises(DatastoreMismatchError, match="built for queries of .*'the king: '.*query_prompt="):
+            RetroRetriever(store, embedder=plain(tmp_path / "encoder", **wrong))
+    with pytest.raises(DatastoreMismatchError, match="made by the embedder"):
+        RetroRetriever(store, embedder=plain(tmp_path / "encoder"))
+
+
+def test_a_symmetric_store_has_no_word_of_queries(datastore, encoder_folder):
+    assert set(datastore.manifest.embedder) == {"name", "revision", "fingerprint", "dim", "pooling", "dtype"}
+    with pytest.raises(DatastoreMismatchError, match="built for queries of"):
+        RetroRetriever(datastore, embedder=ChunkEmbedder.from_pretrained(encoder_folder, query_prompt="the king: "))

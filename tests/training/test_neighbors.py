@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from datastore.fixtures import corpus
 
-from retro_hf.datastore import EmbeddingSearcher, HybridSearcher, LexicalSearcher, RetroDatastore
+from retro_hf.datastore import ChunkEmbedder, EmbeddingSearcher, HybridSearcher, LexicalSearcher, RetroDatastore
 from retro_hf.errors import DatasetError, DatastoreMismatchError
 from retro_hf.retrieval_retro import RetroRetriever
 from retro_hf.training import precompute_neighbors, tokenize_documents
@@ -226,3 +226,22 @@ def test_neighbors_by_words_are_precomputed_too(world, hybrid):
         expected = retriever.search(torch.from_numpy(chunks), exclude_documents=np.array(own, dtype=np.int64))
         assert row["neighbor_chunk_ids"] == expected.chunk_ids.tolist()
     assert found._fingerprint != precompute_neighbors(windows, world.retriever)._fingerprint
+
+
+def test_stored_keys_are_no_queries_where_queries_are_embedded_otherwise(world, tmp_path):
+    """Neighbors are those of the query's own embedding, and a datastore alone cannot find them."""
+    embedder = ChunkEmbedder.from_pretrained(
+        world.embedder.name_or_path, query_prompt="the king: ", dtype=torch.float32
+    )
+    store = RetroDatastore.build(
+        corpus(), tmp_path / "store", tokenizer=world.tokenizer, embedder=embedder, chunk_size=SIZE, neighbor_size=16
+    )
+    windows = world.windows.select(range(10))
+    found = precompute_neighbors(windows, RetroRetriever(store, embedder=embedder))
+    for row in found:
+        chunks = np.array(row["input_ids"][: len(row["input_ids"]) // SIZE * SIZE], dtype=np.int64).reshape(-1, SIZE)
+        own = np.full(len(chunks), store.document_number(row["document_id"]))
+        queries = embedder.embed_queries(world.tokenizer.batch_decode(chunks))
+        assert row["neighbor_chunk_ids"] == store.search(queries, 2, exclude_documents=own)[1].tolist()
+    with pytest.raises(DatasetError, match="embedded in another way than its chunks.*Pass a RetroRetriever"):
+        precompute_neighbors(windows, store)

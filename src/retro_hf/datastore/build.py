@@ -151,14 +151,7 @@ def _finish(
         neighbor_size=options.neighbor_size,
         token_dtype=str(token_dtype(vocabulary_size(tokenizer))),
         tokenizer=describe_tokenizer(tokenizer),
-        embedder={
-            "name": portable_name(embedder.name_or_path),
-            "revision": embedder.revision,
-            "fingerprint": embedder.fingerprint,
-            "dim": embedder.dim,
-            "pooling": embedder.pooling,
-            "dtype": str(embedder.dtype).removeprefix("torch."),
-        },
+        embedder=describe_embedder(embedder),
         shards=tuple(shard.entry for shard in shards),
         files=(*(file for shard in shards for file in shard.files), *shared),
         next_shard=len(shards),
@@ -346,6 +339,29 @@ def describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         "fingerprint": tokenizer_fingerprint(tokenizer),
         "vocab_size": vocabulary_size(tokenizer),
     }
+
+
+def describe_embedder(embedder: ChunkEmbedder) -> dict[str, Any]:
+    """What a manifest says of an embedder; of prompts and queries only where there is something to say."""
+    content: dict[str, Any] = {
+        "name": portable_name(embedder.name_or_path),
+        "revision": embedder.revision,
+        "fingerprint": embedder.fingerprint,
+        "dim": embedder.dim,
+        "pooling": embedder.pooling,
+        "dtype": str(embedder.dtype).removeprefix("torch."),
+    }
+    if embedder.prompt:
+        content["prompt"] = embedder.prompt
+    if not embedder.symmetric:
+        other = embedder.query_encoder
+        content["query"] = {
+            "name": portable_name(other.name_or_path) if other else None,
+            "revision": other.revision if other else None,
+            "fingerprint": embedder.query_fingerprint,
+            "prompt": embedder.query_prompt,
+        }
+    return content
 
 
 def portable_name(name_or_path: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import DatastoreMismatchError
 from .chunks import tokenizer_fingerprint, vocabulary_size
@@ -40,13 +40,27 @@ def check_compatible(
             )
     if tokenizer is not None:
         _check_tokenizer(path, manifest, tokenizer)
-    if embedder is not None and embedder.fingerprint != manifest.embedder["fingerprint"]:
-        made = manifest.embedder
+    if embedder is not None:
+        _check_embedder(path, manifest.embedder, embedder)
+
+
+def _check_embedder(path: Path, made: dict[str, Any], embedder: ChunkEmbedder) -> None:
+    if embedder.fingerprint != made["fingerprint"]:
         raise DatastoreMismatchError(
             f"The keys of the datastore {str(path)!r} were made by the embedder {made['name']!r} (dim={made['dim']}, "
             f"fingerprint {made['fingerprint'][:12]}), but the embedder given is {embedder.name_or_path!r} "
             f"(dim={embedder.dim}, fingerprint {embedder.fingerprint[:12]}). Distances between vectors of two "
             "encoders mean nothing. Use the embedder of the datastore, or rebuild it with this one."
+        )
+    query = made.get("query") or {"name": None, "prompt": made.get("prompt", ""), "fingerprint": made["fingerprint"]}
+    if embedder.query_fingerprint != query["fingerprint"]:
+        other = embedder.query_encoder
+        raise DatastoreMismatchError(
+            f"The datastore {str(path)!r} was built for queries of the encoder {query['name'] or made['name']!r} with the "
+            f"prompt {query['prompt']!r} (fingerprint {query['fingerprint'][:12]}), but the embedder given has the queries' "
+            f"encoder {(other or embedder).name_or_path!r} with the prompt {embedder.query_prompt!r} (fingerprint "
+            f"{embedder.query_fingerprint[:12]}). Its queries would not find what they should. Load the embedder with the "
+            "`query_encoder=` and `query_prompt=` of the datastore, or rebuild it with this one."
         )
 
 

@@ -158,7 +158,7 @@ def _check_alike(first: RetroDatastore, other: RetroDatastore) -> None:
     for name in ("chunk_size", "neighbor_size", "token_dtype", "tokenizer", "embedder"):
         known, found = getattr(first.manifest, name), getattr(other.manifest, name)
         if name in ("tokenizer", "embedder"):
-            if known["fingerprint"] == found["fingerprint"]:
+            if known["fingerprint"] == found["fingerprint"] and known.get("query") == found.get("query"):
                 continue
             known, found = (f"{part['name']!r} ({part['fingerprint'][:12]})" for part in (known, found))
         if known != found:

@@ -12,7 +12,7 @@ import torch
 from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
-from ..errors import MissingExtraError
+from ..errors import DatastoreMismatchError, MissingExtraError
 from .chunks import tokenizer_fingerprint
 
 
@@ -57,10 +57,24 @@ def _is_mean_pooling(name_or_path: str, modules: list[dict[str, Any]], revision:
     if settings.get("default_prompt_name"):
         return False
     pooling = _read_json(name_or_path, f"{modules[1].get('path')}/config.json", revision) or {}
+    if pooling.get("include_prompt") is False:
+        return False
     if "pooling_mode" in pooling:
         return pooling["pooling_mode"] in ("mean", ["mean"])
     active = {key for key, value in pooling.items() if key.startswith("pooling_mode_") and value is True}
     return active == {"pooling_mode_mean_tokens"}
+
+
+def _prompts_of(prompts: dict[str, str | None] | None) -> tuple[str, str]:
+    """What a sentence-transformers model puts before a document and before a query."""
+    known = prompts or {}
+    documents = (known.get(name) for name in ("document", "passage", "corpus"))
+    return next(filter(None, documents), ""), known.get("query") or ""
+
+
+def _digest(parts: list[str], prompt: str) -> str:
+    # Without a prompt nothing is added, so that the fingerprints of plain encoders stay what they were.
+    return hashlib.sha256("\n".join([*parts, *([f"prompt {prompt}"] if prompt else [])]).encode()).hexdigest()
 
 
 class ChunkEmbedder:
@@ -68,15 +82,22 @@ class ChunkEmbedder:
 
     Section 2.3 of Borgeaud et al. (2022) embeds a chunk as the mean over time of a frozen BERT. Any
     sentence-transformers model serves, and so does a plain encoder of transformers, pooled by the mean over its real
-    tokens. Make one with [`ChunkEmbedder.from_pretrained`].
+    tokens, or one of DPR (Karpukhin et al., 2020), read at its pooler. Make one with [`ChunkEmbedder.from_pretrained`].
+
+    Queries may be embedded in another way than the chunks of the datastore: with another prompt, by another part of
+    the model, or by another model. Such an embedder is asymmetric, and a stored key is no query for it.
 
     Attributes:
         dim (`int`): length of a vector.
-        fingerprint (`str`): sha256 over weights, vocabulary, pooling and maximum length. Independent of the name, the
-            folder, the device and the dtype, so that a copy of a model is the same embedder.
+        fingerprint (`str`): sha256 over weights, vocabulary, pooling, maximum length and prompt. Independent of the name,
+            the folder, the device and the dtype, so that a copy of a model is the same embedder.
+        query_fingerprint (`str`): the same for queries; equal to `fingerprint` where they are embedded as chunks are.
         name_or_path (`str`): as given.
         revision (`str`, *optional*): as given.
-        pooling (`str`): `"mean"`, or `"sentence-transformers"` for a recipe of that library beyond the mean.
+        prompt, query_prompt (`str`): what is put before a chunk, and before a query.
+        query_encoder ([`ChunkEmbedder`], *optional*): the encoder of the queries, where it is another model.
+        pooling (`str`): `"mean"`, `"pooler"` (DPR), or `"sentence-transformers"` for a recipe of that library beyond the
+            mean.
         dtype (`torch.dtype`): of the weights in use.
 
     *Processes*: pickling keeps the name and the settings; weights are loaded again on first use.
@@ -89,11 +110,18 @@ class ChunkEmbedder:
         revision: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        prompt: str | None = None,
+        query_prompt: str | None = None,
+        query_encoder: ChunkEmbedder | str | Path | None = None,
     ) -> None:
         self.name_or_path = str(name_or_path)
         self.revision = revision
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._requested_dtype = dtype
+        self._requested_prompts = prompt, query_prompt
+        if query_encoder is not None and not isinstance(query_encoder, ChunkEmbedder):
+            query_encoder = ChunkEmbedder(str(query_encoder), device=device, dtype=dtype, query_prompt=query_prompt)
+        self.query_encoder = query_encoder
         self._load()
 
     @classmethod
@@ -104,6 +132,9 @@ class ChunkEmbedder:
         revision: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        prompt: str | None = None,
+        query_prompt: str | None = None,
+        query_encoder: ChunkEmbedder | str | Path | None = None,
     ) -> ChunkEmbedder:
         """Load a frozen encoder.
 
@@ -113,8 +144,45 @@ class ChunkEmbedder:
             device (`torch.device` or `str`, *optional*): defaults to CUDA where there is one, else the CPU.
             dtype (`torch.dtype`, *optional*): of the weights; defaults to bfloat16 on hardware that has it (CUDA, CPUs
                 with AVX512-BF16 or AMX) and to float32 elsewhere. Vectors are pooled and normalized in float32.
+            prompt (`str`, *optional*): put before every chunk, such as `"passage: "` for E5; defaults to the model's own
+                (sentence-transformers), else none.
+            query_prompt (`str`, *optional*): put before every query, such as `"query: "` for E5; the same defaults.
+            query_encoder ([`ChunkEmbedder`] or `str`, *optional*): another model for the queries, such as the question
+                encoder that belongs to a passage encoder of DPR. Its vectors, too, are brought to length 1, so that
+                neighbors are ranked by the cosine, where DPR was trained for the inner product.
+        Raises:
+            DatastoreMismatchError: if queries and chunks would have vectors of different lengths.
         """
-        return cls(str(name_or_path), revision=revision, device=device, dtype=dtype)
+        return cls(
+            str(name_or_path),
+            revision=revision,
+            device=device,
+            dtype=dtype,
+            prompt=prompt,
+            query_prompt=query_prompt,
+            query_encoder=query_encoder,
+        )
+
+    @classmethod
+    def of_datastore(cls, made: dict[str, Any], name_or_path: str | Path | None = None) -> ChunkEmbedder:
+        """The embedder that the manifest of a datastore describes, by default from where that one came from."""
+        prompt = made.get("prompt", "")
+        query = made.get("query") or {"name": None, "prompt": prompt}
+        other = None
+        if query["name"]:
+            other = cls.from_pretrained(query["name"], revision=query["revision"], query_prompt=query["prompt"])
+        return cls.from_pretrained(
+            name_or_path or made["name"],
+            revision=None if name_or_path else made["revision"],
+            prompt=prompt,
+            query_prompt=query["prompt"],
+            query_encoder=other,
+        )
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether a query is embedded as a chunk with the same text."""
+        return self.query_fingerprint == self.fingerprint
 
     def _load(self) -> None:
         modules = _read_json(self.name_or_path, "modules.json", self.revision)
@@ -122,18 +190,21 @@ class ChunkEmbedder:
             self._load_transformer()
         else:
             self._load_sentence_transformer()
+        if self.query_encoder is not None:
+            self._check_dim(self.query_encoder.dim, self.query_encoder.name_or_path)
 
     def _load_transformer(self) -> None:
-        from transformers import AutoModel, AutoTokenizer
+        from transformers import AutoConfig, AutoModel, AutoTokenizer, DPRContextEncoder
 
-        self.pooling = "mean"
+        config = AutoConfig.from_pretrained(self.name_or_path, revision=self.revision)
+        # `AutoModel` takes every DPR checkpoint for a question encoder.
+        kind: Any = DPRContextEncoder if "DPRContextEncoder" in (config.architectures or []) else AutoModel
+        self.pooling = "pooler" if config.model_type == "dpr" else "mean"
         self._recipe: Any = None
         self._tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             self.name_or_path, revision=self.revision
         )
-        model: PreTrainedModel = AutoModel.from_pretrained(
-            self.name_or_path, revision=self.revision, dtype=torch.float32
-        )
+        model: PreTrainedModel = kind.from_pretrained(self.name_or_path, revision=self.revision, dtype=torch.float32)
         settings = _read_json(self.name_or_path, "sentence_bert_config.json", self.revision) or {}
         limits = [
             settings.get("max_seq_length"),
@@ -141,9 +212,10 @@ class ChunkEmbedder:
             getattr(model.config, "max_position_embeddings", None),
         ]
         self._max_length = min([limit for limit in limits if limit] or [512])
-        self.dim: int = model.config.hidden_size
+        self.dim: int = getattr(model.config, "projection_dim", 0) or model.config.hidden_size
+        settings = _read_json(self.name_or_path, "config_sentence_transformers.json", self.revision) or {}
         # Hashed as loaded, before the cast: the same model has the same fingerprint on every machine.
-        self.fingerprint = self._fingerprint(model, self._tokenizer)
+        self._identify(model, settings.get("prompts"))
         self._freeze(model, self._requested_dtype or _default_dtype(self.device))
 
     def _load_sentence_transformer(self) -> None:
@@ -158,8 +230,9 @@ class ChunkEmbedder:
         recipe = SentenceTransformer(self.name_or_path, revision=self.revision, device=str(self.device))
         self._tokenizer = recipe.tokenizer
         self._max_length = int(recipe.max_seq_length or 0)
-        self.dim = int(recipe.encode(["dimension"], show_progress_bar=False).shape[1])
-        self.fingerprint = self._fingerprint(recipe, self._tokenizer)
+        self._identify(recipe, recipe.prompts, routed=any(type(module).__name__ == "Router" for module in recipe))
+        self.dim = int(recipe.encode_document(["dimension"], show_progress_bar=False).shape[1])
+        self._check_dim(int(recipe.encode_query(["dimension"], show_progress_bar=False).shape[1]), self.name_or_path)
         # Later modules of a recipe may mix precisions, so only an explicit wish leaves float32.
         self._recipe = recipe
         self._freeze(recipe, self._requested_dtype or torch.float32)
@@ -168,7 +241,14 @@ class ChunkEmbedder:
         self.dtype = dtype
         self._model = model.to(device=self.device, dtype=dtype).eval().requires_grad_(False)
 
-    def _fingerprint(self, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> str:
+    def _identify(
+        self, model: torch.nn.Module, own_prompts: dict[str, str | None] | None, routed: bool = False
+    ) -> None:
+        """Set the prompts and the fingerprints; `routed` if parts of the model are for queries alone."""
+        given, own = self._requested_prompts, _prompts_of(own_prompts)
+        self.prompt, self.query_prompt = (
+            default if prompt is None else prompt for prompt, default in zip(given, own, strict=True)
+        )
         digests = []
         for name, tensor in model.state_dict().items():
             # The pooler plays no part in the mean, and whether it is loaded depends on the class.
@@ -178,8 +258,21 @@ class ChunkEmbedder:
             digest = hashlib.sha256(f"{values.dtype}{tuple(values.shape)}".encode())
             digest.update(memoryview(values.reshape(-1).view(torch.uint8).numpy()))
             digests.append(digest.hexdigest())
-        parts = [self.pooling, str(self._max_length), tokenizer_fingerprint(tokenizer), *sorted(digests)]
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+        parts = [self.pooling, str(self._max_length), tokenizer_fingerprint(self._tokenizer), *sorted(digests)]
+        self.fingerprint = _digest(parts, self.prompt)
+        self.query_fingerprint: str
+        if self.query_encoder is not None:
+            self.query_prompt = self.query_encoder.query_prompt
+            self.query_fingerprint = self.query_encoder.query_fingerprint
+        else:
+            self.query_fingerprint = _digest([*parts, *(["route query"] if routed else [])], self.query_prompt)
+
+    def _check_dim(self, dim: int, name: str) -> None:
+        if dim != self.dim:
+            raise DatastoreMismatchError(
+                f"The chunks' encoder {self.name_or_path!r} makes vectors of length {self.dim}, but the queries' encoder "
+                f"{name!r} makes vectors of length {dim}. They cannot be compared: take two encoders that were trained together."
+            )
 
     def embed(self, texts: Sequence[str], batch_size: int = 64, show_progress: bool | None = None) -> np.ndarray:
         """Embed texts, in batches of similar length.
@@ -192,13 +285,31 @@ class ChunkEmbedder:
             `np.ndarray` of float32 and shape `(len(texts), dim)`, rows of length 1 (or 0, for a text without tokens).
         *Determinism*: the same texts in the same call give the same bytes; padding moves the last bits between calls.
         """
+        return self._embed(texts, batch_size, show_progress, query=False)
+
+    def embed_queries(
+        self, texts: Sequence[str], batch_size: int = 64, show_progress: bool | None = None
+    ) -> np.ndarray:
+        """Embed texts to look up, as [`ChunkEmbedder.embed`] embeds the texts that are found.
+
+        Returns:
+            `np.ndarray` of float32 and shape `(len(texts), dim)`, rows of length 1.
+        """
+        if self.symmetric:
+            return self.embed(texts, batch_size=batch_size, show_progress=show_progress)
+        if self.query_encoder is not None:
+            return self.query_encoder.embed_queries(texts, batch_size, show_progress)
+        return self._embed(texts, batch_size, show_progress, query=True)
+
+    def _embed(self, texts: Sequence[str], batch_size: int, show_progress: bool | None, query: bool) -> np.ndarray:
         texts = list(texts)
         vectors = np.zeros((len(texts), self.dim), dtype=np.float32)
         if not texts:
             return vectors
         if self._model is None:
             self._load()
-        encoded = None if self._recipe else self._tokenize(texts)
+        prompt = self.query_prompt if query else self.prompt
+        encoded = None if self._recipe else self._tokenize([prompt + text for text in texts] if prompt else texts)
         lengths = [len(text) for text in texts] if encoded is None else [len(ids) for ids in encoded]
         # Longest first: the largest batch comes first, where running out of memory costs least.
         order = np.argsort(np.negative(lengths), kind="stable")
@@ -206,11 +317,11 @@ class ChunkEmbedder:
         for start in range(0, len(texts), batch_size):
             rows = order[start : start + batch_size]
             if encoded is None:
-                pooled = torch.from_numpy(
-                    self._recipe.encode([texts[row] for row in rows], batch_size=batch_size, show_progress_bar=False)
-                )
+                encode = self._recipe.encode_query if query else self._recipe.encode_document
+                batch = [texts[row] for row in rows]
+                pooled = torch.from_numpy(encode(batch, prompt=prompt, batch_size=batch_size, show_progress_bar=False))
             else:
-                pooled = self._mean_pooled([encoded[row] for row in rows])
+                pooled = self._pooled([encoded[row] for row in rows])
             vectors[rows] = torch.nn.functional.normalize(pooled.float(), dim=-1).cpu().numpy()
             bar.update(len(rows))
         bar.close()
@@ -223,8 +334,8 @@ class ChunkEmbedder:
         return encoding["input_ids"]
 
     @torch.inference_mode()
-    def _mean_pooled(self, ids: list[list[int]]) -> torch.Tensor:
-        """Mean over real tokens of the last hidden states, float32 of shape `(len(ids), dim)`."""
+    def _pooled(self, ids: list[list[int]]) -> torch.Tensor:
+        """Mean over real tokens of the last hidden states, or the pooler's output; float of shape `(len(ids), dim)`."""
         width = max(1, max(len(row) for row in ids))
         input_ids = torch.full((len(ids), width), self._tokenizer.pad_token_id or 0, dtype=torch.long)
         attention_mask = torch.zeros_like(input_ids)
@@ -235,7 +346,10 @@ class ChunkEmbedder:
         # A row without tokens would attend to nothing; it reads one padding token and its mean is zero.
         readable = mask.clone()
         readable[:, 0] = 1
-        hidden = self._model(input_ids=input_ids.to(self.device), attention_mask=readable).last_hidden_state
+        output = self._model(input_ids=input_ids.to(self.device), attention_mask=readable)
+        if self.pooling == "pooler":
+            return output.pooler_output
+        hidden = output.last_hidden_state
         weights = mask.unsqueeze(-1)
         return (hidden.float() * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
 
@@ -245,7 +359,9 @@ class ChunkEmbedder:
         return state
 
     def __repr__(self) -> str:
+        other = self.query_encoder.name_or_path if self.query_encoder else None
+        parts = {"prompt": self.prompt, "query_prompt": self.query_prompt, "query_encoder": other}
         return (
             f"ChunkEmbedder({self.name_or_path!r}, dim={self.dim}, pooling={self.pooling!r}, dtype={self.dtype}, "
-            f"device={str(self.device)!r})"
+            f"device={str(self.device)!r}{''.join(f', {name}={value!r}' for name, value in parts.items() if value)})"
         )

@@ -58,7 +58,7 @@ class EmbeddingSearcher:
 
     Args:
         datastore ([`RetroDatastore`]): whose chunks are found.
-        embedder ([`ChunkEmbedder`]): the encoder that made the datastore's keys.
+        embedder ([`ChunkEmbedder`]): the encoder that made the datastore's keys, and makes the queries.
         index ([`VectorIndex`], *optional*): where to search instead of in the datastore's own index; it holds the keys
             of the same chunks (`datastore.keys_of`) under the same ids.
 
@@ -78,12 +78,14 @@ class EmbeddingSearcher:
         self, texts: Sequence[str], num_neighbors: int, *, exclude_documents: Any = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """See [`Searcher.search`]; a score is the inner product of two unit vectors."""
-        return self.search_vectors(self.embedder.embed(texts), num_neighbors, exclude_documents=exclude_documents)
+        return self.search_vectors(
+            self.embedder.embed_queries(texts), num_neighbors, exclude_documents=exclude_documents
+        )
 
     def search_vectors(
         self, queries: np.ndarray, num_neighbors: int, *, exclude_documents: Any = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The nearest chunks of vectors (float32, `(num_queries, dim)`) that the embedder has made.
+        """The nearest chunks of the vectors of queries (float32, `(num_queries, dim)`).
 
         Raises:
             RetrieverError: if an index that is not the datastore's own returns arrays of another shape.

@@ -227,6 +227,7 @@ def neighbor_source(datastore: RetroDatastore, num_neighbors: int) -> str:
         "num_neighbors": num_neighbors,
         "embedder": manifest.embedder["name"],
         "embedder_fingerprint": manifest.embedder["fingerprint"][:16],
+        **({"query_fingerprint": query["fingerprint"][:16]} if (query := manifest.embedder.get("query")) else {}),
         "tokenizer_fingerprint": manifest.tokenizer["fingerprint"][:16],
     }
     return json.dumps(content, sort_keys=True)
@@ -265,7 +266,8 @@ def nearest_chunks(
         num_neighbors (`int`): results per chunk.
         exclude_documents (`np.ndarray` of int64 and shape `(num_chunks, any)`): document numbers, -1 for none.
         candidates (`np.ndarray` of int64 and shape `(num_chunks,)`, *optional*): chunk ids where the very same tokens
-            may lie in the datastore, -1 for none; where they do, the stored key is the query.
+            may lie in the datastore, -1 for none; where they do, the stored key is the query, if queries are embedded as
+            chunks are.
     Returns:
         `np.ndarray` of int64 and shape `(num_chunks, num_neighbors)`; -1 where there are no more.
     """
@@ -278,19 +280,25 @@ def nearest_chunks(
         return searcher.search(texts, num_neighbors, exclude_documents=exclude_documents)[1]
     queries = np.empty((len(chunks), datastore.manifest.dim), dtype=np.float32)
     known = np.zeros(len(chunks), dtype=bool)
-    if candidates is not None:
+    # A key is a query only where both are embedded alike.
+    symmetric = "query" not in datastore.manifest.embedder
+    if candidates is not None and symmetric:
         tokens, mask = datastore.gather(candidates)
         size = datastore.chunk_size
         known = ((tokens[:, :size] == chunks) & (mask[:, :size] == 1)).all(axis=1)
         queries[known] = datastore.keys_of(candidates[known])
     if not known.all():
         if isinstance(searcher, RetroDatastore):
-            raise DatasetError(
+            reason = (
                 f"{np.count_nonzero(~known)} of {len(chunks)} chunks are not in the datastore under their document's id, so "
-                "they have no stored key and must be embedded. Pass a RetroRetriever, which has the embedder, instead of "
-                "the datastore alone."
+                "they have no stored key and"
+                if symmetric
+                else "The datastore was built for queries that are embedded in another way than its chunks, so they"
             )
-        queries[~known] = searcher.embedder.embed(chunk_texts(retriever.tokenizer, chunks[~known]))
+            raise DatasetError(
+                f"{reason} must be embedded. Pass a RetroRetriever, which has the embedder, instead of the datastore alone."
+            )
+        queries[~known] = searcher.embedder.embed_queries(chunk_texts(retriever.tokenizer, chunks[~known]))
     search = searcher.search if isinstance(searcher, RetroDatastore) else searcher.search_vectors
     return search(queries, num_neighbors, exclude_documents=exclude_documents)[1]
 
