@@ -1,6 +1,4 @@
-"""Every family: off it is the base, cached equals full, and the cross-attention sits where the paper puts it."""
-
-import copy
+"""Every family: off it is the base, and cached equals full; families that cannot be served are told why."""
 
 import pytest
 import torch
@@ -9,10 +7,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from retro_hf import RetroConfig, RetroForCausalLM
 from retro_hf.backbone_retro import find_branch_end, find_decoder_layers
-from retro_hf.modeling_retro_decoder import position_features
 
 from .tiny import (
-    CHUNK_SIZE,
     ENCODER,
     FAMILIES,
     hash_retriever,
@@ -22,6 +18,7 @@ from .tiny import (
     tiny_backbone,
     tiny_retro,
 )
+from .zoo import tiny_config
 
 
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -101,211 +98,6 @@ class TestEveryFamily:
         assert torch.equal(proposed, model.generate(prompt, **options))
 
 
-# ── placement ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-LAYER = 1  # the first layer with cross-attention
-
-
-def _pre_norm(layer, x, attend, cca, attention, norm, feed_forward, feed_forward_norm, multiplier=1.0):
-    """x → x + ATTN(norm x) → CCA → x + FFW(norm x)."""
-    x = x + multiplier * attend(getattr(layer, attention), getattr(layer, norm)(x))
-    x = x + cca(x)
-    return x + multiplier * getattr(layer, feed_forward)(getattr(layer, feed_forward_norm)(x))
-
-
-def _llama(layer, x, attend, cca, multiplier=1.0):
-    return _pre_norm(
-        layer, x, attend, cca, "self_attn", "input_layernorm", "mlp", "post_attention_layernorm", multiplier
-    )
-
-
-def _granite(layer, x, attend, cca):
-    return _llama(layer, x, attend, cca, multiplier=0.3)
-
-
-def _gpt2(layer, x, attend, cca):
-    return _pre_norm(layer, x, attend, cca, "attn", "ln_1", "mlp", "ln_2")
-
-
-def _retro_decoder(layer, x, attend, cca):
-    return _pre_norm(layer, x, attend, cca, "self_attn", "self_attn_norm", "mlp", "mlp_norm")
-
-
-def _gemma(layer, x, attend, cca):
-    """Both branches are normed at their end, before they are added."""
-    x = x + layer.post_attention_layernorm(attend(layer.self_attn, layer.input_layernorm(x)))
-    x = x + cca(x)
-    return x + layer.post_feedforward_layernorm(layer.mlp(layer.pre_feedforward_layernorm(x)))
-
-
-def _olmo2(layer, x, attend, cca):
-    """Norms at the end of the branches only."""
-    x = x + layer.post_attention_layernorm(attend(layer.self_attn, x))
-    x = x + cca(x)
-    return x + layer.post_feedforward_layernorm(layer.mlp(x))
-
-
-def _bloom(layer, x, attend, cca):
-    """The attention and feed-forward modules add the residual themselves."""
-    x = x + attend(layer.self_attention, layer.input_layernorm(x))
-    x = x + cca(x)
-    return layer.mlp(layer.post_attention_layernorm(x), x)
-
-
-def _gpt_neox(layer, x, attend, cca):
-    """Attention and feed-forward in parallel: both read the layer's input."""
-    attention = attend(layer.attention, layer.input_layernorm(x))
-    update = cca(x + attention)
-    return x + attention + update + layer.mlp(layer.post_attention_layernorm(x))
-
-
-def _falcon(layer, x, attend, cca):
-    """Parallel, with one norm for both."""
-    normed = layer.input_layernorm(x)
-    attention = attend(layer.self_attention, normed)
-    return x + attention + cca(x + attention) + layer.mlp(normed)
-
-
-HAND_WRITTEN = {
-    "retro_decoder": _retro_decoder,
-    "llama": _llama,
-    "qwen3": _llama,
-    "mistral": _llama,
-    "gpt2": _gpt2,
-    "gemma2": _gemma,
-    "gemma3": _gemma,
-    "olmo2": _olmo2,
-    "bloom": _bloom,
-    "gpt_neox": _gpt_neox,
-    "falcon": _falcon,
-    "granite": _granite,
-}
-
-
-class _Recorder:
-    """Inputs and outputs of modules, by forward hooks."""
-
-    def __init__(self, **modules):
-        self.seen = {}
-        for name, module in modules.items():
-            module.register_forward_hook(
-                lambda m, args, kwargs, out, name=name: self.seen.__setitem__(name, (args, kwargs, out)),
-                with_kwargs=True,
-            )
-
-    def output(self, name):
-        out = self.seen[name][2]
-        return out[0] if isinstance(out, tuple) else out
-
-
-def run_layer(model, ids, neighbors):
-    """One pass; what went into and out of the first layer with cross-attention, its attention and its CCA."""
-    layers = find_decoder_layers(model.model.backbone)
-    layer = layers[LAYER]
-    attention = next(child for child in layer.children() if "Attention" in type(child).__name__)
-    recorder = _Recorder(layer=layer, attention=attention)
-    model(ids, use_cache=False, **neighbors)
-    args, kwargs, _ = recorder.seen["layer"]
-    return layer, args[0] if args else kwargs["hidden_states"], recorder
-
-
-def cross_attention_by_hand(model, ids, neighbors):
-    """CCA of the tested layer as a function of the residual stream, without hooks, cache or grid pass."""
-    cross = model.model.retro.cross_attention[str(LAYER)]
-    mask = neighbors["neighbor_attention_mask"].bool()
-    batch_size, num_chunks, num_neighbors, size = mask.shape
-    m = CHUNK_SIZE
-
-    def cca(stream):
-        update = torch.zeros_like(stream)
-        steps = torch.arange(m + size - 1)
-        features = position_features(2 * m - 2 - steps, stream.shape[-1], stream.dtype)
-        for row in range(batch_size):
-            for u in range(num_chunks):
-                encoded = model.model.retro.encoder(
-                    neighbors["neighbor_input_ids"][row, u][None],
-                    mask[row, u][None],
-                    stream[row, u * m : (u + 1) * m][None],
-                    torch.ones(1, m, dtype=torch.bool),
-                    model.get_input_embeddings(),
-                )
-                keys = cross.attention.project_key_value(encoded)
-                start = u * m + m - 1
-                queries = stream[row, start : start + m]
-                padded = torch.zeros(1, m, stream.shape[-1])
-                padded[0, : len(queries)] = queries
-                out, _ = cross.attention.attend(
-                    cross.norm(padded),
-                    *keys,
-                    features,
-                    mask[row, u].flatten()[None, None, None],
-                    num_repeats=num_neighbors,
-                )
-                update[row, start : start + m] = out[0, : len(queries)]
-        return update
-
-    return cca
-
-
-@pytest.mark.parametrize("family", list(HAND_WRITTEN))
-def test_cross_attention_comes_after_attention_and_before_feed_forward(family):
-    """The layer's output equals one written by hand in the order ATTN → CCA → FFW."""
-    model = tiny_retro(family, text_config={"attention_dropout": 0.0})
-    ids, neighbors = random_ids(2, 14), random_neighbors(2, 3)
-    with torch.no_grad():
-        layer, x, recorder = run_layer(model, ids, neighbors)
-        attention = recorder.seen["attention"]
-        got = recorder.output("layer")
-
-        def attend(module, hidden_states):
-            """The attention branch on its own, with the arguments that the layer gave it, without residual or hooks."""
-            alone = copy.deepcopy(module)
-            alone._forward_hooks.clear()
-            args, kwargs, _ = attention
-            if args:
-                args = (hidden_states, *args[1:])
-            else:
-                kwargs = {**kwargs, "hidden_states": hidden_states}
-            if family == "bloom":
-                args = (hidden_states, torch.zeros_like(hidden_states), *args[2:])
-            out = alone(*args, **kwargs)
-            return out[0] if isinstance(out, tuple) else out
-
-        expected = HAND_WRITTEN[family](
-            layer_without_hooks(layer), x, attend, cross_attention_by_hand(model, ids, neighbors)
-        )
-    assert (expected - x).abs().max() > 0.05
-    torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-4)
-    with torch.no_grad():
-        off = HAND_WRITTEN[family](layer_without_hooks(layer), x, attend, torch.zeros_like)
-    assert (got - off).abs().max() > 0.01
-
-
-def layer_without_hooks(layer):
-    """A copy of a layer whose modules can be called by hand."""
-    twin = copy.deepcopy(layer)
-    for module in twin.modules():
-        module._forward_hooks.clear()
-        module._forward_pre_hooks.clear()
-    return twin
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom", "gpt_neox"])
-def test_after_layer_adds_to_what_the_layer_returns(family):
-    """`after_layer`: the layer of the base, then CCA, whatever is inside."""
-    model = tiny_retro(family, cross_attention_placement="after_layer")
-    ids, neighbors = random_ids(2, 14), random_neighbors(2, 3)
-    with torch.no_grad():
-        layer, x, recorder = run_layer(model, ids, neighbors)
-        args, kwargs, _ = recorder.seen["layer"]
-        plain = layer_without_hooks(layer)(*args, **kwargs)
-        plain = plain[0] if isinstance(plain, tuple) else plain
-        expected = plain + cross_attention_by_hand(model, ids, neighbors)(plain)
-    torch.testing.assert_close(recorder.output("layer"), expected, atol=2e-5, rtol=1e-4)
-    assert model.config.cross_attention_placement == "after_layer"
-
-
 @pytest.mark.parametrize("family", ["llama", "gemma3", "falcon"])
 def test_after_layer_generates_the_same_with_a_cache(family):
     """The other placement has the same contracts."""
@@ -373,9 +165,16 @@ def test_layers_that_are_not_found():
 def test_two_lists_that_could_be_the_layers():
     """Ambiguity is told with both names."""
     backbone = tiny_backbone("llama")
-    backbone.draft = nn.ModuleList(backbone.model.layers)
-    with pytest.raises(ValueError, match=r"found \['draft', 'model.layers'\].*Name it"):
+    backbone.model.draft = nn.ModuleList(backbone.model.layers)
+    with pytest.raises(ValueError, match=r"found \['model.draft', 'model.layers'\].*Name it"):
         find_decoder_layers(backbone)
+
+
+def test_a_list_outside_the_decoder_is_not_its_layers():
+    """An image encoder may be as deep as the decoder."""
+    backbone = tiny_backbone("llama")
+    backbone.vision = nn.ModuleList(backbone.model.layers)
+    assert find_decoder_layers(backbone) is backbone.model.layers
 
 
 def test_attention_that_is_not_found():
@@ -420,3 +219,33 @@ def test_the_backbone_stays_as_it_was():
     model = tiny_retro("llama")
     assert [name for name, _ in model.model.backbone.named_modules()] == names
     assert list(model.model.backbone.state_dict()) == keys
+
+
+@pytest.mark.parametrize(
+    ("family", "message"),
+    [
+        ("gemma3n_text", r"'gemma3n_text' mix several residual streams \(`altup`\)"),
+        (
+            "minimax",
+            r"'minimax' remembers tokens in a state of its own, not in a `DynamicCache` given to Mini.*past_key",
+        ),
+        ("rwkv", r"'rwkv' remembers tokens in a state of its own"),
+        ("blt", r"The config of the family 'blt' has no `num_hidden_layers`"),
+    ],
+)
+def test_families_that_cannot_be_served(family, message):
+    """The error names the family and what stands in the way."""
+    with torch.device("meta"):
+        backbone = AutoModelForCausalLM.from_config(tiny_config(family))
+    with pytest.raises(ValueError, match=message):
+        find_decoder_layers(backbone)
+
+
+@pytest.mark.parametrize(("family", "attribute"), [("doge", "input_residual"), ("beam", "attn_residual_add_idx")])
+def test_layers_that_scale_their_input(family, attribute):
+    """x + branch is not their stream, so cross-attention can go after them only."""
+    with torch.device("meta"):
+        backbone = AutoModelForCausalLM.from_config(tiny_config(family))
+    layer = find_decoder_layers(backbone)[1]
+    with pytest.raises(ValueError, match=rf"family '{family}'\) scales its input .*`{attribute}`.*after_layer"):
+        find_branch_end(backbone, layer, "self_attn")

@@ -166,7 +166,7 @@ def test_the_neighbor_encoder_is_ours():
         ("bert", "'bert' attends in both directions.*needs a decoder-only"),
         ("roberta", "'roberta' attends in both directions.*needs a decoder-only"),
         ("t5", "T5Config'> for this kind of AutoModel: AutoModelForCausalLM"),
-        ("bart", "Cannot tell the self-attention of BartDecoderLayer.*'encoder_attn', 'self_attn'"),
+        ("bart", r"The layers of the family 'bart' also attend to an encoder or an image \(`encoder_attn`\)"),
     ],
 )
 def test_models_that_are_not_decoder_only_are_refused(family, message):

@@ -14,6 +14,7 @@
 """Where chunked cross-attention enters a backbone: its decoder layers, and the end of the self-attention branch in each."""
 
 import inspect
+import re
 from typing import NamedTuple
 
 from torch import nn
@@ -21,13 +22,33 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 
+# What mixes tokens in a layer: self-attention, or what stands in its place in some layers of a hybrid.
+_ATTENTION = re.compile(r"Attention\d*$")
+_MIXER = re.compile(r"(Mixer|DeltaNet|ShortConv|MambaLayer)$")
+# Families whose attention is not a child of the layer.
+_ATTENTION_PATHS = {"dbrx": "norm_attn_norm.attn"}
 # Families whose attention module returns residual + attention instead of attention.
 _ADDS_RESIDUAL_INSIDE = ("bloom",)
-# Norms at the end of the attention branch, each with a sibling that tells them from a norm before the feed-forward layer.
-_BRANCH_NORMS = (
-    ("post_attention_layernorm", "post_feedforward_layernorm"),
+# What ends the attention branch after the attention, each with the sibling that ends the feed-forward branch: it tells a
+# norm at the end from a norm before the feed-forward layer. GLM-4 has both of the first two names, for one of each.
+_BRANCH_ENDS = (
     ("post_self_attn_layernorm", "post_mlp_layernorm"),
+    ("post_attention_layernorm", "post_mlp_layernorm"),
+    ("post_attention_layernorm", "post_feedforward_layernorm"),
+    ("post_operator_norm", "post_ffn_norm"),
+    ("post_norm1", "post_norm2"),
+    ("attn_sconv", "mlp_sconv"),
 )
+# A module that adds the branch to the layer's input, both scaled.
+_RESIDUAL_SUM = "post_attention_residual_scale"
+# Attributes of a layer: what it multiplies the branch with before it adds it to its input.
+_MULTIPLIERS = ("residual_multiplier", "residual_scale", "attn_out_multiplier")
+# Attributes of a layer that say that it scales its input, too, so that x + branch is not its residual stream.
+_SCALES_INPUT = ("input_residual", "attn_residual_add_idx", "attn_alpha_factor")
+# Children of a layer that say that there is more than one residual stream.
+_STREAMS = ("altup", "attn_hc", "attn_hyper_connection", "mlp_input")
+# How the names of children begin that attend to something other than the text.
+_OUTSIDE = ("cross", "encoder_attn")
 
 
 class BranchEnd(NamedTuple):
@@ -53,20 +74,11 @@ def find_decoder_layers(backbone: PreTrainedModel, path: str | None = None) -> n
     Returns:
         `nn.ModuleList` of `num_hidden_layers` layers.
     Raises:
-        ValueError: if there is no such list, or more than one.
+        ValueError: if the model is no causal decoder with a cache, or there is no such list, or more than one.
     """
+    _check_backbone(backbone)
     family = backbone.config.model_type
-    num_layers = backbone.config.get_text_config(decoder=True).num_hidden_layers
-    if getattr(backbone.config, "is_encoder_decoder", False):
-        raise ValueError(
-            f"'{family}' is an encoder-decoder; RETRO needs a decoder-only causal language model such as Llama or GPT-2."
-        )
-    # BERT and its kin serve as causal models too, but only if told so; GPT-NeoX has the first field alone, and is causal.
-    if all(getattr(backbone.config, name, None) is False for name in ("is_decoder", "add_cross_attention")):
-        raise ValueError(
-            f"'{family}' attends in both directions (`is_decoder=False`); RETRO needs a decoder-only causal language model "
-            "such as Llama or GPT-2."
-        )
+    num_layers = getattr(backbone.config.get_text_config(decoder=True), "num_hidden_layers", None)
     if path is not None:
         try:
             layers = backbone.get_submodule(path)
@@ -79,25 +91,71 @@ def find_decoder_layers(backbone: PreTrainedModel, path: str | None = None) -> n
                 f"`backbone_layers='{path}'` must be an nn.ModuleList of {num_layers} layers, found "
                 f"{type(layers).__name__} in {type(backbone).__name__}."
             )
-        return layers
-    found = {
-        name: module
-        for name, module in backbone.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and len(module) == num_layers
-        and all(isinstance(layer, GradientCheckpointingLayer) for layer in module)
-    }
-    if len(found) != 1:
+    else:
+        if num_layers is None:
+            raise ValueError(
+                f"The config of the family '{family}' has no `num_hidden_layers`, so it is no stack of decoder layers; RETRO "
+                "needs a decoder-only causal language model such as Llama or GPT-2."
+            )
+        found = {
+            name: module
+            for name, module in backbone.named_modules()
+            if isinstance(module, nn.ModuleList)
+            and len(module) == num_layers
+            and all(isinstance(layer, GradientCheckpointingLayer) for layer in module)
+        }
+        if len(found) > 1:  # the other one may belong to an image encoder
+            inside = set(backbone.get_decoder().modules())
+            found = {name: module for name, module in found.items() if module in inside} or found
+        if len(found) != 1:
+            raise ValueError(
+                f"Cannot tell the decoder layers of the family '{family}': looked in {type(backbone).__name__} for one "
+                f"nn.ModuleList of {num_layers} GradientCheckpointingLayer, found {sorted(found) or 'none'}. Name it: "
+                "`retrofit(..., backbone_layers='model.layers')`, or choose another backbone."
+            )
+        layers = next(iter(found.values()))
+    children = sorted({name for layer in layers for name, _ in layer.named_children()})
+    for name in children:
+        if name in _STREAMS:
+            raise ValueError(
+                f"The layers of the family '{family}' mix several residual streams (`{name}`); RETRO adds what it read to "
+                "the only one. Choose a backbone whose layers have one residual stream, such as Llama or GPT-2."
+            )
+        if name.startswith(_OUTSIDE):
+            raise ValueError(
+                f"The layers of the family '{family}' also attend to an encoder or an image (`{name}`); RETRO needs a "
+                "decoder-only causal language model such as Llama or GPT-2."
+            )
+    return layers
+
+
+def _check_backbone(backbone: PreTrainedModel) -> None:
+    """Raise for a model that is no causal decoder, or one that does not remember tokens in a cache of transformers."""
+    family, config = backbone.config.model_type, backbone.config
+    if getattr(config, "is_encoder_decoder", False):
         raise ValueError(
-            f"Cannot tell the decoder layers of the family '{family}': looked in {type(backbone).__name__} for one "
-            f"nn.ModuleList of {num_layers} GradientCheckpointingLayer, found {sorted(found) or 'none'}. Name it: "
-            "`retrofit(..., backbone_layers='model.layers')`, or choose another backbone."
+            f"'{family}' is an encoder-decoder; RETRO needs a decoder-only causal language model such as Llama or GPT-2."
         )
-    return next(iter(found.values()))
+    # BERT and its kin serve as causal models too, but only if told so; GPT-NeoX has the first field alone, and is causal.
+    if all(getattr(config, name, None) is False for name in ("is_decoder", "add_cross_attention")):
+        raise ValueError(
+            f"'{family}' attends in both directions (`is_decoder=False`); RETRO needs a decoder-only causal language model "
+            "such as Llama or GPT-2."
+        )
+    own_cache = not getattr(backbone, "_supports_default_dynamic_cache", lambda: True)()
+    if own_cache or "past_key_values" not in accepted_arguments(backbone):
+        raise ValueError(
+            f"'{family}' remembers tokens in a state of its own, not in a `DynamicCache` given to {type(backbone).__name__} "
+            "as `past_key_values`; what RETRO remembers rides on that cache. Choose a backbone that has it."
+        )
 
 
 def find_branch_end(backbone: PreTrainedModel, layer: nn.Module, path: str | None = None) -> BranchEnd:
     """Find where a layer's self-attention branch ends, before it is added to the residual stream.
+
+    In a layer of a hybrid without self-attention, what mixes tokens instead (a state space, a convolution) takes its
+    place; where a layer has both in parallel, cross-attention goes beside the mixer, as it goes beside a parallel
+    feed-forward layer.
 
     Args:
         backbone (`PreTrainedModel`): the model that `layer` belongs to.
@@ -106,11 +164,19 @@ def find_branch_end(backbone: PreTrainedModel, layer: nn.Module, path: str | Non
     Returns:
         [`BranchEnd`].
     Raises:
-        ValueError: if no module, or more than one, looks like the layer's self-attention.
+        ValueError: if no module, or more than one, looks like the layer's self-attention, or its output is not simply
+            added to the layer's input.
     """
-    config = backbone.config.get_text_config(decoder=True)
-    multiplier = float(getattr(config, "residual_multiplier", None) or 1.0)
-    inside = config.model_type in _ADDS_RESIDUAL_INSIDE
+    family = backbone.config.get_text_config(decoder=True).model_type
+    scales = [name for name in _SCALES_INPUT if hasattr(layer, name)]
+    if scales:
+        raise ValueError(
+            f"{type(layer).__name__} (family '{family}') scales its input before it adds the self-attention to it "
+            f"(`{scales[0]}`), so cross-attention cannot be added between the two. Use "
+            "`cross_attention_placement='after_layer'`."
+        )
+    multiplier = next((float(getattr(layer, name)) for name in _MULTIPLIERS if hasattr(layer, name)), 1.0)
+    inside = family in _ADDS_RESIDUAL_INSIDE
     if path is not None:
         try:
             return BranchEnd(layer.get_submodule(path), inside, multiplier)
@@ -118,23 +184,33 @@ def find_branch_end(backbone: PreTrainedModel, layer: nn.Module, path: str | Non
             raise ValueError(
                 f"`backbone_attention='{path}'` is not a module of {type(layer).__name__}: {error}."
             ) from None
+    if family in _ATTENTION_PATHS:
+        return BranchEnd(layer.get_submodule(_ATTENTION_PATHS[family]), inside, multiplier)
     children = dict(layer.named_children())
-    for norm, sibling in _BRANCH_NORMS:
-        if norm in children and sibling in children:
-            return BranchEnd(children[norm], inside, multiplier)
-    attention = {name: child for name, child in children.items() if "Attention" in type(child).__name__}
-    if len(attention) != 1:
+    if _RESIDUAL_SUM in children:
+        return BranchEnd(children[_RESIDUAL_SUM], True, multiplier)
+    for name, sibling in _BRANCH_ENDS:
+        if name in children and sibling in children:
+            return BranchEnd(children[name], inside, multiplier)
+    attention = {name: child for name, child in children.items() if _ATTENTION.search(type(child).__name__)}
+    mixers = {name: child for name, child in children.items() if _MIXER.search(type(child).__name__)}
+    found = attention or mixers
+    if len(found) != 1:
         raise ValueError(
-            f"Cannot tell the self-attention of {type(layer).__name__} (family '{config.model_type}'): looked for one child "
-            f"whose class name contains 'Attention', found {sorted(attention) or 'none'} among {sorted(children)}. Name "
-            "it: `retrofit(..., backbone_attention='self_attn')`, or use `cross_attention_placement='after_layer'`."
+            f"Cannot tell the self-attention of {type(layer).__name__} (family '{family}'): looked for one child whose "
+            f"class name ends in 'Attention', found {sorted(found) or 'none'} among {sorted(children)}. Name it: "
+            "`retrofit(..., backbone_attention='self_attn')`, choose other `cross_attention_layers`, or use "
+            "`cross_attention_placement='after_layer'`."
         )
-    return BranchEnd(next(iter(attention.values())), inside, multiplier)
+    end = next(iter(found.values()))
+    # BERT and its kin: the module `output` inside the attention adds the layer's input.
+    inside = inside or {"self", "output"} <= {name for name, _ in end.named_children()}
+    return BranchEnd(end, inside, multiplier)
 
 
-def accepted_arguments(module: nn.Module) -> frozenset[str]:
+def accepted_arguments(module: nn.Module) -> tuple[str, ...]:
     """Names of the parameters of a module's `forward`; some families take no `position_ids` or `logits_to_keep`."""
-    return frozenset(inspect.signature(module.forward).parameters)
+    return tuple(inspect.signature(module.forward).parameters)
 
 
 __all__ = ["BranchEnd", "accepted_arguments", "find_branch_end", "find_decoder_layers"]

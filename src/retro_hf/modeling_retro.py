@@ -276,10 +276,10 @@ class _PassVar(CompileableContextVar):
 _active_pass = _PassVar("retro_pass")
 
 
-def _record_layer_input(module: nn.Module, args: tuple, kwargs: dict, *, layer_idx: int) -> None:
+def _record_layer_input(module: nn.Module, args: tuple, kwargs: dict, *, layer_idx: int, name: str) -> None:
     retro_pass = _active_pass.get()
     if retro_pass is not None:
-        retro_pass.layer_inputs[layer_idx] = args[0] if args else kwargs["hidden_states"]
+        retro_pass.layer_inputs[layer_idx] = args[0] if args else kwargs[name]
 
 
 def _cross_attend_after_attention(
@@ -411,7 +411,8 @@ class RetroModel(RetroPreTrainedModel):
                 layers[idx].register_forward_hook(partial(_cross_attend_after_layer, layer_idx=idx))
                 continue
             end = find_branch_end(self.backbone, layers[idx], config.backbone_attention)
-            record = partial(_record_layer_input, layer_idx=idx)
+            # Nearly always called `hidden_states`.
+            record = partial(_record_layer_input, layer_idx=idx, name=accepted_arguments(layers[idx])[0])
             layers[idx].register_forward_pre_hook(record, with_kwargs=True)
             end.module.register_forward_hook(
                 partial(
