@@ -249,3 +249,13 @@ def test_layers_that_scale_their_input(family, attribute):
     layer = find_decoder_layers(backbone)[1]
     with pytest.raises(ValueError, match=rf"family '{family}'\) scales its input .*`{attribute}`.*after_layer"):
         find_branch_end(backbone, layer, "self_attn")
+
+
+def test_layers_with_more_vectors_than_tokens():
+    """CPM-Ant puts a learned prompt before the text, so its layers count other positions than the chunks do."""
+    config = tiny_config("cpmant")
+    model = build(config, backbone_layers="cpmant.encoder.layers", cross_attention_placement="after_layer").eval()
+    with pytest.raises(
+        ValueError, match=r"layer 1 has the shape \(2, 46, 32\), but the input has 2 rows of 14 tokens"
+    ):
+        model(random_ids(2, 14), use_cache=False, **random_neighbors(2, 3))

@@ -308,3 +308,11 @@ def test_the_attention_of_the_whole_can_be_chosen(implementation):
         assert model.model.backbone.config._attn_implementation == implementation
         layer = model.model.retro.encoder.layers[0]
         assert layer.self_attn.config._attn_implementation == implementation
+
+
+def test_text_config_of_a_backbone_that_reads_images_too():
+    """`get_text_config` is what Trainer, TRL and `generate` ask for the vocabulary: the innermost config."""
+    config = RetroConfig(text_config={"model_type": "gemma3"}, cross_attention_layers=[1])
+    for text_config in (config.get_text_config(), config.get_text_config(decoder=True)):
+        assert text_config is config.text_config.text_config
+    assert RetroConfig().get_text_config().model_type == "retro_decoder"

@@ -13,6 +13,7 @@ from retro_hf.errors import RetroError, UnsupportedBackboneError
 from retro_hf.retrofit import parameter_report
 
 from .tiny import ENCODER, FAMILIES, hash_retriever, random_ids, random_neighbors, tiny_backbone, tiny_retro
+from .zoo import tiny_config
 
 
 SETTINGS = {"chunk_size": 4, "cross_attention_layers": [1, 3]}
@@ -160,3 +161,49 @@ def test_wrong_settings_keep_their_own_error():
         retrofit(tiny_backbone("llama"), chunk_len=4)
     with pytest.raises(StrictDataclassClassValidationError, match=r"counted from 0 to 3, got \[4\]"):
         retrofit(tiny_backbone("llama"), cross_attention_layers=[4])
+
+
+def from_config(family, **fields):
+    """A live base of a family in `zoo.py`."""
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(tiny_config(family, **fields)).eval()
+
+
+def test_embeddings_of_another_width_than_the_layers():
+    """OPT-350m embeds in 512 dimensions and computes in 1024; neighbors are read through the same table."""
+    model = retrofit(from_config("opt", word_embed_proj_dim=24), **SETTINGS)
+    assert model.model.retro.encoder.embed_proj.in_features == 24
+    ids, neighbors = random_ids(2, 14), random_neighbors(2, 3)
+    with torch.no_grad():
+        assert torch.equal(model(ids, **neighbors).logits, model(ids).logits)
+
+
+def test_configs_without_a_padding_token():
+    """Not every config has the field."""
+    base = from_config("codegen")
+    assert not hasattr(base.config, "pad_token_id")
+    assert retrofit(base, **SETTINGS).config.pad_token_id is None
+
+
+def test_heads_that_differ_between_layers():
+    """Gemma 4's head_dim does; cross-attention takes that of the first layer."""
+    base = from_config("gemma4_text", head_dim=8, global_head_dim=16)
+    assert retrofit(base, **SETTINGS).config.cross_attention_head_dim == 8
+
+
+def test_a_live_base_of_several_parts_keeps_how_each_attends():
+    """GOT-OCR 2's image encoder has no sdpa, its language model has."""
+    base = from_config("got_ocr2")
+    before = base.config._attn_implementation, base.config.text_config._attn_implementation
+    assert before[0] != before[1]
+    retrofit(base, **SETTINGS)
+    assert (base.config._attn_implementation, base.config.text_config._attn_implementation) == before
+
+
+def test_a_recurrent_state_is_not_taken_back():
+    """Assisted decoding is refused for a base with a recurrent state, as it is by the base."""
+    base = from_config("qwen3_next")
+    with pytest.raises(ValueError, match="not supported with stateful models, such as RetroForCausalLM"):
+        retrofit(base, **SETTINGS).generate(
+            random_ids(1, 7).repeat(1, 2), prompt_lookup_num_tokens=3, max_new_tokens=4, pad_token_id=0
+        )

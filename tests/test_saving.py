@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Generation
 from retro_hf import RetroForCausalLM, RetroModel, retrofit
 
 from .tiny import ENCODER, FAMILIES, hash_retriever, random_ids, random_neighbors, randomize, tiny_backbone, tiny_retro
+from .zoo import tiny_config
 
 
 def retrofitted(path, family="llama", **config):
@@ -223,3 +224,12 @@ def test_resized_embeddings(tmp_path):
     ids = random_ids(2, 14, vocab_size=104)
     neighbors = random_neighbors(2, 3, vocab_size=104)
     torch.testing.assert_close(loaded(ids, **neighbors).logits, model(ids, **neighbors).logits)
+
+
+def test_what_a_backbone_computes_when_it_loads(tmp_path):
+    """Falcon-H1's multipliers are in no file: the backbone's own initialization fills them in."""
+    model = retrofit(AutoModelForCausalLM.from_config(tiny_config("falcon_h1")), chunk_size=4)
+    model.save_pretrained(tmp_path)
+    loaded = dict(AutoModelForCausalLM.from_pretrained(tmp_path).named_buffers())
+    for name, buffer in model.named_buffers():
+        assert torch.equal(loaded[name], buffer), name

@@ -74,6 +74,16 @@ def _reject_backbone_fields(unknown: dict) -> None:
             )
 
 
+def _implementations(config: PreTrainedConfig) -> list[tuple[PreTrainedConfig, str | None, str | None]]:
+    """How a config and its sub-configs, which may differ, compute attention and experts; the outer ones first."""
+    found = [(config, config._attn_implementation, config._experts_implementation)]
+    for name in config.sub_configs:
+        part = getattr(config, name, None)
+        if isinstance(part, PreTrainedConfig):
+            found += _implementations(part)
+    return found
+
+
 def _require_range(config: PreTrainedConfig, name: str, least: float, below: float = float("inf")) -> None:
     value = getattr(config, name)
     if not least <= value < below:
@@ -301,21 +311,23 @@ class RetroConfig(PreTrainedConfig):
         # The base class sets the attention of every sub-config anew; that of a live backbone must stay, or it would
         # attend without its causal mask.
         live = self.text_config if isinstance(self.text_config, PreTrainedConfig) else None
-        kept = None if live is None else (live._attn_implementation, live._experts_implementation)
+        kept = [] if live is None else _implementations(live)
         super().__post_init__(**kwargs)
-        if kept is not None and "attn_implementation" not in kwargs:
-            live._attn_implementation, live._experts_implementation = kept
+        if "attn_implementation" not in kwargs:
+            for part, attention, experts in kept:
+                part._attn_implementation, part._experts_implementation = attention, experts
         backbone = self.text_config.get_text_config(decoder=True)
         num_layers = getattr(backbone, "num_hidden_layers", 1)
         if self.neighbor_size is None:
             self.neighbor_size = 2 * self.chunk_size
         if self.cross_attention_layers is None:
             self.cross_attention_layers = list(range(min(5, num_layers // 2), num_layers, 3))
+        heads = self.num_attention_heads
         if self.cross_attention_num_heads is None:
-            self.cross_attention_num_heads = backbone.num_attention_heads
+            self.cross_attention_num_heads = heads
         if self.cross_attention_head_dim is None:
-            head_dim = getattr(backbone, "head_dim", None)
-            self.cross_attention_head_dim = head_dim or backbone.hidden_size // backbone.num_attention_heads
+            head_dim = getattr(backbone.per_layer_config[0], "head_dim", None)
+            self.cross_attention_head_dim = head_dim or backbone.hidden_size // heads
 
     def _check_family(self, name: str, expected: str | None) -> None:
         config = getattr(self, name)
@@ -354,6 +366,11 @@ class RetroConfig(PreTrainedConfig):
                 "to the checkpoint that the backbone came from, or save with `save_backbone=True`."
             )
 
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
+        """The config of the language model itself, also where the backbone reads images or sound too."""
+        text_config = super().get_text_config(decoder=decoder, encoder=encoder)
+        return text_config if text_config is self else text_config.get_text_config(decoder=decoder, encoder=encoder)
+
     # Trainer, TRL, lm-eval and DeepSpeed read these on the composite.
     @property
     def vocab_size(self) -> int:
@@ -376,8 +393,8 @@ class RetroConfig(PreTrainedConfig):
 
     @property
     def num_attention_heads(self) -> int:
-        """Attention heads of the backbone."""
-        return self.text_config.get_text_config(decoder=True).num_attention_heads
+        """Attention heads of the backbone, in its first layer where layers differ."""
+        return self.text_config.get_text_config(decoder=True).per_layer_config[0].num_attention_heads
 
     @property
     def max_position_embeddings(self) -> int | None:

@@ -53,6 +53,8 @@ def _invert(cells: torch.Tensor, num_cells: int) -> torch.Tensor:
 class RetroPass:
     """What the hooks of one forward pass need to know; a new object every pass, so that passes never mix."""
 
+    positions: torch.Tensor  # of the new tokens, (B, T)
+
     def __init__(self, reader: nn.Module, embed: nn.Module, config: RetroConfig):
         self.reader = reader
         self.embed = embed
@@ -76,6 +78,12 @@ class RetroPass:
 
     def __call__(self, layer_idx: int, hidden_states: torch.Tensor) -> torch.Tensor:
         """Cross-attention of one layer: zero update or CCA(H, E) - H."""
+        if hidden_states.shape[:-1] != self.positions.shape:
+            raise ValueError(
+                f"The residual stream of the backbone's layer {layer_idx} has the shape {tuple(hidden_states.shape)}, but the "
+                f"input has {self.positions.shape[0]} rows of {self.positions.shape[1]} tokens; RETRO needs one vector per "
+                "token. Choose another backbone, such as Llama or GPT-2."
+            )
         neighbor_states = self.neighbor_states
         if layer_idx == self.config.cross_attention_layers[0]:
             # A recomputation under gradient checkpointing runs this again; later layers keep the first result.

@@ -136,13 +136,13 @@ class RetroNeighborEncoder(nn.Module):
     and E is normed at the end.
     """
 
-    def __init__(self, config: RetroConfig):
+    def __init__(self, config: RetroConfig, embedding_size: int):
         super().__init__()
         encoder: RetroEncoderConfig = config.neighbor_encoder_config
         self.hidden_size = encoder.hidden_size
         self.embed_tokens = None if config.share_embeddings else nn.Embedding(config.vocab_size, encoder.hidden_size)
-        needs_map = config.share_embeddings and config.hidden_size != encoder.hidden_size
-        self.embed_proj = nn.Linear(config.hidden_size, encoder.hidden_size, bias=False) if needs_map else None
+        needs_map = config.share_embeddings and embedding_size != encoder.hidden_size
+        self.embed_proj = nn.Linear(embedding_size, encoder.hidden_size, bias=False) if needs_map else None
         self.chunk_norm = RetroRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.layers = nn.ModuleList(
             [
@@ -256,11 +256,16 @@ class RetroChunkedCrossAttention(nn.Module):
 
 
 class RetroReader(nn.Module):
-    """Everything that RETRO adds to a backbone: the neighbor encoder and one cross-attention per layer of P."""
+    """Everything that RETRO adds to a backbone: the neighbor encoder and one cross-attention per layer of P.
 
-    def __init__(self, config: RetroConfig):
+    Args:
+        config ([`RetroConfig`]): of the model.
+        embedding_size (`int`): width of the backbone's embeddings; not that of its residual stream in every family.
+    """
+
+    def __init__(self, config: RetroConfig, embedding_size: int):
         super().__init__()
-        self.encoder = RetroNeighborEncoder(config)
+        self.encoder = RetroNeighborEncoder(config, embedding_size)
         self.cross_attention = nn.ModuleDict(
             {str(layer): RetroChunkedCrossAttention(config) for layer in config.cross_attention_layers}
         )
@@ -342,6 +347,15 @@ class RetroPreTrainedModel(PreTrainedModel):
         elif getattr(module, "zero_init", False):
             init.zeros_(module.weight)
 
+    # trf-ignore: TRF033 (no hyperparameter)
+    def is_custom_code(self) -> bool:
+        """Whether the backbone's code is: what RETRO adds keeps transformers' rules for initialization.
+
+        As custom code, transformers would take every module without parameters of its own for initialized, and leave
+        empty what a backbone computes there when it is loaded (Falcon-H1's multipliers).
+        """
+        return getattr(self, "model", self).backbone.is_custom_code()
+
     def set_attn_implementation(self, attn_implementation: str | dict, **kwargs: Any) -> None:
         """Set the attention implementation of the backbone and of what RETRO adds; as in transformers."""
         if isinstance(attn_implementation, str):
@@ -394,7 +408,7 @@ class RetroModel(RetroPreTrainedModel):
             for part in parts:
                 part._is_hf_initialized = True  # its weights are not ours to initialize
         self.backbone = backbone
-        self.retro = RetroReader(config)
+        self.retro = RetroReader(config, backbone.get_input_embeddings().embedding_dim)
         self._attach_hooks()
         self._backbone_arguments = accepted_arguments(backbone)
         self._max_positions = _learned_positions(backbone)
@@ -613,6 +627,8 @@ class RetroForCausalLM(RetroPreTrainedModel, GenerationMixin):
         self.model = RetroModel(config, backbone)
         if backbone is not None and backbone.generation_config is not None:
             self.generation_config = GenerationConfig.from_dict(backbone.generation_config.to_dict())
+        # A recurrent state cannot be taken back: `generate` then refuses assisted decoding by name.
+        self._is_stateful = self.model.backbone._is_stateful
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:

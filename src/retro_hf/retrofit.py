@@ -21,6 +21,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
+from .backbone_retro import find_decoder_layers
 from .configuration_retro import RetroConfig, RetroEncoderConfig
 from .errors import UnsupportedBackboneError
 from .modeling_retro import RetroForCausalLM
@@ -77,9 +78,12 @@ def retrofit(
                 f"'{name}' is no decoder-only causal language model such as Llama or GPT-2, which RETRO needs: "
                 f"{str(error).splitlines()[0]}"
             ) from error
-    width = backbone.config.get_text_config(decoder=True).hidden_size
+    try:
+        find_decoder_layers(backbone, config.get("backbone_layers"))  # before sizes are read that only a decoder has
+    except ValueError as error:
+        raise UnsupportedBackboneError(str(error)) from error
     if encoder is None:
-        heads = max(width // 128, 1)
+        heads = max(backbone.config.get_text_config(decoder=True).hidden_size // 128, 1)
         encoder = RetroEncoderConfig(
             hidden_size=heads * 64, intermediate_size=heads * 256, num_attention_heads=heads, head_dim=64
         )
@@ -91,7 +95,7 @@ def retrofit(
         zero_init_cross_attention=True,
         backbone_name_or_path=name,
         backbone_revision=revision or getattr(backbone.config, "_commit_hash", None),
-        **{"pad_token_id": backbone.config.pad_token_id, **config},
+        **{"pad_token_id": getattr(backbone.config.get_text_config(decoder=True), "pad_token_id", None), **config},
     )
     try:
         model = RetroForCausalLM(retro_config, backbone=backbone)
