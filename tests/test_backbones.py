@@ -1,5 +1,10 @@
 """Every family: off it is the base, and cached equals full; families that cannot be served are told why."""
 
+import json
+import re
+import runpy
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -7,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from retro_hf import RetroConfig, RetroForCausalLM
 from retro_hf.backbone_retro import find_branch_end, find_decoder_layers
+from retro_hf.errors import UnsupportedBackboneError
 
 from .tiny import (
     ENCODER,
@@ -18,7 +24,8 @@ from .tiny import (
     tiny_backbone,
     tiny_retro,
 )
-from .zoo import tiny_config
+from .zoo import FAMILIES as ZOO
+from .zoo import check_family, tiny_config
 
 
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -106,6 +113,51 @@ def test_after_layer_generates_the_same_with_a_cache(family):
     cached = model.generate(**padded_batch(), **options)
     assert torch.equal(cached, model.generate(**padded_batch(), use_cache=False, **options))
     assert not torch.equal(cached, model.generate(**padded_batch(), max_new_tokens=9, **GREEDY))
+
+
+# ── the zoo ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+ROOT = Path(__file__).parents[1]
+RECORD = json.loads((ROOT / "benchmarks" / "results" / "backbones.json").read_text())
+RESULTS = RECORD["families"]
+# One of each kind; the rest takes minutes.
+QUICK = (
+    *("afmoe", "bert", "codegen", "deepseek_v3", "falcon_h1", "gemma4", "got_ocr2", "gpt_oss", "lfm2", "llama4_text"),
+    *("mixtral", "qwen3_5_text", "zaya", "doge", "deepseek_v4", "mamba", "whisper"),
+)
+
+
+def test_the_results_cover_every_family():
+    """A new version of transformers needs a new run of `benchmarks/backbones.py`."""
+    assert sorted(RESULTS) == list(ZOO)
+    assert set(QUICK) <= set(RESULTS)
+    assert "fails" not in {row["status"] for row in RESULTS.values()}
+
+
+def test_the_page_and_the_readme_say_what_the_results_say():
+    """`python benchmarks/backbones.py --page` writes the page."""
+    script = runpy.run_path(str(ROOT / "benchmarks" / "backbones.py"))
+    assert (ROOT / "docs" / "backbones.md").read_text() == script["page"](RECORD)
+    works = sum(row["works"] for row in RESULTS.values())
+    assert f"{works} of the {len(RESULTS)} families" in " ".join((ROOT / "README.md").read_text().split())
+
+
+@pytest.mark.parametrize(
+    "family", [family if family in QUICK else pytest.param(family, marks=pytest.mark.slow) for family in RESULTS]
+)
+def test_family_is_as_docs_backbones_says(family, tmp_path):
+    """It works, with cross-attention where the page says, or is refused with the error that the page quotes."""
+    row = RESULTS[family]
+    if row["status"] == "works":
+        found = check_family(family, tmp_path, row["placement"])
+        assert found["check_placement"] == row["where"]
+        assert found["check_rollback"] == row["rollback"]
+    elif row["status"] == "refused":
+        with pytest.raises(UnsupportedBackboneError, match=re.escape(row["reason"])):
+            check_family(family, tmp_path)
+    else:
+        pytest.skip(row["reason"])
 
 
 # ── families that the rule does not know ──────────────────────────────────────────────────────────────────────────────

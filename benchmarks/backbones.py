@@ -1,0 +1,186 @@
+"""Tries RETRO on every causal language model of transformers and writes docs/backbones.md.
+
+    python benchmarks/backbones.py                   # all that benchmarks/results/backbones.json does not have yet
+    python benchmarks/backbones.py llama gpt2        # these again
+    python benchmarks/backbones.py --page            # only the page, from the results
+
+A family is built from its default config with every size made small (`tests/zoo.py`) and random weights, retrofitted,
+and checked; what is checked stands on the page. Each runs in a process of its own, with a time limit. A family that
+refuses cross-attention after its attention, and says that it can go after the layer, is tried there.
+"""
+
+import argparse
+import json
+import multiprocessing
+import sys
+import tempfile
+import time
+import warnings
+from multiprocessing.connection import Connection
+from pathlib import Path
+from textwrap import shorten
+
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "backbones.json"
+PAGE = ROOT / "docs" / "backbones.md"
+
+
+def try_family(family: str) -> dict:
+    """One row of the results, in this process."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    from retro_hf.errors import UnsupportedBackboneError
+    from tests.zoo import BaseFails, NotBuilt, check_family
+
+    row = {"class": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family], "works": False, "status": "refused", "reason": ""}
+    for placement in ("after_attention", "after_layer"):
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                found = check_family(family, Path(folder), placement)
+        except UnsupportedBackboneError as error:
+            row["reason"] = row["reason"] or str(error)
+            if "after_layer" not in str(error):
+                break
+        except NotBuilt as error:
+            return row | {"status": "not built", "reason": shorten(str(error), 200, placeholder=" …")}
+        except BaseFails as error:
+            return row | {"status": "base", "placement": placement, "reason": str(error)}
+        except Exception as error:
+            return row | {"status": "fails", "placement": placement, "reason": f"{type(error).__name__}: {error}"}
+        else:
+            row |= {"works": True, "status": "works", "placement": placement}
+            return row | {"where": found["check_placement"], "rollback": found["check_rollback"]}
+    return row
+
+
+def run(family: str, limit: float) -> dict:
+    """One row of the results, from a forked process that has `limit` seconds."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+
+    def work(sender: Connection) -> None:
+        warnings.simplefilter("ignore")
+        sender.send(try_family(family))
+
+    start = time.perf_counter()
+    process = context.Process(target=work, args=(sender,))
+    process.start()
+    sender.close()
+    row = {"works": False, "status": "fails"}
+    try:
+        row = receiver.recv() if receiver.poll(limit) else row | {"reason": f"did not end within {limit:.0f} s"}
+    except EOFError:
+        row |= {"reason": "the process died"}
+    process.kill()
+    process.join()
+    return row | {"seconds": round(time.perf_counter() - start, 1)}
+
+
+CHECKS = """\
+Built from its default config with every size made small, with random weights, in float32 on a CPU, each of them does what
+follows. (Those that are causal only if told so, as BERT is, are told so, and what a default leaves open is filled in.) It
+
+- without neighbors gives the base's logits and loss, bit for bit;
+- before training, with neighbors, gives the base's logits and generated tokens, bit for bit;
+- reads the residual stream at the end of the attention branch, and adds to it there and nowhere else (the table says
+  where; beside means that another module of the layer reads the same input in parallel);
+- with trained weights (random here) lets no token change an earlier one, and no neighbors a token before the end of their
+  chunk;
+- gives a row padded at the right, or at the left, the logits of the row alone;
+- generates with a cache, across borders of chunks, what full passes give;
+- generates the same with prompt lookup, where tokens are taken back across borders of chunks; or refuses it where the
+  base does;
+- trains every parameter of RETRO, and none of the base's;
+- loads again as it was saved, in full and without the backbone.
+
+The checks are [`tests/zoo.py`](../tests/zoo.py), the results in numbers
+[`benchmarks/results/backbones.json`](../benchmarks/results/backbones.json); `python benchmarks/backbones.py` makes both
+this page and the results. A family that is not here works if it follows the conventions of transformers, or gets an error
+that says what was looked for and how to name it by hand.
+"""
+
+
+def page(results: dict) -> str:
+    """docs/backbones.md."""
+    groups: dict[str, list[tuple[str, dict]]] = {}
+    for family, row in results["families"].items():
+        groups.setdefault(row["status"], []).append((family, row))
+    works = groups.pop("works", [])
+    num_classes = len({row["class"] for _, row in works})
+    parts = [
+        "# Backbones",
+        f"Of the {len(results['families'])} families of causal language models in transformers {results['transformers']}, "
+        f"**{len(works)} work** with `retrofit` ({num_classes} model classes).",
+        CHECKS.strip(),
+        "## Families that work",
+        table(
+            ("Family", "Model class", "Cross-attention enters", "Takes tokens back"),
+            [
+                (
+                    f"`{family}`",
+                    row["class"],
+                    entry(row),
+                    "yes" if row["rollback"] is None else "no, nor does the base",
+                )
+                for family, row in works
+            ],
+        ),
+    ]
+    for status, title, text in (
+        ("fails", "Families that fail", "A defect of this library:"),
+        ("refused", "Families that are refused", "`retrofit` raises an `UnsupportedBackboneError`:"),
+        ("base", "Families whose base fails a check", "`retrofit` takes them, but the base itself does not hold:"),
+        ("not built", "Families that could not be tried", "No tiny base could be made that runs on text alone:"),
+    ):
+        rows = [(f"`{family}`", row["reason"].replace("|", "\\|")) for family, row in groups.get(status, [])]
+        if rows:
+            parts += [f"## {title}", text, table(("Family", "Reason"), rows)]
+    return "\n\n".join(parts) + "\n"
+
+
+def entry(row: dict) -> str:
+    """Where cross-attention enters, in words."""
+    if row["placement"] == "after_layer":
+        return "after the layer (`cross_attention_placement='after_layer'`)"
+    preposition, _, module = row["where"].partition(" ")
+    return f"{preposition} `{module}`"
+
+
+def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """A Markdown table."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ("---",) * len(header), *rows))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("families", nargs="*", help="model types; by default all that have no result yet")
+    parser.add_argument("--limit", type=float, default=120, help="seconds for one family")
+    parser.add_argument("--page", action="store_true", help="only write the page")
+    args = parser.parse_args()
+
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    if not args.page:
+        sys.path.insert(0, str(ROOT))  # for `tests`
+
+        import torch
+        import transformers
+
+        import retro_hf  # noqa: F401 - imported once, before the forks
+        from tests.zoo import FAMILIES
+
+        torch.set_num_threads(1)
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+        if results.get("transformers") != transformers.__version__:
+            results = {"transformers": transformers.__version__, "torch": torch.__version__, "families": {}}
+        for family in args.families or [family for family in FAMILIES if family not in results["families"]]:
+            row = results["families"][family] = run(family, args.limit)
+            results["families"] = dict(sorted(results["families"].items()))
+            RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+            print(f"{family:<24} {row['status']:<10} {row['seconds']:>5} s  {row['reason']}", flush=True)
+    PAGE.write_text(page(results))
+
+
+if __name__ == "__main__":
+    main()
