@@ -88,6 +88,16 @@ def test_lone_surrogates_are_replaced_and_pairs_joined(tmp_path):
     assert read(["\ud83d\ude00"])[0].text == "\U0001f600"
 
 
+def test_files_that_are_not_utf8_are_counted_and_readable_ones_keep_their_lines(tmp_path):
+    (tmp_path / "a.txt").write_bytes("caf\u00e9".encode("latin1"))
+    (tmp_path / "b.jsonl").write_bytes(b'{"text": "one \xff"}\n{"text": "two \xff"}\n\xef\xbb\xbf{"text": "three"}\n')
+    (tmp_path / "c.md").write_bytes(b"first\r\nsecond\rthird \xef\xbf\xbd")
+    reader = DocumentReader(tmp_path)
+    texts = [document.text for document in reader]
+    assert texts == ["caf\ufffd", "one \ufffd", "two \ufffd", "three", "first\nsecond\nthird \ufffd"]
+    assert reader.not_utf8 == {"a.txt", "b.jsonl"}
+
+
 @pytest.mark.parametrize(
     ("documents", "message"),
     [

@@ -219,6 +219,16 @@ def test_empty_documents_are_told_in_one_line(tokenizer, embedder, caplog):
     ]
 
 
+def test_files_that_are_not_utf8_are_told_in_one_line(tmp_path, tokenizer, embedder, caplog):
+    for name, content in (("a", "fine"), ("b", "caf\u00e9"), ("c", "na\u00efve"), ("d", "\u00fcber")):
+        (tmp_path / f"{name}.txt").write_bytes(content.encode("latin1"))
+    RetroDatastore.build(tmp_path, tmp_path / "store", tokenizer=tokenizer, embedder=embedder)
+    assert [record.getMessage() for record in caplog.records] == [
+        "3 of 4 files are not UTF-8, such as 'b.txt': what cannot be read there became U+FFFD. Convert them with "
+        "`iconv -f <encoding> -t utf-8 …`, where the encoding is often latin1 or utf-16, and build again."
+    ]
+
+
 def test_an_embedder_that_gives_nan_is_refused(tmp_path, tokenizer, embedder, monkeypatch):
     monkeypatch.setattr(type(embedder), "embed", lambda self, texts, **_: np.full((len(texts), 32), np.nan))
     with pytest.raises(DatastoreInputError, match="not finite"):

@@ -294,6 +294,12 @@ def _tell_input(num_blocks: int, num_empty: int, reader: DocumentReader) -> None
         logger.warning(f"Skipped {num_empty:,} of {reader.num_read:,} documents, because they have no text.")
     if reader.num_repaired:
         logger.warning(f"Replaced lone surrogates by U+FFFD in {reader.num_repaired:,} documents.")
+    if reader.not_utf8:
+        logger.warning(
+            f"{len(reader.not_utf8):,} of {len(reader.sources):,} files are not UTF-8, such as {min(reader.not_utf8)!r}: "
+            "what cannot be read there became U+FFFD. Convert them with `iconv -f <encoding> -t utf-8 …`, where the "
+            "encoding is often latin1 or utf-16, and build again."
+        )
 
 
 def _groups(blocks: list[Block], counts: list[int], shard_chunks: int) -> Iterator[list[tuple[Block, int]]]:

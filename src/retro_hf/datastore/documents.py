@@ -50,6 +50,7 @@ class DocumentReader:
         num_empty (`int`): records without text met so far; they are skipped.
         num_repaired (`int`): texts met so far with lone surrogates (half characters that JSON can smuggle in), which
             became U+FFFD.
+        not_utf8 (`set[str]`): names of the text files met so far that are not UTF-8; what cannot be read became U+FFFD.
 
     Raises:
         DatastoreInputError: for a record that is no document, naming the document, or the file and line.
@@ -60,6 +61,7 @@ class DocumentReader:
         self.num_read = 0
         self.num_empty = 0
         self.num_repaired = 0
+        self.not_utf8: set[str] = set()
         self.sources: list[dict[str, Any]] = []
         self.total: int | None = None
         if isinstance(documents, (str, os.PathLike)):
@@ -135,7 +137,7 @@ class DocumentReader:
         self.sources.append({"name": name})
         defaults = {"source": name}
         if file.name.endswith((".txt", ".md")):
-            text = file.read_text(encoding="utf-8-sig", errors="replace")
+            text = self._decode(file.read_bytes(), name).replace("\r\n", "\n").replace("\r", "\n")
             yield text, f"File {name!r}", {"id": name, "title": file.stem, **defaults}
         elif file.name.endswith(".parquet"):
             import pyarrow.parquet as pq
@@ -154,8 +156,7 @@ class DocumentReader:
         else:
             yield from self._read_jsonl(file, name, defaults)
 
-    @staticmethod
-    def _read_jsonl(file: Path, name: str, defaults: dict[str, str]) -> Iterator[Record]:
+    def _read_jsonl(self, file: Path, name: str, defaults: dict[str, str]) -> Iterator[Record]:
         number = 0
         opened = gzip.open(file, "rb") if file.name.endswith(".gz") else file.open("rb")
         try:
@@ -165,7 +166,7 @@ class DocumentReader:
                         continue
                     where = f"{name}:{number}"
                     try:
-                        record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8", errors="replace"))
+                        record = json.loads(self._decode(line, name))
                     except (ValueError, RecursionError) as error:
                         raise DatastoreInputError(
                             f"{where} is not JSON ({error}). Each line of a .jsonl file holds one JSON object; repair "
@@ -176,6 +177,13 @@ class DocumentReader:
             raise DatastoreInputError(
                 f"{name!r} breaks off after line {number} ({error}). Fetch or compress it again."
             ) from error
+
+    def _decode(self, content: bytes, name: str) -> str:
+        try:
+            return content.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            self.not_utf8.add(name)
+            return content.decode("utf-8-sig", errors="replace")
 
 
 def _files_of(path: Path) -> list[tuple[Path, str]]:
