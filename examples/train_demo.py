@@ -2,9 +2,10 @@
 
     make demo-train        # or: python examples/train_demo.py --output hub_configs/retro-bible
 
-About an hour on 2 cores that have bfloat16 instructions. 48 books are trained on in three translations; neighbors come from a datastore of the same
-text, never from a chunk's own document, so mostly from the same passage in other words. 18 books are never seen. Some
-chunks get random neighbors and some none, so that the model neither trusts bad neighbors nor depends on good ones.
+About an hour on 2 cores that have bfloat16 instructions. 48 books are trained on in three translations; neighbors come
+from a datastore of the same text, never from a chunk's own document, so mostly from the same passage in other words. 18
+books are never seen. Some chunks get random neighbors and some none, so that the model neither trusts bad neighbors nor
+depends on good ones. A run that was broken off goes on from its last checkpoint.
 
 What the run of the shipped checkpoint printed stands in `hub_configs/retro-bible/README.md`.
 """
@@ -20,7 +21,8 @@ import torch
 import transformers
 from datasets import Dataset
 from demo_data import load_corpus, minilm_path, split, train_tokenizer
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerState, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
 
 from retro_hf import (
     ChunkEmbedder,
@@ -87,6 +89,20 @@ def open_datastore(path: Path, documents: list[dict], tokenizer, embedder: Chunk
     return RetroDatastore.build(documents, path, tokenizer=tokenizer, embedder=embedder, chunk_size=CHUNK)
 
 
+def train_on(trainer: Trainer) -> None:
+    """Train from the last checkpoint on; a finished run is only loaded, since `Trainer` would take one more step."""
+    folder = Path(trainer.args.output_dir)
+    last = get_last_checkpoint(folder) if folder.exists() else None
+    if last is not None:
+        state = TrainerState.load_from_json(str(Path(last) / "trainer_state.json"))
+        if state.global_step >= trainer.args.max_steps:
+            print(f"{last} is finished; remove it to train again.")
+            trainer.model.load_state_dict(RetroForCausalLM.from_pretrained(last).state_dict())
+            trainer.state = state
+            return
+    trainer.train(resume_from_checkpoint=last)
+
+
 def main() -> None:
     """Train, measure on the validation books, save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -138,8 +154,7 @@ def main() -> None:
         seed=args.seed,
     )
     trainer = Trainer(model=model, args=training, train_dataset=windows, data_collator=collator)
-    checkpoints = list((args.work / "checkpoints").glob("checkpoint-*"))
-    trainer.train(resume_from_checkpoint=bool(checkpoints))
+    train_on(trainer)
     seconds = time.perf_counter() - start
 
     retriever = RetroRetriever(validation_store, embedder=embedder, num_neighbors=NEIGHBORS)

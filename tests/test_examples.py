@@ -1,4 +1,4 @@
-"""The examples that need a download of their own, run as a user runs them: `make test-slow`."""
+"""The examples: a real checkpoint as a user retrofits it (`make test-slow`), and going on with a broken-off training."""
 
 import os
 import subprocess
@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from tiny_training import make_model, make_trainer, make_world
 
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -21,3 +23,26 @@ def test_a_real_checkpoint_is_retrofitted(tmp_path):
     assert "off = base, bit for bit: True" in done.stdout
     assert "on = base before training, bit for bit: True" in done.stdout
     assert done.stdout.count("loads again with the same weights: True") == 2
+
+
+def test_a_finished_training_is_loaded_and_one_broken_off_goes_on(tmp_path, monkeypatch):
+    """`Trainer` alone would take one more step after the last."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    from train_demo import train_on
+
+    world = make_world(tmp_path)
+
+    def run(seed: int, max_steps: int):
+        settings = {"max_steps": max_steps, "save_strategy": "steps", "save_steps": 2}
+        trainer, losses = make_trainer(make_model(seed), world, tmp_path / "run", **settings)
+        train_on(trainer)
+        return trainer, list(losses.values)
+
+    first, steps = run(seed=0, max_steps=2)
+    assert steps == [1, 2]
+    again, steps = run(seed=1, max_steps=2)
+    assert steps == [] and again.state.global_step == 2 and len(again.state.log_history) == 2
+    for name, value in first.model.state_dict().items():
+        assert torch.equal(again.model.state_dict()[name], value), name
+    longer, steps = run(seed=1, max_steps=3)
+    assert steps == [3] and longer.state.global_step == 3
