@@ -1,6 +1,7 @@
 """The datastore of RETRO: documents cut into chunks, their keys, and the index that finds them. Knows no model."""
 
 from .chunks import chunk_texts, tokenizer_fingerprint
+from .duplicates import near_duplicates
 from .embedder import ChunkEmbedder
 from .lexical import LexicalSearcher
 from .manifest import DatastoreManifest
@@ -18,5 +19,6 @@ __all__ = [
     "Searcher",
     "VectorIndex",
     "chunk_texts",
+    "near_duplicates",
     "tokenizer_fingerprint",
 ]
