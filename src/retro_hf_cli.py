@@ -55,15 +55,13 @@ def build(
     workers: Workers = 1,
 ) -> None:
     """Build a datastore, or go on with a build that was stopped: retro build notes/ -o store --tokenizer my-model"""
-    from transformers import AutoTokenizer
-
     from retro_hf import ChunkEmbedder, RetroDatastore
 
     _tell_sizes()
     store = RetroDatastore.build(
         source,
         output,
-        tokenizer=AutoTokenizer.from_pretrained(tokenizer),
+        tokenizer=_load("tokenizer", tokenizer),
         embedder=ChunkEmbedder.from_pretrained(embedder),
         chunk_size=chunk_size,
         index=index,
@@ -178,17 +176,14 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 64,
 ) -> None:
     """Continue a text, with retrieval: retro generate model "In the beginning" --store store"""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    import retro_hf  # noqa: F401  (registers the model)
-
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = _load("tokenizer", model)
     retriever = None if store is None else _open_retriever(store, embedder, tokenizer)
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     if inputs.input_ids.shape[1] == 0:
         raise ValueError("The prompt is empty; give at least one word to continue.")
-    language_model: Any = AutoModelForCausalLM.from_pretrained(model)
-    output = language_model.generate(**inputs, retriever=retriever, max_new_tokens=max_new_tokens, do_sample=False)
+    output = _load("model", model).generate(
+        **inputs, retriever=retriever, max_new_tokens=max_new_tokens, do_sample=False
+    )
     typer.echo(tokenizer.decode(output[0], skip_special_tokens=True))
 
 
@@ -200,14 +195,13 @@ def retrofit(
     adapter_only: Annotated[bool, typer.Option("--adapter-only", help="Save only what is added.")] = False,
 ) -> None:
     """Add retrieval to a checkpoint: retro retrofit org/base -o my-retro"""
-    from transformers import AutoTokenizer
-
     from retro_hf import retrofit as add_retrieval
     from retro_hf.retrofit import parameter_report
 
     model = add_retrieval(base, chunk_size=chunk_size)
+    tokenizer = _load("tokenizer", base)
     model.save_pretrained(output, save_backbone=not adapter_only)
-    AutoTokenizer.from_pretrained(base).save_pretrained(output)
+    tokenizer.save_pretrained(output)
     typer.echo(parameter_report(model))
 
 
@@ -220,17 +214,15 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Bits per byte with retrieval on, off and random: retro eval model heldout.jsonl --store store"""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     from retro_hf.evaluation import bits_per_byte
 
     if not texts.is_file():
         raise FileNotFoundError(f"There is no file '{texts}'; give a .jsonl file with a field `text` per line.")
     documents = [json.loads(line) for line in texts.read_text(encoding="utf-8").splitlines() if line.strip()]
     result = bits_per_byte(
-        AutoModelForCausalLM.from_pretrained(model),
+        _load("model", model),
         documents,
-        AutoTokenizer.from_pretrained(model),
+        _load("tokenizer", model),
         retriever=_open_retriever(store, embedder),
     )
     typer.echo(json.dumps(result.to_dict()) if as_json else str(result))
@@ -241,6 +233,19 @@ def _tell_sizes() -> None:
     from transformers.utils import logging
 
     logging.get_logger("retro_hf").setLevel(logging.INFO)
+
+
+def _load(what: str, name: str) -> Any:
+    """The "model" or "tokenizer" called `name`."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from retro_hf.errors import PretrainedNotFoundError  # the package registers the model
+
+    loader: Any = AutoModelForCausalLM if what == "model" else AutoTokenizer
+    try:
+        return loader.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise PretrainedNotFoundError.for_name(what, name, error) from error
 
 
 def _open_retriever(store: Path, embedder: str | None, tokenizer: Any = None) -> Any:

@@ -9,6 +9,7 @@ from datastore.fixtures import corpus
 from tiny_training import CHUNK_SIZE, make_model, make_world
 from typer.testing import CliRunner
 
+from retro_hf.errors import PretrainedNotFoundError
 from retro_hf_cli import app
 
 
@@ -116,6 +117,22 @@ def test_an_error_is_one_explained_line(tmp_path):
     assert "Traceback" not in failed.stderr
     debug = subprocess.run([*command, "--debug", *arguments], capture_output=True, text=True, check=False)
     assert "Traceback" in debug.stderr
+
+
+@pytest.mark.parametrize("place", ["embedder", "tokenizer", "model", "base"])
+def test_a_wrong_name_is_explained(world, tmp_path, place):
+    """What was looked for, and how to go on; nothing is written."""
+    build = ("build", world / "texts.jsonl", "-o", tmp_path / "out")
+    arguments = {
+        "embedder": (*build, "--tokenizer", world / "model", "--embedder", "org/nothing"),
+        "tokenizer": (*build, "--tokenizer", "org/nothing", "--embedder", world / "encoder"),
+        "model": ("generate", "org/nothing", "the king"),
+        "base": ("retrofit", "org/nothing", "-o", tmp_path / "out"),
+    }[place]
+    what = {"model": "tokenizer", "base": "model"}.get(place, place)
+    with pytest.raises(PretrainedNotFoundError, match=f"no folder 'org/nothing', and no {what} of that name"):
+        retro(*arguments)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_help_names_every_command():

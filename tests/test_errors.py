@@ -16,6 +16,7 @@ from retro_hf import errors
         ("DatastoreInputError", ValueError),
         ("DatastoreCorruptError", ValueError),
         ("DatastoreMismatchError", ValueError),
+        ("PretrainedNotFoundError", FileNotFoundError),
         ("UnsupportedBackboneError", ValueError),
         ("RetrieverError", ValueError),
         ("MissingExtraError", ImportError),
@@ -33,6 +34,19 @@ def test_errors_are_retro_errors_and_builtins(name, builtin):
 def test_every_error_is_public():
     found = {name for name, value in vars(errors).items() if isinstance(value, type)}
     assert found == set(errors.__all__)
+
+
+def test_a_wrong_name_says_what_was_looked_for_and_how_to_go_on(tmp_path):
+    error = errors.PretrainedNotFoundError.for_name("model", "org/modle", OSError("no such\n repository."))
+    assert str(error) == (
+        "There is no folder 'org/modle', and no model of that name could be loaded from the Hub: no such repository. Check "
+        "the path, or the spelling of the Hub name ('org/name'); without a network, name a folder."
+    )
+    error = errors.PretrainedNotFoundError.for_name("tokenizer", str(tmp_path), OSError("no file tokenizer.json"))
+    assert str(error) == (
+        f"The folder '{tmp_path}' holds no tokenizer that can be loaded: no file tokenizer.json. Name a folder that "
+        "`save_pretrained` wrote, or a model on the Hub."
+    )
 
 
 def test_a_missing_extra_says_how_to_install_it():

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from retro_hf import RetroForCausalLM, retrofit
-from retro_hf.errors import RetroError, UnsupportedBackboneError
+from retro_hf.errors import PretrainedNotFoundError, RetroError, UnsupportedBackboneError
 from retro_hf.retrofit import parameter_report
 
 from .tiny import ENCODER, FAMILIES, hash_retriever, random_ids, random_neighbors, tiny_backbone, tiny_retro
@@ -207,3 +207,10 @@ def test_a_recurrent_state_is_not_taken_back():
         retrofit(base, **SETTINGS).generate(
             random_ids(1, 7).repeat(1, 2), prompt_lookup_num_tokens=3, max_new_tokens=4, pad_token_id=0
         )
+
+
+@pytest.mark.parametrize("name", ["org/no-such-model", "./nowhere/at/all"])
+def test_a_base_that_is_not_there(name):
+    """Our own error, whatever the Hub's client says."""
+    with pytest.raises(PretrainedNotFoundError, match=f"There is no folder '{name}', and no model of that name"):
+        retrofit(name)

@@ -5,6 +5,9 @@ Every message says what is wrong with both values, why, and what to do about it.
 
 from __future__ import annotations
 
+import os
+import textwrap
+
 
 __all__ = [
     "DatasetError",
@@ -14,6 +17,7 @@ __all__ = [
     "DatastoreMismatchError",
     "DatastoreNotFoundError",
     "MissingExtraError",
+    "PretrainedNotFoundError",
     "RetrieverError",
     "RetroError",
     "UnsupportedBackboneError",
@@ -46,6 +50,24 @@ class DatastoreCorruptError(RetroError, ValueError):
 
 class DatastoreMismatchError(RetroError, ValueError):
     """A datastore was built with another tokenizer, embedder or chunk size than the caller works with."""
+
+
+class PretrainedNotFoundError(RetroError, FileNotFoundError):
+    """A model, tokenizer or embedder could be loaded neither from a folder nor from the Hub. Check its name."""
+
+    @classmethod
+    def for_name(cls, what: str, name: str, cause: Exception) -> PretrainedNotFoundError:
+        """The error for a `what` ("model", "tokenizer" …) called `name`, when transformers raised `cause`."""
+        said = textwrap.shorten(str(cause), 600, placeholder=" …").rstrip(".")
+        if os.path.isdir(name):
+            return cls(
+                f"The folder '{name}' holds no {what} that can be loaded: {said}. Name a folder that `save_pretrained` "
+                "wrote, or a model on the Hub."
+            )
+        return cls(
+            f"There is no folder '{name}', and no {what} of that name could be loaded from the Hub: {said}. Check the path, "
+            "or the spelling of the Hub name ('org/name'); without a network, name a folder."
+        )
 
 
 class UnsupportedBackboneError(RetroError, ValueError):

@@ -23,7 +23,7 @@ from transformers.utils import logging
 
 from .backbone_retro import find_decoder_layers
 from .configuration_retro import RetroConfig, RetroEncoderConfig
-from .errors import UnsupportedBackboneError
+from .errors import PretrainedNotFoundError, UnsupportedBackboneError
 from .modeling_retro import RetroForCausalLM
 
 
@@ -62,6 +62,7 @@ def retrofit(
     Raises:
         UnsupportedBackboneError: if the base is no decoder-only model, or its layers cannot be told; the message says how
             to name them.
+        PretrainedNotFoundError: if there is no such checkpoint.
     """
     if isinstance(base, PreTrainedModel):
         backbone, name = base, base.config.name_or_path or None
@@ -71,6 +72,8 @@ def retrofit(
         name = os.fspath(base)
         try:
             backbone = AutoModelForCausalLM.from_pretrained(name, revision=revision or "main", **(base_kwargs or {}))
+        except OSError as error:
+            raise PretrainedNotFoundError.for_name("model", name, error) from error
         except ValueError as error:
             if not str(error).startswith("Unrecognized configuration class"):
                 raise

@@ -12,7 +12,7 @@ from transformers import AutoModel, AutoTokenizer, DPRConfig, DPRContextEncoder,
 
 from retro_hf.datastore import ChunkEmbedder, RetroDatastore
 from retro_hf.datastore.embedder import _default_dtype
-from retro_hf.errors import DatastoreMismatchError
+from retro_hf.errors import DatastoreMismatchError, PretrainedNotFoundError
 from retro_hf.retrieval_retro import RetroRetriever
 
 from .fixtures import corpus, make_encoder, sentence
@@ -222,3 +222,17 @@ def test_a_symmetric_store_has_no_word_of_queries(datastore, encoder_folder):
     assert set(datastore.manifest.embedder) == {"name", "revision", "fingerprint", "dim", "pooling", "dtype"}
     with pytest.raises(DatastoreMismatchError, match="built for queries of"):
         RetroRetriever(datastore, embedder=ChunkEmbedder.from_pretrained(encoder_folder, query_prompt="the king: "))
+
+
+@pytest.mark.parametrize("name", ["org/no-such-encoder", "./nowhere/at/all", "no such name!"])
+def test_a_name_that_is_neither_folder_nor_on_the_hub_is_explained(name):
+    with pytest.raises(PretrainedNotFoundError, match=f"There is no folder '{name}', and no embedder of that name"):
+        ChunkEmbedder.from_pretrained(name)
+
+
+def test_a_folder_without_a_model_is_explained(tmp_path, encoder_folder):
+    with pytest.raises(PretrainedNotFoundError, match=r"folder '.*' holds no embedder that can be loaded"):
+        ChunkEmbedder.from_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(encoder_folder).save_pretrained(tmp_path)
+    with pytest.raises(PretrainedNotFoundError, match=r"folder '.*' holds no embedder that can be loaded"):
+        ChunkEmbedder.from_pretrained(tmp_path)

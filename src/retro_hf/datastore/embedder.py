@@ -12,7 +12,7 @@ import torch
 from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
-from ..errors import DatastoreMismatchError, MissingExtraError
+from ..errors import DatastoreMismatchError, MissingExtraError, PretrainedNotFoundError
 from .chunks import tokenizer_fingerprint
 
 
@@ -152,6 +152,7 @@ class ChunkEmbedder:
                 neighbors are ranked by the cosine, where DPR was trained for the inner product.
         Raises:
             DatastoreMismatchError: if queries and chunks would have vectors of different lengths.
+            PretrainedNotFoundError: if there is no such model.
         """
         return cls(
             str(name_or_path),
@@ -185,11 +186,14 @@ class ChunkEmbedder:
         return self.query_fingerprint == self.fingerprint
 
     def _load(self) -> None:
-        modules = _read_json(self.name_or_path, "modules.json", self.revision)
-        if modules is None or _is_mean_pooling(self.name_or_path, modules, self.revision):
-            self._load_transformer()
-        else:
-            self._load_sentence_transformer()
+        try:
+            modules = _read_json(self.name_or_path, "modules.json", self.revision)
+            if modules is None or _is_mean_pooling(self.name_or_path, modules, self.revision):
+                self._load_transformer()
+            else:
+                self._load_sentence_transformer()
+        except (OSError, ValueError) as error:
+            raise PretrainedNotFoundError.for_name("embedder", self.name_or_path, error) from error
         if self.query_encoder is not None:
             self._check_dim(self.query_encoder.dim, self.query_encoder.name_or_path)
 

@@ -52,7 +52,9 @@ def excluded_documents(
     if duplicates:
         numbers = [[number, *duplicates.get(id, ())] for number, id in zip(own.tolist(), [*ids, None], strict=True)]
         sizes = np.array([len(row) for row in numbers])
-        values = np.concatenate([np.array(row) for row in numbers])[ranges((np.cumsum(sizes) - sizes)[places], sizes[places])]
+        values = np.concatenate([np.array(row) for row in numbers])[
+            ranges((np.cumsum(sizes) - sizes)[places], sizes[places])
+        ]
         rows = np.repeat(np.repeat(np.arange(len(column)), counts), sizes[places])
     else:
         values, rows = own[places], np.repeat(np.arange(len(column)), counts)
@@ -68,7 +70,9 @@ def document_numbers(datastore: RetroDatastore, ids: Sequence[Any]) -> np.ndarra
     return excluded_documents(datastore, pa.chunked_array([pa.array(rows, type=pa.list_(pa.string()))]))
 
 
-def duplicates_in(dataset: Dataset, datastore: RetroDatastore, id_column: str, start_column: str) -> dict[str, list[int]]:
+def duplicates_in(
+    dataset: Dataset, datastore: RetroDatastore, id_column: str, start_column: str
+) -> dict[str, list[int]]:
     """The numbers of the datastore's documents that are near-duplicates of each document of a tokenized dataset.
 
     A document that is in the datastore is compared as it stands there; of another the windows are put together.
@@ -108,7 +112,10 @@ def duplicates_in(dataset: Dataset, datastore: RetroDatastore, id_column: str, s
         tokens.append(np.concatenate([part for _, part in sorted(parts, key=lambda pair: pair[0])]))
     found = near_duplicates(tokens, datastore)
     numbers = iter(datastore.document_numbers([id for row in found for id in row]).tolist())
-    rows = ((id, [number for _ in row if (number := next(numbers)) != known[id]]) for id, row in zip(stored, found, strict=True))
+    rows = (
+        (id, [number for _ in row if (number := next(numbers)) != known[id]])
+        for id, row in zip(stored, found, strict=True)
+    )
     return {id: row for id, row in rows if row}
 
 
