@@ -18,6 +18,7 @@ from retro_hf import errors
         ("DatastoreMismatchError", ValueError),
         ("PretrainedNotFoundError", FileNotFoundError),
         ("UnsupportedBackboneError", ValueError),
+        ("UnsupportedEmbedderError", ValueError),
         ("RetrieverError", ValueError),
         ("MissingExtraError", ImportError),
     ],

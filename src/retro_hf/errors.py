@@ -21,6 +21,7 @@ __all__ = [
     "RetrieverError",
     "RetroError",
     "UnsupportedBackboneError",
+    "UnsupportedEmbedderError",
 ]
 
 
@@ -72,6 +73,10 @@ class PretrainedNotFoundError(RetroError, FileNotFoundError):
 
 class UnsupportedBackboneError(RetroError, ValueError):
     """The layers of a backbone could not be found. The message says what was looked for and how to name it by hand."""
+
+
+class UnsupportedEmbedderError(RetroError, ValueError):
+    """A model that is no bidirectional encoder was named as the embedder. The message says what it is."""
 
 
 class RetrieverError(RetroError, ValueError):

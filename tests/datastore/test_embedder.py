@@ -8,11 +8,23 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Router, Transformer
-from transformers import AutoModel, AutoTokenizer, DPRConfig, DPRContextEncoder, DPRQuestionEncoder
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    DPRConfig,
+    DPRContextEncoder,
+    DPRQuestionEncoder,
+    GPT2Config,
+    GPT2Model,
+    T5Config,
+    T5Model,
+)
 
 from retro_hf.datastore import ChunkEmbedder, RetroDatastore
 from retro_hf.datastore.embedder import _default_dtype
-from retro_hf.errors import DatastoreMismatchError, PretrainedNotFoundError
+from retro_hf.errors import DatastoreMismatchError, PretrainedNotFoundError, UnsupportedEmbedderError
 from retro_hf.retrieval_retro import RetroRetriever
 
 from .fixtures import corpus, make_encoder, sentence
@@ -236,3 +248,29 @@ def test_a_folder_without_a_model_is_explained(tmp_path, encoder_folder):
     AutoTokenizer.from_pretrained(encoder_folder).save_pretrained(tmp_path)
     with pytest.raises(PretrainedNotFoundError, match=r"folder '.*' holds no embedder that can be loaded"):
         ChunkEmbedder.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda size: GPT2Model(GPT2Config(vocab_size=size, n_embd=32, n_layer=2, n_head=2)),
+        lambda size: BertModel(
+            BertConfig(vocab_size=size, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, is_decoder=True)
+        ),
+        lambda size: T5Model(T5Config(vocab_size=size, d_model=32, d_kv=16, d_ff=32, num_layers=2, num_heads=2)),
+    ],
+    ids=["gpt2", "bert as a decoder", "t5"],
+)
+def test_a_model_that_is_no_bidirectional_encoder_is_refused_but_in_a_recipe(model, encoder_folder, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(encoder_folder)
+    tokenizer.save_pretrained(tmp_path)
+    made = model(len(tokenizer))
+    made.save_pretrained(tmp_path)
+    for dtype in (torch.float32, torch.bfloat16):
+        with pytest.raises(
+            UnsupportedEmbedderError, match=f"is a {type(made).__name__}, but keys need a bidirectional"
+        ):
+            ChunkEmbedder.from_pretrained(tmp_path, dtype=dtype)
+    if not made.config.is_encoder_decoder:
+        recipe(tmp_path, {"pooling_mode_mean_tokens": True})
+        assert ChunkEmbedder.from_pretrained(tmp_path).dim == 32

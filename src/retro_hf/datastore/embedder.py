@@ -12,7 +12,7 @@ import torch
 from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
-from ..errors import DatastoreMismatchError, MissingExtraError, PretrainedNotFoundError
+from ..errors import DatastoreMismatchError, MissingExtraError, PretrainedNotFoundError, UnsupportedEmbedderError
 from .chunks import tokenizer_fingerprint
 
 
@@ -153,6 +153,8 @@ class ChunkEmbedder:
         Raises:
             DatastoreMismatchError: if queries and chunks would have vectors of different lengths.
             PretrainedNotFoundError: if there is no such model.
+            UnsupportedEmbedderError: for a model that is no bidirectional encoder, unless it has a sentence-transformers
+                recipe.
         """
         return cls(
             str(name_or_path),
@@ -194,6 +196,12 @@ class ChunkEmbedder:
                 self._load_sentence_transformer()
         except (OSError, ValueError) as error:
             raise PretrainedNotFoundError.for_name("embedder", self.name_or_path, error) from error
+        if modules is None and self.pooling == "mean" and not self._is_bidirectional():
+            raise UnsupportedEmbedderError(
+                f"The embedder '{self.name_or_path}' is a {type(self._model).__name__}, but keys need a bidirectional "
+                "encoder, in which every token sees the whole text. Name one, such as "
+                "'sentence-transformers/all-MiniLM-L6-v2', or a sentence-transformers model made from it."
+            )
         if self.query_encoder is not None:
             self._check_dim(self.query_encoder.dim, self.query_encoder.name_or_path)
 
@@ -244,6 +252,16 @@ class ChunkEmbedder:
     def _freeze(self, model: Any, dtype: torch.dtype) -> None:
         self.dtype = dtype
         self._model = model.to(device=self.device, dtype=dtype).eval().requires_grad_(False)
+
+    @torch.inference_mode()
+    def _is_bidirectional(self) -> bool:
+        """Whether the first token sees the second: whether its state depends on that token's mask."""
+        if self._model.config.is_encoder_decoder:
+            return False
+        ids = torch.tensor([[0, 1], [0, 1]], device=self.device)
+        mask = torch.tensor([[1, 1], [1, 0]], device=self.device)
+        seeing, blind = self._model(input_ids=ids, attention_mask=mask).last_hidden_state[:, 0].float()
+        return bool((seeing - blind).norm() > 0.01 * blind.norm())
 
     def _identify(
         self, model: torch.nn.Module, own_prompts: dict[str, str | None] | None, routed: bool = False
