@@ -35,11 +35,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Block",
+    "BlockSummary",
     "EmbedBlock",
     "TokenBlock",
     "TokenizeBlock",
     "batches",
     "digest_of",
+    "read_summary",
     "read_token_block",
     "tokenizer_identity",
 ]
@@ -58,13 +60,20 @@ class Block(NamedTuple):
     digest: str
 
 
+class BlockSummary(NamedTuple):
+    """What is asked of a tokenized block before the rest: `id_hashes` (uint64) are those of the documents it keeps."""
+
+    num_chunks: int
+    id_hashes: np.ndarray
+    num_wordless: int
+
+
 class TokenBlock(NamedTuple):
     """The tokens of a block: `tokens` `(num_chunks * chunk_size,)`, `lengths` and `id_hashes` `(num_documents,)`."""
 
     tokens: np.ndarray
     lengths: np.ndarray
     id_hashes: np.ndarray
-    num_wordless: int
 
 
 def digest_of(*parts: str | bytes) -> str:
@@ -123,8 +132,16 @@ def documents_path(folder: Path, block: Block) -> Path:
 def read_token_block(folder: Path, block: Block) -> TokenBlock:
     """Read what [`TokenizeBlock`] wrote."""
     with safe_open(_tokens_path(folder, block), framework="np") as file:
-        tokens, lengths, hashes = (file.get_tensor(name) for name in ("tokens", "lengths", "id_hashes"))
-        return TokenBlock(tokens, lengths, hashes, int(file.metadata()["num_wordless"]))
+        return TokenBlock(*(file.get_tensor(name) for name in TokenBlock._fields))
+
+
+def read_summary(folder: Path, block: Block, chunk_size: int) -> BlockSummary:
+    """Read of what [`TokenizeBlock`] wrote all but the tokens."""
+    with safe_open(_tokens_path(folder, block), framework="np") as file:
+        (num_tokens,) = file.get_slice("tokens").get_shape()
+        return BlockSummary(
+            num_tokens // chunk_size, file.get_tensor("id_hashes"), int(file.metadata()["num_wordless"])
+        )
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from .blocks import (
     content_digest,
     digest_of,
     documents_path,
+    read_summary,
     read_token_block,
     tokenizer_identity,
 )
@@ -240,12 +241,12 @@ def _counted(work: Path, blocks: list[Block], chunk_size: int) -> tuple[list[Blo
     counts, hashes, num_wordless = [], [], 0
     kept = []
     for block in blocks:
-        tokens = read_token_block(work, block)
-        num_wordless += tokens.num_wordless
-        if len(tokens.lengths):
+        summary = read_summary(work, block, chunk_size)
+        num_wordless += summary.num_wordless
+        if summary.num_chunks:
             kept.append(block)
-            counts.append(len(tokens.tokens) // chunk_size)
-            hashes.append(tokens.id_hashes)
+            counts.append(summary.num_chunks)
+            hashes.append(summary.id_hashes)
     if hashes:
         _check_ids(work, kept, hashes)
     return kept, counts, num_wordless
