@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from retro_hf.datastore import ChunkEmbedder, RetroDatastore
+from retro_hf.datastore import embedder as embedder_module
 from retro_hf.datastore.embedder import _default_dtype
 from retro_hf.errors import DatastoreMismatchError, PretrainedNotFoundError, UnsupportedEmbedderError
 from retro_hf.retrieval_retro import RetroRetriever
@@ -117,6 +118,17 @@ def test_pickling_keeps_the_name_and_not_the_weights(embedder, texts):
     data = pickle.dumps(embedder)
     assert len(data) < 2000
     np.testing.assert_array_equal(pickle.loads(data).embed(texts), embedder.embed(texts))
+
+
+def test_an_encoder_keeps_its_precision_on_other_hardware(encoder_folder, monkeypatch):
+    """Otherwise blocks of one build would differ by node, and would not be found under their names."""
+    half = ChunkEmbedder.from_pretrained(encoder_folder, dtype=torch.bfloat16)
+    default = ChunkEmbedder.from_pretrained(encoder_folder)
+    monkeypatch.setattr(embedder_module, "_default_dtype", lambda device: torch.float16)
+    for one in (half, default):
+        copy = pickle.loads(pickle.dumps(one))
+        copy.embed(["the river"])
+        assert copy.dtype == one.dtype
 
 
 def plain(folder, seed: int = 0, **options) -> ChunkEmbedder:

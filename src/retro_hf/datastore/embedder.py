@@ -100,7 +100,8 @@ class ChunkEmbedder:
             mean.
         dtype (`torch.dtype`): of the weights in use.
 
-    *Processes*: pickling keeps the name and the settings; weights are loaded again on first use.
+    *Processes*: pickling keeps the name, the settings and the dtype; weights are loaded again on first use, by default
+    on the device that is there.
     """
 
     def __init__(
@@ -116,7 +117,7 @@ class ChunkEmbedder:
     ) -> None:
         self.name_or_path = str(name_or_path)
         self.revision = revision
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self._requested_device = device
         self._requested_dtype = dtype
         self._requested_prompts = prompt, query_prompt
         if query_encoder is not None and not isinstance(query_encoder, ChunkEmbedder):
@@ -188,6 +189,7 @@ class ChunkEmbedder:
         return self.query_fingerprint == self.fingerprint
 
     def _load(self) -> None:
+        self.device = torch.device(self._requested_device or ("cuda" if torch.cuda.is_available() else "cpu"))
         try:
             modules = _read_json(self.name_or_path, "modules.json", self.revision)
             if modules is None or _is_mean_pooling(self.name_or_path, modules, self.revision):
@@ -377,7 +379,8 @@ class ChunkEmbedder:
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        state.update(_model=None, _recipe=None, _tokenizer=None)
+        # One precision for all processes, also on hardware with another default.
+        state.update(_model=None, _recipe=None, _tokenizer=None, _requested_dtype=self.dtype)
         return state
 
     def __repr__(self) -> str:
