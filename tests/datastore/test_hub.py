@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from retro_hf import RetroDatastore, RetroRetriever
 from retro_hf.datastore.card import render_card
+from retro_hf.datastore.manifest import DatastoreManifest
 from retro_hf.errors import DatastoreCorruptError, DatastoreInputError, DatastoreNotFoundError
 
 
@@ -85,11 +86,17 @@ def test_only_what_the_manifest_names_travels(hub, changing):
     assert set(content(RetroDatastore.from_pretrained(REPO).path)) == named
 
 
-def test_a_second_push_of_the_same_uploads_nothing(hub, datastore):
+def test_a_second_push_of_the_same_uploads_nothing(hub, datastore, caplog):
     first = datastore.push_to_hub(REPO)
+    total, size = len(datastore.manifest.files), sum(file.size for file in datastore.manifest.files) / 1e6
+    assert f"Uploading {total} of {total} files ({size:.2f} MB of {size:.2f} MB)" in caplog.text
     hub.log.clear()
+    caplog.clear()
     assert datastore.push_to_hub(REPO).oid == first.oid
     assert not uploads(hub)
+    # Only small files, whose sha256 the Hub does not tell, are offered again.
+    small = [file for file in datastore.manifest.files if file.size <= 1024]
+    assert f"Uploading {len(small)} of {total} files" in caplog.text
 
 
 def test_a_commit_pins_its_generation(hub, changing, embedder):
@@ -207,6 +214,24 @@ def test_another_push_in_the_meantime_is_not_overwritten(hub, changing, monkeypa
     with pytest.raises(huggingface_hub.errors.HfHubHTTPError, match="A commit has happened since"):
         changing.push_to_hub(REPO)
     assert json.loads(hub.files(f"datasets/{REPO}")["datastore.json"])["generation"] == 1
+
+
+def test_a_push_during_a_download_does_not_mix_generations(hub, changing, monkeypatch):
+    changing.push_to_hub(REPO)
+    before = content(changing.path)
+    read = DatastoreManifest.read
+
+    def read_then_push(folder):
+        manifest = read(folder)
+        monkeypatch.setattr(DatastoreManifest, "read", read)
+        changing.delete(["doc-1"])
+        changing.compact()
+        changing.push_to_hub(REPO)
+        return manifest
+
+    monkeypatch.setattr(DatastoreManifest, "read", read_then_push)
+    assert content(RetroDatastore.from_pretrained(REPO).path) == before
+    assert RetroDatastore.from_pretrained(REPO).generation == 3
 
 
 def test_a_missing_repository_revision_or_datastore_says_what_to_do(hub, datastore):

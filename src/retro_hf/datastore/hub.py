@@ -76,8 +76,8 @@ def push(
     old = _files_of_manifest(api, repo_id, head) if MANIFEST_NAME in there else set()
     stale = sorted((old & set(there)) - {file.name for file in manifest.files} - set(content))
     logger.warning(
-        f"Uploading {_megabytes(new)} in {len(new)} files to the dataset repository {repo_id!r}, of {_megabytes(manifest.files)} in "
-        f"{len(manifest.files)}; the others are there. If this is interrupted, the same call again goes on."
+        f"Uploading {len(new)} of {len(manifest.files)} files ({_megabytes(new)} of {_megabytes(manifest.files)}) to the "
+        f"dataset repository {repo_id!r}. If this is interrupted, the same call again goes on."
     )
     return api.create_commit(
         repo_id,
