@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers.cache_utils import DynamicCache, StaticCache
 
-from retro_hf.cache_retro import RetroCacheMixin, RetroState, attach_state
+from retro_hf import cache_retro
+from retro_hf.cache_retro import ROOM, RetroCacheMixin, RetroState, attach_state
 
 from .tiny import CHUNK_SIZE, hash_retriever, neighbors_from, random_ids, tiny_retro
 
@@ -170,3 +171,70 @@ def test_state_of_another_length_is_told():
     cache = DynamicCache()
     attach_state(cache, state)
     assert cache.retro is state
+
+
+def test_new_keys_are_written_behind_the_old_ones(model):
+    """A step copies one token: the buffers of the backbone's keys and values stay where they are, with little room."""
+    cache = feed(model, random_ids(2, 6)).past_key_values
+    before = [layer.keys.data_ptr() for layer in cache.layers]
+    for token in random_ids(2, 5, seed=1).split(1, dim=1):
+        feed(model, token, cache)
+    assert [layer.keys.data_ptr() for layer in cache.layers] == before
+    assert all(layer.keys.shape[-2] == 11 for layer in cache.layers)
+    room = [layer.keys.untyped_storage().nbytes() // layer.keys[..., :1, :].nbytes for layer in cache.layers]
+    assert room == [ROOM] * len(cache.layers)
+
+
+def test_keys_outgrow_their_buffer(model, monkeypatch):
+    """The next buffer continues where the full one ended, also after tokens were taken back."""
+    monkeypatch.setattr(cache_retro, "ROOM", 4)
+    ids = random_ids(2, 3)
+    cache = feed(model, ids).past_key_values
+    assert_continues(model, cache, ids)
+    cache.crop(-4)
+    assert_continues(model, cache, torch.cat([ids, random_ids(2, CHUNK_SIZE + 2, seed=9)[:, :2]], dim=1), seed=3)
+
+
+@pytest.mark.parametrize("family", ["retro_decoder", "llama"])
+@pytest.mark.parametrize("first", [True, False])
+def test_inference_mode_may_begin_or_end(family, first):
+    """A cache that was made in inference mode can be continued outside of it, and the other way round."""
+    model, ids = tiny_retro(family, scale=0.3), random_ids(2, 6)
+    with torch.inference_mode(first), torch.no_grad():
+        cache = feed(model, ids).past_key_values
+    with torch.inference_mode(not first), torch.no_grad():
+        assert_continues(model, cache, ids)
+
+
+@pytest.mark.parametrize("family", ["retro_decoder", "llama"])
+def test_gradients_flow_through_a_cache(family):
+    """Pieces fed with a cache give the gradients of one pass."""
+    model, ids = tiny_retro(family, scale=0.3), random_ids(2, 11)
+
+    def gradients(logits):
+        model.zero_grad()
+        logits.square().mean().backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    with torch.enable_grad():
+        expected = gradients(full(model, ids))
+        cache, pieces = None, []
+        for piece in ids.split([5, 1, 1, 1, 1, 2], dim=1):
+            out = feed(model, piece, cache)
+            cache = out.past_key_values
+            pieces.append(out.logits)
+        found = gradients(torch.cat(pieces, dim=1))
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-3, msg=name)
+
+
+def test_a_step_compiles_as_one_graph(model):
+    """Between chunk borders nothing that the state does breaks the graph."""
+    ids = random_ids(2, 6)
+    cache, twin = (feed(model, ids).past_key_values for _ in range(2))
+    neighbors = neighbors_from(hash_retriever(), ids)
+    step = dict(input_ids=random_ids(2, 1, seed=1), use_cache=True, **neighbors)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    logits = compiled(past_key_values=cache, **step).logits
+    torch.testing.assert_close(logits, model(past_key_values=twin, **step).logits)

@@ -17,7 +17,12 @@ from functools import cache
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicLayer
+from transformers.utils import is_torchdynamo_compiling
+
+
+ROOM = 256
+"""Growing buffers of keys and values end at a multiple of so many tokens."""
 
 
 class RetroState:
@@ -138,6 +143,37 @@ def pad_to(tensor: torch.Tensor, size: int, dim: int) -> torch.Tensor:
     return torch.cat([tensor, tensor.new_zeros(shape)], dim=dim)
 
 
+def _append(seen: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """Append `new` (B, H, T, D) to `seen` (B, H, L, D), in place where `seen` is the front of a buffer with room for it."""
+    length = seen.shape[-2] if seen.numel() else 0
+    total = length + new.shape[-2]
+    capacity = seen.stride(1) // seen.stride(2) if length else 0
+    if capacity < total or seen.is_inference() != torch.is_inference_mode_enabled():
+        buffer = new.new_empty(*new.shape[:2], -(-total // ROOM) * ROOM, new.shape[-1])
+        grown = buffer[:, :, :total]
+        if length:
+            grown[:, :, :length] = seen
+    else:
+        grown = seen.as_strided((*seen.shape[:2], total, seen.shape[-1]), seen.stride())
+    grown[:, :, length:] = new
+    return grown
+
+
+class RetroDynamicLayer(DynamicLayer):
+    """A layer of a `DynamicCache` that writes new tokens behind the old ones, where its parent copies all of them."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append keys and values `(B, H, T, D)` and return all of them; as in transformers."""
+        if torch.is_grad_enabled() or is_torchdynamo_compiling():  # what autograd has saved must not change
+            return super().update(key_states, value_states, *args, **kwargs)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys, self.values = _append(self.keys, key_states), _append(self.values, value_states)
+        return self.keys, self.values
+
+
 class RetroCacheMixin:
     """Keeps a [`RetroState`] in step with the cache that it rides on."""
 
@@ -193,7 +229,12 @@ def attach_state(cache: Any, state: RetroState | None) -> None:
     """Give a cache, of any class and in place, a retrieval state; `isinstance` and identity are kept."""
     if not isinstance(cache, RetroCacheMixin):
         cache.__class__ = _retro_class(type(cache))
+        for layer in cache.layers:
+            if type(layer) is DynamicLayer:
+                layer.__class__ = RetroDynamicLayer
+        if cache.layer_class_to_replicate is DynamicLayer:
+            cache.layer_class_to_replicate = RetroDynamicLayer
     cache.retro = state
 
 
-__all__ = ["RetroCacheMixin", "RetroState", "attach_state", "pad_to"]
+__all__ = ["RetroCacheMixin", "RetroDynamicLayer", "RetroState", "attach_state", "pad_to"]
