@@ -40,9 +40,10 @@ class RetroState:
         lengths (`list[int]`): chunk position of each row's next token; on the host, so that a decoding step knows
             without a device-to-host copy whether it completes a chunk.
         num_columns (`int`): tokens in the backbone's cache, padding included.
-        input_ids (`torch.LongTensor` of shape `(B, 2, m)`): tokens.
-        hidden_states (`torch.FloatTensor` of shape `(B, 2, m, hidden_size)`): residual stream at the first layer with
+        input_ids (`torch.LongTensor` of shape `(B, 2 m + 1)`): tokens; the last cell takes what is to be left out.
+        hidden_states (`torch.FloatTensor` of shape `(B, 2 m + 1, hidden_size)`): residual stream at the first layer with
             cross-attention.
+        features (`torch.FloatTensor` of shape `(m + R - 1, hidden_size)`): of the distances in cross-attention.
         key_values (`dict[int, tuple]`): per layer, keys and values of shape `(B, 2, H, S, D)` of the encoded neighbors.
         neighbor_mask (`torch.BoolTensor` of shape `(B, 2, S)`): which of the S = K · R neighbor tokens are real.
     """
@@ -56,6 +57,7 @@ class RetroState:
         self.input_ids: torch.Tensor | None = None
         self.hidden_states: torch.Tensor | None = None
         self.neighbor_mask: torch.Tensor | None = None
+        self.features: torch.Tensor | None = None
         self.key_values: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     @property
@@ -105,25 +107,32 @@ class RetroState:
         self.lengths = [max(n - num_tokens, o) for n, o in zip(self.lengths, self.offsets, strict=True)]
         self.num_columns -= num_tokens
 
-    def write(self, buffer: str, positions: torch.Tensor, values: torch.Tensor) -> None:
-        """Write per-token values at their chunk positions.
+    def read(self, buffer: str) -> torch.Tensor | None:
+        """What was written, by halves: of shape `(B, 2, m, ...)`; None if nothing was."""
+        ring = getattr(self, buffer)
+        return None if ring is None else ring[:, :-1].unflatten(1, (2, self.chunk_size))
+
+    def write(self, buffer: str, positions: torch.Tensor | list[int], values: torch.Tensor) -> None:
+        """Write per-token values at their chunk positions, in place: what they replace can't be taken back to any more.
 
         Args:
             buffer (`str`): `"input_ids"` or `"hidden_states"`.
-            positions (`torch.LongTensor` of shape `(B, T)`): chunk positions, -1 for tokens to leave out; the rest of a
-                row must lie within two chunks.
+            positions (`torch.LongTensor` of shape `(B, T)`, or one `int` per row if T = 1): chunk positions, -1 for tokens
+                to leave out; the rest of a row must lie within two chunks.
             values (`torch.Tensor` of shape `(B, T, ...)`): what to write.
         """
         size = 2 * self.chunk_size
-        batch_size = values.shape[0]
         ring = getattr(self, buffer)
         if ring is None:
-            ring = values.new_zeros(batch_size, 2, self.chunk_size, *values.shape[2:])
-        flat = torch.cat([ring.flatten(1, 2), torch.zeros_like(ring[:, 0, :1])], dim=1)  # one cell more, to leave out
-        index = torch.where(positions >= 0, positions % size, size)
-        rows = torch.arange(batch_size, device=values.device).unsqueeze(1)
-        flat[rows, index] = values
-        setattr(self, buffer, flat[:, :size].unflatten(1, (2, self.chunk_size)))
+            ring = values.new_zeros(len(values), size + 1, *values.shape[2:])
+        elif not _is_writable(ring):
+            ring = ring.clone()
+        if isinstance(positions, list):
+            ring[per_row([position % size for position in positions], ring.device)] = values[:, 0]
+        else:
+            rows = torch.arange(len(values), device=values.device).unsqueeze(1)
+            ring[rows, torch.where(positions >= 0, positions % size, size)] = values
+        setattr(self, buffer, ring)
 
     def grow_neighbors(self, num_tokens: int, device: torch.device) -> None:
         """Make room for `num_tokens` neighbor tokens per chunk in the mask."""
@@ -131,6 +140,18 @@ class RetroState:
         if self.neighbor_mask is None:
             self.neighbor_mask = torch.zeros(batch_size, 2, num_tokens, dtype=torch.bool, device=device)
         self.neighbor_mask = pad_to(self.neighbor_mask, num_tokens, dim=-1)
+
+
+def _is_writable(tensor: torch.Tensor) -> bool:
+    """Whether a tensor may be changed here: one that was made in inference mode, only there."""
+    return is_torchdynamo_compiling() or tensor.is_inference() == torch.is_inference_mode_enabled()
+
+
+def per_row(indices: list[int], device: torch.device) -> tuple:
+    """Index of entry `indices[b]` of every row b; a plain one, which makes a view, where they are all the same."""
+    if len(set(indices)) == 1:
+        return slice(None), indices[0]
+    return torch.arange(len(indices), device=device), torch.tensor(indices, device=device)
 
 
 def pad_to(tensor: torch.Tensor, size: int, dim: int) -> torch.Tensor:
@@ -148,7 +169,7 @@ def _append(seen: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
     length = seen.shape[-2] if seen.numel() else 0
     total = length + new.shape[-2]
     capacity = seen.stride(1) // seen.stride(2) if length else 0
-    if capacity < total or seen.is_inference() != torch.is_inference_mode_enabled():
+    if capacity < total or not _is_writable(seen):
         buffer = new.new_empty(*new.shape[:2], -(-total // ROOM) * ROOM, new.shape[-1])
         grown = buffer[:, :, :total]
         if length:
@@ -237,4 +258,4 @@ def attach_state(cache: Any, state: RetroState | None) -> None:
     cache.retro = state
 
 
-__all__ = ["RetroCacheMixin", "RetroDynamicLayer", "RetroState", "attach_state", "pad_to"]
+__all__ = ["RetroCacheMixin", "RetroDynamicLayer", "RetroState", "attach_state", "pad_to", "per_row"]

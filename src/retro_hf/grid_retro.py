@@ -24,7 +24,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
-from .cache_retro import RetroState, attach_state, pad_to
+from .cache_retro import RetroState, attach_state, pad_to, per_row
 from .configuration_retro import RetroConfig
 from .lookup_retro import RetroLookup
 from .modeling_retro_decoder import position_features
@@ -55,10 +55,11 @@ class RetroPass:
 
     positions: torch.Tensor  # of the new tokens, (B, T)
 
-    def __init__(self, reader: nn.Module, embed: nn.Module, config: RetroConfig):
+    def __init__(self, reader: nn.Module, embed: nn.Module, config: RetroConfig, state: RetroState | None):
         self.reader = reader
         self.embed = embed
         self.config = config
+        self.state = state
         self.layer_inputs: dict[int, torch.Tensor] = {}
         self.neighbor_states: torch.Tensor | None = None
 
@@ -75,6 +76,20 @@ class RetroPass:
     def commit(self) -> None:
         """Count the tokens of a finished pass in the history; with it what must not be visible before."""
         raise NotImplementedError
+
+    def position_table(self, neighbor_size: int, like: torch.Tensor) -> torch.Tensor:
+        """Features of the distances in cross-attention, in decreasing order: `(m + R - 1, hidden_size)`.
+
+        Equation 6 with m for the paper's l: d = i - i' + m - 1, the same for every neighbor.
+        """
+        if self.state is not None and self.state.features is not None:
+            return self.state.features
+        size = self.config.chunk_size
+        steps = torch.arange(size + neighbor_size - 1, device=like.device)
+        features = position_features(2 * size - 2 - steps, like.shape[-1], like.dtype)
+        if self.state is not None:
+            self.state.features = features
+        return features
 
     def __call__(self, layer_idx: int, hidden_states: torch.Tensor) -> torch.Tensor:
         """Cross-attention of one layer: zero update or CCA(H, E) - H."""
@@ -126,12 +141,11 @@ class GridPass(RetroPass):
         num_completed: list[int] | None = None,
         num_tokens: list[int] | None = None,
     ):
-        super().__init__(reader, embed, config)
+        super().__init__(reader, embed, config, state)
         size = config.chunk_size
         self.num_chunks = num_chunks
         self.neighbor_input_ids = neighbor_input_ids
         self.neighbor_mask = neighbor_mask
-        self.state = state
         self.first_chunk = first_chunk
         self.num_completed = num_completed
         self.num_tokens = num_tokens
@@ -165,7 +179,7 @@ class GridPass(RetroPass):
 
     def _remembered(self, buffer: str, like: torch.Tensor) -> torch.Tensor:
         """The chunk that was growing before this pass, (B, m, ...)."""
-        ring = getattr(self.state, buffer)
+        ring = self.state.read(buffer)
         if ring is None:
             return like.new_zeros(self.batch_size, self.config.chunk_size, *like.shape[2:])
         return _pick(ring, self.first_chunk)
@@ -180,11 +194,11 @@ class GridPass(RetroPass):
     def encode(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         if self.state is not None:
             history = self._remembered("hidden_states", hidden_states)
-            self.write("hidden_states", hidden_states)
+            with_history = torch.cat([history, hidden_states], dim=1)
+            self.write("hidden_states", hidden_states)  # over the history
+            hidden_states = with_history
         if self.num_chunks == 0 or self.neighbor_input_ids is None:
             return None
-        if self.state is not None:
-            hidden_states = torch.cat([history, hidden_states], dim=1)
         chunk_states = _take(hidden_states, self.chunk_columns).view(*self.chunk_mask.shape, -1)
         return self.reader.encoder(
             self.neighbor_input_ids.flatten(0, 1),
@@ -201,9 +215,7 @@ class GridPass(RetroPass):
         if neighbor_states is None and (state is None or layer_idx not in state.key_values):
             return torch.zeros_like(hidden_states)
         neighbor_size = state.neighbor_size if self.neighbor_input_ids is None else self.neighbor_input_ids.shape[-1]
-        # Equation 6 with m for the paper's l: d = i - i' + m - 1, the same for every neighbor.
-        steps = torch.arange(size + neighbor_size - 1, device=hidden_states.device)
-        features = position_features(2 * size - 2 - steps, hidden_states.shape[-1], hidden_states.dtype)
+        features = self.position_table(neighbor_size, hidden_states)
         queries = _take(hidden_states, self.queries).view(self.batch_size * self.num_groups, size, -1)
         update = self.reader.cross_attention[str(layer_idx)](
             queries, neighbor_states, features, neighbor_size, partial(self._recall, layer_idx)
@@ -260,10 +272,7 @@ class GridPass(RetroPass):
 
 def _pick(halves: torch.Tensor, chunks: list[int]) -> torch.Tensor:
     """Per row the half of `halves` (B, 2, ...) that holds chunk `chunks[b]`, (B, ...)."""
-    parities = [chunk % 2 for chunk in chunks]
-    if len(set(parities)) == 1:
-        return halves[:, parities[0]]
-    return halves[torch.arange(len(chunks), device=halves.device), torch.tensor(parities, device=halves.device)]
+    return halves[per_row([chunk % 2 for chunk in chunks], halves.device)]
 
 
 class StepPass(RetroPass):
@@ -286,16 +295,13 @@ class StepPass(RetroPass):
         neighbor_mask: torch.Tensor | None,
         device: torch.device,
     ):
-        super().__init__(reader, embed, config)
+        super().__init__(reader, embed, config, state)
         size = config.chunk_size
-        self.state = state
         self.neighbor_input_ids = neighbor_input_ids
         self.neighbor_mask = neighbor_mask
         self.rows = torch.tensor(rows, device=device) if rows else None
         self.halves = torch.tensor([state.lengths[row] // size % 2 for row in rows], device=device) if rows else None
         self.origins = [max(state.offsets[row] - state.lengths[row] // size * size, 0) for row in rows]
-        self.chunks = [(length + 1) // size - 1 for length in state.lengths]  # attended to, -1 for none
-        self.positions = torch.tensor(state.lengths, device=device).unsqueeze(1)
         if rows and state.neighbor_mask is not None:
             mask = state.neighbor_mask.clone()
             mask[self.rows, self.halves] = False
@@ -303,37 +309,44 @@ class StepPass(RetroPass):
                 mask[self.rows, self.halves] = pad_to(neighbor_mask.flatten(1), mask.shape[-1], dim=-1)
             state.neighbor_mask = mask
 
+        # What all layers read: the neighbors of the last completed chunk, -1 for none, and their distances.
+        chunks = [(length + 1) // size - 1 for length in state.lengths]
+        self.read = per_row([chunk % 2 for chunk in chunks], device)
+        self.read_mask = None if state.neighbor_mask is None else state.neighbor_mask[self.read]
+        if self.read_mask is not None and min(chunks) < 0:
+            has_chunk = torch.tensor([chunk >= 0 for chunk in chunks], device=device)
+            self.read_mask = self.read_mask & has_chunk.unsqueeze(1)
+        self.features: torch.Tensor | None = None
+
     def encode(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        self.state.write("hidden_states", self.positions, hidden_states)
+        state, size, device = self.state, self.config.chunk_size, hidden_states.device
+        state.write("hidden_states", state.lengths, hidden_states)
+        if state.neighbor_size is not None:
+            windows = self.position_table(state.neighbor_size, hidden_states).unfold(0, state.neighbor_size, 1)
+            # The further into its chunk a token is, the larger are its distances.
+            first = [size - 1 - (length + 1) % size for length in state.lengths]
+            window = windows[first[0] if len(set(first)) == 1 else torch.tensor(first, device=device)]
+            self.features = window.transpose(-1, -2)
         if self.neighbor_input_ids is None:
             return None
-        chunk_states = self.state.hidden_states[self.rows, self.halves]
-        cells = torch.arange(self.config.chunk_size, device=hidden_states.device)
-        chunk_mask = cells >= torch.tensor(self.origins, device=hidden_states.device).unsqueeze(1)
+        chunk_states = state.read("hidden_states")[self.rows, self.halves]
+        cells = torch.arange(size, device=device)
+        chunk_mask = cells >= torch.tensor(self.origins, device=device).unsqueeze(1)
         return self.reader.encoder(self.neighbor_input_ids, self.neighbor_mask, chunk_states, chunk_mask, self.embed)
 
     def attend(
         self, layer_idx: int, hidden_states: torch.Tensor, neighbor_states: torch.Tensor | None
     ) -> torch.Tensor:
-        state, size = self.state, self.config.chunk_size
-        if neighbor_states is None and layer_idx not in state.key_values:
+        if neighbor_states is None and layer_idx not in self.state.key_values:
             return torch.zeros_like(hidden_states)
-        offsets = [(length + 1) % size for length in state.lengths]
-        offset = torch.tensor(offsets if len(set(offsets)) > 1 else offsets[:1], device=hidden_states.device)
-        distances = offset.unsqueeze(1) + size - 1 - torch.arange(state.neighbor_size, device=hidden_states.device)
-        features = position_features(distances, hidden_states.shape[-1], hidden_states.dtype)
-        return self.reader.cross_attention[str(layer_idx)](
-            hidden_states,
-            neighbor_states,
-            features if len(features) > 1 else features[0],
-            state.neighbor_size,
-            partial(self._recall, layer_idx),
-        )
+        recall = partial(self._recall, layer_idx)
+        layer = self.reader.cross_attention[str(layer_idx)]
+        return layer(hidden_states, neighbor_states, self.features, self.state.neighbor_size, recall)
 
     def _recall(self, layer_idx: int, projected: tuple | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         state = self.state
-        num_tokens = state.neighbor_mask.shape[-1]
         if projected is not None:
+            num_tokens = state.neighbor_mask.shape[-1]
             if layer_idx not in state.key_values:
                 shape = (len(state.lengths), 2, *projected[0].shape[1:])
                 state.key_values[layer_idx] = (projected[0].new_zeros(shape), projected[1].new_zeros(shape))
@@ -343,11 +356,8 @@ class StepPass(RetroPass):
                 old[self.rows, self.halves] = pad_to(new, num_tokens, dim=-2)
                 updated.append(old)
             state.key_values[layer_idx] = tuple(updated)
-        key, value = (_pick(tensor, self.chunks) for tensor in state.key_values[layer_idx])
-        mask = _pick(state.neighbor_mask, self.chunks)
-        if min(self.chunks) < 0:
-            mask = mask & torch.tensor([chunk >= 0 for chunk in self.chunks], device=mask.device).unsqueeze(1)
-        return key, value, mask
+        key, value = (tensor[self.read] for tensor in state.key_values[layer_idx])
+        return key, value, self.read_mask
 
     def commit(self) -> None:
         self.state.advance([1] * len(self.state.lengths), 1)
@@ -418,7 +428,7 @@ class Planner:
     def _plan_step(self, state: RetroState, tokens: torch.Tensor) -> "StepPass":
         device = tokens.device
         if tokens.dim() == 2:
-            state.write("input_ids", torch.tensor(state.lengths, device=device).unsqueeze(1), tokens)
+            state.write("input_ids", state.lengths, tokens)
         rows = [row for row, length in enumerate(state.lengths) if (length + 1) % self.size == 0]
         ids = mask = None
         if rows:
@@ -429,7 +439,7 @@ class Planner:
 
             def chunk_tokens(selected: torch.Tensor) -> Neighbors:
                 real = torch.arange(self.size, device=device) >= torch.tensor(origins, device=device).unsqueeze(1)
-                return state.input_ids[index, halves][selected], real[selected]
+                return state.read("input_ids")[index, halves][selected], real[selected]
 
             every = torch.ones_like(index, dtype=torch.bool)
             ids, mask = self._neighbors(index, torch.tensor(chunks, device=device), every, chunk_tokens)

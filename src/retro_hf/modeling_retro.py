@@ -252,7 +252,7 @@ class RetroChunkedCrossAttention(nn.Module):
             mask[:, None, None, :],
             num_repeats=mask.shape[1] // neighbor_size,
         )
-        return torch.where(mask.any(dim=-1)[:, None, None], update, torch.zeros_like(update))
+        return torch.where(mask.any(dim=-1)[:, None, None], update, 0.0)
 
 
 class RetroReader(nn.Module):
@@ -295,8 +295,11 @@ def _cross_attend_after_attention(
     if retro_pass is None:
         return None
     branch = output[0] if isinstance(output, tuple) else output
-    hidden_states = branch if includes_residual else retro_pass.layer_inputs[layer_idx] + branch * multiplier
-    branch = branch + retro_pass(layer_idx, hidden_states) / multiplier
+    if includes_residual:
+        hidden_states = branch
+    else:
+        hidden_states = torch.add(retro_pass.layer_inputs[layer_idx], branch, alpha=multiplier)
+    branch = torch.add(branch, retro_pass(layer_idx, hidden_states), alpha=1 / multiplier)
     return (branch, *output[1:]) if isinstance(output, tuple) else branch
 
 
@@ -595,7 +598,8 @@ class RetroModel(RetroPreTrainedModel):
                     f"`neighbor_input_ids` holds neighbors of {input_ids.shape[1]} chunks, but {num_tokens} tokens have "
                     f"only {num_tokens // size} complete chunks of {size}. Were they made with another `chunk_size`?"
                 )
-        mask = torch.ones_like(input_ids) if mask is None else mask
+        if mask is None:
+            mask = torch.ones((), dtype=torch.bool, device=input_ids.device).expand_as(input_ids)
         # A chunk has at least one neighbor, if only to be masked.
         return tuple(pad_to(tensor.to(tokens.device), 1, dim=-2) for tensor in (input_ids, mask.bool()))
 
