@@ -146,10 +146,12 @@ class RetroRelativePositionBias(nn.Module):
             R s(d) of shape `(H, D, P)`; with `query` its products q · R s(d), of shape `(B, H, Q, P)`.
         """
         weight = self.weight.view(self.num_heads, self.head_dim, -1)
-        by_distance = features.transpose(-1, -2).unsqueeze(-3)
+        by_distance = features.transpose(-1, -2)
         if query is None:
-            return torch.matmul(weight, by_distance)
-        return torch.matmul(torch.matmul(query, weight), by_distance)
+            return torch.matmul(weight, by_distance.unsqueeze(-3))
+        # The heads side by side: every feature is read once, not once per head.
+        scores = torch.matmul(torch.matmul(query, weight).flatten(1, 2), by_distance)
+        return scores.unflatten(1, query.shape[1:3])
 
 
 class RetroAttention(nn.Module):
@@ -216,14 +218,16 @@ class RetroAttention(nn.Module):
         """Attend to projected keys and values; the keys are `num_repeats` runs with the same distances; see `forward`."""
         query = self._split_heads(self.q_proj(hidden_states))
         batch_size, _, num_queries, _ = query.shape
-        eager = self.config._attn_implementation == "eager"  # trf-ignore: TRF051 (eager returns whole probabilities)
-        if self.is_causal and num_queries == key.shape[-2] and num_queries > CAUSAL_BLOCK and not eager:
+        in_blocks = self.is_causal and num_queries == key.shape[-2] and num_queries > CAUSAL_BLOCK
+        # trf-ignore: TRF051 (eager returns whole probabilities)
+        if in_blocks and self.config._attn_implementation != "eager":
             return self.o_proj(self._attend_in_blocks(query, key, value, features, attention_mask, **kwargs)), None
         if batch_size * num_queries <= self.head_dim:  # a step of generation must not project the whole past
             scores = self.position_bias(features, query * self.scaling)
         else:
             scores = torch.matmul(query * self.scaling, self.position_bias(features))
-        bias = relative_shift(scores, key.shape[-2] // num_repeats).repeat(1, 1, 1, num_repeats)
+        bias = relative_shift(scores, key.shape[-2] // num_repeats)
+        bias = bias.unsqueeze(-2).expand(-1, -1, -1, num_repeats, -1).flatten(-2)  # a view for one run
         output, weights = self._interface(query)(
             self,
             query,
