@@ -245,3 +245,80 @@ def test_stored_keys_are_no_queries_where_queries_are_embedded_otherwise(world, 
         assert row["neighbor_chunk_ids"] == store.search(queries, 2, exclude_documents=own)[1].tolist()
     with pytest.raises(DatasetError, match="embedded in another way than its chunks.*Pass a RetroRetriever"):
         precompute_neighbors(windows, store)
+
+
+@pytest.mark.parametrize("where", ["cache_dir", "on disk"])
+def test_a_stopped_run_goes_on_where_it_was(world, tmp_path, monkeypatch, where):
+    """Blocks of 16 batches are kept as they end; the rest is the same as without a stop."""
+    monkeypatch.setattr("retro_hf.training.neighbors._BATCHES_PER_BLOCK", 2)
+    windows, options = world.windows.select(range(60)), {"batch_size": 10}
+    if where == "cache_dir":
+        # Made anew by each call, as a script that is started again does.
+        windows, options["cache_dir"] = Dataset.from_list(windows.to_list()), tmp_path / "cache"
+    else:
+        windows.save_to_disk(tmp_path / "windows")
+        windows = Dataset.load_from_disk(tmp_path / "windows")
+    search, searched = RetroDatastore.search, []
+
+    def stop_at_the_fourth(self, queries, *args, **kwargs):
+        searched.append(len(queries))
+        if len(searched) == 4:
+            raise KeyboardInterrupt
+        return search(self, queries, *args, **kwargs)
+
+    monkeypatch.setattr(RetroDatastore, "search", stop_at_the_fourth)
+    with pytest.raises(KeyboardInterrupt):
+        precompute_neighbors(windows, world.datastore, **options)
+    if where == "cache_dir":
+        windows = Dataset.from_list(windows.to_list())
+    found = precompute_neighbors(windows, world.datastore, **options)
+    # Two batches were kept, the third was lost with its block.
+    assert len(searched) == 4 + 4
+    assert found["neighbor_chunk_ids"] == world.dataset[:60]["neighbor_chunk_ids"]
+    precompute_neighbors(windows, world.datastore, **options)
+    assert len(searched) == 8
+
+
+def test_the_format_of_a_dataset_is_kept(world):
+    windows = world.windows.select(range(5)).with_format("numpy", columns=["input_ids"])
+    found = precompute_neighbors(windows, world.retriever)
+    assert found.format["type"] == "numpy" and set(found[0]) == {"input_ids", "neighbor_chunk_ids", "neighbor_source"}
+    assert found[0]["neighbor_chunk_ids"].tolist() == world.dataset[0]["neighbor_chunk_ids"]
+    assert precompute_neighbors(world.windows, world.retriever).format == world.windows.format | {
+        "columns": [*world.windows.column_names, "neighbor_chunk_ids", "neighbor_source"]
+    }
+
+
+def test_near_duplicates_are_excluded_on_demand(world, tmp_path):
+    """Copies with one word more are no neighbors, whether the document is in the datastore or held out."""
+    documents = [row for row in corpus() if len(row["text"].split()) >= 40]
+    copies = [{"id": f"copy-{row['id']}", "text": row["text"] + " today"} for row in documents]
+    store = RetroDatastore.build(
+        [*corpus(), *copies],
+        tmp_path / "store",
+        tokenizer=world.tokenizer,
+        embedder=world.embedder,
+        chunk_size=SIZE,
+        neighbor_size=16,
+    )
+    held_out = [{"id": f"new-{row['id']}", "text": row["text"] + " lighthouse"} for row in documents[:5]]
+    dataset = Dataset.from_list([{"id": row["id"], "text": row["text"]} for row in [*documents, *held_out]])
+    windows = tokenize_documents(dataset, world.tokenizer, max_length=32, chunk_size=SIZE)
+    retriever = RetroRetriever(store, embedder=world.embedder)
+
+    def pairs(found) -> set[tuple[str, str]]:
+        return {
+            (row["document_id"], store.document(int(number))["id"])
+            for row in found
+            for number in store.document_of(np.array(row["neighbor_chunk_ids"], dtype=np.int64)).flatten()
+        }
+
+    alike = {(row["id"], f"copy-{row['id']}") for row in documents}
+    alike |= {(f"new-{row['id']}", other) for row in documents[:5] for other in (row["id"], f"copy-{row['id']}")}
+    assert alike <= pairs(precompute_neighbors(windows, retriever))
+    assert not alike & pairs(precompute_neighbors(windows, retriever, exclude_near_duplicates=True))
+    with pytest.raises(DatasetError, match="document_id_column="):
+        precompute_neighbors(windows.remove_columns("document_id"), retriever, exclude_near_duplicates=True)
+    packed = windows.remove_columns(["document_id", "window_start"]).add_column("ids", [["unknown"]] * len(windows))
+    with pytest.raises(DatasetError, match="'unknown' is not in the datastore and shares a window"):
+        precompute_neighbors(packed, retriever, document_id_column="ids", exclude_near_duplicates=True)

@@ -15,7 +15,8 @@ from transformers.utils import logging
 from ..datastore import RetroDatastore
 from ..errors import DatasetError
 from ..retrieval_retro import RetroRetriever
-from ..training.neighbors import complete_chunks, document_numbers, nearest_chunks, wanted_neighbors
+from ..training.leakage import document_numbers
+from ..training.neighbors import complete_chunks, nearest_chunks, wanted_neighbors
 
 
 if TYPE_CHECKING:

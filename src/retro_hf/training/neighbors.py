@@ -4,12 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from datasets import Dataset, Features, List, Value
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import (
+    Dataset,
+    Features,
+    List,
+    Value,
+    are_progress_bars_disabled,
+    concatenate_datasets,
+    disable_progress_bars,
+    enable_progress_bars,
+)
 from transformers.utils import logging
 
 from ..datastore import (
@@ -20,8 +34,11 @@ from ..datastore import (
     Searcher,
     chunk_texts,
 )
+from ..datastore.chunks import ranges
+from ..datastore.executors import progress_bar
 from ..errors import DatasetError
 from ..retrieval_retro import RetroRetriever
+from .leakage import duplicates_in, excluded_documents, flattened
 
 
 if TYPE_CHECKING:
@@ -42,6 +59,7 @@ NEIGHBORS_COLUMN = "neighbor_chunk_ids"
 SOURCE_COLUMN = "neighbor_source"
 _ID_COLUMN = "document_id"
 _START_COLUMN = "window_start"
+_BATCHES_PER_BLOCK = 16
 
 
 def tokenize_documents(
@@ -122,13 +140,19 @@ def precompute_neighbors(
     tokenizer: PreTrainedTokenizerBase | None = None,
     chunk_size: int | None = None,
     document_id_column: str | None = None,
+    exclude_near_duplicates: bool = False,
     batch_size: int = 256,
+    cache_dir: str | os.PathLike[str] | None = None,
+    show_progress: bool | None = None,
 ) -> Dataset:
     """Find the neighbors of every complete chunk of a tokenized dataset, once, before training.
 
     Section 2.3 of Borgeaud et al. (2022). A chunk gets no neighbors from its own document, whose continuation is the
     answer it must learn to predict: more results are fetched, and those of the excluded documents dropped. Where a
     chunk is itself a chunk of the datastore, its stored key is the query and nothing is embedded.
+
+    Killed or interrupted, it goes on where it was when the same call is made again, if the result is kept on disk; at most
+    a block of 16 batches is searched again.
 
     Args:
         dataset (`datasets.Dataset`): examples with `input_ids`, not padded, such as [`tokenize_documents`] makes them.
@@ -141,7 +165,12 @@ def precompute_neighbors(
         document_id_column (`str`, *optional*): column with the id of each example's document in the datastore, or a
             list of ids (near-duplicates, all documents packed into one window); `"document_id"` by default if there is
             one. Ids that the datastore does not have exclude nothing.
+        exclude_near_duplicates (`bool`, defaults to `False`): also exclude the documents that [`near_duplicates`] finds
+            for a chunk's document, by the paper's rule.
         batch_size (`int`, defaults to 256): examples per search.
+        cache_dir (`str` or `Path`, *optional*): a folder to keep the result in, block by block. By default a dataset that
+            lies on disk has it beside its own files, and one in memory is not kept.
+        show_progress (`bool`, *optional*): a progress bar; by default on a terminal only.
     Returns:
         `datasets.Dataset`: the same rows with two more columns. `neighbor_chunk_ids`: per complete chunk a list of
         `num_neighbors` chunk ids, best first, -1 for none. `neighbor_source`: JSON that says which datastore, chunk size
@@ -168,39 +197,95 @@ def precompute_neighbors(
     id_column = _document_id_column(dataset, document_id_column)
     source = neighbor_source(datastore, wanted)
 
-    def find(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        chunks = [complete_chunks(ids, datastore.chunk_size) for ids in batch["input_ids"]]
-        if any(0 in mask for mask in batch.get("attention_mask", ())):
+    duplicates = None
+    if exclude_near_duplicates:
+        if id_column is None:
+            raise DatasetError(
+                "Near-duplicates are those of each row's document, but the dataset has no column of document ids. Name it with "
+                "`document_id_column=`."
+            )
+        duplicates = duplicates_in(dataset, datastore, id_column, _START_COLUMN)
+
+    def find(batch: pa.Table) -> pa.Table:
+        if "attention_mask" in batch.column_names and pc.min(flattened(batch["attention_mask"])[0]).as_py() == 0:
             raise DatasetError("The examples are padded (attention_mask has zeros). Tokenize them without padding.")
-        counts = [len(rows) for rows in chunks]
-        documents = document_numbers(datastore, batch[id_column] if id_column else [None] * len(counts))
+        values, lengths = flattened(batch["input_ids"])
+        size = datastore.chunk_size
+        counts = lengths // size
+        tokens = values.to_numpy(zero_copy_only=False)[ranges(np.cumsum(lengths) - lengths, counts * size)]
+        documents = np.full((len(batch), 1), -1, dtype=np.int64)
         places = None
-        if _START_COLUMN in batch and id_column:
-            places = _stored_places(datastore, documents[:, 0], batch[_START_COLUMN], counts)
+        if id_column:
+            documents = excluded_documents(datastore, batch[id_column], duplicates)
+            if _START_COLUMN in batch.column_names:
+                starts = batch[_START_COLUMN].to_numpy()
+                places = _stored_places(datastore, documents[:, 0], starts, counts)
         found = nearest_chunks(
             retriever,
-            np.concatenate(chunks),
+            tokens.reshape(-1, size).astype(np.int64),
             wanted,
             exclude_documents=np.repeat(documents, counts, axis=0),
             candidates=places,
         )
-        parts = np.split(found, np.cumsum(counts)[:-1])
-        return {NEIGHBORS_COLUMN: [part.tolist() for part in parts], SOURCE_COLUMN: [source] * len(counts)}
+        chunks = pa.ListArray.from_arrays(
+            np.arange(len(found) + 1, dtype=np.int32) * np.int32(wanted), pa.array(found.reshape(-1))
+        )
+        neighbors = pa.ListArray.from_arrays(np.cumsum([0, *counts]).astype(np.int32), chunks)
+        batch = batch.drop_columns([name for name in (NEIGHBORS_COLUMN, SOURCE_COLUMN) if name in batch.column_names])
+        batch = batch.append_column(NEIGHBORS_COLUMN, neighbors)
+        return batch.append_column(SOURCE_COLUMN, pa.repeat(source, len(batch)))
 
     features = dataset.features.copy()
     features.update({NEIGHBORS_COLUMN: List(List(Value("int64"))), SOURCE_COLUMN: Value("string")})
     # The fingerprint `datasets` would make hashes the pickled retriever, which only knows paths.
     files = [entry.sha256 for entry in datastore.manifest.files]
     way = _way_of(datastore if isinstance(retriever, RetroDatastore) else retriever.searcher)
-    identity = f"{dataset._fingerprint} {source} {files} {id_column} {batch_size} {way}"
-    return dataset.map(
-        find,
-        batched=True,
-        batch_size=batch_size,
-        features=features,
-        new_fingerprint=hashlib.sha256(identity.encode()).hexdigest()[:16],
-        desc="Finding neighbors",
+    identity = f"{dataset._fingerprint} {source} {files} {id_column} {batch_size} {way} {exclude_near_duplicates}"
+    if cache_dir is not None:
+        Path(cache_dir).mkdir(parents=True, exist_ok=True)
+    step, parts = batch_size * _BATCHES_PER_BLOCK, []
+    with (
+        progress_bar(show_progress, total=len(dataset), unit="row", desc="Finding neighbors") as progress,
+        _without_bars_of_datasets(),
+    ):
+        # By blocks, each with a file of its own: what a killed run has finished is found again.
+        for start in range(0, max(1, len(dataset)), step):
+            block = dataset.with_format("arrow").select(range(start, min(start + step, len(dataset))))
+            fingerprint = hashlib.sha256(f"{identity} {start}".encode()).hexdigest()[:16]
+            parts.append(
+                block.map(
+                    find,
+                    batched=True,
+                    batch_size=batch_size,
+                    features=features,
+                    new_fingerprint=fingerprint,
+                    cache_file_name=None
+                    if cache_dir is None
+                    else str(Path(cache_dir) / f"neighbors-{fingerprint}.arrow"),
+                )
+            )
+            progress.update(len(block))
+    result = concatenate_datasets(parts)
+    form = dataset.format
+    shown = None
+    if len(form["columns"]) < len(dataset.column_names):
+        shown = list(dict.fromkeys([*form["columns"], NEIGHBORS_COLUMN, SOURCE_COLUMN]))
+    return result.with_format(
+        form["type"], columns=shown, output_all_columns=form["output_all_columns"], **form["format_kwargs"]
     )
+
+
+@contextmanager
+def _without_bars_of_datasets() -> Iterator[None]:
+    """One bar for the whole, instead of one for each block."""
+    if are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
 
 
 def wanted_neighbors(retriever: RetroRetriever | RetroDatastore | None, num_neighbors: int | None) -> int:
@@ -237,17 +322,6 @@ def complete_chunks(input_ids: Sequence[int] | np.ndarray, chunk_size: int) -> n
     """The complete chunks of one sequence, int64 of shape `(len(input_ids) // chunk_size, chunk_size)`."""
     complete = len(input_ids) // chunk_size
     return np.asarray(input_ids[: complete * chunk_size], dtype=np.int64).reshape(complete, chunk_size)
-
-
-def document_numbers(datastore: RetroDatastore, ids: Sequence[Any]) -> np.ndarray:
-    """Document numbers of ids, or of lists of ids; int64 of shape `(len(ids), widest)`, -1 for what isn't there."""
-    rows = [row if isinstance(row, list) else [row] for row in ids]
-    known = sorted({str(one) for row in rows for one in row if one is not None})
-    number_of = dict(zip(known, datastore.document_numbers(known).tolist(), strict=True))
-    numbers = np.full((len(rows), max([1, *map(len, rows)])), -1, dtype=np.int64)
-    for place, row in zip(numbers, rows, strict=True):
-        place[: len(row)] = [-1 if one is None else number_of[str(one)] for one in row]
-    return numbers
 
 
 def nearest_chunks(
@@ -316,19 +390,18 @@ def _way_of(searcher: Searcher | RetroDatastore) -> str:
 
 
 def _stored_places(
-    datastore: RetroDatastore, documents: np.ndarray, starts: Sequence[int], counts: Sequence[int]
+    datastore: RetroDatastore, documents: np.ndarray, starts: np.ndarray, counts: np.ndarray
 ) -> np.ndarray:
     """Chunk ids that windows would have in the datastore: `counts[i]` from token `starts[i]` of `documents[i]` on.
 
     -1 for a document that is not in the datastore, for a place past its end, and off the chunk grid.
     """
     # Chunks of a document are numbered in a row.
-    begins, size = np.asarray(starts, dtype=np.int64), datastore.chunk_size
-    usable = (documents >= 0) & (begins % size == 0)
+    usable = (documents >= 0) & (starts % datastore.chunk_size == 0)
     known = np.maximum(documents, 0)
-    first = datastore.first_chunks(known) + begins // size
+    first = datastore.first_chunks(known) + starts // datastore.chunk_size
     ends = np.repeat(np.where(usable, datastore.first_chunks(known + 1), -1), counts)
-    places = np.concatenate([start + np.arange(count) for start, count in zip(first, counts, strict=True)])
+    places = ranges(first, counts)
     return np.where(places < ends, places, -1)
 
 
