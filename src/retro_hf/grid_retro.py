@@ -53,7 +53,7 @@ def _invert(cells: torch.Tensor, num_cells: int) -> torch.Tensor:
 class RetroPass:
     """What the hooks of one forward pass need to know; a new object every pass, so that passes never mix."""
 
-    positions: torch.Tensor  # of the new tokens, (B, T)
+    shape: torch.Size | tuple[int, int]  # rows, and new tokens in each
 
     def __init__(self, reader: nn.Module, embed: nn.Module, config: RetroConfig, state: RetroState | None):
         self.reader = reader
@@ -93,10 +93,10 @@ class RetroPass:
 
     def __call__(self, layer_idx: int, hidden_states: torch.Tensor) -> torch.Tensor:
         """Cross-attention of one layer: zero update or CCA(H, E) - H."""
-        if hidden_states.shape[:-1] != self.positions.shape:
+        if hidden_states.shape[:-1] != self.shape:
             raise ValueError(
                 f"The residual stream of the backbone's layer {layer_idx} has the shape {tuple(hidden_states.shape)}, but the "
-                f"input has {self.positions.shape[0]} rows of {self.positions.shape[1]} tokens; RETRO needs one vector per "
+                f"input has {self.shape[0]} rows of {self.shape[1]} tokens; RETRO needs one vector per "
                 "token. Choose another backbone, such as Llama or GPT-2."
             )
         neighbor_states = self.neighbor_states
@@ -150,6 +150,7 @@ class GridPass(RetroPass):
         self.num_completed = num_completed
         self.num_tokens = num_tokens
         self.positions = positions
+        self.shape = positions.shape
         self.batch_size, num_columns = positions.shape
 
         # Attending chunks: token p attends to chunk (p + 1) // m - 1. Without a state there is none before the first.
@@ -297,6 +298,7 @@ class StepPass(RetroPass):
     ):
         super().__init__(reader, embed, config, state)
         size = config.chunk_size
+        self.shape = (len(state.lengths), 1)
         self.neighbor_input_ids = neighbor_input_ids
         self.neighbor_mask = neighbor_mask
         self.rows = torch.tensor(rows, device=device) if rows else None
