@@ -1,8 +1,11 @@
 """The datastore of RETRO: documents cut into chunks, their keys, and the index that finds them. Knows no model."""
 
 from .chunks import chunk_texts, tokenizer_fingerprint
+from .cluster import RayExecutor
+from .cluster_search import RayShards
 from .duplicates import near_duplicates
 from .embedder import ChunkEmbedder
+from .executors import RankExecutor
 from .lexical import LexicalSearcher
 from .manifest import DatastoreManifest
 from .searchers import EmbeddingSearcher, HybridSearcher, Searcher, VectorIndex
@@ -15,6 +18,9 @@ __all__ = [
     "EmbeddingSearcher",
     "HybridSearcher",
     "LexicalSearcher",
+    "RankExecutor",
+    "RayExecutor",
+    "RayShards",
     "RetroDatastore",
     "Searcher",
     "VectorIndex",

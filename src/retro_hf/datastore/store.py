@@ -18,7 +18,6 @@ from .build import BuildOptions, build_datastore
 from .compatibility import check_compatible
 from .derive import merge, retokenize, subset
 from .embedder import ChunkEmbedder
-from .exclusion import checked_exclusion
 from .executors import Executor, LocalExecutor
 from .hub import local_folder, push
 from .manifest import MANIFEST_NAME, DatastoreManifest
@@ -26,7 +25,7 @@ from .policy import DEFAULT_SHARD_CHUNKS, IndexOptions, parse_bytes
 from .shard import Shard
 from .storage import new_folder
 from .update import append, compact, delete
-from .view import View, verify_files
+from .view import View, checked_search, verify_files
 
 
 if TYPE_CHECKING:
@@ -109,7 +108,7 @@ class RetroDatastore:
             shard_chunks (`int`, defaults to 67,108,864): chunks per shard at most. Memory while building is bounded by a
                 shard's index; a cluster searches shards on different machines.
             executor (`int` or [`Executor`], defaults to 1): number of processes on this machine, a
-                [`RankExecutor`] under torchrun or Slurm, or a `RayExecutor`.
+                [`RankExecutor`] under torchrun or Slurm, or a [`RayExecutor`].
             show_progress (`bool`, *optional*): progress bars; by default on a terminal only.
         Returns:
             [`RetroDatastore`]: the opened store.
@@ -439,18 +438,7 @@ class RetroDatastore:
             the store has no more chunks, the id is -1 and the score -inf.
         """
         view = self._view
-        queries = np.ascontiguousarray(queries, dtype=np.float32)
-        if queries.ndim != 2 or queries.shape[1] != self.manifest.dim:
-            raise DatastoreInputError(
-                f"The queries have shape {queries.shape}, but (num_queries, {self.manifest.dim}) is expected."
-            )
-        if not np.isfinite(queries).all():
-            raise DatastoreInputError("The queries hold values that are not finite (NaN or infinity).")
-        if num_neighbors < 1:
-            raise DatastoreInputError(f"num_neighbors is {num_neighbors}, but it must be at least 1.")
-        excluded = None
-        if exclude_documents is not None:
-            excluded = checked_exclusion(exclude_documents, len(queries), view.num_documents)
+        queries, excluded = checked_search(view.manifest, queries, num_neighbors, exclude_documents)
         return view.search(queries, num_neighbors, excluded)
 
     def __len__(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,24 +10,26 @@ from typing import Any
 import numpy as np
 
 from ..errors import DatastoreInputError
-from .exclusion import Deleted
+from .exclusion import Deleted, checked_exclusion
 from .manifest import DatastoreManifest
 from .shard import Shard, hash_of_id
 from .storage import RESTORE, damaged, map_npy, sha256_of
 
 
-__all__ = ["View", "check_sizes", "merge_results", "verify_files"]
+__all__ = ["View", "check_sizes", "checked_search", "merge_results", "verify_files"]
 
 
 @dataclass(frozen=True)
 class View:
     """Never changed, only replaced as a whole, so that a thread sees one generation or the next.
 
+    It may be of some shards in a row only, which keep the numbers that their chunks and documents have in the store.
+
     Attributes:
         manifest ([`DatastoreManifest`]): of this generation.
         shards (`tuple[Shard]`): in order; each numbers its own chunks and documents from 0.
         chunk_starts, document_starts (`np.ndarray` of int64 and shape `(num_shards + 1,)`): the first chunk and document of
-            each shard, then how many there are.
+            each shard, then where the last one ends.
         deleted (`np.ndarray` of int64): numbers of deleted documents, in order.
         deleted_by_shard (`tuple[Deleted | None]`): the same in the numbers of each shard.
     """
@@ -40,25 +42,32 @@ class View:
     deleted_by_shard: tuple[Deleted | None, ...]
 
     @classmethod
-    def open(cls, folder: Path, manifest: DatastoreManifest, known: Iterable[Shard] = ()) -> View:
+    def open(
+        cls, folder: Path, manifest: DatastoreManifest, known: Iterable[Shard] = (), places: range | None = None
+    ) -> View:
         """Open what a manifest names, taking over shards that are open already: a name stands for the same files.
 
+        Args:
+            places (`range`, *optional*): of the shards to open; all by default.
         Raises:
             DatastoreCorruptError: if a file is missing, or not as the manifest says.
         """
-        check_sizes(folder, manifest)
+        places = range(len(manifest.shards)) if places is None else places
+        entries = manifest.shards[places.start : places.stop]
+        check_sizes(folder, manifest, shards={entry.name for entry in entries})
         opened = {shard.entry.name: shard for shard in known}
-        shards = tuple(opened.get(entry.name) or Shard(folder, manifest, entry) for entry in manifest.shards)
-        starts = np.cumsum([0, *(shard.num_documents for shard in shards)])
+        shards = tuple(opened.get(entry.name) or Shard(folder, manifest, entry) for entry in entries)
+        here = slice(places.start, places.stop + 1)
+        starts = np.cumsum([0, *(entry.num_documents for entry in manifest.shards)])[here]
         deleted = np.empty(0, dtype=np.int64)
         for file in manifest.entries("deleted"):
             deleted = np.array(map_npy(folder / file.name, deleted.dtype, manifest.num_deleted_documents))
-            if (np.diff(deleted) <= 0).any() or deleted[0] < 0 or deleted[-1] >= starts[-1]:
+            if (np.diff(deleted) <= 0).any() or deleted[0] < 0 or deleted[-1] >= manifest.num_documents:
                 raise damaged(folder / file.name, "its numbers of deleted documents are not in order, or too large")
         return cls(
             manifest=manifest,
             shards=shards,
-            chunk_starts=np.cumsum([0, *(shard.num_chunks for shard in shards)]),
+            chunk_starts=np.cumsum([0, *(entry.num_chunks for entry in manifest.shards)])[here],
             document_starts=starts,
             deleted=deleted,
             deleted_by_shard=tuple(
@@ -155,8 +164,8 @@ class View:
         """Search every shard and merge; `excluded` holds document numbers, int64 of shape `(num_queries, any)`."""
         parts = []
         for number, shard in enumerate(self.shards):
-            local = excluded
-            if excluded is not None and len(self.shards) > 1:
+            local = None
+            if excluded is not None:
                 local = excluded - self.document_starts[number]
                 local = np.where((excluded < 0) | (local < 0) | (local >= shard.num_documents), -1, local)
             scores, ids = shard.search(queries, num_neighbors, local, self.deleted_by_shard[number])
@@ -171,15 +180,21 @@ class View:
                 yield number, here
 
 
-def check_sizes(folder: Path, manifest: DatastoreManifest, remedy: str = RESTORE) -> None:
+def check_sizes(
+    folder: Path, manifest: DatastoreManifest, remedy: str = RESTORE, shards: Collection[str] | None = None
+) -> None:
     """Check that every file is there and as long as the manifest says.
 
     Sizes come first: reading past the end of a mapped file that was cut short kills the process.
 
+    Args:
+        shards (`Collection[str]`, *optional*): names of the shards to look at; all by default.
     Raises:
         DatastoreCorruptError: at the first that is not.
     """
     for entry in manifest.files:
+        if shards is not None and entry.shard is not None and entry.shard not in shards:
+            continue
         try:
             size = (folder / entry.name).stat().st_size
         except (FileNotFoundError, NotADirectoryError) as error:
@@ -211,6 +226,29 @@ def _deleted_in(shard: Shard, deleted: np.ndarray, first_document: int) -> Delet
     mask = np.zeros(shard.num_documents, dtype=bool)
     mask[numbers] = True
     return Deleted(mask, int((shard.doc_offsets[numbers + 1] - shard.doc_offsets[numbers]).sum()))
+
+
+def checked_search(
+    manifest: DatastoreManifest, queries: Any, num_neighbors: int, exclude_documents: Any
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """The queries as float32 of shape `(num_queries, dim)`, and the excluded documents as int64 `(num_queries, any)`.
+
+    Raises:
+        DatastoreInputError: for arguments that do not fit the store; see [`RetroDatastore.search`].
+    """
+    queries = np.ascontiguousarray(queries, dtype=np.float32)
+    if queries.ndim != 2 or queries.shape[1] != manifest.dim:
+        raise DatastoreInputError(
+            f"The queries have shape {queries.shape}, but (num_queries, {manifest.dim}) is expected."
+        )
+    if not np.isfinite(queries).all():
+        raise DatastoreInputError("The queries hold values that are not finite (NaN or infinity).")
+    if num_neighbors < 1:
+        raise DatastoreInputError(f"num_neighbors is {num_neighbors}, but it must be at least 1.")
+    excluded = None
+    if exclude_documents is not None:
+        excluded = checked_exclusion(exclude_documents, len(queries), manifest.num_documents)
+    return queries, excluded
 
 
 def merge_results(parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
