@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers.cache_utils import DynamicCache, StaticCache
 
-from retro_hf import cache_retro
+from retro_hf import cache_retro, modeling_retro_decoder
 from retro_hf.cache_retro import ROOM, RetroCacheMixin, RetroState, attach_state
 
 from .tiny import CHUNK_SIZE, hash_retriever, neighbors_from, random_ids, tiny_retro
@@ -185,10 +185,12 @@ def test_new_keys_are_written_behind_the_old_ones(model):
     assert room == [ROOM] * len(cache.layers)
 
 
-def test_keys_outgrow_their_buffer(model, monkeypatch):
+@pytest.mark.parametrize("family", ["retro_decoder", "llama"])
+def test_keys_and_distances_outgrow_their_buffers(family, monkeypatch):
     """The next buffer continues where the full one ended, also after tokens were taken back."""
     monkeypatch.setattr(cache_retro, "ROOM", 4)
-    ids = random_ids(2, 3)
+    monkeypatch.setattr(modeling_retro_decoder, "FEATURE_BLOCK", 4)
+    model, ids = tiny_retro(family, scale=0.3), random_ids(2, 3)
     cache = feed(model, ids).past_key_values
     assert_continues(model, cache, ids)
     cache.crop(-4)
