@@ -35,7 +35,7 @@ from .documents import DocumentReader
 from .executors import Call, Executor, progress_bar, run_stage
 from .manifest import DatastoreManifest
 from .policy import IndexOptions, check_factory, plan_index, tell_plan
-from .storage import sync
+from .storage import check_free, new_folder
 from .writer import BuiltShard, ShardWriter, describe_file
 
 
@@ -116,11 +116,7 @@ def work_folder(path: Path, *, helps: bool = False) -> Iterator[Path]:
 def build_datastore(documents: Any, path: Path, options: BuildOptions, executor: Executor) -> None:
     """Write the datastore of `documents` to the folder `path`. See [`RetroDatastore.build`] for the arguments."""
     path = Path(os.path.abspath(path))
-    if path.is_symlink() or path.is_file() or (path.is_dir() and any(path.iterdir())):
-        raise DatastoreExistsError(
-            f"{str(path)!r} already exists. A datastore is never written over another: choose another path, remove the "
-            "old one first, or add to it with `RetroDatastore.load(path).append(documents)`."
-        )
+    check_free(path)
     with work_folder(path, helps=not executor.is_main) as work:
         built = build_shards(documents, work, options, executor)
         if built is not None:
@@ -139,38 +135,25 @@ def _finish(
     options: BuildOptions,
 ) -> None:
     """Put shards, tokenizer and manifest together in a folder, and give it its name."""
-    folder = work / "store"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    options.tokenizer.save_pretrained(folder)
-    shared = [describe_file(file, "tokenizer") for file in sorted(folder.iterdir())]
-    for shard in shards:
-        shard.link_into(folder)
     tokenizer, embedder = options.tokenizer, options.embedder
-    DatastoreManifest(
-        chunk_size=options.chunk_size,
-        neighbor_size=options.neighbor_size,
-        token_dtype=str(token_dtype(vocabulary_size(tokenizer))),
-        tokenizer=describe_tokenizer(tokenizer),
-        embedder=describe_embedder(embedder),
-        shards=tuple(shard.entry for shard in shards),
-        files=(*(file for shard in shards for file in shard.files), *shared),
-        next_shard=len(shards),
-        num_empty_documents=num_empty,
-        sources=sources,
-        library_version=library_version(),
-    ).write(folder)
-    for file in folder.iterdir():
-        sync(file)
-    sync(folder)
-    try:
-        os.replace(folder, path)
-    except OSError as error:
-        raise DatastoreExistsError(
-            f"{str(path)!r} appeared while the datastore was being written. Nothing was changed; choose another path and "
-            "build it again."
-        ) from error
-    sync(path.parent)
+    with new_folder(path, within=work) as folder:
+        tokenizer.save_pretrained(folder)
+        shared = [describe_file(file, "tokenizer") for file in sorted(folder.iterdir())]
+        for shard in shards:
+            shard.link_into(folder)
+        DatastoreManifest(
+            chunk_size=options.chunk_size,
+            neighbor_size=options.neighbor_size,
+            token_dtype=str(token_dtype(vocabulary_size(tokenizer))),
+            tokenizer=describe_tokenizer(tokenizer),
+            embedder=describe_embedder(embedder),
+            shards=tuple(shard.entry for shard in shards),
+            files=(*(file for shard in shards for file in shard.files), *shared),
+            next_shard=len(shards),
+            num_empty_documents=num_empty,
+            sources=sources,
+            library_version=library_version(),
+        ).write(folder)
 
 
 def build_shards(

@@ -79,7 +79,7 @@ def subset(
         )
     options = IndexOptions(index, recall, parse_bytes(memory_budget))
     path = Path(path)
-    with work_folder(path.absolute()) as work, new_folder(path) as folder:
+    with work_folder(path.absolute()) as work, new_folder(path, within=work) as folder:
         shards = rewrite(datastore, keep, work, options, 0, datastore.num_chunks, show_progress)
         for shard in shards:
             shard.link_into(folder)

@@ -24,6 +24,7 @@ __all__ = [
     "RESTORE",
     "NpyWriter",
     "TensorWriter",
+    "check_free",
     "complete_file",
     "damaged",
     "link_or_copy",
@@ -89,26 +90,33 @@ def link_or_copy(source: Path, target: Path) -> None:
             shutil.copyfile(source, partial)
 
 
-@contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """A hidden sibling folder to write into, which takes the name `path` once the block ends without an error.
+def check_free(path: Path) -> None:
+    """Refuse to write a datastore where something is.
 
-    A crash leaves at most the hidden sibling, never a half-written folder under the final name; an exception removes
-    it.
+    Raises:
+        DatastoreExistsError: if `path` is a file or a folder with content. It stays as it is.
+    """
+    if path.is_symlink() or path.is_file() or (path.is_dir() and any(path.iterdir())):
+        raise DatastoreExistsError(
+            f"{str(path)!r} already exists. A datastore is never written over another: choose another path, remove the old "
+            "one first, or add to it with `RetroDatastore.load(path).append(documents)`."
+        )
+
+
+@contextmanager
+def new_folder(path: Path, within: Path | None = None) -> Iterator[Path]:
+    """A hidden folder to write into, which takes the name `path` once the block ends without an error.
+
+    A crash leaves at most the hidden folder, beside `path` or in `within`, never a half-written one under the final name;
+    an exception removes it.
 
     Raises:
         DatastoreExistsError: if `path` is a file or a folder with content. It stays as it is.
     """
     path = Path(os.path.abspath(path))
-    if path.is_symlink() or path.is_file() or (path.is_dir() and any(path.iterdir())):
-        raise DatastoreExistsError(
-            f"{str(path)!r} already exists. A datastore is never written over another: choose another path, or remove "
-            "the old one first."
-        )
+    check_free(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    # Left by a killed process that had the same id.
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = (within or path.parent) / f".{path.name}.{uuid.uuid4().hex}.partial"
     partial.mkdir()
     try:
         yield partial

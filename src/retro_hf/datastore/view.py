@@ -169,7 +169,9 @@ class View:
                 local = excluded - self.document_starts[number]
                 local = np.where((excluded < 0) | (local < 0) | (local >= shard.num_documents), -1, local)
             scores, ids = shard.search(queries, num_neighbors, local, self.deleted_by_shard[number])
-            parts.append((scores, np.where(ids < 0, -1, ids + self.chunk_starts[number]) if number else ids))
+            if self.chunk_starts[number]:
+                ids = np.where(ids < 0, -1, ids + self.chunk_starts[number])
+            parts.append((scores, ids))
         return merge_results(parts)
 
     def _by_shard(self, ids: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
