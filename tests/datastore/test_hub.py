@@ -40,6 +40,8 @@ def hub(monkeypatch, tmp_path):
         }
         for name, value in settings.items():
             monkeypatch.setattr(constants, name, value)
+        # Transformers keeps one client, which another test may have made for the real Hub.
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None)
         monkeypatch.setenv("HF_TOKEN", "hf_test")
         monkeypatch.setattr("time.sleep", lambda seconds: None)  # the client's pauses before it tries again
         yield server
