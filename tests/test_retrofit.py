@@ -104,10 +104,13 @@ def test_parameter_report(caplog):
     assert "\n" not in report
 
 
-def test_retro_cannot_be_retrofitted():
-    """A RETRO model is one already."""
-    with pytest.raises(ValueError, match=r"RETRO model already.*`model.backbone`"):
-        retrofit(tiny_retro("llama"))
+def test_retro_cannot_be_retrofitted(tmp_path):
+    """A RETRO model is one already, loaded or named."""
+    model = tiny_retro("llama")
+    model.save_pretrained(tmp_path)
+    for base in (model, tmp_path):
+        with pytest.raises(ValueError, match=r"RETRO model already.*`model.backbone`"):
+            retrofit(base)
 
 
 def test_base_and_revision_are_recorded(tmp_path):

@@ -66,8 +66,6 @@ def retrofit(
     """
     if isinstance(base, PreTrainedModel):
         backbone, name = base, base.config.name_or_path or None
-        if isinstance(base, RetroForCausalLM):
-            raise ValueError("The base is a RETRO model already; retrofit its `model.backbone`, or train it as it is.")
     else:
         name = os.fspath(base)
         try:
@@ -81,6 +79,8 @@ def retrofit(
                 f"'{name}' is no decoder-only causal language model such as Llama or GPT-2, which RETRO needs: "
                 f"{str(error).splitlines()[0]}"
             ) from error
+    if isinstance(backbone, RetroForCausalLM):
+        raise ValueError("The base is a RETRO model already; retrofit its `model.backbone`, or train it as it is.")
     try:
         find_decoder_layers(backbone, config.get("backbone_layers"))  # before sizes are read that only a decoder has
     except ValueError as error:
