@@ -47,6 +47,7 @@ def build(
     tokenizer: Annotated[str, typer.Option(help="Tokenizer of the language model: a folder or a Hub name.")],
     embedder: Annotated[str, typer.Option(help="Frozen encoder: a folder or a Hub name.")] = DEFAULT_EMBEDDER,
     chunk_size: Annotated[int, typer.Option(help="Tokens per chunk, as the model has it.")] = 64,
+    neighbor_size: Annotated[int, typer.Option(help="Tokens per neighbor: its chunk and what follows.")] = 128,
     index: Annotated[str, typer.Option(help="A FAISS factory string, or auto.")] = "auto",
     recall: Annotated[
         float, typer.Option(help="Share of the two nearest neighbors to find; 1 is exact search.")
@@ -64,6 +65,7 @@ def build(
         tokenizer=_load("tokenizer", tokenizer),
         embedder=ChunkEmbedder.from_pretrained(embedder),
         chunk_size=chunk_size,
+        neighbor_size=neighbor_size,
         index=index,
         recall=recall,
         memory_budget=memory_budget,
@@ -125,6 +127,8 @@ def search(
     """Look a text up: retro search store "frogs came up" -k 3"""
     import dataclasses
 
+    if not query.strip():
+        raise ValueError("The query is empty; give at least one word to look up.")
     if bm25:
         from retro_hf import RetroDatastore, RetroRetriever
         from retro_hf.datastore import LexicalSearcher
@@ -208,17 +212,18 @@ def retrofit(
 @app.command("eval", rich_help_panel=MODEL)
 def evaluate(
     model: Annotated[str, typer.Argument(help="Folder or Hub name of a RETRO model.")],
-    texts: Annotated[Path, typer.Argument(help="A .jsonl file with held-out documents in the field `text`.")],
+    texts: Annotated[
+        Path, typer.Argument(help="Held-out documents, as for build: a folder, or a file such as .jsonl.")
+    ],
     store: Annotated[Path, typer.Option(help="Folder of a datastore.")],
     embedder: Embedder = None,
     as_json: AsJson = False,
 ) -> None:
     """Bits per byte with retrieval on, off and random: retro eval model heldout.jsonl --store store"""
+    from retro_hf.datastore.documents import DocumentReader
     from retro_hf.evaluation import bits_per_byte
 
-    if not texts.is_file():
-        raise FileNotFoundError(f"There is no file '{texts}'; give a .jsonl file with a field `text` per line.")
-    documents = [json.loads(line) for line in texts.read_text(encoding="utf-8").splitlines() if line.strip()]
+    documents = [{"id": document.id, "text": document.text} for document in DocumentReader(texts)]
     result = bits_per_byte(
         _load("model", model),
         documents,
@@ -237,15 +242,22 @@ def _tell_sizes() -> None:
 
 def _load(what: str, name: str) -> Any:
     """The "model" or "tokenizer" called `name`."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     from retro_hf.errors import PretrainedNotFoundError  # the package registers the model
 
-    loader: Any = AutoModelForCausalLM if what == "model" else AutoTokenizer
     try:
-        return loader.from_pretrained(name)
+        if what == "tokenizer":
+            return AutoTokenizer.from_pretrained(name)
+        family = AutoConfig.from_pretrained(name).model_type
+        if family == "retro":
+            return AutoModelForCausalLM.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise PretrainedNotFoundError.for_name(what, name, error) from error
+    raise ValueError(
+        f"'{name}' is a model of the family '{family}', not a RETRO model. Make one of it with `retro retrofit`, if it is a "
+        "decoder-only language model, and train that."
+    )
 
 
 def _open_retriever(store: Path, embedder: str | None, tokenizer: Any = None) -> Any:

@@ -7,9 +7,10 @@ import sys
 import pytest
 from datastore.fixtures import corpus
 from tiny_training import CHUNK_SIZE, make_model, make_world
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from retro_hf.errors import PretrainedNotFoundError
+from retro_hf.errors import DatastoreInputError, PretrainedNotFoundError
 from retro_hf_cli import app
 
 
@@ -93,12 +94,8 @@ def test_eval_measures_on_off_and_random(world):
 
 def test_retrofit_saves_a_model_that_loads(world, tmp_path):
     """Adapter-only: the folder holds what was added and the name of the base."""
-    from transformers import AutoModelForCausalLM
-
     base = make_model().model.backbone
     base.save_pretrained(tmp_path / "base")
-    from transformers import AutoTokenizer
-
     AutoTokenizer.from_pretrained(world / "model").save_pretrained(tmp_path / "base")
     printed = retro("retrofit", tmp_path / "base", "-o", tmp_path / "new", "--chunk-size", 8, "--adapter-only")
     assert "trainable" in printed
@@ -144,8 +141,6 @@ def test_help_names_every_command():
 
 def test_a_datastore_of_another_tokenizer_is_refused(world, tmp_path):
     """Also if the prompt is so short that nothing would be looked up."""
-    from transformers import AutoTokenizer
-
     other = AutoTokenizer.from_pretrained(world / "encoder")
     other.save_pretrained(tmp_path / "other")
     options = ("--tokenizer", tmp_path / "other", "--embedder", world / "encoder", "--chunk-size", CHUNK_SIZE)
@@ -154,8 +149,39 @@ def test_a_datastore_of_another_tokenizer_is_refused(world, tmp_path):
         retro("generate", world / "model", "the", "--store", tmp_path / "store", "--embedder", world / "encoder")
 
 
+def test_neighbors_of_another_size_are_built(world, tmp_path):
+    """Also where chunks are longer than the neighbors that are built by default."""
+    options = ("--tokenizer", world / "model", "--embedder", world / "encoder", "--chunk-size", 130)
+    with pytest.raises(DatastoreInputError, match="neighbor_size=128 is below chunk_size=130"):
+        retro("build", world / "texts.jsonl", "-o", tmp_path / "store", *options)
+    retro("build", world / "texts.jsonl", "-o", tmp_path / "store", *options, "--neighbor-size", 260)
+    assert json.loads(retro("inspect", tmp_path / "store", "--json"))["neighbor_size"] == 260
+
+
+def test_eval_reads_what_build_reads_and_names_a_broken_line(world, tmp_path):
+    """A folder of texts; a line that is no JSON, with its number."""
+    options = ("--store", world / "store", "--embedder", world / "encoder")
+    (tmp_path / "one.txt").write_text("the king reads seven letters under the old bridge near the harbor today")
+    assert "1 documents" in retro("eval", world / "model", tmp_path, *options)
+    (tmp_path / "two.jsonl").write_text('{"text": "fine"}\nnot JSON\n')
+    with pytest.raises(DatastoreInputError, match="two.jsonl:2 is not JSON"):
+        retro("eval", world / "model", tmp_path / "two.jsonl", *options)
+
+
+@pytest.mark.parametrize("command", ["generate", "eval"])
+def test_a_model_without_retrieval_is_refused(world, tmp_path, command):
+    """It would write on as if nothing were wrong; the message says how to make it a RETRO model."""
+    make_model().model.backbone.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(world / "model").save_pretrained(tmp_path)
+    last = ("--store", world / "store", "--embedder", world / "encoder")
+    with pytest.raises(ValueError, match="of the family 'retro_decoder', not a RETRO model.*`retro retrofit`"):
+        retro(command, tmp_path, world / "texts.jsonl", *last)
+
+
 def test_an_empty_prompt_and_a_missing_store_are_explained(world, tmp_path):
-    """Nothing to continue; nowhere to look."""
+    """Nothing to continue; nothing to look up; nowhere to look."""
+    with pytest.raises(ValueError, match="query is empty"):
+        retro("search", world / "store", " ", "--embedder", world / "encoder")
     with pytest.raises(ValueError, match="prompt is empty"):
         retro("generate", world / "model", "")
     with pytest.raises(FileNotFoundError, match="There is no folder"):
