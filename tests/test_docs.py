@@ -117,6 +117,12 @@ def test_readme_leaves_no_block_out():
     assert "<!-- not run:" not in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+def test_readme_enters_the_environment_before_it_is_used():
+    """`make` leaves the package and the `retro` command in .venv, where a new shell does not look."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert 0 < text.find("source .venv/bin/activate") < min(text.index("```python"), text.index("\nretro "))
+
+
 def test_links_lead_to_files():
     """A relative link of a page leads to a file of the repository."""
     for page in PAGES:
