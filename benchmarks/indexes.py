@@ -274,13 +274,14 @@ def main() -> None:
 
     environment = os.environ | {name: str(args.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
     environment |= {"HF_HUB_OFFLINE": "1"}
-    results: dict[str, dict] = {}
+    # Sizes and contestants of earlier runs stay in the record.
+    results: dict[str, dict] = json.loads(args.out.read_text())["results"] if args.out.exists() else {}
     with tempfile.TemporaryDirectory() as temporary:
         for count in args.chunks:
             folder = (args.folder or Path(temporary)) / str(count)
             if not (folder / "exact.npy").exists():
                 prepare(folder, count)
-            rows = results[str(count)] = {}
+            rows = results.setdefault(str(count), {})
             for who in (*args.only, "gather", "build"):
                 command = [sys.executable, __file__, "--one", who, str(folder)]
                 done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
