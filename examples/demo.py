@@ -72,9 +72,8 @@ def main() -> None:
     if store_path.exists():
         shutil.rmtree(store_path)
     begin = time.perf_counter()
-    datastore = RetroDatastore.build(
-        parts.store, store_path, tokenizer=tokenizer, embedder=embedder, chunk_size=model.config.chunk_size
-    )
+    sizes = {"chunk_size": model.config.chunk_size, "neighbor_size": model.config.neighbor_size}
+    datastore = RetroDatastore.build(parts.store, store_path, tokenizer=tokenizer, embedder=embedder, **sizes)
     size = sum(file.stat().st_size for file in store_path.rglob("*") if file.is_file()) / 1e6
     print(f"  {datastore.num_chunks:,} chunks, {size:.0f} MB in {store_path}, {time.perf_counter() - begin:.0f} s")
     retriever = RetroRetriever(datastore, embedder=embedder, num_neighbors=model.config.num_neighbors)

@@ -39,7 +39,7 @@ from retro_hf.evaluation import bits_per_byte
 from retro_hf.training import tokenize_documents
 
 
-CHUNK, WINDOW, NEIGHBORS = 32, 512, 2
+CHUNK, WINDOW, NEIGHBORS, NEIGHBOR_SIZE = 32, 512, 2, 128
 
 
 def demo_config(vocab_size: int, pad: int, bos: int, eos: int) -> RetroConfig:
@@ -73,6 +73,7 @@ def demo_config(vocab_size: int, pad: int, bos: int, eos: int) -> RetroConfig:
         neighbor_encoder_config=encoder,
         chunk_size=CHUNK,
         num_neighbors=NEIGHBORS,
+        neighbor_size=NEIGHBOR_SIZE,
         cross_attention_layers=[1, 3],
         share_embeddings=True,
         initializer_range=scale,
@@ -86,7 +87,8 @@ def open_datastore(path: Path, documents: list[dict], tokenizer, embedder: Chunk
     """The datastore at `path`, built there first if there is none."""
     if path.exists():
         return RetroDatastore.load(path)
-    return RetroDatastore.build(documents, path, tokenizer=tokenizer, embedder=embedder, chunk_size=CHUNK)
+    sizes = {"chunk_size": CHUNK, "neighbor_size": NEIGHBOR_SIZE}
+    return RetroDatastore.build(documents, path, tokenizer=tokenizer, embedder=embedder, **sizes)
 
 
 def train_on(trainer: Trainer) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_training import make_model, make_trainer, make_world
+from transformers import AutoConfig
 
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -46,3 +47,21 @@ def test_a_finished_training_is_loaded_and_one_broken_off_goes_on(tmp_path, monk
         assert torch.equal(again.model.state_dict()[name], value), name
     longer, steps = run(seed=1, max_steps=3)
     assert steps == [3] and longer.state.global_step == 3
+
+
+def test_the_shipped_config_is_what_the_training_makes(monkeypatch):
+    """So the card and the config say what the demo's datastore holds, neighbors of 128 tokens among it."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    from train_demo import demo_config
+
+    shipped = AutoConfig.from_pretrained(EXAMPLES.parent / "hub_configs" / "retro-bible")
+    made = demo_config(shipped.vocab_size, shipped.pad_token_id, shipped.bos_token_id, shipped.eos_token_id)
+    written_by_saving = {"_name_or_path", "architectures", "dtype", "transformers_version"}
+    for one, other in (
+        (shipped, made),
+        (shipped.text_config, made.text_config),
+        (shipped.neighbor_encoder_config, made.neighbor_encoder_config),
+    ):
+        fields = {name for name, value in one.to_dict().items() if not isinstance(value, dict)} - written_by_saving
+        assert {name: getattr(one, name) for name in fields} == {name: getattr(other, name) for name in fields}
+    assert shipped.neighbor_size == 128
