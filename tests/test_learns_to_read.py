@@ -4,6 +4,11 @@ Every token is drawn uniformly from 64, so without reading there are 6 bits to p
 continuation of one of the two neighbors of a chunk; which one can only be told by comparing the chunk with both, since
 the right neighbor begins with a copy of it in which a fifth of the tokens are wrong. Data are fresh at every step. In
 half of the chunks both neighbors are random, so the model also has to learn when not to trust them.
+
+The first token of a chunk is the hard one: whoever trusts the last token of the copy alone pays 1.1 bits for it, and
+nothing for the others, which have the exact continuation to go by. Telling the neighbors apart by the whole chunk is the
+encoder's work, so both of its layers compare, its states have little room to carry two tokens at once, and so do the heads
+that read them.
 """
 
 import math
@@ -17,22 +22,22 @@ VOCAB_SIZE = 64
 CHUNK_SIZE = 8
 NUM_NEIGHBORS = 2
 NUM_CHUNKS = 4
-STEPS = 800
+STEPS = 1000
 BATCH_SIZE = 32
 LEARNING_RATE = 3e-3
 NOISE = 0.2
 
 
 def toy_retro() -> RetroForCausalLM:
-    """0.3 million parameters; embeddings of unit variance, as in `nn.Embedding`, so that tokens are told apart early."""
-    init = {"initializer_range": 0.05}
+    """0.2 million parameters; embeddings of unit variance, as in `nn.Embedding`, so that tokens are told apart early."""
+    init = {"initializer_range": 64**-0.5}
     model = RetroForCausalLM(
         RetroConfig(
             text_config=RetroDecoderConfig(
                 vocab_size=VOCAB_SIZE,
                 hidden_size=64,
                 intermediate_size=256,
-                num_hidden_layers=3,
+                num_hidden_layers=2,
                 num_attention_heads=4,
                 head_dim=16,
                 max_position_embeddings=NUM_CHUNKS * CHUNK_SIZE,
@@ -40,12 +45,19 @@ def toy_retro() -> RetroForCausalLM:
                 **init,
             ),
             neighbor_encoder_config=RetroEncoderConfig(
-                hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, head_dim=16, **init
+                hidden_size=32,
+                intermediate_size=128,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                head_dim=16,
+                cross_attention_layers=[0, 1],
+                **init,
             ),
             chunk_size=CHUNK_SIZE,
             num_neighbors=NUM_NEIGHBORS,
             neighbor_size=2 * CHUNK_SIZE,
-            cross_attention_layers=[1, 2],
+            cross_attention_layers=[0, 1],
+            cross_attention_head_dim=8,
             share_embeddings=True,
             **init,
         )
@@ -101,27 +113,21 @@ def train(seed: int, steps: int = STEPS) -> RetroForCausalLM:
 
 
 @torch.no_grad()
-def measure(model: RetroForCausalLM, real: float, neighbors: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
-    """Bits of each token of fresh data from the second chunk on, `(rows, chunks, offsets)`.
-
-    The second tensor, `(rows, chunks)`, says of which chunks a neighbor has the last token of the chunk before.
-    """
+def measure(model: RetroForCausalLM, real: float, neighbors: bool = True) -> torch.Tensor:
+    """Bits of each token of fresh data from the second chunk on, `(rows, chunks, offsets)`."""
     batch = draw(512, torch.Generator().manual_seed(10**6), real)
     labels = batch.pop("labels")[:, 1:]
-    last = batch["input_ids"].unflatten(1, (NUM_CHUNKS, CHUNK_SIZE))[:, :-1, -1:]
-    intact = (batch["neighbor_input_ids"][..., CHUNK_SIZE - 1] == last).any(dim=-1)
     if not neighbors:
         del batch["neighbor_input_ids"]
     logits = model(**batch).logits[:, :-1]
     nats = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, ignore_index=-100, reduction="none")
-    bits = nats[:, CHUNK_SIZE - 1 :].unflatten(1, (NUM_CHUNKS - 1, CHUNK_SIZE)) / math.log(2)
-    return bits, intact
+    return nats[:, CHUNK_SIZE - 1 :].unflatten(1, (NUM_CHUNKS - 1, CHUNK_SIZE)) / math.log(2)
 
 
 def test_an_untrained_model_pays_six_bits():
     """The start: uniform tokens, nothing learned."""
     torch.manual_seed(0)
-    assert float(measure(toy_retro().eval(), 1.0)[0].mean()) > 5.95
+    assert float(measure(toy_retro().eval(), 1.0).mean()) > 5.95
 
 
 def test_a_model_learns_to_read_its_neighbors_and_only_them():
@@ -130,19 +136,14 @@ def test_a_model_learns_to_read_its_neighbors_and_only_them():
     One test, so that parallel test runs train once.
     """
     model = train(seed=0)
-    bits, intact = measure(model, 1.0)
+    bits = measure(model, 1.0)
     assert float(bits.mean()) <= 0.5
 
     # Less than 6 bits would be a leak, much more would be trust in bad neighbors.
-    without = float(measure(model, 1.0, neighbors=False)[0].mean())
-    with_random = float(measure(model, 0.0)[0].mean())
+    without = float(measure(model, 1.0, neighbors=False).mean())
+    with_random = float(measure(model, 0.0).mean())
     assert 5.9 <= without <= 6.3 and 5.9 <= with_random <= 6.3
 
-    # A shift of the attending chunk by one would cost 6 bits at the first token. It is judged where the last token of the
-    # copy is right: elsewhere it lacks the nearest evidence of which neighbor to trust, which later tokens have.
-    by_offset = bits[intact].mean(dim=0)
-    assert float(by_offset.max() - by_offset.min()) <= 0.3, by_offset
-    assert float(bits[..., 0].mean()) <= 2.0
-
-    by_chunk = bits.mean(dim=(0, 2))
-    assert float(by_chunk.max() - by_chunk.min()) <= 0.3, by_chunk
+    # A shift of the attending chunk by one would cost 6 bits at the first token, or the exact copy of the last.
+    for by in (bits.mean(dim=(0, 1)), bits.mean(dim=(0, 2))):
+        assert float(by.max() - by.min()) <= 0.3, by
