@@ -229,6 +229,35 @@ def measure(who: str, folder: Path) -> dict:
     return result
 
 
+def measure_overhead(folder: Path) -> dict:
+    """CPU time of `RetroDatastore.search` over that of FAISS' own `search`, taking turns on one opened index."""
+    from retro_hf.datastore import RetroDatastore
+    from retro_hf.datastore.index import search_index, search_parameters
+
+    store = RetroDatastore.load(folder / "store")
+    index, search = store.shards[0].index, store.shards[0].entry.index["search"]
+    parameters = search_parameters(index, search)
+    queries = np.load(folder / "queries.npy").astype(np.float32)
+    result = {}
+    for batch in BATCHES:
+        times: dict[str, list[float]] = {"faiss": [], "retro-hf": []}
+        for number in range(max(6, 400 // batch)):
+            part = queries[(number * batch) % len(queries) :][:batch]
+            search_index(index, part, NEIGHBORS, parameters)
+            for who in times if number % 2 else reversed(times):
+                begin = time.process_time()
+                if who == "faiss" and search:
+                    index.search(part, NEIGHBORS, params=parameters)
+                elif who == "faiss":
+                    # Exact search with our setting of FAISS' threshold, so that both do the same work.
+                    search_index(index, part, NEIGHBORS, parameters)
+                else:
+                    store.search(part, NEIGHBORS)
+                times[who].append(time.process_time() - begin)
+        result[str(batch)] = float(np.median(times["retro-hf"]) / np.median(times["faiss"]))
+    return result
+
+
 def measure_gather(folder: Path) -> dict:
     """Rows per core-second of reading neighbors' tokens: our stream, and an Arrow table of the same rows."""
     import datasets
@@ -267,7 +296,7 @@ def main() -> None:
     if args.one:
         who, folder = args.one
         folder = Path(folder)
-        others = {"gather": measure_gather, "build": measure_build}
+        others = {"gather": measure_gather, "build": measure_build, "overhead": measure_overhead}
         found = others[who](folder) if who in others else measure(who, folder)
         print("RESULT" + json.dumps(found))
         return
@@ -282,7 +311,7 @@ def main() -> None:
             if not (folder / "exact.npy").exists():
                 prepare(folder, count)
             rows = results.setdefault(str(count), {})
-            for who in (*args.only, "gather", "build"):
+            for who in (*args.only, "overhead", "gather", "build"):
                 command = [sys.executable, __file__, "--one", who, str(folder)]
                 done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
                 line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT")), None)

@@ -43,7 +43,7 @@ def build_and_open(keys, factory, path):
 
 
 def test_exact_search_is_exact(keys, queries, monkeypatch):
-    monkeypatch.setattr(index_module, "_BLOCK_ROWS", 700)
+    monkeypatch.setattr(index_module, "BLOCK_ROWS", 700)
     scores, ids = exact_search(keys, queries, 5)
     everything = queries @ keys.astype(np.float32).T
     np.testing.assert_allclose(scores, -np.sort(-everything, axis=1)[:, :5], atol=1e-6)

@@ -23,6 +23,7 @@ from ..errors import DatastoreCorruptError, DatastoreInputError, MissingExtraErr
 
 
 __all__ = [
+    "BLOCK_ROWS",
     "TRAINING_ROWS_PER_LIST",
     "build_index",
     "exact_search",
@@ -43,7 +44,7 @@ _RECALL_MARGIN = 0.01
 # Lists read while the number of re-scored candidates is chosen.
 _TUNING_LISTS = 256
 _WORTHWHILE_GAIN = 0.005
-_BLOCK_ROWS = 1 << 16
+BLOCK_ROWS = 1 << 16
 TRAINING_ROWS_PER_LIST = 40
 _REFINE = ",Refine(SQfp16)"
 # Where an index file says how many vectors it has, after its four letters and its dimension.
@@ -107,7 +108,7 @@ def build_index(keys: np.ndarray, factory: str, path: Path, *, recall: float = 0
     index = faiss.index_factory(dim, base, faiss.METRIC_INNER_PRODUCT)
     generator = np.random.default_rng(seed)
     if not index.is_trained:
-        num_rows = min(num_chunks, max(TRAINING_ROWS_PER_LIST * training_points(factory), _BLOCK_ROWS))
+        num_rows = min(num_chunks, max(TRAINING_ROWS_PER_LIST * training_points(factory), BLOCK_ROWS))
         rows = np.sort(generator.choice(num_chunks, size=num_rows, replace=False))
         try:
             index.train(keys[rows].astype(np.float32))
@@ -116,8 +117,8 @@ def build_index(keys: np.ndarray, factory: str, path: Path, *, recall: float = 0
                 f"The index {factory!r} could not be trained on {num_rows:,} of {num_chunks:,} chunks: "
                 f"{short_message(error)}. Use index='Flat', which is exact and needs no training."
             ) from error
-    for start in range(0, num_chunks, _BLOCK_ROWS):
-        block = keys[start : start + _BLOCK_ROWS].astype(np.float32)
+    for start in range(0, num_chunks, BLOCK_ROWS):
+        block = keys[start : start + BLOCK_ROWS].astype(np.float32)
         index.add(block)
     if base != factory:
         _write_refined(index, keys, path)
@@ -148,8 +149,8 @@ def _write_refined(base: Any, keys: np.ndarray, path: Path) -> None:
         file.flush()
         faiss.write_index(base, faiss.PyCallbackIOWriter(file.write))
         file.write(refine)
-        for start in range(0, num_keys, _BLOCK_ROWS):
-            file.write(np.ascontiguousarray(keys[start : start + _BLOCK_ROWS]).tobytes())
+        for start in range(0, num_keys, BLOCK_ROWS):
+            file.write(np.ascontiguousarray(keys[start : start + BLOCK_ROWS]).tobytes())
         file.write(struct.pack("<f", 1.0))
 
 
@@ -231,8 +232,8 @@ def exact_search(keys: np.ndarray, queries: np.ndarray, num_neighbors: int) -> t
     faiss = import_faiss()
     scores = np.full((len(queries), num_neighbors), -np.inf, dtype=np.float32)
     ids = np.full((len(queries), num_neighbors), -1, dtype=np.int64)
-    for start in range(0, len(keys), _BLOCK_ROWS):
-        block = keys[start : start + _BLOCK_ROWS].astype(np.float32)
+    for start in range(0, len(keys), BLOCK_ROWS):
+        block = keys[start : start + BLOCK_ROWS].astype(np.float32)
         with _blas_from_three_queries(keys.shape[1]):
             found, rows = faiss.knn(queries, block, num_neighbors, metric=faiss.METRIC_INNER_PRODUCT)
         found = np.where(rows < 0, -np.inf, found)

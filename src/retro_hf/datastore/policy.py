@@ -15,7 +15,7 @@ import numpy as np
 from transformers.utils import logging
 
 from ..errors import DatastoreInputError
-from .index import TRAINING_ROWS_PER_LIST, import_faiss, short_message, training_points
+from .index import BLOCK_ROWS, TRAINING_ROWS_PER_LIST, import_faiss, short_message, training_points
 
 
 if TYPE_CHECKING:
@@ -104,7 +104,8 @@ def parse_bytes(size: int | str | None) -> int | None:
 def flat_plan(num_chunks: int, dim: int) -> IndexPlan:
     """Exact search: every query is compared with every key."""
     size = 4 * dim * num_chunks
-    return IndexPlan("Flat", size, size, size, num_chunks / 1e6)
+    # FAISS doubles its buffer as it grows, and is handed a block at a time.
+    return IndexPlan("Flat", size, size, 2 * size + 4 * dim * BLOCK_ROWS, num_chunks / 1e6)
 
 
 def ivf_plan(num_chunks: int, dim: int) -> IndexPlan:
@@ -122,7 +123,11 @@ def ivf_plan(num_chunks: int, dim: int) -> IndexPlan:
     train = 2 * dim * num_lists * training_rows * _KMEANS_ITERATIONS / _FLOPS
     assign = num_chunks * (_GRAPH_SECONDS_PER_CHUNK if graph else 2 * dim * num_lists / _FLOPS)
     return IndexPlan(
-        f"IVF{num_lists}{graph},{codes},Refine(SQfp16)", memory, disk, memory + 6 * dim * training_rows, train + assign
+        f"IVF{num_lists}{graph},{codes},Refine(SQfp16)",
+        memory,
+        disk,
+        memory + 6 * dim * training_rows + 4 * dim * BLOCK_ROWS,
+        train + assign,
     )
 
 
