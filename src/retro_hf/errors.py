@@ -16,6 +16,7 @@ __all__ = [
     "DatastoreInputError",
     "DatastoreMismatchError",
     "DatastoreNotFoundError",
+    "DatastoreWriteError",
     "MissingExtraError",
     "PretrainedNotFoundError",
     "RetrieverError",
@@ -47,6 +48,10 @@ class DatastoreInputError(RetroError, ValueError):
 
 class DatastoreCorruptError(RetroError, ValueError):
     """The files of a datastore contradict its manifest. Nothing was read from them; restore or rebuild the store."""
+
+
+class DatastoreWriteError(RetroError, OSError):
+    """The disk refused to take a datastore: full, read-only, a name too long. What was there before is unharmed."""
 
 
 class DatastoreMismatchError(RetroError, ValueError):

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from .datastore import ChunkEmbedder, EmbeddingSearcher, RetroDatastore, Searcher, chunk_texts
+from .datastore.documents import without_lone_surrogates
 from .datastore.hub import local_folder, push
 from .datastore.storage import write_file
 from .errors import RetrieverError
@@ -239,7 +240,7 @@ class RetroRetriever:
             `list[list[RetrievedNeighbor]]`: for each text its neighbors, nearest first.
         """
         wanted = self.num_neighbors if num_neighbors is None else num_neighbors
-        queries = [texts] if isinstance(texts, str) else list(texts)
+        queries = [without_lone_surrogates(text) for text in ([texts] if isinstance(texts, str) else texts)]
         return self._describe(RetrievalResult(*self.searcher.search(queries, wanted)))
 
     def _describe(self, found: RetrievalResult) -> list[list[RetrievedNeighbor]]:

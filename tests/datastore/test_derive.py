@@ -100,6 +100,8 @@ def test_what_does_not_fit_together_is_not_merged(datastore, tmp_path, tokenizer
         RetroDatastore.merge([datastore, other], tmp_path / "merged")
     with pytest.raises(DatastoreInputError, match="The document 'doc-3' is in"):
         RetroDatastore.merge([datastore, datastore.subset(tmp_path / "part", ids=["doc-3"])], tmp_path / "merged")
+    with pytest.raises(DatastoreInputError, match="not a RetroDatastore. Open it first"):
+        RetroDatastore.merge([datastore.path], tmp_path / "merged")
     with pytest.raises(DatastoreInputError, match="no datastores"):
         RetroDatastore.merge([], tmp_path / "merged")
     with pytest.raises(DatastoreExistsError):

@@ -5,6 +5,7 @@ import pytest
 
 from retro_hf.datastore import ChunkEmbedder, EmbeddingSearcher, HybridSearcher, LexicalSearcher, RetroDatastore
 from retro_hf.errors import DatastoreMismatchError, RetrieverError
+from retro_hf.retrieval_retro import RetroRetriever
 
 from .fixtures import make_encoder
 
@@ -111,3 +112,13 @@ def test_hybrid_search_of_a_store_knows_both_and_hides_what_is_excluded(datastor
         np.testing.assert_allclose(scores[row], sorted(totals.values(), reverse=True)[:6], rtol=1e-6)
     # A query without words is answered by vectors alone.
     np.testing.assert_array_equal(ids[2], dense.search(QUERIES, 6, exclude_documents=excluded)[1][2])
+
+
+def test_searchers_of_two_stores_are_not_fused(datastore, embedder, tokenizer):
+    other = RetroDatastore.from_texts(["the old river"], tokenizer, embedder=embedder, chunk_size=8, neighbor_size=20)
+    with pytest.raises(RetrieverError, match="the same id would stand for different text"):
+        HybridSearcher(EmbeddingSearcher(datastore, embedder), EmbeddingSearcher(other, embedder))
+
+
+def test_half_a_character_in_a_query_is_replaced_as_in_a_document(datastore, embedder):
+    assert RetroRetriever(datastore, embedder=embedder).find("the river\ud83d")[0]

@@ -16,7 +16,13 @@ import safetensors.numpy
 from transformers import AutoTokenizer
 
 from retro_hf.datastore import ChunkEmbedder, RetroDatastore, chunk_texts
-from retro_hf.errors import DatastoreExistsError, DatastoreInputError, DatastoreMismatchError
+from retro_hf.errors import (
+    DatastoreExistsError,
+    DatastoreInputError,
+    DatastoreMismatchError,
+    DatastoreWriteError,
+    PretrainedNotFoundError,
+)
 
 from .fixtures import corpus, make_encoder, make_tokenizer
 
@@ -298,3 +304,45 @@ def test_progress_bars_obey_the_switch_of_transformers(tokenizer, embedder, caps
     finally:
         logging.disable_progress_bar()
     assert all(part in shown for part in ("Tokenizing", "Embedding", "Indexing (Flat)", "doc", "chunk"))
+
+
+def test_a_store_among_the_texts_is_no_document(tmp_path, tokenizer, embedder, caplog):
+    """Otherwise the texts of yesterday come back from its own documents."""
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").write_text("the old river")
+    options = dict(tokenizer=tokenizer, embedder=embedder)
+    first = RetroDatastore.build(tmp_path / "notes", tmp_path / "notes" / "store", **options)
+    (tmp_path / "notes" / "a.txt").rename(tmp_path / "notes" / "b.txt")
+    second = RetroDatastore.build(tmp_path / "notes", tmp_path / "second", **options)
+    assert [second.document(n)["id"] for n in range(second.num_documents)] == ["b.txt"]
+    assert "Left out 1 datastores among the texts" in caplog.text
+    with pytest.raises(DatastoreInputError, match="is a datastore, not a folder of texts"):
+        RetroDatastore.build(first.path, tmp_path / "third", **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tokenizer": None}, "The tokenizer is of type NoneType"),
+        ({"embedder": None}, "The embedder is of type NoneType"),
+        ({"executor": "2"}, "executor is '2', but it must be a number of processes"),
+        ({"index": "IDMap,Flat"}, "Leave IDMap out"),
+        ({"recall": True}, "recall is True"),
+    ],
+)
+def test_arguments_of_the_wrong_kind_are_explained(options, message, tmp_path, tokenizer, embedder):
+    with pytest.raises(DatastoreInputError, match=message):
+        RetroDatastore.build(["a"], tmp_path / "store", **{"tokenizer": tokenizer, "embedder": embedder, **options})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tokenizer_that_is_not_there_is_explained(tmp_path, embedder):
+    with pytest.raises(PretrainedNotFoundError, match="There is no folder 'nope/x', and no tokenizer"):
+        RetroDatastore.build(["a"], tmp_path / "store", tokenizer="nope/x", embedder=embedder)
+
+
+def test_a_name_that_no_disk_takes_is_explained(tmp_path, tokenizer, embedder):
+    for name in ("x" * 250, "file/store"):
+        (tmp_path / "file").touch()
+        with pytest.raises(DatastoreWriteError, match="no room for the datastore"):
+            RetroDatastore.build(["a"], tmp_path / name, tokenizer=tokenizer, embedder=embedder)

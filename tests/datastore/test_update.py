@@ -13,7 +13,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from retro_hf.datastore import RetroDatastore, storage
-from retro_hf.errors import DatastoreCorruptError, DatastoreInputError, DatastoreMismatchError, DatastoreNotFoundError
+from retro_hf.errors import (
+    DatastoreCorruptError,
+    DatastoreInputError,
+    DatastoreMismatchError,
+    DatastoreNotFoundError,
+    DatastoreWriteError,
+)
 from retro_hf.retrieval_retro import RetroRetriever
 
 from .fixtures import corpus, make_encoder
@@ -285,3 +291,29 @@ def test_the_manifest_says_what_happened(store, embedder):
     content = json.loads((store.path / "datastore.json").read_text())
     assert content["generation"] == 3 and content["num_deleted_documents"] == 1
     assert [shard["name"] for shard in content["shards"]] == ["00000", "00001"] and content["next_shard"] == 2
+
+
+def test_ids_may_be_numbers_and_nothing_else(tokenizer, embedder):
+    """As they may when a store is built."""
+    store = RetroDatastore.from_texts(["a", "b", {"id": 7, "text": "c"}], tokenizer, embedder=embedder)
+    store.delete([7])
+    store.delete(0)
+    assert store.deleted_documents.tolist() == [0, 2]
+    for wrong in (None, [b"1"], [True], 1.5):
+        with pytest.raises(DatastoreInputError, match="ids of documents are texts"):
+            store.delete(wrong)
+    assert not list(store.path.parent.glob(".*"))
+
+
+def test_a_full_disk_changes_nothing(store, embedder, monkeypatch):
+    before = content_of(store.path)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    for change in (lambda: store.delete(["doc-1"]), store.compact, lambda: store.append(more(), embedder=embedder)):
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "replace", full)
+            with pytest.raises(DatastoreWriteError, match="No space left.*What was there before is unharmed"):
+                change()
+        assert content_of(store.path) == before

@@ -15,9 +15,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
+from transformers import AutoTokenizer
 from transformers.utils import logging
 
-from ..errors import DatastoreExistsError, DatastoreInputError, RetroError
+from ..errors import (
+    DatastoreExistsError,
+    DatastoreInputError,
+    DatastoreWriteError,
+    PretrainedNotFoundError,
+    RetroError,
+)
 from .blocks import (
     Block,
     EmbedBlock,
@@ -65,6 +72,11 @@ class BuildOptions:
     show_progress: bool | None
 
     def __post_init__(self) -> None:
+        for name, value, method in (("tokenizer", self.tokenizer, "get_vocab"), ("embedder", self.embedder, "embed")):
+            if not hasattr(value, method):
+                raise DatastoreInputError(
+                    f"The {name} is of type {type(value).__name__}. Pass the {name} itself, or its folder or Hub name."
+                )
         for name in ("chunk_size", "neighbor_size", "batch_size", "shard_chunks"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -88,7 +100,12 @@ def work_folder(path: Path, *, helps: bool = False) -> Iterator[Path]:
         DatastoreExistsError: if another process is at work there.
     """
     folder = path.with_name(f".{path.name}.building")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DatastoreWriteError(
+            f"There is no room for the datastore {str(path)!r}: {error}. Choose another path."
+        ) from error
     lock = FileLock(folder / ".lock", timeout=0)
     try:
         if not helps:
@@ -101,10 +118,17 @@ def work_folder(path: Path, *, helps: bool = False) -> Iterator[Path]:
     try:
         yield folder
     except BaseException as error:
-        if isinstance(error, RetroError) and not any(folder.glob("keys-*")):
-            shutil.rmtree(folder, ignore_errors=True)
-        else:
+        done = "keys-*" if isinstance(error, RetroError) else "[kst]*-*"
+        kept = any(folder.glob(done))
+        if kept:
             logger.warning(f"What was done so far is kept in {str(folder)!r}: the same call again goes on from there.")
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, OSError) and not isinstance(error, RetroError):
+            raise DatastoreWriteError(
+                f"The datastore {str(path)!r} could not be written: {error}. What was there before is unharmed. Make room on "
+                "the disk, or allow writing, and make the same call again."
+            ) from error
         raise
     else:
         if not helps:
@@ -319,6 +343,14 @@ class WriteShard:
             for block in blocks:
                 writer.add(self.embed.piece(block))
             writer.finish(factory, self.recall)
+
+
+def load_tokenizer(name_or_path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder or of a name on the Hub; raises `PretrainedNotFoundError` if there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(name_or_path)
+    except (OSError, ValueError) as error:
+        raise PretrainedNotFoundError.for_name("tokenizer", os.fspath(name_or_path), error) from error
 
 
 def describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from transformers import AutoTokenizer
 
 from ..errors import DatastoreInputError, DatastoreMismatchError
-from .build import describe_tokenizer, library_version, work_folder
+from .build import describe_tokenizer, library_version, load_tokenizer, work_folder
 from .chunks import token_dtype, vocabulary_size
+from .documents import document_ids
 from .executors import progress_bar
 from .manifest import SHARD_FILES, DatastoreManifest, FileEntry, ShardEntry
 from .policy import IndexOptions, parse_bytes
@@ -62,14 +62,14 @@ def subset(
     if (ids is None) == (fraction is None):
         raise DatastoreInputError("Give either the ids of the documents to take, or a fraction of them.")
     if ids is not None:
-        wanted = [ids] if isinstance(ids, str) else list(ids)
+        wanted = document_ids(ids)
         numbers = datastore.document_numbers(wanted)
         if (numbers < 0).any():
             unknown = wanted[int(np.flatnonzero(numbers < 0)[0])]
             raise DatastoreInputError(f"There is no document with the id {unknown!r} in {str(datastore.path)!r}.")
         keep[numbers] = True
     elif fraction is not None:
-        if not 0 < fraction <= 1:
+        if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 < fraction <= 1:
             raise DatastoreInputError(f"fraction is {fraction!r}, but it is a share: above 0 and at most 1.")
         keep = np.fromiter(_drawn(datastore, fraction, seed), dtype=bool, count=len(keep))
         keep[datastore.deleted_documents] = False
@@ -118,6 +118,11 @@ def merge(datastores: Sequence[RetroDatastore], path: str | os.PathLike[str]) ->
     """
     if not datastores:
         raise DatastoreInputError("There are no datastores to merge.")
+    wrong = next((store for store in datastores if not hasattr(store, "shards")), None)
+    if wrong is not None:
+        raise DatastoreInputError(
+            f"{wrong!r} is of type {type(wrong).__name__}, not a RetroDatastore. Open it first: `RetroDatastore.load(path)`."
+        )
     first = datastores[0]
     for other in datastores[1:]:
         _check_alike(first, other)
@@ -207,7 +212,7 @@ def retokenize(
             without tokens.
     """
     if isinstance(tokenizer, (str, os.PathLike)):
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+        tokenizer = load_tokenizer(tokenizer)
     for one in (datastore.tokenizer, tokenizer):
         if not one.is_fast:
             raise DatastoreInputError(

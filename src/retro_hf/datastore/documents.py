@@ -11,10 +11,15 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from transformers.utils import logging
+
 from ..errors import DatastoreInputError, DatastoreNotFoundError
+from .manifest import MANIFEST_NAME
 
 
-__all__ = ["Document", "DocumentReader"]
+__all__ = ["Document", "DocumentReader", "document_ids", "without_lone_surrogates"]
+
+logger = logging.get_logger(__name__)
 
 _SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".parquet")
 _FIELDS = ("id", "title", "source", "text")
@@ -119,7 +124,7 @@ class DocumentReader:
         if text is None or not text.strip():
             return None
         texts = {name: _as_text(record.get(name), defaults.get(name, ""), name, where) for name in _FIELDS[:3]}
-        clean = {name: _without_lone_surrogates(value) for name, value in (*texts.items(), ("text", text))}
+        clean = {name: without_lone_surrogates(value) for name, value in (*texts.items(), ("text", text))}
         self.num_repaired += clean["text"] != text
         metadata = {str(key): value for key, value in record.items() if key not in _FIELDS}
         return Document(where=where, metadata=metadata, **clean)
@@ -174,9 +179,8 @@ class DocumentReader:
                         ) from error
                     yield record, where, {"id": where, **defaults}
         except (EOFError, gzip.BadGzipFile) as error:
-            raise DatastoreInputError(
-                f"{name!r} breaks off after line {number} ({error}). Fetch or compress it again."
-            ) from error
+            what = f"breaks off after line {number}" if number else "is not a gzip file"
+            raise DatastoreInputError(f"{name!r} {what} ({error}). Fetch or compress it again.") from error
 
     def _decode(self, content: bytes, name: str) -> str:
         try:
@@ -197,7 +201,20 @@ def _files_of(path: Path) -> list[tuple[Path, str]]:
             f"There is no file or folder {str(path)!r} to read documents from. To build from texts instead, pass them "
             "as a list."
         )
-    found = [(file, file.relative_to(path).as_posix()) for file in path.rglob("*") if file.name.endswith(_SUFFIXES)]
+    # What a datastore holds is no document, also where one lies among the texts.
+    stores = {file.parent for file in path.rglob(MANIFEST_NAME)}
+    if path in stores:
+        raise DatastoreInputError(
+            f"{str(path)!r} is a datastore, not a folder of texts. Name the folder or file that it was built from, or open it "
+            "with `RetroDatastore.load`."
+        )
+    if stores:
+        logger.warning(f"Left out {len(stores)} datastores among the texts, such as {str(min(stores))!r}.")
+    found = [
+        (file, file.relative_to(path).as_posix())
+        for file in path.rglob("*")
+        if file.name.endswith(_SUFFIXES) and stores.isdisjoint(file.parents)
+    ]
     files = sorted(
         (pair for pair in found if pair[0].is_file() and not any(part.startswith(".") for part in pair[1].split("/"))),
         key=lambda pair: pair[1],
@@ -228,7 +245,22 @@ def _as_text(value: Any, default: str, name: str, where: str) -> str:
     raise DatastoreInputError(f"The {name} of {where} is of type {type(value).__name__}, not str.")
 
 
-def _without_lone_surrogates(text: str) -> str:
+def document_ids(ids: Any) -> list[str]:
+    """Ids as a datastore has them: one or several, numbers in digits.
+
+    Raises:
+        DatastoreInputError: for what is no id.
+    """
+    given = [ids] if isinstance(ids, (str, int)) else list(ids) if isinstance(ids, Iterable) else [ids]
+    for id in given:
+        if not isinstance(id, (str, int)) or isinstance(id, bool):
+            raise DatastoreInputError(
+                f"An id is of type {type(id).__name__}, but the ids of documents are texts (or numbers). Pass one, or a list."
+            )
+    return [without_lone_surrogates(str(id)) for id in given]
+
+
+def without_lone_surrogates(text: str) -> str:
     """Text that UTF-8 can hold: surrogate pairs joined, lone surrogates replaced by U+FFFD."""
     try:
         text.encode("utf-8")

@@ -149,6 +149,21 @@ def _finished(pending: dict[Future[None], int]) -> Iterator[int]:
         yield units
 
 
+def as_executor(executor: Executor | int) -> Executor:
+    """An executor from a number of processes.
+
+    Raises:
+        DatastoreInputError: for what is neither.
+    """
+    if isinstance(executor, int):
+        return LocalExecutor(executor)
+    if not hasattr(executor, "start"):
+        raise DatastoreInputError(
+            f"executor is {executor!r}, but it must be a number of processes, such as 2, a RankExecutor or a RayExecutor."
+        )
+    return executor
+
+
 class RankExecutor:
     """One of `world_size` processes that run the same build over a shared folder; each does every so-manieth call.
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from transformers.utils import logging
 
-from ..errors import DatastoreCorruptError, DatastoreInputError, MissingExtraError
+from ..errors import DatastoreCorruptError, DatastoreInputError, DatastoreWriteError, MissingExtraError
 
 
 __all__ = [
@@ -118,12 +118,22 @@ def build_index(keys: np.ndarray, factory: str, path: Path, *, recall: float = 0
                 f"{short_message(error)}. Use index='Flat', which is exact and needs no training."
             ) from error
     for start in range(0, num_chunks, BLOCK_ROWS):
-        block = keys[start : start + BLOCK_ROWS].astype(np.float32)
-        index.add(block)
+        try:
+            index.add(keys[start : start + BLOCK_ROWS].astype(np.float32))
+        except RuntimeError as error:
+            raise DatastoreInputError(
+                f"FAISS cannot fill the index {factory!r}: {short_message(error)}. Use index='Flat', or another factory string."
+            ) from error
     if base != factory:
         _write_refined(index, keys, path)
     else:
-        faiss.write_index(index, str(path))
+        try:
+            faiss.write_index(index, str(path))
+        except RuntimeError as error:
+            raise DatastoreWriteError(
+                f"The index {str(path)!r} could not be written: {short_message(error)}. Make room on the disk, and make the "
+                "same call again."
+            ) from error
     if factory == "Flat":
         return {"factory": factory, "search": {}, "recall": None}
     # Tuned as it will be searched: through a memory map.

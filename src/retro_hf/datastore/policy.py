@@ -66,7 +66,7 @@ class IndexOptions:
             raise DatastoreInputError(
                 f"index is of type {type(self.factory).__name__}, not a FAISS factory string or 'auto'."
             )
-        if not isinstance(self.recall, (int, float)) or not 0 < self.recall <= 1:
+        if isinstance(self.recall, bool) or not isinstance(self.recall, (int, float)) or not 0 < self.recall <= 1:
             raise DatastoreInputError(
                 f"recall is {self.recall!r}, but it is a share: above 0, at most 1 (exact search)."
             )
@@ -177,6 +177,10 @@ def check_factory(factory: str, num_chunks: int | None, dim: int) -> None:
             f"FAISS cannot make the index {factory!r} for vectors of length {dim}: {short_message(error)}. Use index='Flat', "
             "or see the factory strings in the FAISS documentation."
         ) from error
+    if "IDMap" in factory:
+        raise DatastoreInputError(
+            f"The index {factory!r} has ids of its own, but chunks are numbered already. Leave IDMap out."
+        )
     needed = training_points(factory)
     if num_chunks is not None and num_chunks < needed:
         raise DatastoreInputError(

@@ -116,13 +116,24 @@ class HybridSearcher:
     Args:
         dense ([`Searcher`]): such as [`EmbeddingSearcher`].
         lexical ([`Searcher`]): such as [`LexicalSearcher`].
+
+    Raises:
+        RetrieverError: if they find the chunks of different datastores.
     """
 
     metric = "reciprocal_rank_fusion"
 
     def __init__(self, dense: Searcher, lexical: Searcher) -> None:
+        stores: list[Any] = [one.datastore for one in (dense, lexical) if hasattr(one, "datastore")]
+        if len(stores) == 2 and stores[0].path.resolve() != stores[1].path.resolve():
+            raise RetrieverError(
+                f"One searcher finds chunks of {str(stores[0].path)!r}, the other of {str(stores[1].path)!r}: the same id would "
+                "stand for different text. Make both for one datastore."
+            )
         self.dense = dense
         self.lexical = lexical
+        if stores:
+            self.datastore = stores[0]
 
     def search(
         self, texts: Sequence[str], num_neighbors: int, *, exclude_documents: Any = None

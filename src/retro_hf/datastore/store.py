@@ -14,11 +14,11 @@ import numpy as np
 from transformers import AutoTokenizer
 
 from ..errors import DatastoreInputError
-from .build import BuildOptions, build_datastore
+from .build import BuildOptions, build_datastore, load_tokenizer
 from .compatibility import check_compatible
 from .derive import merge, retokenize, subset
 from .embedder import ChunkEmbedder
-from .executors import Executor, LocalExecutor
+from .executors import Executor, as_executor
 from .hub import local_folder, push
 from .manifest import MANIFEST_NAME, DatastoreManifest
 from .policy import DEFAULT_SHARD_CHUNKS, IndexOptions, parse_bytes
@@ -119,7 +119,7 @@ class RetroDatastore:
         *Memory*: a few hundred MB and the encoder, whatever the input; then the index of one shard.
         """
         if isinstance(tokenizer, (str, os.PathLike)):
-            tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+            tokenizer = load_tokenizer(tokenizer)
         if isinstance(embedder, (str, os.PathLike)):
             embedder = ChunkEmbedder.from_pretrained(embedder)
         options = BuildOptions(
@@ -132,9 +132,7 @@ class RetroDatastore:
             shard_chunks=shard_chunks,
             show_progress=show_progress,
         )
-        build_datastore(
-            documents, Path(path), options, LocalExecutor(executor) if isinstance(executor, int) else executor
-        )
+        build_datastore(documents, Path(path), options, as_executor(executor))
         datastore = cls.load(path)
         datastore._tokenizer = tokenizer
         return datastore
@@ -397,9 +395,10 @@ class RetroDatastore:
             DatastoreInputError: if there is no such document, or it has been deleted.
         """
         view = self._view
-        if not 0 <= number < self.num_documents:
+        if not isinstance(number, (int, np.integer)) or not 0 <= number < self.num_documents:
             raise DatastoreInputError(
-                f"There is no document {number}: the store has documents 0 to {self.num_documents - 1}."
+                f"There is no document {number!r}: the store has documents 0 to {self.num_documents - 1}. The number of an id "
+                "is `document_number(id)`."
             )
         if number in view.deleted:
             raise DatastoreInputError(f"Document {number} has been deleted from {str(self.path)!r}.")

@@ -16,8 +16,9 @@ import numpy as np
 
 from ..errors import DatastoreInputError
 from .build import BuildOptions, build_shards, library_version, work_folder
+from .documents import document_ids
 from .embedder import ChunkEmbedder
-from .executors import Executor, LocalExecutor, progress_bar
+from .executors import Executor, as_executor, progress_bar
 from .manifest import MANIFEST_NAME, SHARD_FILES, DatastoreManifest, FileEntry
 from .policy import DEFAULT_SHARD_CHUNKS, IndexOptions, parse_bytes, plan_index
 from .storage import NpyWriter, complete_file
@@ -72,7 +73,7 @@ def append(
         shard_chunks=shard_chunks,
         show_progress=show_progress,
     )
-    executor = LocalExecutor(executor) if isinstance(executor, int) else executor
+    executor = as_executor(executor)
     with _changing(datastore) as work:
         manifest = datastore.manifest
         built = build_shards(
@@ -103,7 +104,7 @@ def delete(datastore: RetroDatastore, ids: Iterable[str]) -> None:
     Raises:
         DatastoreInputError: if one is not in the store; nothing has changed.
     """
-    ids = [ids] if isinstance(ids, str) else list(ids)
+    ids = document_ids(ids)
     with _changing(datastore):
         numbers = datastore.document_numbers(ids)
         unknown = [id for id, number in zip(ids, numbers, strict=True) if number < 0]
