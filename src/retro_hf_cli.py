@@ -137,7 +137,7 @@ def search(
         retriever = RetroRetriever(datastore, searcher=LexicalSearcher.build(datastore))
     else:
         retriever = _open_retriever(store, embedder)
-    found = retriever.find(query, num_neighbors=num_neighbors)[0]
+    found = retriever.find(_readable(query), num_neighbors=num_neighbors)[0]
     if as_json:
         typer.echo(json.dumps([dataclasses.asdict(neighbor) for neighbor in found], ensure_ascii=False))
         return
@@ -182,7 +182,7 @@ def generate(
     """Continue a text, with retrieval: retro generate model "In the beginning" --store store"""
     tokenizer = _load("tokenizer", model)
     retriever = None if store is None else _open_retriever(store, embedder, tokenizer)
-    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    inputs = tokenizer(_readable(prompt), return_tensors="pt", return_token_type_ids=False)
     if inputs.input_ids.shape[1] == 0:
         raise ValueError("The prompt is empty; give at least one word to continue.")
     output = _load("model", model).generate(
@@ -238,6 +238,11 @@ def _tell_sizes() -> None:
     from transformers.utils import logging
 
     logging.get_logger("retro_hf").setLevel(logging.INFO)
+
+
+def _readable(argument: str) -> str:
+    """The argument with U+FFFD for bytes that are not UTF-8, which Python keeps as half characters no tokenizer takes."""
+    return argument.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def _load(what: str, name: str) -> Any:

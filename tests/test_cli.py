@@ -186,3 +186,10 @@ def test_an_empty_prompt_and_a_missing_store_are_explained(world, tmp_path):
         retro("generate", world / "model", "")
     with pytest.raises(FileNotFoundError, match="There is no folder"):
         retro("search", tmp_path / "nowhere", "frogs", "--embedder", world / "encoder")
+
+
+def test_arguments_that_are_not_utf8_are_read(world):
+    """Python hands such bytes over as lone surrogates, which no tokenizer takes."""
+    latin1 = b"the caf\xe9 of the king".decode("utf-8", "surrogateescape")
+    assert "→" in retro("search", world / "store", latin1, "--embedder", world / "encoder")
+    assert "\ufffd" in retro("generate", world / "model", latin1, "--max-new-tokens", 2)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from retro_hf.datastore import ChunkEmbedder, EmbeddingSearcher, HybridSearcher, LexicalSearcher, RetroDatastore
-from retro_hf.errors import DatastoreMismatchError, RetrieverError
+from retro_hf.errors import DatastoreMismatchError, PretrainedNotFoundError, RetrieverError
 from retro_hf.retrieval_retro import RetroRetriever
 
 from .datastore.fixtures import corpus, make_encoder, make_tokenizer, one_thread
@@ -247,6 +247,30 @@ def test_texts_of_any_length_are_looked_up(retriever):
     again = retriever.find(stored.text)[0][0]
     assert (again.chunk_id, again.text) == (stored.chunk_id, stored.text)
     assert again.score == pytest.approx(1.0, abs=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("queries", "message"), [(["a", 3], "Query 1 is of type int"), ([None], "Query 0 is of type")]
+)
+def test_a_query_that_is_no_text_is_named(retriever, queries, message):
+    with pytest.raises(RetrieverError, match=message):
+        retriever.find(queries)
+
+
+def test_a_tokenizer_may_be_named(parts, chunks, tmp_path):
+    """As an embedder may: by a folder, here, or a Hub name; one that leads nowhere is explained."""
+    store, embedder, tokenizer = parts
+    tokenizer.save_pretrained(tmp_path)
+    named = RetroRetriever(store, embedder=embedder, tokenizer=str(tmp_path))
+    assert named.trace(chunks[:1]) == RetroRetriever(store, embedder=embedder, tokenizer=tokenizer).trace(chunks[:1])
+    assert RetroRetriever.from_texts(["a text"], tmp_path, embedder=embedder).datastore.num_documents == 1
+    for call in (
+        lambda: RetroRetriever(store, embedder=embedder, tokenizer="org/nothing"),
+        lambda: RetroDatastore.from_texts(["a text"], "org/nothing", embedder=embedder),
+        lambda: store.retokenize(tmp_path / "again", "org/nothing"),
+    ):
+        with pytest.raises(PretrainedNotFoundError, match="no folder 'org/nothing', and no tokenizer of that name"):
+            call()
 
 
 @pytest.fixture(params=["bm25", "reciprocal_rank_fusion"])

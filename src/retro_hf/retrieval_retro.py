@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from .datastore import ChunkEmbedder, EmbeddingSearcher, RetroDatastore, Searcher, chunk_texts
+from .datastore.compatibility import load_tokenizer
 from .datastore.documents import without_lone_surrogates
 from .datastore.hub import local_folder, push
 from .datastore.storage import write_file
@@ -71,8 +72,8 @@ class RetroRetriever:
         embedder ([`ChunkEmbedder`] or `str`, *optional*): the encoder that made the datastore's keys. Give either this
             or a searcher.
         searcher ([`Searcher`], *optional*): who finds the chunks for a text instead, such as a [`LexicalSearcher`].
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): of the language model; defaults to the copy
-            in the datastore.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`] or `str`, *optional*): of the language model; defaults to
+            the copy in the datastore.
         num_neighbors (`int`, defaults to 2): neighbors per chunk. It may be set at any time, also beyond the number a
             model was trained with.
         cache_size (`int`, defaults to 4096): chunks whose results are remembered; 0 switches that off.
@@ -91,7 +92,7 @@ class RetroRetriever:
         *,
         embedder: ChunkEmbedder | str | None = None,
         searcher: Searcher | None = None,
-        tokenizer: PreTrainedTokenizerBase | None = None,
+        tokenizer: PreTrainedTokenizerBase | str | None = None,
         num_neighbors: int = 2,
         cache_size: int = 4096,
     ) -> None:
@@ -100,6 +101,7 @@ class RetroRetriever:
                 "A retriever needs either the embedder that made the keys of its datastore, or a searcher: "
                 "RetroRetriever(datastore, embedder=...) or RetroRetriever(datastore, searcher=...)."
             )
+        tokenizer = None if tokenizer is None else load_tokenizer(tokenizer)
         datastore.check_compatible(tokenizer=tokenizer)
         if embedder is not None:
             if isinstance(embedder, (str, os.PathLike)):
@@ -240,8 +242,14 @@ class RetroRetriever:
             `list[list[RetrievedNeighbor]]`: for each text its neighbors, nearest first.
         """
         wanted = self.num_neighbors if num_neighbors is None else num_neighbors
-        queries = [without_lone_surrogates(text) for text in ([texts] if isinstance(texts, str) else texts)]
-        return self._describe(RetrievalResult(*self.searcher.search(queries, wanted)))
+        queries = [texts] if isinstance(texts, str) else list(texts)
+        for number, query in enumerate(queries):
+            if not isinstance(query, str):
+                raise RetrieverError(
+                    f"Query {number} is of type {type(query).__name__}; look up a text or a list of texts."
+                )
+        readable = [without_lone_surrogates(query) for query in queries]
+        return self._describe(RetrievalResult(*self.searcher.search(readable, wanted)))
 
     def _describe(self, found: RetrievalResult) -> list[list[RetrievedNeighbor]]:
         tokens, mask = self.datastore.gather(found.chunk_ids)
@@ -311,7 +319,7 @@ class RetroRetriever:
     def from_texts(
         cls,
         texts: Iterable[Any],
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: PreTrainedTokenizerBase | str,
         *,
         embedder: ChunkEmbedder | str,
         num_neighbors: int = 2,
@@ -324,6 +332,7 @@ class RetroRetriever:
         """
         if isinstance(embedder, (str, os.PathLike)):
             embedder = ChunkEmbedder.from_pretrained(embedder)
+        tokenizer = load_tokenizer(tokenizer)
         datastore = RetroDatastore.from_texts(texts, tokenizer, embedder=embedder, **options)
         return cls(datastore, embedder=embedder, tokenizer=tokenizer, num_neighbors=num_neighbors)
 
@@ -333,7 +342,7 @@ class RetroRetriever:
         name_or_path: str | os.PathLike[str],
         *,
         embedder: ChunkEmbedder | str | None = None,
-        tokenizer: PreTrainedTokenizerBase | None = None,
+        tokenizer: PreTrainedTokenizerBase | str | None = None,
         num_neighbors: int | None = None,
         **options: Any,
     ) -> RetroRetriever:

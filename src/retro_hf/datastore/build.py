@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
-from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from ..errors import (
@@ -343,14 +342,6 @@ class WriteShard:
             for block in blocks:
                 writer.add(self.embed.piece(block))
             writer.finish(factory, self.recall)
-
-
-def load_tokenizer(name_or_path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
-    """The tokenizer in a folder or of a name on the Hub; raises `PretrainedNotFoundError` if there is none."""
-    try:
-        return AutoTokenizer.from_pretrained(name_or_path)
-    except (OSError, ValueError) as error:
-        raise PretrainedNotFoundError.for_name("tokenizer", os.fspath(name_or_path), error) from error
 
 
 def describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

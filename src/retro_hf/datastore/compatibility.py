@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import DatastoreMismatchError
+from transformers import AutoTokenizer
+
+from ..errors import DatastoreMismatchError, PretrainedNotFoundError
 from .chunks import tokenizer_fingerprint, vocabulary_size
 
 
@@ -15,7 +18,17 @@ if TYPE_CHECKING:
     from .embedder import ChunkEmbedder
     from .manifest import DatastoreManifest
 
-__all__ = ["check_compatible"]
+__all__ = ["check_compatible", "load_tokenizer"]
+
+
+def load_tokenizer(tokenizer: PreTrainedTokenizerBase | str | os.PathLike[str]) -> PreTrainedTokenizerBase:
+    """The tokenizer as it is, or the one of that name: a folder, or a model on the Hub."""
+    if not isinstance(tokenizer, (str, os.PathLike)):
+        return tokenizer
+    try:
+        return AutoTokenizer.from_pretrained(tokenizer)
+    except (OSError, ValueError) as error:
+        raise PretrainedNotFoundError.for_name("tokenizer", str(tokenizer), error) from error
 
 
 def check_compatible(

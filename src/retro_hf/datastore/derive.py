@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import DatastoreInputError, DatastoreMismatchError
-from .build import describe_tokenizer, library_version, load_tokenizer, work_folder
+from .build import describe_tokenizer, library_version, work_folder
 from .chunks import token_dtype, vocabulary_size
+from .compatibility import load_tokenizer
 from .documents import document_ids
 from .executors import progress_bar
 from .manifest import SHARD_FILES, DatastoreManifest, FileEntry, ShardEntry
@@ -211,8 +212,7 @@ def retokenize(
         DatastoreInputError: if a tokenizer does not know the places of its tokens in the text, or leaves a document
             without tokens.
     """
-    if isinstance(tokenizer, (str, os.PathLike)):
-        tokenizer = load_tokenizer(tokenizer)
+    tokenizer = load_tokenizer(tokenizer)
     for one in (datastore.tokenizer, tokenizer):
         if not one.is_fast:
             raise DatastoreInputError(

@@ -14,8 +14,8 @@ import numpy as np
 from transformers import AutoTokenizer
 
 from ..errors import DatastoreInputError
-from .build import BuildOptions, build_datastore, load_tokenizer
-from .compatibility import check_compatible
+from .build import BuildOptions, build_datastore
+from .compatibility import check_compatible, load_tokenizer
 from .derive import merge, retokenize, subset
 from .embedder import ChunkEmbedder
 from .executors import Executor, as_executor
@@ -118,8 +118,7 @@ class RetroDatastore:
         *Determinism*: the same documents, tokenizer, embedder, library versions and thread count give the same bytes.
         *Memory*: a few hundred MB and the encoder, whatever the input; then the index of one shard.
         """
-        if isinstance(tokenizer, (str, os.PathLike)):
-            tokenizer = load_tokenizer(tokenizer)
+        tokenizer = load_tokenizer(tokenizer)
         if isinstance(embedder, (str, os.PathLike)):
             embedder = ChunkEmbedder.from_pretrained(embedder)
         options = BuildOptions(
