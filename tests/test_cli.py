@@ -1,6 +1,7 @@
 """The `retro` command: each subcommand does its work, answers in JSON where asked, and explains its errors."""
 
 import json
+import logging
 import subprocess
 import sys
 
@@ -12,6 +13,15 @@ from typer.testing import CliRunner
 
 from retro_hf.errors import DatastoreInputError, PretrainedNotFoundError
 from retro_hf_cli import app
+
+
+@pytest.fixture(autouse=True)
+def same_loglevel():
+    """Commands make the package talkative in this process, and other tests count its warnings."""
+    logger = logging.getLogger("retro_hf")
+    before = logger.level
+    yield
+    logger.setLevel(before)
 
 
 @pytest.fixture(scope="module")
