@@ -21,7 +21,6 @@ from ..errors import (
     DatastoreExistsError,
     DatastoreInputError,
     DatastoreWriteError,
-    PretrainedNotFoundError,
     RetroError,
 )
 from .blocks import (
