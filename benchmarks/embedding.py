@@ -1,6 +1,6 @@
 """How much of the frozen encoder's own speed a build gets: keys of real chunks, with all that is around the forward pass.
 
-    python benchmarks/embedding.py                # about three minutes on one core
+    python benchmarks/embedding.py                # about seven minutes on one core
     python benchmarks/embedding.py --chunks 1000  # a quick look
 
 `encoder` is the forward pass alone: the same texts, tokenized beforehand, in batches sorted by length, pooled to vectors.
@@ -67,7 +67,7 @@ def main() -> None:
 
         def forward(ids: list[list[int]]) -> None:
             for start in range(0, len(ids), BATCH):
-                pooled = embedder._mean_pooled(ids[start : start + BATCH])
+                pooled = embedder._pooled(ids[start : start + BATCH])
                 torch.nn.functional.normalize(pooled, dim=-1).numpy()
 
         def build() -> None:
