@@ -19,9 +19,9 @@ from .neighbors import NEIGHBORS_COLUMN, SOURCE_COLUMN, neighbor_source
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["RetroDataCollator"]
+__all__ = ["IGNORED_LABEL", "RetroDataCollator", "checked_shares", "padding_id"]
 
-_IGNORED_LABEL = -100
+IGNORED_LABEL = -100
 
 
 class RetroDataCollator:
@@ -75,19 +75,13 @@ class RetroDataCollator:
             self.pad_token_id = tokenizer
         else:
             self.datastore.check_compatible(tokenizer=tokenizer)
-            # Padding is masked wherever it is read, so any id will do.
-            known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-            self.pad_token_id = next(token for token in known if token is not None)
+            self.pad_token_id = padding_id(tokenizer)
         if num_neighbors is not None and num_neighbors < 1:
             raise ValueError(f"num_neighbors is {num_neighbors}, but it must be at least 1, or None for all.")
-        shares = (random_neighbor_probability, no_neighbor_probability)
-        if min(shares) < 0 or sum(shares) > 1:
-            raise ValueError(
-                f"random_neighbor_probability={shares[0]} and no_neighbor_probability={shares[1]} must not be negative, "
-                "and their sum at most 1."
-            )
         self.num_neighbors = num_neighbors
-        self.random_neighbor_probability, self.no_neighbor_probability = shares
+        self.random_neighbor_probability, self.no_neighbor_probability = checked_shares(
+            random_neighbor_probability=random_neighbor_probability, no_neighbor_probability=no_neighbor_probability
+        )
         self.seed = seed
         self.epoch = 0
         self._accepted: dict[str, int] = {}
@@ -104,7 +98,7 @@ class RetroDataCollator:
         tokens = [np.asarray(example["input_ids"], dtype=np.int64) for example in examples]
         length = max(map(len, tokens))
         input_ids = np.full((len(examples), length), self.pad_token_id, dtype=np.int64)
-        labels = np.full_like(input_ids, _IGNORED_LABEL)
+        labels = np.full_like(input_ids, IGNORED_LABEL)
         attention_mask = np.zeros_like(input_ids)
         chunk_ids = np.full((len(examples), length // size, wanted), -1, dtype=np.int64)
         for row, (ids, example) in enumerate(zip(tokens, examples, strict=True)):
@@ -170,6 +164,24 @@ class RetroDataCollator:
                 f"`precompute_neighbors(..., num_neighbors={self.num_neighbors})`, or lower the number."
             )
         return int(count)
+
+
+def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id to pad with. Padding is masked wherever it is read, so any will do."""
+    known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(token for token in known if token is not None)
+
+
+def checked_shares(**shares: float) -> tuple[float, ...]:
+    """Probabilities of which at most one comes true.
+
+    Raises:
+        ValueError: if one is negative, or their sum above 1.
+    """
+    if min(shares.values()) < 0 or sum(shares.values()) > 1:
+        named = " and ".join(f"{name}={share}" for name, share in shares.items())
+        raise ValueError(f"{named} must not be negative, and their sum at most 1.")
+    return tuple(shares.values())
 
 
 def _labels(example: Mapping[str, Any], ids: np.ndarray) -> np.ndarray:

@@ -51,6 +51,7 @@ __all__ = [
     "neighbor_source",
     "precompute_neighbors",
     "tokenize_documents",
+    "way_of",
 ]
 
 logger = logging.get_logger(__name__)
@@ -239,7 +240,7 @@ def precompute_neighbors(
     features.update({NEIGHBORS_COLUMN: List(List(Value("int64"))), SOURCE_COLUMN: Value("string")})
     # The fingerprint `datasets` would make hashes the pickled retriever, which only knows paths.
     files = [entry.sha256 for entry in datastore.manifest.files]
-    way = _way_of(datastore if isinstance(retriever, RetroDatastore) else retriever.searcher)
+    way = way_of(datastore if isinstance(retriever, RetroDatastore) else retriever.searcher)
     identity = f"{dataset._fingerprint} {source} {files} {id_column} {batch_size} {way} {exclude_near_duplicates}"
     if cache_dir is not None:
         Path(cache_dir).mkdir(parents=True, exist_ok=True)
@@ -377,10 +378,10 @@ def nearest_chunks(
     return search(queries, num_neighbors, exclude_documents=exclude_documents)[1]
 
 
-def _way_of(searcher: Searcher | RetroDatastore) -> str:
+def way_of(searcher: Searcher | RetroDatastore) -> str:
     """How neighbors are found, for the fingerprint of a kept result."""
     if isinstance(searcher, HybridSearcher):
-        return f"{searcher.metric} ({_way_of(searcher.dense)}, {_way_of(searcher.lexical)})"
+        return f"{searcher.metric} ({way_of(searcher.dense)}, {way_of(searcher.lexical)})"
     if isinstance(searcher, (RetroDatastore, LexicalSearcher)):
         return type(searcher).__name__
     if isinstance(searcher, EmbeddingSearcher) and searcher.index is searcher.datastore:

@@ -1,0 +1,283 @@
+"""Exact match and F1 of answers, with given passages, those of other questions, and none."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..datastore.executors import progress_bar
+from ..errors import DatasetError, MissingExtraError
+from ..training.question_trainer import decode_answers, generate_answers
+from ..training.questions import QuestionCollator, check_columns
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["QuestionAnswers", "answer_metrics", "answer_questions", "score_answers"]
+
+_MODES = ("on", "off", "random")
+
+Interval = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class QuestionAnswers:
+    """What [`answer_questions`] found; `print` shows it as a table.
+
+    Attributes:
+        predictions (`dict[str, list[str]]`): per mode the answer to each question.
+        exact_match, f1 (`dict[str, np.ndarray]` of float64 and shape `(num_questions,)`): per mode the score of each
+            answer, in percent.
+        num_passages (`int`): passages per question at most.
+        intervals (`dict[str, dict[str, Interval]]`): by score and mode the mean and the ends of its 95 % interval, from a
+            bootstrap over questions; NaN for a single question.
+        differences (`dict[str, dict[str, Interval]]`): by score, for each mode but `off`, what it has more than `off`, the
+            same questions drawn for both.
+    """
+
+    predictions: dict[str, list[str]]
+    exact_match: dict[str, np.ndarray]
+    f1: dict[str, np.ndarray]
+    num_passages: int
+    intervals: dict[str, dict[str, Interval]]
+    differences: dict[str, dict[str, Interval]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The means and intervals as plain numbers, for JSON."""
+
+        def plain(intervals: dict[str, Interval]) -> dict[str, dict[str, float]]:
+            names = ("mean", "low", "high")
+            return {mode: dict(zip(names, values, strict=True)) for mode, values in intervals.items()}
+
+        return {
+            **{score: plain(intervals) for score, intervals in self.intervals.items()},
+            **{f"{score}_minus_off": plain(intervals) for score, intervals in self.differences.items()},
+            "num_questions": len(next(iter(self.predictions.values()))),
+            "num_passages": self.num_passages,
+        }
+
+    def __str__(self) -> str:
+        lines = [f"{'passages':<8} {'EM':>6}  {'95 % interval':<14} {'F1':>6}  {'95 % interval':<14} EM minus off"]
+        for mode in self.predictions:
+            line = f"{mode:<8}"
+            for score in ("exact_match", "f1"):
+                mean, low, high = self.intervals[score][mode]
+                line += f" {mean:>6.1f}  {f'[{low:.1f}, {high:.1f}]':<14}"
+            if mode in self.differences["exact_match"]:
+                mean, low, high = self.differences["exact_match"][mode]
+                line += f" {mean:+.1f} [{low:+.1f}, {high:+.1f}]"
+            lines.append(line.rstrip())
+        number = len(next(iter(self.predictions.values())))
+        lines.append(f"{number:,} questions, {self.num_passages} passages per question; EM and F1 in percent")
+        return "\n".join(lines)
+
+
+def answer_questions(
+    model: PreTrainedModel,
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    num_passages: int | None = None,
+    passages_in_prompt: int = 0,
+    modes: Sequence[str] | None = None,
+    batch_size: int = 8,
+    max_new_tokens: int = 32,
+    seed: int = 0,
+    num_resamples: int = 2000,
+    show_progress: bool | None = None,
+    **options: Any,
+) -> QuestionAnswers:
+    """Answer questions with their passages, with none, and with those of other questions, and score the answers.
+
+    Args:
+        model ([`RetroForCausalLM`], or any causal language model for `modes=("off",)` or `num_passages=0`): it is put into
+            eval mode while answering. A retriever that is attached to it is not asked.
+        dataset (`datasets.Dataset`): from [`tokenize_questions`], with its column `answers`.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): of the model.
+        num_passages (`int`, *optional*): passages that the encoder reads, also more or fewer than in training; all that
+            the dataset has by default.
+        passages_in_prompt (`int`, defaults to 0): passages that the decoder reads before the question; 1 is RETRO++.
+        modes (`Sequence[str]`, *optional*): of `"on"` (the question's own passages), `"off"` (none, in the prompt
+            neither) and `"random"` (those of another question); by default all three, or those that the dataset has the
+            passages for.
+        batch_size (`int`, defaults to 8): questions per call of `generate`.
+        max_new_tokens (`int`, defaults to 32): tokens of an answer at most.
+        seed (`int`, defaults to 0): of the random passages and of the bootstrap.
+        num_resamples (`int`, defaults to 2000): of the bootstrap.
+        show_progress (`bool`, *optional*): a progress bar; by default on a terminal only.
+        options: of `generate`, such as `num_beams`; greedy by default.
+    Returns:
+        [`QuestionAnswers`]: answers, exact match and F1 per question, means with intervals.
+    Raises:
+        DatasetError: for questions that are not tokenized, or whose answers are not known; for modes that need passages,
+            where there are none.
+        MissingExtraError: without `retro-hf[qa]`.
+    *Determinism*: the same arguments give the same answers; `batch_size` moves only the last bits of the logits.
+    """
+    check_columns(dataset, ["answers", "prompt_input_ids"])
+    if not len(dataset):
+        raise DatasetError("There are no questions: the dataset is empty.")
+    most = max(map(len, dataset["passage_input_ids"])) if "passage_input_ids" in dataset.column_names else 0
+    modes = tuple(modes or [mode for mode in _MODES if most or mode == "off"])
+    _check_modes(modes, most, len(dataset))
+    score = _scorer()
+    generator = np.random.default_rng(seed)
+    order = generator.permutation(len(dataset))
+    others = np.empty_like(order)
+    others[order] = np.roll(order, 1)  # nobody's own
+
+    wanted = most if num_passages is None else min(num_passages, most)
+    chunk_size = getattr(model.config, "chunk_size", 1)
+    reading = QuestionCollator(
+        tokenizer, chunk_size=chunk_size, num_passages=wanted, passages_in_prompt=passages_in_prompt
+    )
+    closed = QuestionCollator(tokenizer, chunk_size=chunk_size, num_passages=0)
+    # Rows of one length need little padding; the longest come first, where running out of memory costs least.
+    lengths = np.array([len(ids) for ids in dataset["prompt_input_ids"]])
+    batches = np.array_split(np.argsort(-lengths, kind="stable"), range(batch_size, len(lengths), batch_size))
+    predictions = {mode: [""] * len(dataset) for mode in modes}
+    was_training = model.training
+    model.eval()
+    try:
+        with progress_bar(
+            show_progress, total=len(dataset) * len(modes), unit="question", desc="Answering"
+        ) as progress:
+            for numbers in batches:
+                for mode in modes:
+                    rows = [dataset[int(number)] for number in numbers]
+                    if mode == "random":
+                        for row, number in zip(rows, numbers, strict=True):
+                            row["passage_input_ids"] = dataset[int(others[number])]["passage_input_ids"]
+                    batch = (closed if mode == "off" else reading)(rows)
+                    answers = generate_answers(model, batch, tokenizer, max_new_tokens=max_new_tokens, **options)
+                    for number, answer in zip(numbers.tolist(), answers, strict=True):
+                        predictions[mode][number] = answer
+                    progress.update(len(rows))
+    finally:
+        model.train(was_training)
+    scores: dict[str, dict[str, np.ndarray]] = {"exact_match": {}, "f1": {}}
+    for mode, texts in predictions.items():
+        scores["exact_match"][mode], scores["f1"][mode] = score(texts, dataset["answers"])
+    drawn = [generator.integers(len(dataset), size=len(dataset)) for _ in range(num_resamples)]
+    return QuestionAnswers(
+        predictions=predictions,
+        exact_match=scores["exact_match"],
+        f1=scores["f1"],
+        num_passages=max(wanted, min(passages_in_prompt, most)),
+        intervals={name: {mode: _interval(row, drawn) for mode, row in rows.items()} for name, rows in scores.items()},
+        differences={
+            name: {
+                mode: _interval(row - rows["off"], drawn)
+                for mode, row in rows.items()
+                if mode != "off" and "off" in rows
+            }
+            for name, rows in scores.items()
+        },
+    )
+
+
+def answer_metrics(
+    tokenizer: PreTrainedTokenizerBase, dataset: Dataset
+) -> Callable[[EvalPrediction], dict[str, float]]:
+    """The `compute_metrics` of a [`QuestionTrainer`]: exact match and F1 in percent.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): of the model.
+        dataset (`datasets.Dataset`): the evaluation set, tokenized; its `answers` are compared with what is generated.
+    Returns:
+        `Callable`: takes generated tokens and labels, both of shape `(num_questions, any)` and -100 at padding, and returns
+        `exact_match` and `f1`. It raises a DatasetError if the questions it gets are not those of `dataset`, in order.
+    Raises:
+        DatasetError: for a dataset without answers, or not tokenized.
+        MissingExtraError: without `retro-hf[qa]`.
+    """
+    check_columns(dataset, ["answers", "answer_input_ids"])
+    score = _scorer()
+
+    def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+        labels = [[token for token in row if token >= 0] for row in np.asarray(prediction.label_ids).tolist()]
+        if labels != list(dataset["answer_input_ids"]):
+            raise DatasetError(
+                f"The trainer evaluated {len(labels)} questions that are not, or not in this order, the {len(dataset)} of the "
+                "dataset that answer_metrics was given, so their answers are others. Give it the `eval_dataset`, and leave "
+                "`train_sampling_strategy` at 'random'."
+            )
+        answers = decode_answers(tokenizer, np.asarray(prediction.predictions).tolist())
+        exact_match, f1 = score(answers, dataset["answers"])
+        return {"exact_match": float(exact_match.mean()), "f1": float(f1.mean())}
+
+    return compute_metrics
+
+
+def score_answers(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> tuple[np.ndarray, np.ndarray]:
+    """Exact match and F1 of each answer, by the rules of SQuAD (Rajpurkar et al., 2016).
+
+    Case, punctuation, articles and white space do not count; of several right answers the most similar one does. F1 is that
+    of the words.
+
+    Args:
+        predictions (`Sequence[str]`): given answers.
+        answers (sequence of sequences of `str`): for each the right answers, at least one.
+    Returns:
+        `(exact_match, f1)`, both `np.ndarray` of float64 and shape `(num_answers,)`, in percent.
+    Raises:
+        DatasetError: if the numbers differ, or a question has no right answer.
+        MissingExtraError: without `retro-hf[qa]`.
+    """
+    return _scorer()(predictions, answers)
+
+
+def _scorer() -> Callable[[Sequence[str], Sequence[Sequence[str]]], tuple[np.ndarray, np.ndarray]]:
+    """`score_answers`, after the import that it needs: what is missing shows before any work is spent."""
+    try:
+        from torchmetrics.functional.text import squad
+    except ImportError as error:
+        raise MissingExtraError.for_package("torchmetrics", "qa", "Scoring answers") from error
+
+    def score(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> tuple[np.ndarray, np.ndarray]:
+        if len(predictions) != len(answers):
+            raise DatasetError(f"There are {len(predictions)} predictions for {len(answers)} questions.")
+        scores = np.empty((2, len(predictions)))
+        for number, (prediction, right) in enumerate(zip(predictions, answers, strict=True)):
+            if isinstance(right, str) or not len(right):
+                raise DatasetError(
+                    f"The right answers of question {number} are {right!r}, but must be a list of texts."
+                )
+            found = squad(
+                {"id": "", "prediction_text": prediction},
+                {"id": "", "answers": {"text": list(right), "answer_start": [0] * len(right)}},
+            )
+            scores[:, number] = float(found["exact_match"]), float(found["f1"])
+        return scores[0], scores[1]
+
+    return score
+
+
+def _check_modes(modes: Sequence[str], most: int, num_questions: int) -> None:
+    unknown = [mode for mode in modes if mode not in _MODES]
+    if unknown:
+        raise ValueError(f"Unknown modes {unknown}; there are {list(_MODES)}.")
+    if not most and set(modes) != {"off"}:
+        raise DatasetError(
+            f"The modes {list(modes)} need passages, but the dataset has none. Look them up with `retrieve_passages(dataset, "
+            "retriever)` before tokenizing, or answer with `modes=('off',)`."
+        )
+    if "random" in modes and num_questions == 1:
+        raise DatasetError(
+            "The mode 'random' takes the passages of another question, but there is only one. Leave it out: "
+            "`modes=('on', 'off')`."
+        )
+
+
+def _interval(values: np.ndarray, drawn: Sequence[np.ndarray]) -> Interval:
+    """Mean, and the ends of its 95 % interval over the rows that were drawn with replacement."""
+    if len(values) < 2:
+        return float(values.mean()), math.nan, math.nan
+    low, high = np.quantile([values[rows].mean() for rows in drawn], (0.025, 0.975))
+    return float(values.mean()), float(low), float(high)

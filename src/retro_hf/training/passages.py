@@ -1,0 +1,113 @@
+"""Passages for questions that come without any: each question looked up in a datastore."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, List, Value
+
+from ..datastore import RetroDatastore, chunk_texts
+from ..datastore.documents import without_lone_surrogates
+from ..errors import DatasetError
+from ..retrieval_retro import RetroRetriever
+from .neighbors import way_of
+from .questions import check_columns, checked_text
+
+
+__all__ = ["retrieve_passages"]
+
+
+def retrieve_passages(
+    dataset: Dataset, retriever: RetroRetriever, *, num_passages: int = 20, batch_size: int = 256
+) -> Dataset:
+    """Look every question up, and add what was found as a column `passages`.
+
+    A passage is the chunk that was found and what follows it in its document, `neighbor_size` tokens of the datastore; where
+    the document ends sooner it begins earlier, so that a short document is read whole. A chunk that an earlier passage
+    of the same question holds is not taken again: twice as many chunks as wanted are looked up.
+
+    Args:
+        dataset (`datasets.Dataset`): with a column `question`.
+        retriever ([`RetroRetriever`]): where to look, by its embedder or its searcher.
+        num_passages (`int`, defaults to 20): passages per question; k in the paper.
+        batch_size (`int`, defaults to 256): questions per search.
+    Returns:
+        `datasets.Dataset`: the same rows with `passages`, for each a list of at most `num_passages` dicts with `title` and
+        `text`, best first, for [`tokenize_questions`].
+    Raises:
+        DatasetError: for a dataset without questions, naming the row where one is empty.
+    *Determinism*: the same dataset, datastore and batch size give the same column; `datasets` keeps that of a dataset on
+    disk, and finds it again.
+    """
+    check_columns(dataset, ["question"])
+    if not isinstance(retriever, RetroRetriever):
+        raise DatasetError(
+            f"Questions are looked up by a RetroRetriever, not a {type(retriever).__name__}: `RetroRetriever(datastore, "
+            "embedder=...)`, or with `searcher=...`."
+        )
+    if num_passages < 1:
+        raise ValueError(f"num_passages is {num_passages}, but it must be at least 1.")
+    datastore = retriever.datastore
+
+    def find(batch: dict[str, list[Any]], numbers: list[int]) -> dict[str, list[Any]]:
+        questions = [
+            without_lone_surrogates(checked_text(text, "question", number))
+            for text, number in zip(batch["question"], numbers, strict=True)
+        ]
+        chunk_ids = retriever.searcher.search(questions, 2 * num_passages)[1]
+        starts = _starts(datastore, chunk_ids, num_passages)
+        documents = datastore.document_of(starts)
+        # In order, so that each group of the documents' file is read once.
+        titles = {
+            number: datastore.document(number)["title"] for number in np.unique(documents).tolist() if number >= 0
+        }
+        known = starts >= 0
+        texts = iter(chunk_texts(datastore.tokenizer, *(values[known] for values in datastore.gather(starts))))
+        # A border that cuts a character leaves U+FFFD.
+        return {
+            "passages": [
+                [
+                    {"title": titles[number], "text": next(texts).strip("\ufffd").strip()}
+                    for number in row
+                    if number >= 0
+                ]
+                for row in documents.tolist()
+            ]
+        }
+
+    features = dataset.features.copy()
+    features["passages"] = List({"title": Value("string"), "text": Value("string")})
+    # The fingerprint `datasets` would make hashes the pickled retriever, which only knows paths.
+    files = [entry.sha256 for entry in datastore.manifest.files]
+    identity = f"{dataset._fingerprint} {files} {way_of(retriever.searcher)} {num_passages} {batch_size}"
+    return dataset.map(
+        find,
+        batched=True,
+        batch_size=batch_size,
+        with_indices=True,
+        features=features,
+        new_fingerprint=hashlib.sha256(identity.encode()).hexdigest()[:16],
+        desc="Retrieving passages",
+    )
+
+
+def _starts(datastore: RetroDatastore, chunk_ids: np.ndarray, num_passages: int) -> np.ndarray:
+    """The chunks that passages begin with, int64 of shape `(num_questions, num_passages)`, -1 for none.
+
+    Args:
+        chunk_ids (`np.ndarray` of int64 and shape `(num_questions, any)`): chunks that were found, best first.
+    """
+    first = datastore.first_chunks(np.maximum(datastore.document_of(chunk_ids), 0))
+    room = datastore.neighbor_size - datastore.gather(chunk_ids)[1].sum(axis=-1)
+    begins = np.maximum(first, chunk_ids - room // datastore.chunk_size)
+    width = datastore.neighbor_size // datastore.chunk_size
+    starts = np.full((len(chunk_ids), num_passages), -1, dtype=np.int64)
+    for row, (found, moved) in enumerate(zip(chunk_ids.tolist(), begins.tolist(), strict=True)):
+        kept: list[int] = []
+        for chunk, begin in zip(found, moved, strict=True):
+            if chunk >= 0 and not any(start <= chunk < start + width for start in kept):
+                kept.append(begin)
+        starts[row, : len(kept[:num_passages])] = kept[:num_passages]
+    return starts

@@ -1,0 +1,167 @@
+"""Answers instead of losses: generating them for a batch of questions, and a `Trainer` that evaluates so."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase, Trainer
+
+from .collator import IGNORED_LABEL, padding_id
+from .questions import QuestionCollator
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedModel
+
+__all__ = ["QuestionTrainer", "decode_answers", "generate_answers"]
+
+
+def generate_answers(
+    model: PreTrainedModel,
+    batch: Mapping[str, torch.Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_new_tokens: int = 32,
+    **options: Any,
+) -> list[str]:
+    """Answer the questions of a batch.
+
+    Args:
+        model ([`RetroForCausalLM`], or any causal language model for batches with `num_passages=0`): in evaluation mode. A
+            retriever that is attached to it is not asked.
+        batch (`dict` of `torch.Tensor`): from [`QuestionCollator`], with answers or without; on any device.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): of the model.
+        max_new_tokens (`int`, defaults to 32): tokens of an answer at most.
+        options: of `generate`, such as `num_beams`; greedy by default.
+    Returns:
+        `list[str]`: one answer per question, up to the end token or the end of its line.
+    """
+    sequences = generate_ids(model, batch, tokenizer, max_new_tokens=max_new_tokens, **options)
+    return decode_answers(tokenizer, sequences.tolist())
+
+
+@torch.no_grad()
+def generate_ids(
+    model: PreTrainedModel,
+    batch: Mapping[str, torch.Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_new_tokens: int,
+    **options: Any,
+) -> torch.Tensor:
+    """The tokens of [`generate_answers`], without the prompt: `torch.LongTensor` of shape `(batch_size, at most max_new_tokens)`."""
+    input_ids, attention_mask = batch["input_ids"], batch["attention_mask"]
+    start = input_ids.shape[1]
+    if "labels" in batch:
+        # All answers begin in the same column.
+        start = int((batch["labels"] != IGNORED_LABEL).any(dim=0).long().argmax())
+    inputs = {"input_ids": input_ids[:, :start], "attention_mask": attention_mask[:, :start]}
+    if "neighbor_input_ids" in batch:
+        lengths = inputs["attention_mask"].sum(dim=1) + batch["chunk_offset"]
+        last = lengths // model.config.chunk_size - 1  # the chunk that the prompt ends
+        rows = torch.arange(len(last), device=last.device)
+        # An answer that fills further chunks reads the same passages there.
+        chunks = torch.arange(int(last.max()) + 1 + max_new_tokens // model.config.chunk_size, device=last.device)
+        reads = (chunks >= last[:, None])[:, :, None, None]
+        inputs["chunk_offset"] = batch["chunk_offset"]
+        inputs["neighbor_input_ids"] = batch["neighbor_input_ids"][rows, last][:, None].expand(-1, len(chunks), -1, -1)
+        inputs["neighbor_attention_mask"] = batch["neighbor_attention_mask"][rows, last][:, None] * reads
+    inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+    if "retriever" in inspect.signature(model.forward).parameters:
+        options["retriever"] = None
+    sequences = model.generate(  # type: ignore[operator]
+        **inputs,
+        max_new_tokens=max_new_tokens,
+        **{
+            "do_sample": False,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": padding_id(tokenizer),
+            **options,
+        },
+    )
+    return sequences[:, start:]
+
+
+def decode_answers(tokenizer: PreTrainedTokenizerBase, sequences: Iterable[Sequence[int]]) -> list[str]:
+    """The texts of generated answers, each up to the end token or the end of its line; negative ids are padding."""
+    texts = []
+    for sequence in sequences:
+        ids = [token for token in sequence if token >= 0]
+        if tokenizer.eos_token_id in ids:
+            ids = ids[: ids.index(tokenizer.eos_token_id)]
+        texts.append(str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)))
+    return [text.strip().partition("\n")[0].strip() for text in texts]
+
+
+class QuestionTrainer(Trainer):
+    """A [`~transformers.Trainer`] that evaluates by generating answers.
+
+    Training is `Trainer`'s own, and plain `Trainer` does it as well. Evaluation differs in two things: `compute_metrics` gets
+    the generated tokens as predictions (see [`answer_metrics`]), and every question its own passages, even where the
+    collator draws random ones in training. `Seq2SeqTrainer` cannot serve: it generates from the whole input, which for a
+    decoder holds the answer.
+
+    Args:
+        args, kwargs: as in [`~transformers.Trainer`], among them `data_collator`, a [`QuestionCollator`], and
+            `processing_class`, the tokenizer. Without `compute_metrics` only the loss is evaluated.
+        max_new_tokens (`int`, defaults to 32): tokens of an answer at most.
+        generate_options (`dict`, *optional*): further options of `generate`, such as `{"num_beams": 4}`.
+    Raises:
+        ValueError: without a `QuestionCollator`, or without a tokenizer.
+    """
+
+    def __init__(
+        self, *args: Any, max_new_tokens: int = 32, generate_options: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        collator, tokenizer = self.data_collator, self.processing_class
+        if not isinstance(collator, QuestionCollator) or not isinstance(tokenizer, PreTrainedTokenizerBase):
+            raise ValueError(
+                "QuestionTrainer generates from the batches of a QuestionCollator, and needs to know the end token: pass "
+                "`data_collator=QuestionCollator(...)` and `processing_class=tokenizer`."
+            )
+        self._training_collator, self._tokenizer = collator, tokenizer
+        self.max_new_tokens = max_new_tokens
+        self.generate_options = generate_options or {}
+
+    @contextmanager
+    def _own_passages(self) -> Iterator[None]:
+        self.data_collator = self._training_collator.for_evaluation()
+        try:
+            yield
+        finally:
+            self.data_collator = self._training_collator
+
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
+        """Batches for the evaluation, in which every question has its own passages."""
+        with self._own_passages():
+            return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
+        """Batches for `predict`, in which every question has its own passages."""
+        with self._own_passages():
+            return super().get_test_dataloader(test_dataset)
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """The loss of a batch, the generated tokens `(batch_size, any)`, and the labels."""
+        loss, _, _ = super().prediction_step(model, inputs, True, ignore_keys)
+        if prediction_loss_only:
+            return loss, None, None
+        inputs = self._prepare_inputs(inputs)
+        options = {"max_new_tokens": self.max_new_tokens, **self.generate_options}
+        with self.compute_loss_context_manager():
+            sequences = generate_ids(self.model, inputs, self._tokenizer, **options)  # type: ignore[arg-type]
+        return loss, sequences, inputs.get("labels")
