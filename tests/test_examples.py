@@ -1,5 +1,6 @@
 """The examples: a real checkpoint as a user retrofits it (`make test-slow`), and going on with a broken-off training."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_questions import make_questions
 from tiny_training import make_model, make_trainer, make_world
 from transformers import AutoConfig
 
@@ -47,6 +49,37 @@ def test_a_finished_training_is_loaded_and_one_broken_off_goes_on(tmp_path, monk
         assert torch.equal(again.model.state_dict()[name], value), name
     longer, steps = run(seed=1, max_steps=3)
     assert steps == [3] and longer.state.global_step == 3
+
+
+def test_a_model_is_finetuned_on_questions_from_files(tmp_path, monkeypatch, capsys):
+    """Passages from the file in training, looked up in a datastore for the held-out questions; flags as in transformers."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    from finetune_qa import main
+
+    world = make_world(tmp_path)
+    make_model(scale=0.2).save_pretrained(tmp_path / "model")
+    world.tokenizer.save_pretrained(tmp_path / "model")
+    questions = make_questions(6)
+    questions.to_json(tmp_path / "train.jsonl")
+    questions.remove_columns("passages").to_json(tmp_path / "validation.jsonl")
+    flags = f"""
+        --model_name_or_path {tmp_path}/model --train_file {tmp_path}/train.jsonl
+        --validation_file {tmp_path}/validation.jsonl --store {tmp_path}/store --embedder {tmp_path}/encoder
+        --num_passages 2 --passages_in_prompt 1 --max_train_questions 5 --max_new_tokens 4
+        --output_dir {tmp_path}/out --do_train --do_eval --max_steps 2 --per_device_eval_batch_size 4
+        --eval_strategy steps --eval_steps 1 --report_to none --use_cpu --disable_tqdm true
+    """
+    main(flags.split())
+    printed = capsys.readouterr().out
+    assert "6 questions, 2 passages per question" in printed and "eval_exact_match" in printed, printed
+    result = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert result["exact_match"].keys() == {"on", "off", "random"} and result["num_questions"] == 6
+    assert (tmp_path / "out" / "model.safetensors").exists() and (tmp_path / "out" / "checkpoint-2").is_dir()
+
+    # What was saved answers the same, without training.
+    evaluate = f"--model_name_or_path {tmp_path}/out --do_train false --eval_strategy no --output_dir {tmp_path}/again"
+    main([*flags.split(), *evaluate.split()])
+    assert json.loads((tmp_path / "again" / "results.json").read_text()) == result
 
 
 def test_the_shipped_config_is_what_the_training_makes(monkeypatch):

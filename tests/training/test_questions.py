@@ -158,6 +158,7 @@ def test_the_answer_reads_the_passages_and_the_question_does_not(tokenizer, mode
         assert prompt_length(batch, row) > CHUNK_SIZE and answer > CHUNK_SIZE
 
 
+@torch.no_grad()
 def test_more_passages_than_in_training_and_fewer_are_masked(tokenizer, model):
     """Twenty at once, one at test; a question with fewer has masked ones."""
     questions = tokenized(tokenizer, make_questions(3, num_passages=20))
@@ -325,6 +326,15 @@ def test_passages_may_be_missing_in_a_row(tokenizer):
     for passages in (None, [], [{"title": "a", "text": ""}]):
         (made,) = tokenized(tokenizer, Dataset.from_list([GOOD, {**GOOD, "passages": passages}])).select([1])
         assert made["passage_input_ids"] == []
+
+
+def test_a_dataset_without_any_passage_is_pointed_out(tokenizer, caplog):
+    """It would be answered without retrieval, which nobody who has not said `num_passages=0` may have meant."""
+    rows = Dataset.from_list([{**GOOD, "passages": None}, {**GOOD, "passages": []}])
+    tokenized(tokenizer, rows, num_passages=0)
+    assert not caplog.records
+    tokenized(tokenizer, rows)
+    assert "None of the 2 questions has a passage" in caplog.text and "retrieve_passages" in caplog.text
 
 
 @pytest.mark.parametrize(

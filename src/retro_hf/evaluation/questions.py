@@ -12,7 +12,7 @@ import numpy as np
 from ..datastore.executors import progress_bar
 from ..errors import DatasetError, MissingExtraError
 from ..training.question_trainer import decode_answers, generate_answers
-from ..training.questions import QuestionCollator, check_columns
+from ..training.questions import QuestionCollator, check_columns, list_lengths
 
 
 if TYPE_CHECKING:
@@ -120,10 +120,10 @@ def answer_questions(
         MissingExtraError: without `retro-hf[qa]`.
     *Determinism*: the same arguments give the same answers; `batch_size` moves only the last bits of the logits.
     """
-    check_columns(dataset, ["answers", "prompt_input_ids"])
+    check_columns(dataset, ["answers", "prompt_input_ids", "passage_input_ids"])
     if not len(dataset):
         raise DatasetError("There are no questions: the dataset is empty.")
-    most = max(map(len, dataset["passage_input_ids"])) if "passage_input_ids" in dataset.column_names else 0
+    most = int(list_lengths(dataset, "passage_input_ids").max())
     modes = tuple(modes or [mode for mode in _MODES if most or mode == "off"])
     _check_modes(modes, most, len(dataset))
     score = _scorer()
@@ -139,7 +139,7 @@ def answer_questions(
     )
     closed = QuestionCollator(tokenizer, chunk_size=chunk_size, num_passages=0)
     # Rows of one length need little padding; the longest come first, where running out of memory costs least.
-    lengths = np.array([len(ids) for ids in dataset["prompt_input_ids"]])
+    lengths = list_lengths(dataset, "prompt_input_ids")
     batches = np.array_split(np.argsort(-lengths, kind="stable"), range(batch_size, len(lengths), batch_size))
     predictions = {mode: [""] * len(dataset) for mode in modes}
     was_training = model.training

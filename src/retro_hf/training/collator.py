@@ -19,9 +19,9 @@ from .neighbors import NEIGHBORS_COLUMN, SOURCE_COLUMN, neighbor_source
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["IGNORED_LABEL", "RetroDataCollator", "checked_shares", "padding_id"]
+__all__ = ["RetroDataCollator", "checked_shares", "padding_id"]
 
-IGNORED_LABEL = -100
+_IGNORED_LABEL = -100
 
 
 class RetroDataCollator:
@@ -98,7 +98,7 @@ class RetroDataCollator:
         tokens = [np.asarray(example["input_ids"], dtype=np.int64) for example in examples]
         length = max(map(len, tokens))
         input_ids = np.full((len(examples), length), self.pad_token_id, dtype=np.int64)
-        labels = np.full_like(input_ids, IGNORED_LABEL)
+        labels = np.full_like(input_ids, _IGNORED_LABEL)
         attention_mask = np.zeros_like(input_ids)
         chunk_ids = np.full((len(examples), length // size, wanted), -1, dtype=np.int64)
         for row, (ids, example) in enumerate(zip(tokens, examples, strict=True)):

@@ -12,8 +12,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, Trainer
 
-from .collator import IGNORED_LABEL, padding_id
-from .questions import QuestionCollator
+from .collator import padding_id
+from .questions import IGNORED_LABEL, QuestionCollator
 
 
 if TYPE_CHECKING:

@@ -11,19 +11,33 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from datasets import Dataset, List, Value
+from transformers.utils import logging
 
 from ..errors import DatasetError
-from .collator import IGNORED_LABEL, checked_shares, padding_id
+from .collator import checked_shares, padding_id
+from .leakage import flattened
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["PROMPT", "QuestionCollator", "check_columns", "checked_text", "tokenize_questions"]
+__all__ = [
+    "IGNORED_LABEL",
+    "PROMPT",
+    "QuestionCollator",
+    "check_columns",
+    "checked_text",
+    "list_lengths",
+    "tokenize_questions",
+]
+
+logger = logging.get_logger(__name__)
 
 PROMPT = "question: {question} \n answer:"
 """What the paper writes before an answer."""
 PASSAGE = "title: {title}, source: {text}"
+
+IGNORED_LABEL = -100
 
 _PROMPT_COLUMN = "prompt_input_ids"
 _ANSWER_COLUMN = "answer_input_ids"
@@ -76,15 +90,7 @@ def tokenize_questions(
         *(["passages"] if num_passages != 0 else []),
     ]
     check_columns(dataset, wanted)
-    if "{question}" not in prompt:
-        raise DatasetError(f"The prompt {prompt!r} has no place for the question: write it as {{question}}.")
-    if neighbor_size < 1:
-        raise ValueError(f"neighbor_size is {neighbor_size}, but a passage has at least 1 token.")
-    if tokenizer.eos_token_id is None:
-        raise DatasetError(
-            "The tokenizer has no end token, by which a model says that an answer is complete. Set one of its tokens: "
-            "`tokenizer.eos_token = ...`."
-        )
+    _check_format(tokenizer, prompt, neighbor_size)
 
     def encode(texts: list[str]) -> list[list[int]]:
         return (
@@ -129,7 +135,7 @@ def tokenize_questions(
     features.update({_PROMPT_COLUMN: List(Value("int32")), _PASSAGES_COLUMN: List(List(Value("int32")))})
     if with_answers:
         features[_ANSWER_COLUMN] = List(Value("int32"))
-    return dataset.map(
+    result = dataset.map(
         convert,
         batched=True,
         batch_size=batch_size,
@@ -138,6 +144,12 @@ def tokenize_questions(
         features=features,
         desc="Tokenizing questions",
     )
+    if num_passages != 0 and not list_lengths(result, _PASSAGES_COLUMN).any():
+        logger.warning(
+            f"None of the {len(result)} questions has a passage, so the backbone answers alone. Look passages up with "
+            "`retrieve_passages(dataset, retriever)`, or say `num_passages=0`."
+        )
+    return result
 
 
 class QuestionCollator:
@@ -318,6 +330,23 @@ def check_columns(dataset: Dataset, names: Sequence[str]) -> None:
         if name not in dataset.column_names:
             remedy = remedies.get(name, f"Rename the one that holds it: `dataset.rename_column(..., {name!r})`")
             raise DatasetError(f"The dataset has no column {name!r}, only {dataset.column_names}. {remedy}.")
+
+
+def _check_format(tokenizer: PreTrainedTokenizerBase, prompt: str, neighbor_size: int) -> None:
+    if "{question}" not in prompt:
+        raise DatasetError(f"The prompt {prompt!r} has no place for the question: write it as {{question}}.")
+    if neighbor_size < 1:
+        raise ValueError(f"neighbor_size is {neighbor_size}, but a passage has at least 1 token.")
+    if tokenizer.eos_token_id is None:
+        raise DatasetError(
+            "The tokenizer has no end token, by which a model says that an answer is complete. Set one of its tokens: "
+            "`tokenizer.eos_token = ...`."
+        )
+
+
+def list_lengths(dataset: Dataset, name: str) -> np.ndarray:
+    """The lengths of the lists in a column, int64 of shape `(num_rows,)`, without making lists of them."""
+    return flattened(dataset.select_columns([name]).with_format("arrow")[:][name])[1]
 
 
 def checked_text(value: Any, name: str, number: int) -> str:
