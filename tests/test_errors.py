@@ -33,7 +33,8 @@ def test_errors_are_retro_errors_and_builtins(name, builtin):
 
 
 def test_every_error_is_public():
-    found = {name for name, value in vars(errors).items() if isinstance(value, type)}
+    kinds = {name: value for name, value in vars(errors).items() if isinstance(value, type)}
+    found = {name for name, kind in kinds.items() if issubclass(kind, errors.RetroError)}
     assert found == set(errors.__all__)
 
 
@@ -48,6 +49,13 @@ def test_a_wrong_name_says_what_was_looked_for_and_how_to_go_on(tmp_path):
         f"The folder '{tmp_path}' holds no tokenizer that can be loaded: no file tokenizer.json. Name a folder that "
         "`save_pretrained` wrote, or a model on the Hub."
     )
+
+
+@pytest.mark.parametrize(
+    ("count", "said"), [(0, "0 chunks"), (1, "1 chunk"), (2, "2 chunks"), (12345, "12,345 chunks")]
+)
+def test_one_is_not_a_plural(count, said):
+    assert errors.counted(count, "chunk") == said
 
 
 def test_a_missing_extra_says_how_to_install_it():

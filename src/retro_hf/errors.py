@@ -6,7 +6,9 @@ Every message says what is wrong with both values, why, and what to do about it.
 from __future__ import annotations
 
 import os
+import re
 import textwrap
+from typing import Any
 
 
 __all__ = [
@@ -24,6 +26,30 @@ __all__ = [
     "UnsupportedBackboneError",
     "UnsupportedEmbedderError",
 ]
+
+
+def counted(count: int, noun: str) -> str:
+    """A number of things in words: "1 document", "2,000 documents"."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def in_commands(message: str, group: Any) -> str:
+    """A message in the words of a command line: flags for arguments, commands for methods.
+
+    Args:
+        message (`str`): of an error that was raised in Python.
+        group (`click.Group`): the commands.
+    """
+    parameters = [one for command in group.commands.values() for one in command.params]
+    flags = {one.name: one.opts[0] for one in parameters if one.opts[0].startswith("-")}
+    message = re.sub(rf"`[\w.()]+\.({'|'.join(group.commands)})(_to_hub)?(\([^`]*\))?`", r"`retro \1`", message)
+
+    def flag(found: re.Match[str]) -> str:
+        name, equals = found.groups()
+        # Words such as "index" are arguments only where a value follows.
+        return f"{flags[name]} " if equals else flags[name] if "_" in name else name
+
+    return re.sub(rf"\b({'|'.join(flags)})\b(=?)", flag, message)
 
 
 class RetroError(Exception):

@@ -328,7 +328,8 @@ class RetroRetriever:
         """A retriever over texts, dicts or a dataset: builds a datastore, by default a temporary one.
 
         Args:
-            options: those of [`RetroDatastore.from_texts`], such as `path`, `chunk_size` and `neighbor_size`.
+            options: those of [`RetroDatastore.from_texts`]: `path`, `chunk_size`, `neighbor_size`, `index`, `recall`,
+                `memory_budget`, `batch_size`, `shard_chunks`, `executor`, `show_progress`.
         """
         if isinstance(embedder, (str, os.PathLike)):
             embedder = ChunkEmbedder.from_pretrained(embedder)
@@ -362,9 +363,9 @@ class RetroRetriever:
                 embedder = ChunkEmbedder.of_datastore(known, embedder)
             except OSError as error:
                 raise RetrieverError(
-                    f"The embedder {embedder or known['name']!r} could not be loaded: {error} Pass the embedder that "
-                    "made the keys: from_pretrained(path, embedder='<folder or Hub name>'), or `--embedder` on the command line; "
-                    "if queries have an encoder of their own, embedder=ChunkEmbedder.from_pretrained(..., query_encoder=...)."
+                    f"The embedder {embedder or known['name']!r} could not be loaded: {error} Pass the embedder that made the "
+                    "keys: embedder='<folder or Hub name>'; if queries have an encoder of their own, pass "
+                    "ChunkEmbedder.from_pretrained(..., query_encoder=...) in Python."
                 ) from error
         if num_neighbors is None:
             num_neighbors = _saved_num_neighbors(path)
@@ -380,7 +381,7 @@ class RetroRetriever:
 
         Args:
             repo_id (`str`): `"name"` or `"organization/name"`; made if it isn't there.
-            options: those of [`RetroDatastore.push_to_hub`].
+            options: those of [`RetroDatastore.push_to_hub`]: `private`, `token`, `revision`, `commit_message`.
         Returns:
             [`~huggingface_hub.CommitInfo`]: its `oid` is the `revision` that pins what was pushed.
         """

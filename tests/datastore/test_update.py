@@ -148,7 +148,7 @@ def test_a_retriever_forgets_what_has_changed(store, embedder, tokenizer):
 
 def test_deleting_what_is_not_there_changes_nothing(store):
     before = content_of(store.path)
-    with pytest.raises(DatastoreInputError, match="1 of the 2 documents are not in .*'doc-99'.*Nothing was deleted"):
+    with pytest.raises(DatastoreInputError, match="no document with the id 'doc-99'.*Nothing was deleted"):
         store.delete(["doc-1", "doc-99"])
     assert content_of(store.path) == before
     store.delete([])
@@ -160,7 +160,7 @@ def test_everything_may_be_deleted(store, embedder):
     scores, ids = store.search(np.ones((2, 32), dtype=np.float32), 3, exclude_documents=np.array([0, -1]))
     assert (ids == -1).all() and np.isneginf(scores).all()
     assert (store.random_chunks(np.random.default_rng(0), (3,)) == -1).all()
-    with pytest.raises(DatastoreInputError, match="All 40 documents .* have been deleted"):
+    with pytest.raises(DatastoreInputError, match="All documents .* have been deleted"):
         store.compact()
     store.append(more(2), embedder=embedder)
     store.compact()

@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers.utils import logging
 
-from ..errors import DatastoreInputError, DatastoreNotFoundError
+from ..errors import DatastoreInputError, DatastoreNotFoundError, counted
 from .manifest import MANIFEST_NAME
 
 
@@ -198,18 +198,17 @@ def _files_of(path: Path) -> list[tuple[Path, str]]:
         return [(path, path.name)]
     if not path.is_dir():
         raise DatastoreNotFoundError(
-            f"There is no file or folder {str(path)!r} to read documents from. To build from texts instead, pass them "
-            "as a list."
+            f"There is no file or folder {str(path)!r} to read documents from. Check the path; in Python, texts themselves "
+            "are passed as a list."
         )
     # What a datastore holds is no document, also where one lies among the texts.
     stores = {file.parent for file in path.rglob(MANIFEST_NAME)}
     if path in stores:
         raise DatastoreInputError(
-            f"{str(path)!r} is a datastore, not a folder of texts. Name the folder or file that it was built from, or open it "
-            "with `RetroDatastore.load`."
+            f"{str(path)!r} is a datastore, not a folder of texts. Name the folder or file that it was built from."
         )
     if stores:
-        logger.warning(f"Left out {len(stores)} datastores among the texts, such as {str(min(stores))!r}.")
+        logger.warning(f"Left out {counted(len(stores), 'datastore')} among the texts, such as {str(min(stores))!r}.")
     found = [
         (file, file.relative_to(path).as_posix())
         for file in path.rglob("*")

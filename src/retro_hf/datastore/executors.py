@@ -19,7 +19,7 @@ import torch
 import xxhash
 from transformers.utils import logging
 
-from ..errors import DatastoreInputError, RetroError
+from ..errors import DatastoreInputError, RetroError, counted
 
 
 __all__ = ["Call", "Executor", "LocalExecutor", "RankExecutor", "Run", "Task", "progress_bar", "run_stage"]
@@ -220,7 +220,7 @@ class RankExecutor:
             outputs = missing
             if waited > self.timeout:
                 raise RetroError(
-                    f"Rank {self.rank} waited {self.timeout:.0f} s for {len(outputs)} blocks of the other ranks, such as "
+                    f"Rank {self.rank} waited {self.timeout:.0f} s for {counted(len(outputs), 'block')} of the other ranks, such as "
                     f"{outputs[0][0].name!r}. Start the build again: what is done is kept."
                 )
             if outputs:

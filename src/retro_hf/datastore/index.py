@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from transformers.utils import logging
 
-from ..errors import DatastoreCorruptError, DatastoreInputError, DatastoreWriteError, MissingExtraError
+from ..errors import DatastoreCorruptError, DatastoreInputError, DatastoreWriteError, MissingExtraError, counted
 
 
 __all__ = [
@@ -114,7 +114,7 @@ def build_index(keys: np.ndarray, factory: str, path: Path, *, recall: float = 0
             index.train(keys[rows].astype(np.float32))
         except RuntimeError as error:
             raise DatastoreInputError(
-                f"The index {factory!r} could not be trained on {num_rows:,} of {num_chunks:,} chunks: "
+                f"The index {factory!r} could not be trained on {num_rows:,} of {counted(num_chunks, 'chunk')}: "
                 f"{short_message(error)}. Use index='Flat', which is exact and needs no training."
             ) from error
     for start in range(0, num_chunks, BLOCK_ROWS):
@@ -204,7 +204,7 @@ def _tune(
             break
     if recall < target:
         logger.warning(
-            f"The index finds {recall:.1%} of the {at} nearest neighbors, below the {target:.1%} aimed at. "
+            f"The index finds {recall:.1%} of the {counted(at, 'nearest neighbor')}, below the {target:.1%} aimed at. "
             "Use index='Flat' for exact search."
         )
     return search, {"at": at, "value": round(recall, 4), "queries": num_queries}

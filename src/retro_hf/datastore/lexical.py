@@ -18,6 +18,7 @@ from ..errors import (
     DatastoreMismatchError,
     DatastoreNotFoundError,
     MissingExtraError,
+    counted,
 )
 from .chunks import chunk_texts, ranges
 from .exclusion import checked_exclusion
@@ -103,9 +104,13 @@ class LexicalSearcher:
                 texts = chunk_texts(datastore.tokenizer, tokens[:, :size], mask[:, :size])
                 rows += [array("i", [vocabulary.setdefault(w, len(vocabulary)) for w in row]) for row in _words(texts)]
                 progress.update(len(texts))
+        if datastore.num_deleted_documents == datastore.num_documents:
+            raise DatastoreInputError(
+                f"All documents of {str(datastore.path)!r} have been deleted, so there is no word to be found. Append some first."
+            )
         if not vocabulary:
             raise DatastoreInputError(
-                f"None of the {count:,} chunks of {str(datastore.path)!r} has a word of two letters or digits to be found by. "
+                f"No chunk of {str(datastore.path)!r} ({counted(count, 'chunk')}) has a word of two letters or digits to be found by. "
                 "Use an EmbeddingSearcher."
             )
         bm25 = bm25s.BM25(backend="numpy")
@@ -113,7 +118,7 @@ class LexicalSearcher:
         searcher = cls(datastore, bm25)
         num_bytes = sum(part.nbytes for part in bm25.scores.values() if isinstance(part, np.ndarray))
         logger.info(
-            f"Indexed the words of {count:,} chunks: {len(vocabulary):,} different ones, {num_bytes / 1e6:,.1f} MB, in "
+            f"Indexed the words of {counted(count, 'chunk')}: {len(vocabulary):,} different ones, {num_bytes / 1e6:,.1f} MB, in "
             f"{time.perf_counter() - start:,.1f} s."
         )
         if path is None:

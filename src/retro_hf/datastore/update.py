@@ -40,7 +40,7 @@ def append(
     embedder: ChunkEmbedder | str,
     index: str = "auto",
     recall: float = 0.95,
-    memory_budget: int | str | None = None,
+    memory_budget: float | str | None = None,
     batch_size: int = 64,
     shard_chunks: int = DEFAULT_SHARD_CHUNKS,
     executor: Executor | int = 1,
@@ -109,9 +109,12 @@ def delete(datastore: RetroDatastore, ids: Iterable[str]) -> None:
         numbers = datastore.document_numbers(ids)
         unknown = [id for id, number in zip(ids, numbers, strict=True) if number < 0]
         if unknown:
+            others = (
+                f", and {len(unknown) - 1:,} more of the {len(ids):,} ids are not there" if len(unknown) > 1 else ""
+            )
             raise DatastoreInputError(
-                f"{len(unknown)} of the {len(ids)} documents are not in {str(datastore.path)!r}, for example the one with the "
-                f"id {unknown[0]!r}. Nothing was deleted; leave out what is not there."
+                f"There is no document with the id {unknown[0]!r} in {str(datastore.path)!r}{others}. Nothing was deleted; leave "
+                "out what is not there."
             )
         if not ids:
             return
@@ -129,7 +132,7 @@ def compact(
     *,
     index: str = "auto",
     recall: float = 0.95,
-    memory_budget: int | str | None = None,
+    memory_budget: float | str | None = None,
     shard_chunks: int = DEFAULT_SHARD_CHUNKS,
     show_progress: bool | None = None,
 ) -> None:
@@ -149,8 +152,7 @@ def compact(
         manifest = datastore.manifest
         if datastore.num_deleted_documents == datastore.num_documents:
             raise DatastoreInputError(
-                f"All {datastore.num_documents} documents of {str(datastore.path)!r} have been deleted, and a datastore "
-                "has at least one. Append the documents that are to be there first, or remove the folder."
+                f"All documents of {str(datastore.path)!r} have been deleted, and a datastore has at least one. Append the documents that are to be there first, or remove the folder."
             )
         keep = np.ones(datastore.num_documents, dtype=bool)
         keep[datastore.deleted_documents] = False
@@ -229,7 +231,7 @@ def _changing(datastore: RetroDatastore) -> Iterator[Path]:
     if (datastore.path / MANIFEST_NAME).is_symlink():
         raise DatastoreInputError(
             f"{str(datastore.path)!r} is a download in the cache of the Hub's client, which must stay what its revision "
-            "says. Make a copy with `datastore.save(path)`, and change and push `RetroDatastore.load(path)`."
+            "says. Make a copy with `datastore.save(path)` (or `cp -rL`), and change and push that."
         )
     with work_folder(datastore.path.absolute()) as work:
         datastore.refresh()

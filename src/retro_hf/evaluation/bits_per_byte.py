@@ -13,7 +13,7 @@ import torch
 from transformers.utils import logging
 
 from ..datastore import RetroDatastore
-from ..errors import DatasetError
+from ..errors import DatasetError, counted
 from ..retrieval_retro import RetroRetriever
 from ..training.leakage import document_numbers
 from ..training.neighbors import complete_chunks, nearest_chunks, wanted_neighbors
@@ -75,8 +75,9 @@ class BitsPerByte:
                 line += f"   {difference:>+9.4f}  {f'[{low:+.4f}, {high:+.4f}]':<18} {relative:>+8.1%}"
             lines.append(line)
         lines.append(
-            f"{len(self.num_bytes):,} documents; scored: {self.num_tokens.sum():,} tokens, {self.num_bytes.sum():,} bytes "
-            f"(all but each document's first token); {self.num_neighbors} neighbors per chunk"
+            f"{counted(len(self.num_bytes), 'document')}; scored: {counted(self.num_tokens.sum(), 'token')}, "
+            f"{counted(self.num_bytes.sum(), 'byte')} (all but each document's first token); "
+            f"{counted(self.num_neighbors, 'neighbor')} per chunk"
         )
         return "\n".join(lines)
 
@@ -171,7 +172,7 @@ def bits_per_byte(
     count = wanted_neighbors(retriever, num_neighbors)
     read = list(_read(documents, tokenizer))
     if not any(len(document.input_ids) > 1 for document, _ in read):
-        raise DatasetError(f"There is nothing to score: none of the {len(read)} documents has two tokens.")
+        raise DatasetError(f"There is nothing to score: no document of {len(read):,} has two tokens.")
     if retriever is not None:
         _find_neighbors(read, retriever, modes, neighbor_chunk_ids, count, seed)
     kept = [document for document, _ in read if len(document.input_ids) > 1]
