@@ -62,22 +62,66 @@ def test_memory_and_disk_are_what_was_planned(tmp_path):
     ("given", "size"),
     [
         (None, None),
-        (7, 7),
-        ("7", 7),
+        (7000, 7000),
+        ("7000", 7000),
+        (4e9, 4 * 10**9),
+        ("4e9", 4 * 10**9),
+        (np.int64(10**12), 10**12),
+        ("5000B", 5000),
         ("300MB", 300_000_000),
         ("1.5 GB", 1_500_000_000),
-        ("2tb", 2 * 10**12),
+        ("1.5GB", 1_500_000_000),
+        (" 2tb ", 2 * 10**12),
         ("4K", 4000),
+        ("4KiB", 4096),
+        ("4 MiB", 4 * 1024**2),
+        ("4GiB", 4 * 1024**3),
+        ("0.5 gib", 2**29),
+        ("1Ti", 1024**4),
     ],
 )
 def test_sizes_are_written_as_people_write_them(given, size):
     assert parse_bytes(given) == size
 
 
-@pytest.mark.parametrize("given", ["", "many", "-1GB", "0", 0, -5, True, 1.5j, "1.2.3GB"])
+@pytest.mark.parametrize(
+    "given",
+    ["", "many", "-1GB", -5, True, 1.5j, "1.2.3GB", "4 gigabytes", "4iB", "GB", "1,5GB", float("nan"), float("inf")],
+)
 def test_a_size_that_is_none_is_refused(given):
-    with pytest.raises(DatastoreInputError, match="memory_budget is"):
+    with pytest.raises(DatastoreInputError, match=r"memory_budget is .* such as '4GB' \(powers of 1000\) or '4GiB'"):
         parse_bytes(given)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"), [(0, "0 bytes"), (1.5, "1 byte:"), ("4", "4 bytes"), (999, "999 bytes"), ("0GB", "0 bytes")]
+)
+def test_a_budget_that_lost_its_unit_is_refused(given, said):
+    """No index takes less than a kilobyte; somebody thought in gigabytes."""
+    with pytest.raises(
+        DatastoreInputError, match=f"memory_budget is {given!r}, which is {said}.*for gigabytes write '4GB'"
+    ):
+        parse_bytes(given)
+
+
+@pytest.mark.parametrize(
+    ("factory", "remedy"),
+    [
+        ("flat", "Upper and lower case count: use index='Flat'"),
+        ("ivf64,pq16x4FS,refine(sqFP16)", "use index='IVF64,PQ16x4fs,Refine(SQfp16)'"),
+        ("Auto", "use index='auto'"),
+        ("ivf99x", "'IVF1024,Flat' and 'HNSW32' are approximate"),
+        ("IVF99x", "'IVF1024,Flat' and 'HNSW32' are approximate"),
+        ("PQ7", "the number after PQ must divide the length"),
+        ("", "Use index='auto'"),
+    ],
+)
+def test_a_factory_string_that_faiss_does_not_know_is_explained(factory, remedy):
+    """In words of one's own: FAISS answers with a place in its sources."""
+    with pytest.raises(DatastoreInputError) as error:
+        check_factory(factory, None, 64)
+    assert remedy in str(error.value)
+    assert "Error" not in str(error.value) and ".cpp" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +129,7 @@ def test_a_size_that_is_none_is_refused(given):
     [
         ({"recall": 0}, "recall is 0"),
         ({"recall": 95}, "recall is 95"),
-        ({"memory_budget": 10}, "memory_budget is 0.0 KB"),
+        ({"memory_budget": 1000}, "memory_budget is 1.0 KB"),
         ({"memory_budget": "1GB", "index": "IVF4,Flat"}, "contradict each other"),
     ],
 )

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from transformers.utils import logging
 
-from ..errors import DatastoreInputError
-from .index import BLOCK_ROWS, TRAINING_ROWS_PER_LIST, import_faiss, short_message, training_points
+from ..errors import DatastoreInputError, counted
+from .index import BLOCK_ROWS, TRAINING_ROWS_PER_LIST, import_faiss, training_points
 
 
 if TYPE_CHECKING:
@@ -44,7 +44,10 @@ _FLOPS = 1e11
 _KMEANS_ITERATIONS = 10
 # Above this many chunks the encoder's speed is measured, to tell the time that embedding will take.
 _TIMED_CHUNKS = 5000
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_BYTES = re.compile(r"(\d{1,20}(?:\.\d*)?(?:e\+?\d\d?)?)\s*(?:([kmgt])(i?))?b?", re.IGNORECASE)
+_LEAST_BUDGET = 1000
+# The parts of a factory string, spelled as FAISS wants them.
+_FACTORY_NAMES = ("auto", "Flat", "fs", "HNSW", "IVF", "LSH", "OPQ", "PCA", "PQ", "Refine", "RFlat", "SQfp16", "SQ")
 
 
 @dataclass(frozen=True)
@@ -88,17 +91,24 @@ class IndexPlan:
     build_seconds: float
 
 
-def parse_bytes(size: int | str | None) -> int | None:
-    """Bytes from a number, or from a text such as `"300MB"` or `"4 GB"` (powers of 1000)."""
-    if size is None or (isinstance(size, int) and not isinstance(size, bool) and size > 0):
-        return size
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?B?)", str(size).strip().upper())
-    unit = match and match[2].rstrip("B") + "B" if match and match[2] not in ("", "B") else ""
-    if not match or isinstance(size, bool) or float(match[1]) <= 0:
+def parse_bytes(size: float | str | None) -> int | None:
+    """Bytes from a number, or from a text such as `"300MB"`, `"1.5 GB"` (powers of 1000) or `"4GiB"` (of 1024)."""
+    if size is None:
+        return None
+    match = None if isinstance(size, bool) else _BYTES.fullmatch(str(size).strip())
+    if match is None:
         raise DatastoreInputError(
-            f"memory_budget is {size!r}, but it must be a number of bytes, such as 4e9 as an int or '4GB'."
+            f"memory_budget is {size!r}, but it must be a number of bytes, such as 4e9, or a text with a unit, such as '4GB' "
+            "(powers of 1000) or '4GiB' (of 1024): K, M, G or T."
         )
-    return int(float(match[1]) * _UNITS[unit or ""])
+    number, prefix, binary = match.groups()
+    num_bytes = int(float(number) * (1024 if binary else 1000) ** " KMGT".index((prefix or " ").upper()))
+    if num_bytes < _LEAST_BUDGET:
+        raise DatastoreInputError(
+            f"memory_budget is {size!r}, which is {counted(num_bytes, 'byte')}: too little for any index. Without a unit, a "
+            "number counts bytes; for gigabytes write '4GB'."
+        )
+    return num_bytes
 
 
 def flat_plan(num_chunks: int, dim: int) -> IndexPlan:
@@ -153,9 +163,9 @@ def plan_index(num_chunks: int, dim: int, options: IndexOptions, total_chunks: i
         least = min(plans, key=lambda plan: plan.memory)
         per_chunk = least.memory / num_chunks
         raise DatastoreInputError(
-            f"An index of {total_chunks or num_chunks:,} chunks of dimension {dim} needs {_size(least.memory / share)} of memory "
+            f"An index of {counted(total_chunks or num_chunks, 'chunk')} of dimension {dim} needs {_size(least.memory / share)} of memory "
             f"({least.factory!r}, {per_chunk:.0f} bytes per chunk), but memory_budget is {_size(options.memory_budget or 0)}. "
-            f"That holds {int((options.memory_budget or 0) / per_chunk):,} chunks: raise the budget, use fewer documents, an "
+            f"That holds {counted(int((options.memory_budget or 0) / per_chunk), 'chunk')}: raise the budget, use fewer documents, an "
             "encoder of smaller dimension"
             + (", a recall below 1" if options.recall == 1 else "")
             + ", or several machines (docs/scale.md)."
@@ -169,14 +179,18 @@ def check_factory(factory: str, num_chunks: int | None, dim: int) -> None:
     Raises:
         DatastoreInputError: before any embedding work is spent.
     """
-    faiss = import_faiss()
-    try:
-        faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise DatastoreInputError(
-            f"FAISS cannot make the index {factory!r} for vectors of length {dim}: {short_message(error)}. Use index='Flat', "
-            "or see the factory strings in the FAISS documentation."
-        ) from error
+    if not _is_known(factory, dim):
+        right = {name.lower(): name for name in _FACTORY_NAMES}
+        respelled = re.sub("|".join(right), lambda found: right[found[0].lower()], factory, flags=re.IGNORECASE)
+        if respelled == "auto" or _is_known(respelled, dim):
+            remedy = f"Upper and lower case count: use index={respelled!r}."
+        else:
+            remedy = (
+                "Such a string names the parts of an index, with commas between them: 'Flat' is exact, 'IVF1024,Flat' and "
+                "'HNSW32' are approximate, 'IVF1024,PQ96x4fs,Refine(SQfp16)' is compressed and re-scored (the number after PQ "
+                "must divide the length of the vectors). Use index='auto' to have one chosen by size."
+            )
+        raise DatastoreInputError(f"FAISS cannot make the index {factory!r} for vectors of length {dim}. {remedy}")
     if "IDMap" in factory:
         raise DatastoreInputError(
             f"The index {factory!r} has ids of its own, but chunks are numbered already. Leave IDMap out."
@@ -184,16 +198,25 @@ def check_factory(factory: str, num_chunks: int | None, dim: int) -> None:
     needed = training_points(factory)
     if num_chunks is not None and num_chunks < needed:
         raise DatastoreInputError(
-            f"The index {factory!r} is trained on at least {needed:,} chunks, but the documents make {num_chunks:,}. "
+            f"The index {factory!r} is trained on at least {counted(needed, 'chunk')}, but the documents make {num_chunks:,}. "
             "Use index='Flat', which is exact and needs no training."
         )
+
+
+def _is_known(factory: str, dim: int) -> bool:
+    faiss = import_faiss()
+    try:
+        faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
+    except (RuntimeError, TypeError, ValueError):
+        return False
+    return True
 
 
 def tell_plan(num_chunks: int, embedder: ChunkEmbedder, plans: list[IndexPlan], batch_size: int) -> None:
     """Say what is about to be computed and written, before the long part of the work."""
     shards = f" in {len(plans)} shards" if len(plans) > 1 else ""
     logger.info(
-        f"{num_chunks:,} chunks{shards}: {_size(2 * embedder.dim * num_chunks)} of keys, index "
+        f"{counted(num_chunks, 'chunk')}{shards}: {_size(2 * embedder.dim * num_chunks)} of keys, index "
         f"{' + '.join(dict.fromkeys(plan.factory for plan in plans))} of {_size(sum(plan.disk for plan in plans))}, of which "
         f"{_size(sum(plan.memory for plan in plans))} in memory when searched. Building needs up to "
         f"{_size(max(plan.build_memory for plan in plans))} of memory for the index."
