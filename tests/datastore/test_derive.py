@@ -1,10 +1,18 @@
 """Subset, merge and retokenize: new stores with the keys of old ones, and not one text embedded."""
 
+import errno
+import os
+
 import numpy as np
 import pytest
 
 from retro_hf.datastore import RetroDatastore, chunk_texts
-from retro_hf.errors import DatastoreExistsError, DatastoreInputError, DatastoreMismatchError
+from retro_hf.errors import (
+    DatastoreExistsError,
+    DatastoreInputError,
+    DatastoreMismatchError,
+    DatastoreWriteError,
+)
 
 from .fixtures import corpus, make_encoder, make_tokenizer
 
@@ -55,8 +63,8 @@ def test_fractions_are_nested_and_of_the_right_size(datastore, tmp_path):
         ({"ids": ["doc-1"], "fraction": 0.5}, "either the ids"),
         ({"fraction": 0}, "fraction is 0"),
         ({"fraction": 1.5}, "fraction is 1.5"),
-        ({"fraction": 1e-9}, "None of the 40 documents is left"),
-        ({"ids": []}, "None of the 40 documents is left"),
+        ({"fraction": 1e-9}, "No document is left of 40 documents"),
+        ({"ids": []}, "No document is left of 40 documents"),
     ],
 )
 def test_a_subset_of_nothing_is_refused_and_leaves_nothing(datastore, tmp_path, options, message):
@@ -172,3 +180,47 @@ def test_any_text_survives_retokenization(tokenizer, embedder, tmp_path, monkeyp
     again = store.retokenize(tmp_path / "again", other)
     tokens, mask = again.gather(again.first_chunks(np.arange(len(texts))))
     assert chunk_texts(other, tokens, mask) == texts
+
+
+@pytest.mark.parametrize("inside", [".", "new", "a/b"])
+def test_a_store_is_not_written_into_the_one_it_is_made_from(datastore, tmp_path, tokenizer, inside):
+    """It would be taken for part of it, and go where that goes."""
+    datastore.save(tmp_path / "store")
+    store = RetroDatastore.load(tmp_path / "store")
+    before = sorted(store.path.rglob("*"))
+    target = store.path / inside
+    for write in (
+        lambda: store.save(target),
+        lambda: store.subset(target, fraction=0.5),
+        lambda: store.retokenize(target, make_tokenizer(300)),
+        lambda: RetroDatastore.merge([datastore, store], target),
+    ):
+        with pytest.raises(DatastoreInputError, match="lies inside, the datastore .*Choose a path outside"):
+            write()
+    assert sorted(store.path.rglob("*")) == before and list(tmp_path.iterdir()) == [store.path]
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ENOSPC])
+@pytest.mark.parametrize("refused", [["os.mkdir"], ["os.link", "shutil.copyfile"]])
+def test_a_disk_that_takes_nothing_is_explained(datastore, tmp_path, monkeypatch, number, refused):
+    """Read-only, or full halfway: no store is there that isn't whole, and the same call makes it later."""
+
+    def refuse(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    writes = (
+        lambda path: datastore.save(path),
+        lambda path: datastore.subset(path, fraction=0.5),
+        lambda path: datastore.retokenize(path, make_tokenizer(300)),
+        lambda path: RetroDatastore.merge([datastore], path),
+    )
+    for place, write in enumerate(writes):
+        with monkeypatch.context() as patched:
+            for name in refused:
+                patched.setattr(name, refuse)
+            with pytest.raises(DatastoreWriteError, match=f"{os.strerror(number)}.* or choose another path"):
+                write(tmp_path / str(place))
+        assert not (tmp_path / str(place)).exists()
+        write(tmp_path / str(place))
+        RetroDatastore.load(tmp_path / str(place), verify=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1", "2", "3"]

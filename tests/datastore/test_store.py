@@ -1,5 +1,6 @@
 """RetroDatastore: what is built is what was given, it travels, and building is atomic and repeatable."""
 
+import inspect
 import multiprocessing
 import os
 import pickle
@@ -15,6 +16,7 @@ import pytest
 import safetensors.numpy
 from transformers import AutoTokenizer
 
+from retro_hf import RetroRetriever
 from retro_hf.datastore import ChunkEmbedder, RetroDatastore, chunk_texts
 from retro_hf.errors import (
     DatastoreExistsError,
@@ -190,7 +192,7 @@ def test_a_taken_path_is_refused_before_any_work(tmp_path, tokenizer, embedder):
     ("documents", "options", "message"),
     [
         ([], {}, "the input has no documents"),
-        (["", " "], {}, "the input has 2 documents, all without text"),
+        (["", " "], {}, "the input has 2 documents, none with text"),
         (["a"], {"chunk_size": 0}, "chunk_size is 0"),
         (["a"], {"chunk_size": "8"}, "chunk_size is '8'"),
         (["a"], {"neighbor_size": 7}, "neighbor_size=7 is below chunk_size=8"),
@@ -220,9 +222,7 @@ def test_bad_input_leaves_nothing_behind(documents, options, message, tmp_path, 
 def test_empty_documents_are_told_in_one_line(tokenizer, embedder, caplog):
     store = RetroDatastore.from_texts(["a", "", "b"], tokenizer, embedder=embedder)
     assert store.manifest.num_empty_documents == 1
-    assert [record.getMessage() for record in caplog.records] == [
-        "Skipped 1 of 3 documents, because they have no text."
-    ]
+    assert [record.getMessage() for record in caplog.records] == ["Skipped 1 of 3 documents for lack of text."]
 
 
 def test_files_that_are_not_utf8_are_told_in_one_line(tmp_path, tokenizer, embedder, caplog):
@@ -230,7 +230,7 @@ def test_files_that_are_not_utf8_are_told_in_one_line(tmp_path, tokenizer, embed
         (tmp_path / f"{name}.txt").write_bytes(content.encode("latin1"))
     RetroDatastore.build(tmp_path, tmp_path / "store", tokenizer=tokenizer, embedder=embedder)
     assert [record.getMessage() for record in caplog.records] == [
-        "3 of 4 files are not UTF-8, such as 'b.txt': what cannot be read there became U+FFFD. Convert them with "
+        "Not UTF-8: 3 of 4 files, such as 'b.txt'; what cannot be read there became U+FFFD. Convert them with "
         "`iconv -f <encoding> -t utf-8 …`, where the encoding is often latin1 or utf-16, and build again."
     ]
 
@@ -315,7 +315,7 @@ def test_a_store_among_the_texts_is_no_document(tmp_path, tokenizer, embedder, c
     (tmp_path / "notes" / "a.txt").rename(tmp_path / "notes" / "b.txt")
     second = RetroDatastore.build(tmp_path / "notes", tmp_path / "second", **options)
     assert [second.document(n)["id"] for n in range(second.num_documents)] == ["b.txt"]
-    assert "Left out 1 datastores among the texts" in caplog.text
+    assert "Left out 1 datastore among the texts" in caplog.text
     with pytest.raises(DatastoreInputError, match="is a datastore, not a folder of texts"):
         RetroDatastore.build(first.path, tmp_path / "third", **options)
 
@@ -344,5 +344,29 @@ def test_a_tokenizer_that_is_not_there_is_explained(tmp_path, embedder):
 def test_a_name_that_no_disk_takes_is_explained(tmp_path, tokenizer, embedder):
     for name in ("x" * 250, "file/store"):
         (tmp_path / "file").touch()
-        with pytest.raises(DatastoreWriteError, match="no room for the datastore"):
+        with pytest.raises(DatastoreWriteError, match="could not be written: .*choose another path"):
             RetroDatastore.build(["a"], tmp_path / name, tokenizer=tokenizer, embedder=embedder)
+
+
+@pytest.mark.parametrize("kind", [RetroDatastore, RetroRetriever])
+def test_help_shows_every_option(kind):
+    """In the signature; where it only says `**options`, by name in the docstring."""
+    behind = {
+        "RetroDatastore.from_texts": RetroDatastore.build,
+        "RetroRetriever.from_texts": RetroDatastore.build,
+        "RetroRetriever.from_pretrained": RetroDatastore.from_pretrained,
+        "RetroRetriever.push_to_hub": RetroDatastore.push_to_hub,
+    }
+    seen = 0
+    for name, method in inspect.getmembers(kind, inspect.isroutine):
+        if name.startswith("_"):
+            continue
+        parameters = inspect.signature(method).parameters
+        assert method.__doc__, name
+        if any(one.kind is one.VAR_KEYWORD for one in parameters.values()):
+            options = inspect.signature(behind[f"{kind.__name__}.{name}"]).parameters.values()
+            hidden = {one.name for one in options if one.kind is one.KEYWORD_ONLY} - set(parameters) - {"settings"}
+            assert {option for option in hidden if f"`{option}`" not in method.__doc__} == set(), name
+            seen += 1
+    assert seen == sum(key.startswith(kind.__name__) for key in behind)
+    assert {"index", "recall", "memory_budget", "executor"} < set(inspect.signature(RetroDatastore.append).parameters)

@@ -22,6 +22,7 @@ from ..errors import (
     DatastoreInputError,
     DatastoreWriteError,
     RetroError,
+    counted,
 )
 from .blocks import (
     Block,
@@ -40,7 +41,7 @@ from .documents import DocumentReader
 from .executors import Call, Executor, progress_bar, run_stage
 from .manifest import DatastoreManifest
 from .policy import IndexOptions, check_factory, plan_index, tell_plan
-from .storage import check_free, new_folder
+from .storage import check_free, new_folder, not_written
 from .writer import BuiltShard, ShardWriter, describe_file
 
 
@@ -101,9 +102,7 @@ def work_folder(path: Path, *, helps: bool = False) -> Iterator[Path]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DatastoreWriteError(
-            f"There is no room for the datastore {str(path)!r}: {error}. Choose another path."
-        ) from error
+        raise not_written(path, error) from error
     lock = FileLock(folder / ".lock", timeout=0)
     try:
         if not helps:
@@ -116,17 +115,15 @@ def work_folder(path: Path, *, helps: bool = False) -> Iterator[Path]:
     try:
         yield folder
     except BaseException as error:
-        done = "keys-*" if isinstance(error, RetroError) else "[kst]*-*"
+        bad_input = isinstance(error, RetroError) and not isinstance(error, DatastoreWriteError)
+        done = "keys-*" if bad_input else "[kst]*-*"
         kept = any(folder.glob(done))
         if kept:
             logger.warning(f"What was done so far is kept in {str(folder)!r}: the same call again goes on from there.")
         else:
             shutil.rmtree(folder, ignore_errors=True)
         if isinstance(error, OSError) and not isinstance(error, RetroError):
-            raise DatastoreWriteError(
-                f"The datastore {str(path)!r} could not be written: {error}. What was there before is unharmed. Make room on "
-                "the disk, or allow writing, and make the same call again."
-            ) from error
+            raise not_written(path, error) from error
         raise
     else:
         if not helps:
@@ -292,17 +289,17 @@ def _check_taken(work: Path, blocks: list[Block], taken: Callable[[list[str]], n
 def _tell_input(num_blocks: int, num_empty: int, reader: DocumentReader) -> None:
     if not num_blocks:
         raise DatastoreInputError(
-            f"There is nothing to build a datastore from: the input has {num_empty:,} documents, all without text."
+            f"There is nothing to build a datastore from: the input has {counted(num_empty, 'document')}, none with text."
             if num_empty
             else "There is nothing to build a datastore from: the input has no documents."
         )
     if num_empty:
-        logger.warning(f"Skipped {num_empty:,} of {reader.num_read:,} documents, because they have no text.")
+        logger.warning(f"Skipped {num_empty:,} of {counted(reader.num_read, 'document')} for lack of text.")
     if reader.num_repaired:
-        logger.warning(f"Replaced lone surrogates by U+FFFD in {reader.num_repaired:,} documents.")
+        logger.warning(f"Replaced lone surrogates by U+FFFD in {counted(reader.num_repaired, 'document')}.")
     if reader.not_utf8:
         logger.warning(
-            f"{len(reader.not_utf8):,} of {len(reader.sources):,} files are not UTF-8, such as {min(reader.not_utf8)!r}: "
+            f"Not UTF-8: {len(reader.not_utf8):,} of {counted(len(reader.sources), 'file')}, such as {min(reader.not_utf8)!r}; "
             "what cannot be read there became U+FFFD. Convert them with `iconv -f <encoding> -t utf-8 …`, where the "
             "encoding is often latin1 or utf-16, and build again."
         )

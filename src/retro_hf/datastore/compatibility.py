@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from .embedder import ChunkEmbedder
     from .manifest import DatastoreManifest
+    from .store import RetroDatastore
 
 __all__ = ["check_compatible", "load_tokenizer"]
 
@@ -32,15 +33,20 @@ def load_tokenizer(tokenizer: PreTrainedTokenizerBase | str | os.PathLike[str]) 
 
 
 def check_compatible(
-    path: Path,
-    manifest: DatastoreManifest,
+    datastore: RetroDatastore,
     *,
-    tokenizer: PreTrainedTokenizerBase | None,
-    chunk_size: int | None,
-    neighbor_size: int | None,
-    embedder: ChunkEmbedder | None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    chunk_size: int | None = None,
+    neighbor_size: int | None = None,
+    embedder: ChunkEmbedder | None = None,
 ) -> None:
-    """Raise `DatastoreMismatchError` for the first given thing that the datastore at `path` was not built with."""
+    """Check that a datastore fits a language model's tokenizer and sizes, and the embedder of the queries.
+
+    Raises:
+        DatastoreMismatchError: for the first that it was not built with; names both sides, what would go wrong, and the
+            remedy.
+    """
+    path, manifest = datastore.path, datastore.manifest
     for name, wanted, known in (
         ("chunk_size", chunk_size, manifest.chunk_size),
         ("neighbor_size", neighbor_size, manifest.neighbor_size),

@@ -1,22 +1,23 @@
-"""New datastores from old ones without embedding again: subset, merge, retokenize."""
+"""New datastores from old ones without embedding again: save, subset, merge, retokenize."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import DatastoreInputError, DatastoreMismatchError
+from ..errors import DatastoreInputError, DatastoreMismatchError, counted
 from .build import describe_tokenizer, library_version, work_folder
 from .chunks import token_dtype, vocabulary_size
 from .compatibility import load_tokenizer
 from .documents import document_ids
 from .executors import progress_bar
-from .manifest import SHARD_FILES, DatastoreManifest, FileEntry, ShardEntry
+from .manifest import MANIFEST_NAME, SHARD_FILES, DatastoreManifest, FileEntry, ShardEntry
 from .policy import IndexOptions, parse_bytes
 from .shard import Shard, hash_of_id
 from .storage import NpyWriter, link_or_copy, new_folder
@@ -29,7 +30,33 @@ if TYPE_CHECKING:
 
     from .store import RetroDatastore
 
-__all__ = ["merge", "retokenize", "subset"]
+__all__ = ["merge", "retokenize", "save", "subset"]
+
+
+def save(datastore: RetroDatastore, path: str | os.PathLike[str]) -> None:
+    """Copy a datastore to a new folder, which appears when the copy is complete.
+
+    Args:
+        datastore ([`RetroDatastore`]): the store, such as one that was downloaded.
+        path (`str` or `Path`): the folder to make.
+    """
+    with new_folder(_outside(path, datastore)) as folder:
+        for entry in datastore.manifest.files:
+            shutil.copyfile(datastore.path / entry.name, folder / entry.name)
+        # The manifest last, as in a build.
+        shutil.copyfile(datastore.path / MANIFEST_NAME, folder / MANIFEST_NAME)
+
+
+def _outside(path: str | os.PathLike[str], *sources: RetroDatastore) -> Path:
+    """The path of a new store, which must not lie inside one that it is made from."""
+    for source in sources:
+        if Path(path).resolve().is_relative_to(source.path.resolve()):
+            raise DatastoreInputError(
+                f"The new datastore cannot be written to {str(path)!r}: that is, or lies inside, the datastore "
+                f"{str(source.path)!r} that it is made from, whose folder holds what its manifest names and nothing else. "
+                "Choose a path outside of it."
+            )
+    return Path(path)
 
 
 def subset(
@@ -41,7 +68,7 @@ def subset(
     seed: int = 0,
     index: str = "auto",
     recall: float = 0.95,
-    memory_budget: int | str | None = None,
+    memory_budget: float | str | None = None,
     show_progress: bool | None = None,
 ) -> RetroDatastore:
     """Write some of the documents of a datastore to a new one, with the keys they have.
@@ -57,8 +84,9 @@ def subset(
     Returns:
         [`RetroDatastore`]: the new store.
     Raises:
-        DatastoreInputError: if an id is not in the store, or nothing is left.
+        DatastoreInputError: if an id is not in the store, nothing is left, or `path` lies inside the store.
     """
+    path = _outside(path, datastore)
     keep = np.zeros(datastore.num_documents, dtype=bool)
     if (ids is None) == (fraction is None):
         raise DatastoreInputError("Give either the ids of the documents to take, or a fraction of them.")
@@ -76,10 +104,9 @@ def subset(
         keep[datastore.deleted_documents] = False
     if not keep.any():
         raise DatastoreInputError(
-            f"None of the {datastore.num_documents:,} documents is left. Take a larger fraction, or other ids."
+            f"No document is left of {counted(datastore.num_documents, 'document')}. Take a larger fraction, or other ids."
         )
     options = IndexOptions(index, recall, parse_bytes(memory_budget))
-    path = Path(path)
     with work_folder(path.absolute()) as work, new_folder(path, within=work) as folder:
         shards = rewrite(datastore, keep, work, options, 0, datastore.num_chunks, show_progress)
         for shard in shards:
@@ -124,11 +151,11 @@ def merge(datastores: Sequence[RetroDatastore], path: str | os.PathLike[str]) ->
         raise DatastoreInputError(
             f"{wrong!r} is of type {type(wrong).__name__}, not a RetroDatastore. Open it first: `RetroDatastore.load(path)`."
         )
+    path = _outside(path, *datastores)
     first = datastores[0]
     for other in datastores[1:]:
         _check_alike(first, other)
     _check_disjoint(datastores)
-    path = Path(path)
     shards: list[ShardEntry] = []
     files: list[FileEntry] = []
     deleted: list[np.ndarray] = []
@@ -212,6 +239,7 @@ def retokenize(
         DatastoreInputError: if a tokenizer does not know the places of its tokens in the text, or leaves a document
             without tokens.
     """
+    path = _outside(path, datastore)
     tokenizer = load_tokenizer(tokenizer)
     for one in (datastore.tokenizer, tokenizer):
         if not one.is_fast:
@@ -219,7 +247,6 @@ def retokenize(
                 f"The tokenizer {one.name_or_path!r} is not a fast one, so the text of a chunk cannot be found in it. "
                 "Build the datastore again."
             )
-    path = Path(path)
     dtype = token_dtype(vocabulary_size(tokenizer))
     shards: list[ShardEntry] = []
     files: list[FileEntry] = []

@@ -120,8 +120,8 @@ def local_folder(
         DatastoreCorruptError: if what was downloaded is not what its manifest says.
     """
     path = Path(name_or_path)
-    if path.is_dir():
-        if revision is not None:
+    if path.exists():
+        if revision is not None and path.is_dir():
             raise DatastoreInputError(
                 f"'{name_or_path}' is a local folder, which has no revision {revision!r}. Leave `revision` out, or move "
                 "the folder out of the way to load the repository of that name."

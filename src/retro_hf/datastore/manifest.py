@@ -174,7 +174,12 @@ class DatastoreManifest:
         """
         path = folder / MANIFEST_NAME
         if not path.is_file():
-            reason = f"it has no {MANIFEST_NAME}" if folder.is_dir() else "the folder does not exist"
+            if folder.is_file():
+                reason = "it is a file, and a datastore is a folder"
+                if (folder.parent / MANIFEST_NAME).is_file():
+                    reason = f"it is a file of the datastore {str(folder.parent)!r}"
+            else:
+                reason = f"it has no {MANIFEST_NAME}" if folder.is_dir() else "the folder does not exist"
             raise DatastoreNotFoundError(
                 f"There is no datastore at {str(folder)!r}: {reason}. "
                 "Check the path, or build one with `RetroDatastore.build(documents, path, ...)`."

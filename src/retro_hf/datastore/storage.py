@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import DatastoreCorruptError, DatastoreExistsError
+from ..errors import DatastoreCorruptError, DatastoreExistsError, DatastoreWriteError, RetroError
 
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "map_npy",
     "map_tensor",
     "new_folder",
+    "not_written",
     "sha256_of",
     "sync",
     "write_file",
@@ -99,8 +100,16 @@ def check_free(path: Path) -> None:
     if path.is_symlink() or path.is_file() or (path.is_dir() and any(path.iterdir())):
         raise DatastoreExistsError(
             f"{str(path)!r} already exists. A datastore is never written over another: choose another path, remove the old "
-            "one first, or add to it with `RetroDatastore.load(path).append(documents)`."
+            "one first, or add to it with `RetroDatastore.load(path).append(documents, ...)`."
         )
+
+
+def not_written(path: Path, error: OSError) -> DatastoreWriteError:
+    """The error for a disk that did not take what was to be written to `path`."""
+    return DatastoreWriteError(
+        f"{str(path)!r} could not be written: {error}. What was there before is unharmed. Make room on the disk, or allow "
+        "writing, and make the same call again; or choose another path."
+    )
 
 
 @contextmanager
@@ -112,13 +121,14 @@ def new_folder(path: Path, within: Path | None = None) -> Iterator[Path]:
 
     Raises:
         DatastoreExistsError: if `path` is a file or a folder with content. It stays as it is.
+        DatastoreWriteError: if the disk is full, or must not be written to.
     """
     path = Path(os.path.abspath(path))
     check_free(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = (within or path.parent) / f".{path.name}.{uuid.uuid4().hex}.partial"
-    partial.mkdir()
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.mkdir()
         yield partial
         for file in partial.iterdir():
             sync(file)
@@ -131,8 +141,10 @@ def new_folder(path: Path, within: Path | None = None) -> Iterator[Path]:
                 "path and write it again."
             ) from error
         sync(path.parent)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError) and not isinstance(error, RetroError):
+            raise not_written(path, error) from error
         raise
 
 

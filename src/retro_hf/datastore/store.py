@@ -14,22 +14,17 @@ import numpy as np
 from transformers import AutoTokenizer
 
 from ..errors import DatastoreInputError
+from . import compatibility, derive, hub, update
 from .build import BuildOptions, build_datastore
-from .compatibility import check_compatible, load_tokenizer
-from .derive import merge, retokenize, subset
 from .embedder import ChunkEmbedder
 from .executors import Executor, as_executor
-from .hub import local_folder, push
-from .manifest import MANIFEST_NAME, DatastoreManifest
+from .manifest import DatastoreManifest
 from .policy import DEFAULT_SHARD_CHUNKS, IndexOptions, parse_bytes
 from .shard import Shard
-from .storage import new_folder
-from .update import append, compact, delete
 from .view import View, checked_search, verify_files
 
 
 if TYPE_CHECKING:
-    from huggingface_hub import CommitInfo
     from transformers import PreTrainedTokenizerBase
 
 __all__ = ["RetroDatastore"]
@@ -50,7 +45,8 @@ class RetroDatastore:
 
     The folder is portable: no absolute paths, no pickle. Its files never change; [`append`], [`delete`] and [`compact`]
     write new ones and then, as one step, the manifest that names them. Everything is memory-mapped: opening reads the
-    manifest and takes milliseconds, processes share the pages. Documents and chunks keep their numbers until `compact`.
+    manifest and takes milliseconds, processes share the pages. Chunk ids and document numbers are places in the store:
+    deleted documents keep theirs, and are counted, until `compact` numbers anew.
 
     Attributes:
         path (`Path`): the folder.
@@ -77,7 +73,7 @@ class RetroDatastore:
         neighbor_size: int = 128,
         index: str = "auto",
         recall: float = 0.95,
-        memory_budget: int | str | None = None,
+        memory_budget: float | str | None = None,
         batch_size: int = 64,
         shard_chunks: int = DEFAULT_SHARD_CHUNKS,
         executor: Executor | int = 1,
@@ -102,8 +98,8 @@ class RetroDatastore:
                 exact up to 200,000 chunks and 4-bit IVF-PQ with re-scoring above.
             recall (`float`, defaults to 0.95): share of the two nearest neighbors that an approximate index is to find.
                 Its search parameters are chosen so, measured against exact search, and recorded; 1.0 is exact search.
-            memory_budget (`int` or `str`, *optional*): what the index may keep in memory when searched, such as
-                `"4GB"`. It chooses the kind of index; what does not fit is refused before any work is spent.
+            memory_budget (`float` or `str`, *optional*): what the index may keep in memory when searched: bytes, or a text
+                such as `"4GB"` or `"1.5 GiB"`. It chooses the kind of index; what does not fit is refused before any work is spent.
             batch_size (`int`, defaults to 64): chunks per forward pass of the embedder.
             shard_chunks (`int`, defaults to 67,108,864): chunks per shard at most. Memory while building is bounded by a
                 shard's index; a cluster searches shards on different machines.
@@ -118,7 +114,7 @@ class RetroDatastore:
         *Determinism*: the same documents, tokenizer, embedder, library versions and thread count give the same bytes.
         *Memory*: a few hundred MB and the encoder, whatever the input; then the index of one shard.
         """
-        tokenizer = load_tokenizer(tokenizer)
+        tokenizer = compatibility.load_tokenizer(tokenizer)
         if isinstance(embedder, (str, os.PathLike)):
             embedder = ChunkEmbedder.from_pretrained(embedder)
         options = BuildOptions(
@@ -150,7 +146,8 @@ class RetroDatastore:
 
         Args:
             path (`str` or `Path`, *optional*): the folder to make instead of a temporary one.
-            options: the other options of [`RetroDatastore.build`].
+            options: the other options of [`RetroDatastore.build`]: `chunk_size`, `neighbor_size`, `index`, `recall`,
+                `memory_budget`, `batch_size`, `shard_chunks`, `executor`, `show_progress`.
         """
         if path is not None:
             return cls.build(texts, path, tokenizer=tokenizer, embedder=embedder, **options)
@@ -205,19 +202,8 @@ class RetroDatastore:
             DatastoreNotFoundError: if there is no such folder or repository, or it holds no datastore.
             DatastoreCorruptError: if its files are not what its manifest says.
         """
-        return cls.load(local_folder(name_or_path, revision=revision, cache_dir=cache_dir, token=token, verify=verify))
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        private: bool | None = None,
-        token: str | None = None,
-        revision: str | None = None,
-        commit_message: str | None = None,
-    ) -> CommitInfo:
-        """Upload the datastore to a dataset repository, with a card, as one commit. See [`push`]."""
-        return push(self, repo_id, private=private, token=token, revision=revision, commit_message=commit_message)
+        folder = hub.local_folder(name_or_path, revision=revision, cache_dir=cache_dir, token=token, verify=verify)
+        return cls.load(folder)
 
     def refresh(self) -> None:
         """See what has changed in the folder since it was opened: documents appended, deleted or compacted.
@@ -229,66 +215,20 @@ class RetroDatastore:
         if manifest != self.manifest:
             self._view = View.open(self.path, manifest, self._view.shards)
 
-    def append(self, documents: Any, *, embedder: ChunkEmbedder | str, **options: Any) -> None:
-        """Add documents as a new shard; nothing that is there is touched or computed again. See [`append`]."""
-        append(self, documents, embedder=embedder, **options)
-
-    def delete(self, ids: Iterable[str]) -> None:
-        """Never return these documents again, from this moment; [`compact`] removes them from the disk. See [`delete`]."""
-        delete(self, ids)
-
-    def compact(self, **options: Any) -> None:
-        """Rewrite the store without its deleted documents and with as few shards as can be. See [`compact`]."""
-        compact(self, **options)
-
-    def subset(self, path: str | os.PathLike[str], **options: Any) -> RetroDatastore:
-        """A new datastore of some of the documents, chosen by id or as a fraction. See [`subset`]."""
-        return subset(self, path, **options)
-
-    def retokenize(
-        self, path: str | os.PathLike[str], tokenizer: PreTrainedTokenizerBase | str, **options: Any
-    ) -> RetroDatastore:
-        """A new datastore with the same keys for a model with another tokenizer. See [`retokenize`]."""
-        return retokenize(self, path, tokenizer, **options)
-
-    @staticmethod
-    def merge(datastores: Sequence[RetroDatastore], path: str | os.PathLike[str]) -> RetroDatastore:
-        """A new datastore of all shards of several. See [`merge`]."""
-        return merge(datastores, path)
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Copy the datastore to a new folder, which appears when the copy is complete."""
-        with new_folder(Path(path)) as folder:
-            for entry in self.manifest.files:
-                shutil.copyfile(self.path / entry.name, folder / entry.name)
-            # The manifest last, as in a build.
-            shutil.copyfile(self.path / MANIFEST_NAME, folder / MANIFEST_NAME)
+    # Each is documented where it is defined, with the datastore as its first argument.
+    append = update.append
+    delete = update.delete
+    compact = update.compact
+    save = derive.save
+    subset = derive.subset
+    retokenize = derive.retokenize
+    merge = staticmethod(derive.merge)
+    push_to_hub = hub.push
+    check_compatible = compatibility.check_compatible
 
     def verify(self) -> None:
         """Compare size and sha256 of every file with the manifest; raises `DatastoreCorruptError` at the first."""
         verify_files(self.path, self.manifest)
-
-    def check_compatible(
-        self,
-        *,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        chunk_size: int | None = None,
-        neighbor_size: int | None = None,
-        embedder: ChunkEmbedder | None = None,
-    ) -> None:
-        """Check that the datastore fits a language model's tokenizer and sizes, and the embedder of the queries.
-
-        Raises:
-            DatastoreMismatchError: naming both sides, what would go wrong, and the remedy.
-        """
-        check_compatible(
-            self.path,
-            self.manifest,
-            tokenizer=tokenizer,
-            chunk_size=chunk_size,
-            neighbor_size=neighbor_size,
-            embedder=embedder,
-        )
 
     @property
     def manifest(self) -> DatastoreManifest:
