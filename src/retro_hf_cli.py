@@ -1,6 +1,8 @@
 """The `retro` command; beside the package so that `--help` waits for neither torch nor transformers."""
 
+import dataclasses
 import json
+import os
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -11,15 +13,18 @@ import typer
 
 app = typer.Typer(
     name="retro",
-    help="RETRO for Hugging Face transformers: language models that read a datastore, chunk by chunk.",
+    help="Language models that read a datastore, chunk by chunk. retro COMMAND --help ends with an example.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 
 DATASTORE, MODEL = "Datastore", "Model"
-Embedder = Annotated[str | None, typer.Option(help="Frozen encoder: a folder or a Hub name.")]
-Workers = Annotated[int, typer.Option(help="Processes that share the cores.")]
+STORE = "A datastore: its folder, or a dataset repository on the Hub."
+Folder = Annotated[Path, typer.Argument(help="Folder of a datastore.")]
+Source = Annotated[Path, typer.Argument(help="Folder of texts, or a .txt, .md, .jsonl, .jsonl.gz or .parquet file.")]
+Embedder = Annotated[str | None, typer.Option(help="Encoder that built the datastore; needed if it was a folder.")]
+Workers = Annotated[int, typer.Option(min=1, help="Processes that share the cores.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 DEFAULT_EMBEDDER = "sentence-transformers/all-MiniLM-L6-v2"
 
@@ -40,100 +45,92 @@ def _options(
     pass
 
 
-@app.command(rich_help_panel=DATASTORE)
+@app.command(rich_help_panel=DATASTORE, epilog="retro build notes/ -o store --tokenizer my-model")
 def build(
-    source: Annotated[Path, typer.Argument(help="A folder of texts, or a .txt, .jsonl, .jsonl.gz or .parquet file.")],
+    source: Source,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
     tokenizer: Annotated[str, typer.Option(help="Tokenizer of the language model: a folder or a Hub name.")],
-    embedder: Annotated[str, typer.Option(help="Frozen encoder: a folder or a Hub name.")] = DEFAULT_EMBEDDER,
-    chunk_size: Annotated[int, typer.Option(help="Tokens per chunk, as the model has it.")] = 64,
-    neighbor_size: Annotated[int, typer.Option(help="Tokens per neighbor: its chunk and what follows.")] = 128,
-    index: Annotated[str, typer.Option(help="A FAISS factory string, or auto.")] = "auto",
-    recall: Annotated[
-        float, typer.Option(help="Share of the two nearest neighbors to find; 1 is exact search.")
-    ] = 0.95,
-    memory_budget: Annotated[str | None, typer.Option(help="For the index when searched, such as 4GB.")] = None,
+    embedder: Annotated[str, typer.Option(help="Encoder of the chunks: a folder or a Hub name.")] = DEFAULT_EMBEDDER,
+    chunk_size: Annotated[int, typer.Option(min=1, help="Tokens per chunk; the same as the model's.")] = 64,
+    neighbor_size: Annotated[int, typer.Option(min=1, help="Tokens per neighbor: its chunk and what follows.")] = 128,
+    index: Annotated[str, typer.Option(help="auto, by size, or a FAISS factory string such as Flat.")] = "auto",
+    recall: Annotated[float, typer.Option(help="Share of the two nearest neighbors to find; 1 is exact.")] = 0.95,
+    memory_budget: Annotated[str | None, typer.Option(help="Memory for the index in use, such as 4GB.")] = None,
     workers: Workers = 1,
 ) -> None:
-    """Build a datastore, or go on with a build that was stopped: retro build notes/ -o store --tokenizer my-model"""
-    from retro_hf import ChunkEmbedder, RetroDatastore
+    """Build a datastore, or go on with a build that was stopped."""
+    from retro_hf import RetroDatastore
 
     _tell_sizes()
     store = RetroDatastore.build(
         source,
         output,
-        tokenizer=_load("tokenizer", tokenizer),
-        embedder=ChunkEmbedder.from_pretrained(embedder),
+        tokenizer=tokenizer,
+        embedder=embedder,
         chunk_size=chunk_size,
         neighbor_size=neighbor_size,
         index=index,
         recall=recall,
         memory_budget=memory_budget,
         executor=workers,
-        show_progress=True,
     )
-    typer.echo(f"{store.num_documents:,} documents, {store.num_chunks:,} chunks in {output}")
+    typer.echo(f"{_size_of(store)} in {output}")
 
 
-@app.command(rich_help_panel=DATASTORE)
-def append(
-    store: Annotated[Path, typer.Argument(help="Folder of a datastore.")],
-    source: Annotated[Path, typer.Argument(help="A folder of texts, or a .txt, .jsonl, .jsonl.gz or .parquet file.")],
-    embedder: Embedder = None,
-    workers: Workers = 1,
-) -> None:
-    """Add documents; nothing that is there is computed again: retro append store more.jsonl"""
-    from retro_hf import RetroDatastore
-
+@app.command(rich_help_panel=DATASTORE, epilog="retro append store more.jsonl")
+def append(store: Folder, source: Source, embedder: Embedder = None, workers: Workers = 1) -> None:
+    """Add documents; nothing that is there is computed again."""
     _tell_sizes()
-    opened = RetroDatastore.load(store)
+    opened = _load_datastore(store)
     before = opened.num_documents
-    name = embedder or opened.manifest.embedder["name"]
-    opened.append(source, embedder=name, executor=workers, show_progress=True)
-    typer.echo(f"{opened.num_documents - before:,} documents added; {opened.num_chunks:,} chunks in {store}")
+    opened.append(source, embedder=embedder or opened.manifest.embedder["name"], executor=workers)
+    typer.echo(f"{_size_of(opened)} in {store}; documents added: {opened.num_documents - before:,}")
 
 
-@app.command(rich_help_panel=DATASTORE)
-def delete(
-    store: Annotated[Path, typer.Argument(help="Folder of a datastore.")],
-    ids: Annotated[list[str], typer.Argument(help="Ids of documents.")],
+@app.command(rich_help_panel=DATASTORE, epilog="retro delete store doc-7 doc-9")
+def delete(store: Folder, ids: Annotated[list[str], typer.Argument(help="Ids, as search shows them.")]) -> None:
+    """Never return documents again; compact removes them from the disk."""
+    _load_datastore(store).delete(ids)
+    typer.echo(f"documents deleted from {store}: {len(ids):,}; `retro compact {store}` removes them from the disk")
+
+
+@app.command(rich_help_panel=DATASTORE, epilog="retro compact store")
+def compact(store: Folder) -> None:
+    """Rewrite a datastore without what was deleted, as one shard."""
+    opened = _load_datastore(store)
+    opened.compact()
+    typer.echo(f"{_size_of(opened)} in {store}")
+
+
+@app.command(rich_help_panel=DATASTORE, epilog="retro push store me/my-store")
+def push(
+    store: Folder,
+    repo: Annotated[str, typer.Argument(help="Dataset repository, such as me/my-store; made if it isn't there.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to push to; made if it isn't there.")] = None,
 ) -> None:
-    """Never return documents again; compact removes them from the disk: retro delete store doc-7 doc-9"""
-    from retro_hf import RetroDatastore
-
-    RetroDatastore.load(store).delete(ids)
-    typer.echo(f"{len(ids):,} documents deleted from {store}; `retro compact {store}` removes them from the disk")
+    """Upload a datastore to the Hub, with a card, as one commit."""
+    commit = _load_datastore(store).push_to_hub(repo, private=private or None, revision=revision)
+    typer.echo(f"{commit.repo_url}, commit {commit.oid}")
 
 
-@app.command(rich_help_panel=DATASTORE)
-def compact(store: Annotated[Path, typer.Argument(help="Folder of a datastore.")]) -> None:
-    """Rewrite a datastore without what was deleted, as one shard: retro compact store"""
-    from retro_hf import RetroDatastore
-
-    opened = RetroDatastore.load(store)
-    opened.compact(show_progress=True)
-    typer.echo(f"{opened.num_documents:,} documents, {opened.num_chunks:,} chunks in {store}")
-
-
-@app.command(rich_help_panel=DATASTORE)
+@app.command(rich_help_panel=DATASTORE, epilog='retro search store "frogs came up" -k 3')
 def search(
-    store: Annotated[Path, typer.Argument(help="Folder of a datastore.")],
+    store: Annotated[str, typer.Argument(help=STORE)],
     query: Annotated[str, typer.Argument(help="Text to look up.")],
-    num_neighbors: Annotated[int, typer.Option("-k", help="How many neighbors.")] = 2,
+    num_neighbors: Annotated[int, typer.Option("-k", min=1, help="How many neighbors.")] = 2,
     embedder: Embedder = None,
     bm25: Annotated[bool, typer.Option("--bm25", help="Search by words instead of vectors.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Look a text up: retro search store "frogs came up" -k 3"""
-    import dataclasses
-
+    """Show the nearest neighbors of a text."""
     if not query.strip():
         raise ValueError("The query is empty; give at least one word to look up.")
     if bm25:
         from retro_hf import RetroDatastore, RetroRetriever
         from retro_hf.datastore import LexicalSearcher
 
-        datastore = RetroDatastore.load(store)
+        datastore = RetroDatastore.from_pretrained(store)
         retriever = RetroRetriever(datastore, searcher=LexicalSearcher.build(datastore))
     else:
         retriever = _open_retriever(store, embedder)
@@ -141,25 +138,27 @@ def search(
     if as_json:
         typer.echo(json.dumps([dataclasses.asdict(neighbor) for neighbor in found], ensure_ascii=False))
         return
+    if not found:
+        gone = retriever.datastore.num_deleted_documents == retriever.datastore.num_documents
+        reason = f"all documents of {store} have been deleted" if gone else "no chunk has a word of the query"
+        typer.echo(f"Nothing was found: {reason}.")
     for neighbor in found:
         typer.echo(f"{neighbor.score:.3f}  {neighbor.document_id}  {neighbor.title}")
         typer.echo(f"    {neighbor.text}\n  → {neighbor.continuation}\n")
 
 
-@app.command(rich_help_panel=DATASTORE)
+@app.command(rich_help_panel=DATASTORE, epilog="retro inspect store --verify")
 def inspect(
-    store: Annotated[Path, typer.Argument(help="Folder of a datastore.")],
+    store: Folder,
     verify: Annotated[bool, typer.Option("--verify", help="Check the checksum of every file.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show what a datastore is made of: retro inspect store --verify"""
-    import dataclasses
-
-    from retro_hf import RetroDatastore
-
-    opened = RetroDatastore.load(store, verify=verify).manifest
+    """Show what a datastore is made of."""
+    opened = _load_datastore(store)
+    if verify:
+        opened.verify()
     counts = {name: getattr(opened, name) for name in ("num_documents", "num_chunks", "num_tokens")}
-    manifest = counts | dataclasses.asdict(opened)
+    manifest = counts | dataclasses.asdict(opened.manifest)
     if as_json:
         typer.echo(json.dumps(manifest, ensure_ascii=False))
         return
@@ -171,34 +170,33 @@ def inspect(
     typer.echo("all checksums match" if verify else "sizes match; --verify checks the content, too")
 
 
-@app.command(rich_help_panel=MODEL)
+@app.command(rich_help_panel=MODEL, epilog='retro generate model "In the beginning" --store store')
 def generate(
     model: Annotated[str, typer.Argument(help="Folder or Hub name of a RETRO model.")],
     prompt: Annotated[str, typer.Argument(help="Text to continue.")],
-    store: Annotated[Path | None, typer.Option(help="Folder of a datastore; without one, retrieval is off.")] = None,
+    store: Annotated[str | None, typer.Option(help=f"{STORE} Without one, retrieval is off.")] = None,
     embedder: Embedder = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 64,
 ) -> None:
-    """Continue a text, with retrieval: retro generate model "In the beginning" --store store"""
+    """Continue a text, with a datastore to read or without."""
     tokenizer = _load("tokenizer", model)
     retriever = None if store is None else _open_retriever(store, embedder, tokenizer)
     inputs = tokenizer(_readable(prompt), return_tensors="pt", return_token_type_ids=False)
     if inputs.input_ids.shape[1] == 0:
         raise ValueError("The prompt is empty; give at least one word to continue.")
-    output = _load("model", model).generate(
-        **inputs, retriever=retriever, max_new_tokens=max_new_tokens, do_sample=False
-    )
+    options = {"retriever": retriever, "max_new_tokens": max_new_tokens, "do_sample": False}
+    output = _load("model", model).generate(**inputs, **options)
     typer.echo(tokenizer.decode(output[0], skip_special_tokens=True))
 
 
-@app.command(rich_help_panel=MODEL)
+@app.command(rich_help_panel=MODEL, epilog="retro retrofit org/base -o my-retro")
 def retrofit(
     base: Annotated[str, typer.Argument(help="Folder or Hub name of a decoder-only model.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
-    chunk_size: Annotated[int, typer.Option(help="Tokens per chunk.")] = 64,
+    chunk_size: Annotated[int, typer.Option(min=1, help="Tokens per chunk.")] = 64,
     adapter_only: Annotated[bool, typer.Option("--adapter-only", help="Save only what is added.")] = False,
 ) -> None:
-    """Add retrieval to a checkpoint: retro retrofit org/base -o my-retro"""
+    """Add retrieval to a decoder-only checkpoint, which then needs training."""
     from retro_hf import retrofit as add_retrieval
     from retro_hf.retrofit import parameter_report
 
@@ -209,27 +207,21 @@ def retrofit(
     typer.echo(parameter_report(model))
 
 
-@app.command("eval", rich_help_panel=MODEL)
+@app.command("eval", rich_help_panel=MODEL, epilog="retro eval model heldout.jsonl --store store")
 def evaluate(
     model: Annotated[str, typer.Argument(help="Folder or Hub name of a RETRO model.")],
-    texts: Annotated[
-        Path, typer.Argument(help="Held-out documents, as for build: a folder, or a file such as .jsonl.")
-    ],
-    store: Annotated[Path, typer.Option(help="Folder of a datastore.")],
+    texts: Source,
+    store: Annotated[str, typer.Option(help=STORE)],
     embedder: Embedder = None,
     as_json: AsJson = False,
 ) -> None:
-    """Bits per byte with retrieval on, off and random: retro eval model heldout.jsonl --store store"""
+    """Measure bits per byte of held-out texts with retrieval on, off and random."""
     from retro_hf.datastore.documents import DocumentReader
     from retro_hf.evaluation import bits_per_byte
 
     documents = [{"id": document.id, "text": document.text} for document in DocumentReader(texts)]
-    result = bits_per_byte(
-        _load("model", model),
-        documents,
-        _load("tokenizer", model),
-        retriever=_open_retriever(store, embedder),
-    )
+    retriever = _open_retriever(store, embedder)
+    result = bits_per_byte(_load("model", model), documents, _load("tokenizer", model), retriever=retriever)
     typer.echo(json.dumps(result.to_dict()) if as_json else str(result))
 
 
@@ -238,6 +230,12 @@ def _tell_sizes() -> None:
     from transformers.utils import logging
 
     logging.get_logger("retro_hf").setLevel(logging.INFO)
+
+
+def _size_of(datastore: Any) -> str:
+    from retro_hf.errors import counted
+
+    return f"{counted(datastore.num_documents, 'document')}, {counted(datastore.num_chunks, 'chunk')}"
 
 
 def _readable(argument: str) -> str:
@@ -265,7 +263,13 @@ def _load(what: str, name: str) -> Any:
     )
 
 
-def _open_retriever(store: Path, embedder: str | None, tokenizer: Any = None) -> Any:
+def _load_datastore(folder: Path) -> Any:
+    from retro_hf import RetroDatastore
+
+    return RetroDatastore.load(folder)
+
+
+def _open_retriever(store: str, embedder: str | None, tokenizer: Any = None) -> Any:
     from retro_hf import RetroRetriever
 
     return RetroRetriever.from_pretrained(store, embedder=embedder, tokenizer=tokenizer)
@@ -273,12 +277,17 @@ def _open_retriever(store: Path, embedder: str | None, tokenizer: Any = None) ->
 
 def main() -> None:
     """Run the `retro` command; an error that can be explained is one line on stderr, exit code 1."""
+    if not sys.stderr.isatty():
+        # The switch of transformers and the Hub's client, whose bars would fill a log.
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         app()
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
         if "--debug" in sys.argv:
             raise
-        typer.echo(f"{type(error).__name__}: {error}", err=True)
+        from retro_hf.errors import in_commands
+
+        typer.echo(f"{type(error).__name__}: {in_commands(str(error), typer.main.get_command(app))}", err=True)
         raise SystemExit(1) from None
 
 

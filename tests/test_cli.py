@@ -1,17 +1,22 @@
 """The `retro` command: each subcommand does its work, answers in JSON where asked, and explains its errors."""
 
+import contextlib
 import json
 import logging
+import os
+import pty
 import subprocess
 import sys
 
 import pytest
+import typer
 from datastore.fixtures import corpus
 from tiny_training import CHUNK_SIZE, make_model, make_world
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from retro_hf.errors import DatastoreInputError, PretrainedNotFoundError
+from retro_hf import RetroDatastore
+from retro_hf.errors import DatastoreInputError, PretrainedNotFoundError, in_commands
 from retro_hf_cli import app
 
 
@@ -66,9 +71,9 @@ def test_a_store_grows_forgets_and_is_compacted(world, tmp_path):
     retro("build", world / "texts.jsonl", "-o", store, *options, "--memory-budget", "1GB", "--recall", 1)
     (tmp_path / "more.jsonl").write_text('{"id": "new", "text": "a brand new document"}\n')
     printed = retro("append", store, tmp_path / "more.jsonl", "--embedder", world / "encoder")
-    assert "1 documents added" in printed
+    assert "documents added: 1\n" in printed and printed.startswith("6 documents, ")
     first = json.loads(retro("search", store, "anything", "-k", 1, "--embedder", world / "encoder", "--json"))[0]
-    assert "2 documents deleted" in retro("delete", store, "new", first["document_id"])
+    assert "deleted from" in retro("delete", store, "new", first["document_id"])
     found = json.loads(retro("search", store, "anything", "-k", 9, "--embedder", world / "encoder", "--json"))
     assert not {neighbor["document_id"] for neighbor in found} & {"new", first["document_id"]}
     assert "4 documents" in retro("compact", store)
@@ -121,6 +126,7 @@ def test_an_error_is_one_explained_line(tmp_path):
     failed = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
     assert failed.returncode == 1
     assert failed.stderr.startswith("DatastoreNotFoundError: There is no datastore")
+    assert "build one with `retro build`" in failed.stderr
     assert "Traceback" not in failed.stderr
     debug = subprocess.run([*command, "--debug", *arguments], capture_output=True, text=True, check=False)
     assert "Traceback" in debug.stderr
@@ -145,7 +151,7 @@ def test_a_wrong_name_is_explained(world, tmp_path, place):
 def test_help_names_every_command():
     """The commands that the README promises."""
     printed = retro("--help")
-    for name in ("build", "search", "inspect", "generate", "retrofit", "eval"):
+    for name in ("build", "append", "delete", "compact", "push", "search", "inspect", "generate", "retrofit", "eval"):
         assert name in printed
 
 
@@ -172,7 +178,7 @@ def test_eval_reads_what_build_reads_and_names_a_broken_line(world, tmp_path):
     """A folder of texts; a line that is no JSON, with its number."""
     options = ("--store", world / "store", "--embedder", world / "encoder")
     (tmp_path / "one.txt").write_text("the king reads seven letters under the old bridge near the harbor today")
-    assert "1 documents" in retro("eval", world / "model", tmp_path, *options)
+    assert "\n1 document; scored: " in retro("eval", world / "model", tmp_path, *options)
     (tmp_path / "two.jsonl").write_text('{"text": "fine"}\nnot JSON\n')
     with pytest.raises(DatastoreInputError, match="two.jsonl:2 is not JSON"):
         retro("eval", world / "model", tmp_path / "two.jsonl", *options)
@@ -203,3 +209,79 @@ def test_arguments_that_are_not_utf8_are_read(world):
     latin1 = b"the caf\xe9 of the king".decode("utf-8", "surrogateescape")
     assert "→" in retro("search", world / "store", latin1, "--embedder", world / "encoder")
     assert "\ufffd" in retro("generate", world / "model", latin1, "--max-new-tokens", 2)
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        ("memory_budget is 'x', but", "--memory-budget is 'x', but"),
+        ("neighbor_size=128 is below chunk_size=130.", "--neighbor-size 128 is below --chunk-size 130."),
+        ("Use index='Flat', which", "Use --index 'Flat', which"),
+        ("num_neighbors is 0", "-k is 0"),
+        ("with `RetroDatastore.build(documents, path, ...)`.", "with `retro build`."),
+        ("with `RetroDatastore.load(path).append(documents, ...)`.", "with `retro append`."),
+        ("with `RetroDatastore.push_to_hub`.", "with `retro push`."),
+        ("The index of the embedder (dim=384) and its recall", "The index of the embedder (dim=384) and its recall"),
+    ],
+)
+def test_errors_speak_of_flags_and_commands(said, shown):
+    """What is an argument or a method in Python has another name for who types."""
+    assert in_commands(said, typer.main.get_command(app)) == shown
+
+
+def test_bars_are_drawn_on_a_terminal_and_nowhere_else(world, tmp_path):
+    """Neither by this package nor by transformers, which shows one while it loads a model."""
+    options = ["--tokenizer", str(world / "model"), "--embedder", str(world / "encoder")]
+    build = [sys.executable, "-m", "retro_hf_cli", "build", str(world / "texts.jsonl"), *options, "-o"]
+    environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_DISABLE_PROGRESS_BARS"}
+    piped = subprocess.run([*build, str(tmp_path / "1")], capture_output=True, text=True, check=True, env=environment)
+    assert "%" not in piped.stdout + piped.stderr, piped.stderr
+    screen, terminal = pty.openpty()
+    with subprocess.Popen([*build, str(tmp_path / "2")], stdout=terminal, stderr=terminal, env=environment) as process:
+        os.close(terminal)
+        drawn = b""
+        with open(screen, "rb", buffering=0) as shown, contextlib.suppress(OSError):  # the end of a terminal on Linux
+            while part := shown.read(1 << 16):
+                drawn += part
+    assert process.returncode == 0, drawn
+    assert b"Embedding: 100%" in drawn and b"Loading weights: 100%" in drawn
+
+
+def test_one_is_not_a_plural(world, tmp_path):
+    """Neither of documents nor of chunks."""
+    (tmp_path / "one.txt").write_text("a single line")
+    options = ("--tokenizer", world / "model", "--embedder", world / "encoder")
+    printed = retro("build", tmp_path / "one.txt", "-o", tmp_path / "store", *options)
+    assert printed == f"1 document, 1 chunk in {tmp_path / 'store'}\n"
+
+
+def test_a_search_that_finds_nothing_says_why(world, tmp_path):
+    """An empty answer looks like a failure; scripts get an empty list."""
+    RetroDatastore.load(world / "store").save(tmp_path / "store")
+    options = (tmp_path / "store", "zyzzyva", "--bm25")
+    assert retro("search", *options) == "Nothing was found: no chunk has a word of the query.\n"
+    store = RetroDatastore.load(tmp_path / "store")
+    store.delete([store.document(number)["id"] for number in range(store.num_documents)])
+    vectors = (tmp_path / "store", "the king", "--embedder", world / "encoder")
+    assert (
+        retro("search", *vectors) == f"Nothing was found: all documents of {tmp_path / 'store'} have been deleted.\n"
+    )
+    with pytest.raises(DatastoreInputError, match="All documents of .* have been deleted"):
+        retro("search", *options)
+    assert json.loads(retro("search", *vectors, "--json")) == []
+
+
+@pytest.mark.parametrize("command", ["inspect", "search"])
+@pytest.mark.parametrize(
+    ("place", "reason"),
+    [
+        ("texts.jsonl", "it is a file, and a datastore is a folder"),
+        ("store/datastore.json", "it is a file of the datastore '.*store'"),
+        ("model", "it has no datastore.json"),
+    ],
+)
+def test_what_is_no_datastore_is_named(world, command, place, reason):
+    """A file, a file inside the folder that was meant, a folder of something else."""
+    rest = ("the king", "--embedder", world / "encoder") if command == "search" else ()
+    with pytest.raises(FileNotFoundError, match=f"There is no datastore at '.*{place}': {reason}"):
+        retro(command, world / place, *rest)

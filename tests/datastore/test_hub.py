@@ -17,35 +17,16 @@ from hub_server import running_hub
 from huggingface_hub import constants
 from tiny import tiny_retro
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 from retro_hf import RetroDatastore, RetroRetriever
 from retro_hf.datastore.card import render_card
 from retro_hf.datastore.manifest import DatastoreManifest
 from retro_hf.errors import DatastoreCorruptError, DatastoreInputError, DatastoreNotFoundError
+from retro_hf_cli import app
 
 
 REPO = "me/store"
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """A running Hub, which the client of this process talks to, with a cache of its own."""
-    with running_hub() as server:
-        settings = {
-            "ENDPOINT": server.url,
-            "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",
-            "HF_HUB_CACHE": str(tmp_path / "cache"),
-            "HF_HUB_DISABLE_XET": True,
-            "HF_HUB_OFFLINE": False,
-        }
-        for name, value in settings.items():
-            monkeypatch.setattr(constants, name, value)
-        # Transformers keeps one client, which another test may have made for the real Hub.
-        monkeypatch.setattr("transformers.utils.hub._hf_api", None)
-        monkeypatch.setenv("HF_TOKEN", "hf_test")
-        monkeypatch.setattr("time.sleep", lambda seconds: None)  # the client's pauses before it tries again
-        yield server
-        huggingface_hub.close_session()
 
 
 @pytest.fixture
@@ -75,6 +56,16 @@ def test_what_is_pushed_comes_back_byte_for_byte(hub, datastore):
     assert content(pulled.path) == content(datastore.path)
     assert pulled.manifest == datastore.manifest
     assert pulled.document(3) == datastore.document(3)
+
+
+def test_the_command_pushes_to_a_branch_of_a_private_repository(hub, built):
+    arguments = ["push", str(built), REPO, "--private", "--revision", "trial"]
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    commit = result.stdout.split()[-1]
+    assert result.stdout == f"{hub.url}/datasets/{REPO}, commit {commit}\n"
+    assert content(RetroDatastore.from_pretrained(REPO, revision=commit).path) == content(built)
+    assert hub.repositories[f"datasets/{REPO}"].private
+    assert "datastore.json" not in hub.files(f"datasets/{REPO}")
 
 
 def test_only_what_the_manifest_names_travels(hub, changing):
