@@ -1,12 +1,15 @@
 """The `retro` command: each subcommand does its work, answers in JSON where asked, and explains its errors."""
 
 import contextlib
+import fcntl
 import json
 import logging
 import os
 import pty
+import struct
 import subprocess
 import sys
+import termios
 
 import pytest
 import typer
@@ -237,6 +240,7 @@ def test_bars_are_drawn_on_a_terminal_and_nowhere_else(world, tmp_path):
     piped = subprocess.run([*build, str(tmp_path / "1")], capture_output=True, text=True, check=True, env=environment)
     assert "%" not in piped.stdout + piped.stderr, piped.stderr
     screen, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))  # a new one has no columns
     with subprocess.Popen([*build, str(tmp_path / "2")], stdout=terminal, stderr=terminal, env=environment) as process:
         os.close(terminal)
         drawn = b""

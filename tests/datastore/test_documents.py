@@ -151,7 +151,7 @@ def test_a_file_that_is_no_parquet_file_is_named(tmp_path):
 
 
 def test_missing_paths_and_empty_folders_are_named(tmp_path):
-    with pytest.raises(DatastoreNotFoundError, match=r"no file or folder .*pass them as a list"):
+    with pytest.raises(DatastoreNotFoundError, match=r"no file or folder .*texts themselves are passed as a list"):
         read(str(tmp_path / "nowhere"))
     with pytest.raises(DatastoreInputError, match=r"holds no \.txt, \.md"):
         read(tmp_path)

@@ -242,6 +242,8 @@ def test_a_missing_repository_revision_or_datastore_says_what_to_do(hub, datasto
 
 def test_a_private_repository_needs_a_token(hub, datastore, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(DatastoreInputError, match=f"not let you write to .*{REPO}.*hf auth login"):
+        datastore.push_to_hub(REPO)
     datastore.push_to_hub(REPO, private=True, token="hf_mine")
     with pytest.raises(DatastoreNotFoundError, match="hf auth login"):
         RetroDatastore.from_pretrained(REPO)

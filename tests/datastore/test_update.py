@@ -9,6 +9,7 @@ import shutil
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from filelock import FileLock
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -317,3 +318,15 @@ def test_a_full_disk_changes_nothing(store, embedder, monkeypatch):
             with pytest.raises(DatastoreWriteError, match="No space left.*What was there before is unharmed"):
                 change()
         assert content_of(store.path) == before
+
+
+def test_a_disk_that_became_read_only_is_explained(store, embedder, monkeypatch):
+    """Also where unfinished work lies already, so that no folder needs to be made."""
+
+    def refuse(*_, **__):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(FileLock, "acquire", refuse)
+    for change in (lambda: store.delete(["doc-1"]), store.compact, lambda: store.append(more(), embedder=embedder)):
+        with pytest.raises(DatastoreWriteError, match="Read-only file system.*allow writing"):
+            change()

@@ -99,12 +99,9 @@ def work_folder(path: Path, *, helps: bool = False) -> Iterator[Path]:
         DatastoreExistsError: if another process is at work there.
     """
     folder = path.with_name(f".{path.name}.building")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise not_written(path, error) from error
     lock = FileLock(folder / ".lock", timeout=0)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         if not helps:
             lock.acquire()
     except Timeout as error:
@@ -112,6 +109,8 @@ def work_folder(path: Path, *, helps: bool = False) -> Iterator[Path]:
             f"Another process is writing the datastore {str(path)!r} (it holds {str(folder / '.lock')!r}). Wait for it, or "
             "stop it; what it has done is kept, and used when the same call is made again."
         ) from error
+    except OSError as error:
+        raise not_written(path, error) from error
     try:
         yield folder
     except BaseException as error:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.hf_api import RepoFile
 from transformers.utils import logging
 
@@ -56,12 +57,21 @@ def push(
         [`~huggingface_hub.CommitInfo`]: its `oid` is the `revision` that pins what was pushed.
     Raises:
         DatastoreCorruptError: if the folder is damaged; nothing has been uploaded.
+        DatastoreInputError: if the token may not write there, or there is none.
     """
     datastore.refresh()
     datastore.verify()
     manifest = datastore.manifest
     api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, repo_type=_REPO_TYPE, private=private, exist_ok=True).repo_id
+    try:
+        repo_id = api.create_repo(repo_id, repo_type=_REPO_TYPE, private=private, exist_ok=True).repo_id
+    except HfHubHTTPError as error:
+        if error.response.status_code not in (401, 403):
+            raise
+        raise DatastoreInputError(
+            f"The Hub does not let you write to the dataset repository {repo_id!r}. Log in with `hf auth login`, with a token "
+            f"that may write there. It says: {error}"
+        ) from error
     if revision is not None and not revision.startswith("refs/pr/"):
         api.create_branch(repo_id, repo_type=_REPO_TYPE, branch=revision, exist_ok=True)
     head = str(api.repo_info(repo_id, repo_type=_REPO_TYPE, revision=revision).sha)
