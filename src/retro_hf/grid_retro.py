@@ -123,6 +123,8 @@ class GridPass(RetroPass):
         num_history (`torch.LongTensor` of shape `(B,)`): cells of the first chunk that an earlier pass has filled.
         first_cell (`torch.LongTensor` of shape `(B,)`): cell of the row's very first token, if it is in the first chunk.
         first_chunk, num_completed, num_tokens (`list[int]`): per row, on the host; only with a state.
+        selected (`torch.LongTensor` of shape `(N,)`, *optional*): the chunks of all rows, by `row * V + chunk`, to be computed;
+            the others have no neighbors. Only without a state.
     """
 
     def __init__(
@@ -140,9 +142,11 @@ class GridPass(RetroPass):
         first_chunk: list[int] | None = None,
         num_completed: list[int] | None = None,
         num_tokens: list[int] | None = None,
+        selected: torch.Tensor | None = None,
     ):
         super().__init__(reader, embed, config, state)
         size = config.chunk_size
+        self.selected = selected
         self.num_chunks = num_chunks
         self.neighbor_input_ids = neighbor_input_ids
         self.neighbor_mask = neighbor_mask
@@ -201,13 +205,15 @@ class GridPass(RetroPass):
         if self.num_chunks == 0 or self.neighbor_input_ids is None:
             return None
         chunk_states = _take(hidden_states, self.chunk_columns).view(*self.chunk_mask.shape, -1)
-        return self.reader.encoder(
+        chunks = (
             self.neighbor_input_ids.flatten(0, 1),
             self.neighbor_mask.flatten(0, 1),
             chunk_states,
             self.chunk_mask,
-            self.embed,
         )
+        if self.selected is not None:
+            chunks = [tensor[self.selected] for tensor in chunks]
+        return self.reader.encoder(*chunks, self.embed)
 
     def attend(
         self, layer_idx: int, hidden_states: torch.Tensor, neighbor_states: torch.Tensor | None
@@ -218,14 +224,20 @@ class GridPass(RetroPass):
         neighbor_size = state.neighbor_size if self.neighbor_input_ids is None else self.neighbor_input_ids.shape[-1]
         features = self.position_table(neighbor_size, hidden_states)
         queries = _take(hidden_states, self.queries).view(self.batch_size * self.num_groups, size, -1)
+        num_rows = len(queries)
+        if self.selected is not None:
+            queries = queries[self.selected]
         update = self.reader.cross_attention[str(layer_idx)](
             queries, neighbor_states, features, neighbor_size, partial(self._recall, layer_idx)
         )
+        if self.selected is not None:
+            update = update.new_zeros(num_rows, *update.shape[1:]).index_copy(0, self.selected, update)
         return _take(update.view(self.batch_size, -1, update.shape[-1]), self.cells)
 
     def _recall(self, layer_idx: int, projected: tuple | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         if self.state is None:
-            return *projected, self.neighbor_mask.flatten(0, 1).flatten(1)
+            mask = self.neighbor_mask.flatten(0, 1).flatten(1)
+            return *projected, mask if self.selected is None else mask[self.selected]
         state, batch_size = self.state, self.batch_size
         before = [chunk - 1 for chunk in self.first_chunk]
         old_mask = _pick(state.neighbor_mask, before)
@@ -467,7 +479,13 @@ class Planner:
             bound = num_tokens if chunk_offset is None else num_tokens + size - 1
             num_chunks = min(self.given[0].shape[1], bound // size)
             ids, mask = (tensor[:, :num_chunks] for tensor in self.given)
-            return GridPass(*self.parts, positions, num_chunks, ids, mask)
+            selected = None
+            if chunk_offset is not None:
+                # Its values were read: reading the mask, too, spares all chunks of a question but the last.
+                has_neighbor = mask.flatten(2).any(dim=-1).flatten()
+                if 0 < int(has_neighbor.sum()) < len(has_neighbor):
+                    selected = has_neighbor.nonzero().squeeze(1)
+            return GridPass(*self.parts, positions, num_chunks, ids, mask, selected=selected)
 
         counts = [num_tokens] * batch_size if real is None else real.sum(dim=1).tolist()
         ends = [n - c * size + count for n, c, count in zip(begins, first_chunk, counts, strict=True)]

@@ -158,6 +158,28 @@ def test_the_answer_reads_the_passages_and_the_question_does_not(tokenizer, mode
         assert prompt_length(batch, row) > CHUNK_SIZE and answer > CHUNK_SIZE
 
 
+def test_only_chunks_with_passages_are_computed(tokenizer, questions, model, monkeypatch):
+    """The chunks of a long question before its last cost nothing; loss and gradients are as if they were computed."""
+    batch = collate(tokenizer, questions)
+    encoder, encoded = model.model.retro.encoder, []
+    forward = encoder.forward
+    monkeypatch.setattr(encoder, "forward", lambda *args: encoded.append(len(args[0])) or forward(*args))
+
+    def gradients(batch) -> list[torch.Tensor]:
+        model.zero_grad()
+        model(**batch, use_cache=False).loss.backward()
+        return [parameter.grad.clone() for parameter in model.parameters()]
+
+    few = gradients(batch)
+    with monkeypatch.context() as patched:  # every chunk, with neighbors or without
+        patched.setattr(torch.Tensor, "nonzero", lambda self: torch.arange(self.numel())[:, None])
+        every = gradients(batch)
+    number = len(questions) * batch["neighbor_input_ids"].shape[1]
+    assert encoded == [int(batch["neighbor_attention_mask"].any(-1).any(-1).sum()), number] and encoded[0] < number / 2
+    for one, other in zip(few, every, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
 @torch.no_grad()
 def test_more_passages_than_in_training_and_fewer_are_masked(tokenizer, model):
     """Twenty at once, one at test; a question with fewer has masked ones."""
