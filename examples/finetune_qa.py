@@ -2,7 +2,7 @@
 
     python examples/finetune_qa.py --output_dir demo_output/qa --do_train --do_eval --max_steps 200 --learning_rate 5e-4
 
-On the packaged data (`wiki_questions.py`: a gap to fill in a sentence of Wikipedia, with the articles that tell what stood there)
+On the packaged data (`wiki_questions.py`: the year to fill in a sentence of Wikipedia, with the articles that tell it)
 and the demo's model of 6 million parameters. Own data: `--train_file` and `--validation_file`, JSONL with `question`,
 `answers` (a list) and perhaps `passages` (a list of `{"title": ..., "text": ...}`, best first); without passages, `--store`
 names a datastore to look the questions up in. `--passages_in_prompt 1` is RETRO++. The paper's recipe (table 5), as arguments,
@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 from datasets import Dataset, load_dataset
@@ -64,7 +65,7 @@ class QuestionArguments:
 
 
 def packaged_questions(data: QuestionArguments) -> tuple[list[dict], dict[str, Dataset]]:
-    """Articles of Wikipedia; gaps in those of training, and years in the held-out ones, which come first."""
+    """Articles of Wikipedia, and sentences in which a year is to be filled in: the test's articles are not trained on."""
     from wiki_questions import gaps, load_articles, part_of, questions
 
     articles = load_articles()
@@ -72,8 +73,9 @@ def packaged_questions(data: QuestionArguments) -> tuple[list[dict], dict[str, D
     asked = {row["article"] for row in held_out}
     articles = sorted(articles, key=lambda article: article["id"] not in asked)[: data.max_articles]
     made = gaps([article for article in articles if part_of(article) == "train"], seed=0)
+    years = (row for row in made if row["question"].startswith("Fill in the year"))
     return articles, {
-        "train": Dataset.from_list([next(made) for _ in range(data.max_train_questions)]),
+        "train": Dataset.from_list(list(islice(years, data.max_train_questions))),
         "validation": Dataset.from_list(held_out),
     }
 
