@@ -196,7 +196,7 @@ def test_documents_with_nothing_to_score_are_left_out(world, model):
     """Empty and one-token documents don't count; if there is nothing else, that is an error."""
     result = measure(model, ["", "a", "the river runs", "a"], world)
     assert len(result.num_tokens) == 1
-    with pytest.raises(DatasetError, match="none of the 2 documents"):
+    with pytest.raises(DatasetError, match="no document of 2 has two tokens"):
         measure(model, ["", "a"], world)
 
 

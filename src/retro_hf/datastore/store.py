@@ -52,7 +52,8 @@ class RetroDatastore:
         path (`Path`): the folder.
 
     *Memory*: per million chunks of 64 tokens at `dim=384`, 128 MB of tokens (uint16), 768 MB of keys, and an index of
-    1,536 MB (`Flat`) or 833 MB (61 MB of it resident).
+    1,536 MB (`Flat`) or 833 MB, of which 57 MB are the process's own. The rest are pages of the disk cache, shared by
+    processes and dropped when memory is short; they count as resident once mapped, 200 MB after 200 single queries.
     *Processes*: pickling keeps the path; each process opens its own files. Forked children search with one thread.
     """
 
