@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from retro_hf_evaluate_cli import evaluate
+
 
 app = typer.Typer(
     name="retro",
@@ -207,22 +209,7 @@ def retrofit(
     typer.echo(parameter_report(model))
 
 
-@app.command("eval", rich_help_panel=MODEL, epilog="retro eval model heldout.jsonl --store store")
-def evaluate(
-    model: Annotated[str, typer.Argument(help="Folder or Hub name of a RETRO model.")],
-    texts: Source,
-    store: Annotated[str, typer.Option(help=STORE)],
-    embedder: Embedder = None,
-    as_json: AsJson = False,
-) -> None:
-    """Measure bits per byte of held-out texts with retrieval on, off and random."""
-    from retro_hf.datastore.documents import DocumentReader
-    from retro_hf.evaluation import bits_per_byte
-
-    documents = [{"id": document.id, "text": document.text} for document in DocumentReader(texts)]
-    retriever = _open_retriever(store, embedder)
-    result = bits_per_byte(_load("model", model), documents, _load("tokenizer", model), retriever=retriever)
-    typer.echo(json.dumps(result.to_dict()) if as_json else str(result))
+app.command(rich_help_panel=MODEL, epilog="retro evaluate model heldout.jsonl --store store -o results")(evaluate)
 
 
 def _tell_sizes() -> None:

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 from retro_hf import RetroDatastore
 from retro_hf.errors import DatastoreInputError, PretrainedNotFoundError, in_commands
+from retro_hf.evaluation import Evaluation
 from retro_hf_cli import app
 
 
@@ -103,11 +104,25 @@ def test_generate_with_and_without_a_datastore(world):
     assert on != off
 
 
-def test_eval_measures_on_off_and_random(world):
-    """The three figures, as JSON."""
+def test_evaluate_measures_and_keeps_what_it_measured(world, tmp_path):
+    """Figures as JSON and in words, sweeps, a folder; and OFF alone without a datastore."""
     arguments = (world / "model", world / "texts.jsonl", "--store", world / "store", "--embedder", world / "encoder")
-    result = json.loads(retro("eval", *arguments, "--json"))
-    assert set(result["bits_per_byte"]) == {"on", "off", "random"}
+    options = ("-k", 3, "--sweep-k", "1,2", "--fractions", "0.5", "-o", tmp_path, "--modes", "on, off,random")
+    printed = retro("evaluate", *arguments, *options)
+    result = Evaluation.load(tmp_path)
+    assert " ".join(printed.split()).startswith(" ".join(result.verdict.text.split()))
+    assert [(mode.name, mode.num_neighbors) for mode in result.modes] == [("off", 0), ("on", 3), ("random", 3)]
+    assert [point.num_neighbors for point in result.num_neighbors_sweep] == [1, 2]
+    assert [point.fraction for point in result.fraction_sweep] == [0.5]
+    assert json.loads(retro("evaluate", *arguments, *options, "--json"))["modes"] == result.to_dict()["modes"]
+    alone = json.loads(retro("evaluate", *arguments[:2], "--dtype", "float32", "--json"))
+    assert [mode["name"] for mode in alone["modes"]] == ["off"]
+    for wrong, message in (
+        (("--sweep-k", "1;2"), "commas between"),
+        (("--dtype", "int8"), "float32, bfloat16 or auto"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            retro("evaluate", *arguments, *wrong)
 
 
 def test_retrofit_saves_a_model_that_loads(world, tmp_path):
@@ -154,7 +169,18 @@ def test_a_wrong_name_is_explained(world, tmp_path, place):
 def test_help_names_every_command():
     """The commands that the README promises."""
     printed = retro("--help")
-    for name in ("build", "append", "delete", "compact", "push", "search", "inspect", "generate", "retrofit", "eval"):
+    for name in (
+        "build",
+        "append",
+        "delete",
+        "compact",
+        "push",
+        "search",
+        "inspect",
+        "generate",
+        "retrofit",
+        "evaluate",
+    ):
         assert name in printed
 
 
@@ -177,17 +203,17 @@ def test_neighbors_of_another_size_are_built(world, tmp_path):
     assert json.loads(retro("inspect", tmp_path / "store", "--json"))["neighbor_size"] == 260
 
 
-def test_eval_reads_what_build_reads_and_names_a_broken_line(world, tmp_path):
+def test_evaluate_reads_what_build_reads_and_names_a_broken_line(world, tmp_path):
     """A folder of texts; a line that is no JSON, with its number."""
     options = ("--store", world / "store", "--embedder", world / "encoder")
     (tmp_path / "one.txt").write_text("the king reads seven letters under the old bridge near the harbor today")
-    assert "\n1 document; scored: " in retro("eval", world / "model", tmp_path, *options)
+    assert "Scored: 1 document, " in retro("evaluate", world / "model", tmp_path, *options)
     (tmp_path / "two.jsonl").write_text('{"text": "fine"}\nnot JSON\n')
     with pytest.raises(DatastoreInputError, match="two.jsonl:2 is not JSON"):
-        retro("eval", world / "model", tmp_path / "two.jsonl", *options)
+        retro("evaluate", world / "model", tmp_path / "two.jsonl", *options)
 
 
-@pytest.mark.parametrize("command", ["generate", "eval"])
+@pytest.mark.parametrize("command", ["generate", "evaluate"])
 def test_a_model_without_retrieval_is_refused(world, tmp_path, command):
     """It would write on as if nothing were wrong; the message says how to make it a RETRO model."""
     make_model().model.backbone.save_pretrained(tmp_path)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from retro_hf.datastore import RetroDatastore, near_duplicates
-from retro_hf.datastore.duplicates import _bands, _jaccard, _shingles, document_tokens
+from retro_hf.datastore.duplicates import _bands, _jaccard, document_tokens, shingles_of
 from retro_hf.errors import DatastoreInputError
 
 from .fixtures import WORDS, corpus, make_tokenizer, sentence
@@ -63,7 +63,7 @@ def test_hashed_sets_have_the_exact_similarity():
     generator = np.random.default_rng(0)
     documents = [generator.integers(3, size=int(size)) for size in generator.integers(1, 60, size=40)]
     for ngram in (1, 4, 13):
-        hashed, exact = _shingles(documents, ngram), [grams(tokens.tolist(), ngram) for tokens in documents]
+        hashed, exact = shingles_of(documents, ngram), [grams(tokens.tolist(), ngram) for tokens in documents]
         for row in range(40):
             assert len(hashed[row]) == len(exact[row]) and hashed[row].dtype == np.uint32
             assert _jaccard(hashed[0], hashed[row]) == similarity(exact[0], exact[row])

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from retro_hf.datastore import RetroDatastore, storage
+from retro_hf.datastore.derive import drawn_documents
 from retro_hf.errors import (
     DatastoreCorruptError,
     DatastoreInputError,
@@ -330,3 +331,28 @@ def test_a_disk_that_became_read_only_is_explained(store, embedder, monkeypatch)
     for change in (lambda: store.delete(["doc-1"]), store.compact, lambda: store.append(more(), embedder=embedder)):
         with pytest.raises(DatastoreWriteError, match="Read-only file system.*allow writing"):
             change()
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.4, 1.0])
+def test_an_index_of_some_documents_finds_what_their_subset_finds(store, embedder, tmp_path, fraction):
+    """Without a copy; over two shards, with deleted documents and with excluded ones."""
+    store.append(more(), embedder=embedder)
+    store.delete(["doc-3", "new-doc-4"])
+    drawn = drawn_documents(store, fraction, seed=3)
+    index = store.restricted_to(drawn)
+    subset = store.subset(tmp_path / "subset", fraction=fraction, seed=3)
+    assert (index.num_documents, index.num_chunks) == (subset.num_documents, subset.num_chunks)
+    queries = store.keys_of(np.arange(0, store.num_chunks, 7))
+    scores, ids = index.search(queries, 5)
+    # By the scores: chunks that are equally near may change places.
+    np.testing.assert_allclose(scores, subset.search(queries, 5)[0], rtol=1e-5)
+    np.testing.assert_allclose(scores, np.einsum("qd,qkd->qk", queries, store.keys_of(ids)), rtol=1e-5)
+    assert drawn[store.document_of(ids)].all()
+    own = store.document_of(ids[:, :1])
+    others = store.document_of(index.search(queries, 5, exclude_documents=own)[1])
+    assert drawn[others].all() and (others != own).all()
+
+
+def test_an_index_of_no_documents_finds_nothing(store):
+    nothing = store.restricted_to(np.zeros(store.num_documents, dtype=bool))
+    assert nothing.num_chunks == 0 and (nothing.search(store.keys_of(np.arange(3)), 2)[1] == -1).all()

@@ -162,15 +162,15 @@ def test_off_is_off_even_with_a_retriever_attached(world, held_out):
 
 def test_the_interval_covers_a_known_difference(world):
     """Of 100 draws of documents with a true difference, about 95 intervals hold it."""
-    from retro_hf.evaluation.bits_per_byte import _paired_interval
+    from retro_hf.evaluation.bootstrap import paired_interval
 
     generator = np.random.default_rng(0)
     held = 0
     for draw in range(100):
         num_bytes = generator.integers(50, 150, size=60)
-        differences = num_bytes * (-0.1 + generator.normal(0, 0.2, size=60)) * math.log(2)
-        _, low, high = _paired_interval(differences, num_bytes, 300, draw)
-        held += low <= -0.1 <= high
+        differences = num_bytes * (-0.1 + generator.normal(0, 0.2, size=60))
+        interval = paired_interval(differences, num_bytes, 300, draw)
+        held += interval.low <= -0.1 <= interval.high
     assert 88 <= held <= 100
 
 
@@ -196,7 +196,7 @@ def test_documents_with_nothing_to_score_are_left_out(world, model):
     """Empty and one-token documents don't count; if there is nothing else, that is an error."""
     result = measure(model, ["", "a", "the river runs", "a"], world)
     assert len(result.num_tokens) == 1
-    with pytest.raises(DatasetError, match="no document of 2 has two tokens"):
+    with pytest.raises(DatasetError, match="no document of 2 has"):
         measure(model, ["", "a"], world)
 
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from .store import RetroDatastore
 
-__all__ = ["merge", "retokenize", "save", "subset"]
+__all__ = ["drawn_documents", "merge", "retokenize", "save", "subset"]
 
 
 def save(datastore: RetroDatastore, path: str | os.PathLike[str]) -> None:
@@ -98,10 +98,7 @@ def subset(
             raise DatastoreInputError(f"There is no document with the id {unknown!r} in {str(datastore.path)!r}.")
         keep[numbers] = True
     elif fraction is not None:
-        if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 < fraction <= 1:
-            raise DatastoreInputError(f"fraction is {fraction!r}, but it is a share: above 0 and at most 1.")
-        keep = np.fromiter(_drawn(datastore, fraction, seed), dtype=bool, count=len(keep))
-        keep[datastore.deleted_documents] = False
+        keep = drawn_documents(datastore, fraction, seed)
     if not keep.any():
         raise DatastoreInputError(
             f"No document is left of {counted(datastore.num_documents, 'document')}. Take a larger fraction, or other ids."
@@ -122,11 +119,29 @@ def subset(
     return type(datastore).load(path)
 
 
-def _drawn(datastore: RetroDatastore, fraction: float, seed: int) -> Iterator[bool]:
-    for shard in datastore.shards:
-        for table in shard.documents.pieces():
-            for id in table.column("id").to_pylist():
-                yield hash_of_id(f"{seed} {id}") < fraction * 2**64
+def drawn_documents(datastore: RetroDatastore, fraction: float, seed: int = 0) -> np.ndarray:
+    """Which documents belong to a fraction; a larger one with the same seed contains a smaller one.
+
+    Args:
+        fraction (`float`): share of the documents, above 0 and at most 1. Whether a document belongs is decided by its
+            id, so the share that is drawn is near the fraction, not equal to it.
+        seed (`int`, defaults to 0): of that draw.
+    Returns:
+        `np.ndarray` of bool and shape `(num_documents,)`; `False` for deleted documents.
+    Raises:
+        DatastoreInputError: for a fraction out of range.
+    """
+    if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 < fraction <= 1:
+        raise DatastoreInputError(f"fraction is {fraction!r}, but it is a share: above 0 and at most 1.")
+    drawn = (
+        hash_of_id(f"{seed} {id}") < fraction * 2**64
+        for shard in datastore.shards
+        for table in shard.documents.pieces()
+        for id in table.column("id").to_pylist()
+    )
+    keep = np.fromiter(drawn, dtype=bool, count=datastore.num_documents)
+    keep[datastore.deleted_documents] = False
+    return keep
 
 
 def merge(datastores: Sequence[RetroDatastore], path: str | os.PathLike[str]) -> RetroDatastore:

@@ -15,7 +15,7 @@ from .executors import progress_bar
 if TYPE_CHECKING:
     from .store import RetroDatastore
 
-__all__ = ["document_tokens", "near_duplicates"]
+__all__ = ["document_tokens", "near_duplicates", "shingles_of", "stored_documents"]
 
 _BLOCK_DOCUMENTS = 512
 # Shingles permuted at once: 4 MB at 128 permutations.
@@ -80,13 +80,13 @@ def near_duplicates(
     with progress_bar(show_progress, total=total, unit="doc", desc="Finding near-duplicates") as progress:
         for start in range(0, len(documents), _BLOCK_DOCUMENTS):
             block = _tokens_of(documents[start : start + _BLOCK_DOCUMENTS], datastore)
-            for shingles in _shingles(block, ngram):
+            for shingles in shingles_of(block, ngram):
                 if len(shingles):
                     lsh.insert(len(sets), minhash(shingles))
                 sets.append(shingles)
             progress.update(len(block))
-        for ids, tokens in _stored(datastore):
-            for document_id, shingles in zip(ids, _shingles(tokens, ngram), strict=True):
+        for ids, tokens in stored_documents(datastore):
+            for document_id, shingles in zip(ids, shingles_of(tokens, ngram), strict=True):
                 for row in lsh.query(minhash(shingles)):
                     if _jaccard(sets[row], shingles) >= threshold:
                         found[row].append(document_id)
@@ -111,7 +111,7 @@ def document_tokens(datastore: RetroDatastore, numbers: np.ndarray) -> list[np.n
     return results
 
 
-def _stored(datastore: RetroDatastore) -> Iterator[tuple[list[str], list[np.ndarray]]]:
+def stored_documents(datastore: RetroDatastore) -> Iterator[tuple[list[str], list[np.ndarray]]]:
     """Ids and tokens of the documents of a datastore that are not deleted, block by block."""
     live = np.ones(datastore.num_documents, dtype=bool)
     live[datastore.deleted_documents] = False
@@ -132,7 +132,7 @@ def _tokens_of(documents: Sequence[Any], datastore: RetroDatastore) -> list[np.n
     return [np.asarray(next(encoded) if isinstance(one, str) else one, dtype=np.int64) for one in documents]
 
 
-def _shingles(documents: Sequence[np.ndarray], ngram: int) -> list[np.ndarray]:
+def shingles_of(documents: Sequence[np.ndarray], ngram: int) -> list[np.ndarray]:
     """The set of n-grams of each document, hashed: sorted uint32; empty for a document without tokens."""
     lengths = np.array([len(tokens) for tokens in documents], dtype=np.int64)
     # A short document is filled up, and is one n-gram.

@@ -21,7 +21,7 @@ from .executors import Executor, as_executor
 from .manifest import DatastoreManifest
 from .policy import DEFAULT_SHARD_CHUNKS, IndexOptions, parse_bytes
 from .shard import Shard
-from .view import View, checked_search, verify_files
+from .view import RestrictedIndex, View, checked_search, verify_files
 
 
 if TYPE_CHECKING:
@@ -379,6 +379,10 @@ class RetroDatastore:
         view = self._view
         queries, excluded = checked_search(view.manifest, queries, num_neighbors, exclude_documents)
         return view.search(queries, num_neighbors, excluded)
+
+    def restricted_to(self, documents: np.ndarray) -> RestrictedIndex:
+        """An index of some of the documents (bool, `(num_documents,)`), for an [`EmbeddingSearcher`]; nothing is copied."""
+        return RestrictedIndex(self._view, documents)
 
     def __len__(self) -> int:
         return self.num_chunks

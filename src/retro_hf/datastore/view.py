@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from .shard import Shard, hash_of_id
 from .storage import RESTORE, damaged, map_npy, sha256_of
 
 
-__all__ = ["View", "check_sizes", "checked_search", "merge_results", "verify_files"]
+__all__ = ["RestrictedIndex", "View", "check_sizes", "checked_search", "merge_results", "verify_files"]
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,15 @@ class View:
                 _deleted_in(shard, deleted, int(start)) for shard, start in zip(shards, starts, strict=False)
             ),
         )
+
+    def without(self, documents: np.ndarray) -> View:
+        """The same view with more documents (numbers, int64) that are not found, as if they were deleted."""
+        hidden = np.union1d(self.deleted, documents)
+        by_shard = (
+            _deleted_in(shard, hidden, int(start))
+            for shard, start in zip(self.shards, self.document_starts, strict=False)
+        )
+        return replace(self, deleted=hidden, deleted_by_shard=tuple(by_shard))
 
     @property
     def num_chunks(self) -> int:
@@ -180,6 +189,30 @@ class View:
             here = (ids >= self.chunk_starts[number]) & (ids < self.chunk_starts[number + 1])
             if here.any():
                 yield number, here
+
+
+class RestrictedIndex:
+    """Finds only the chunks of some documents of a datastore, under the numbers that they have there: a [`VectorIndex`].
+
+    What it finds is what a [`subset`] of these documents would find, as exactly as the datastore's own index searches.
+
+    Args:
+        view ([`View`]): of the datastore.
+        documents (`np.ndarray` of bool and shape `(num_documents,)`): which may be found; deleted ones are not.
+    """
+
+    def __init__(self, view: View, documents: np.ndarray) -> None:
+        self._view = view.without(np.flatnonzero(~documents))
+        found = np.setdiff1d(np.arange(view.num_documents), self._view.deleted)
+        self.num_documents = len(found)
+        self.num_chunks = int((view.first_chunks(found + 1) - view.first_chunks(found)).sum())
+
+    def search(
+        self, queries: np.ndarray, num_neighbors: int, *, exclude_documents: Any = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The nearest chunks of each query; see [`RetroDatastore.search`]."""
+        queries, excluded = checked_search(self._view.manifest, queries, num_neighbors, exclude_documents)
+        return self._view.search(queries, num_neighbors, excluded)
 
 
 def check_sizes(

@@ -1,14 +1,22 @@
 """Evaluation: whether retrieval helps, measured on the same tokens and questions with and without it."""
 
 from .bits_per_byte import BitsPerByte, bits_per_byte
+from .bootstrap import Interval
+from .evaluate import evaluate
+from .modes import MODES
 from .questions import QuestionAnswers, answer_metrics, answer_questions, score_answers
+from .result import Evaluation
 
 
 __all__ = [
+    "MODES",
     "BitsPerByte",
+    "Evaluation",
+    "Interval",
     "QuestionAnswers",
     "answer_metrics",
     "answer_questions",
     "bits_per_byte",
+    "evaluate",
     "score_answers",
 ]

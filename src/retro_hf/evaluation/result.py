@@ -1,0 +1,300 @@
+"""What `evaluate` found: plain data that goes to JSON and comes back."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import types
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from ..datastore.storage import write_file
+from ..errors import DatasetError
+from .bootstrap import Interval
+
+
+__all__ = [
+    "Bucket",
+    "Evaluation",
+    "Example",
+    "ExampleNeighbor",
+    "Inputs",
+    "LeakageLevel",
+    "LeakedDocument",
+    "Mode",
+    "Offsets",
+    "Similarity",
+    "SweepPoint",
+    "Verdict",
+]
+
+_FILE = "evaluation.json"
+_FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The answer in words.
+
+    Attributes:
+        outcome (`str`): `"helps"`, `"nothing"` (no measurable effect), `"hurts"`, `"broken"` (the neighbors are no nearer
+            to the text than random ones) or `"not_measured"`.
+        copying (`bool`, *optional*): whether most of the gain is copied word for word; `None` without a gain.
+        text (`str`): one line.
+        details (`list[str]`): sentences that explain it, and what to do.
+    """
+
+    outcome: str
+    copying: bool | None
+    text: str
+    details: list[str]
+
+
+@dataclass(frozen=True)
+class Mode:
+    """The totals of one way to give neighbors.
+
+    Attributes:
+        name (`str`): a key of [`MODES`].
+        cheating (`bool`): whether the neighbors were chosen by the answer.
+        num_neighbors (`int`): per chunk; 0 for off.
+        bits_per_byte, bits_per_token, perplexity (`float`): of all scored tokens; perplexity is per token.
+        difference ([`Interval`], *optional*): bits per byte more than off; negative is better.
+        later_chunks_bits_per_byte (`float`, *optional*): without the first chunk of each document, which reads nothing.
+        later_chunks_difference ([`Interval`], *optional*): the same for the difference.
+    """
+
+    name: str
+    cheating: bool
+    num_neighbors: int
+    bits_per_byte: float
+    bits_per_token: float
+    perplexity: float
+    difference: Interval | None
+    later_chunks_bits_per_byte: float | None
+    later_chunks_difference: Interval | None
+
+
+@dataclass(frozen=True)
+class LeakageLevel:
+    """Bits per byte of the chunks whose overlap with their 10 nearest neighbors is at most `alpha` (section 2.6, Fig. 6)."""
+
+    alpha: float
+    num_chunks: int
+    num_tokens: int
+    num_bytes: int
+    bits_per_byte: dict[str, float | None]
+    difference: dict[str, Interval]
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """The tokens whose overlap is from `low` to `high` (`None`: and more), and what retrieval gains on them.
+
+    `gain` is in bits per token, OFF minus ON; `share` is of the whole gain, and `None` where there is none.
+    """
+
+    low: float
+    high: float | None
+    num_tokens: int
+    gain: float | None
+    share: float | None
+
+
+@dataclass(frozen=True)
+class Offsets:
+    """Bits per token by the place in the chunk, `chunk_size` values each; without the first chunks of documents."""
+
+    num_tokens: list[int]
+    bits_per_token: dict[str, list[float | None]]
+
+
+@dataclass(frozen=True)
+class SweepPoint:
+    """ON with another number of neighbors, or another fraction of the datastore's documents.
+
+    `gain_share` is its gain over OFF as a share of the gain of the mode ON, `None` where that one has none.
+    """
+
+    num_neighbors: int
+    fraction: float | None
+    num_documents: int
+    num_chunks: int
+    bits_per_byte: float
+    difference: Interval
+    gain_share: float | None
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """The share of a chunk's tokens that its neighbors have, retrieved and random, and the difference of both."""
+
+    on: float
+    random: float
+    difference: Interval
+
+
+@dataclass(frozen=True)
+class ExampleNeighbor:
+    """A neighbor in words."""
+
+    document_id: str
+    title: str
+    text: str
+    continuation: str
+
+
+@dataclass(frozen=True)
+class Example:
+    """One chunk, token by token: `gain` in bits, `run` as in [`common_runs`]; and what the model read for it.
+
+    `kind` is `"gain"`, `"typical"` or `"loss"`; `context` is the chunk before, which was looked up.
+    """
+
+    document_id: str | None
+    document: int
+    chunk: int
+    kind: str
+    context: str
+    tokens: list[str]
+    gain: list[float]
+    run: list[int]
+    neighbors: list[ExampleNeighbor]
+
+
+@dataclass(frozen=True)
+class LeakedDocument:
+    """A document that was not scored because the datastore has it: `contained` is the share of its 13-grams found there."""
+
+    id: str | None
+    stored_id: str
+    contained: float
+    same_id: bool
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What was scored, and what was not.
+
+    Attributes:
+        num_documents, num_chunks, num_tokens, num_bytes (`int`): scored; a chunk is any that has a scored token.
+        num_unscorable (`int`): documents without two tokens, left out.
+        num_short (`int`): documents that are scored although they end with their first chunk, so that none of their
+            tokens can read anything.
+        num_same_id (`int`): documents that are scored, but got no neighbors from the datastore's document of their id.
+        leaked (`list[LeakedDocument]`): documents that are in the datastore, left out.
+    """
+
+    num_documents: int
+    num_chunks: int
+    num_tokens: int
+    num_bytes: int
+    num_unscorable: int
+    num_short: int
+    num_same_id: int
+    leaked: list[LeakedDocument]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Whether retrieval helps, and by what: the result of [`evaluate`]. `print` shows it as tables.
+
+    Attributes:
+        verdict ([`Verdict`]): the answer in words.
+        modes (`list[Mode]`): totals, OFF first.
+        on_minus_random ([`Interval`], *optional*): bits per byte.
+        similarity ([`Similarity`], *optional*): whether neighbors are nearer to their chunks than random ones.
+        leakage (`list[LeakageLevel]`): bits per byte below each level of overlap.
+        overlap (`list[Bucket]`): gain by r(C), the overlap of a chunk with its 10 nearest neighbors; `low` does not belong
+            to a bucket, but to the first.
+        runs (`list[Bucket]`): gain by the number of tokens in a row, up to the predicted one, that a neighbor has which the
+            model was given for it; only tokens that could read some.
+        offsets ([`Offsets`], *optional*): bits by the place in the chunk.
+        num_neighbors_sweep, fraction_sweep (`list[SweepPoint]`): as asked for.
+        examples (`list[Example]`): chunks with the most, a typical and the least gain.
+        inputs ([`Inputs`]): what was scored.
+        provenance (`dict`): command, seed, versions, model, datastore, and settings.
+        format_version (`int`): of the JSON.
+    """
+
+    verdict: Verdict
+    modes: list[Mode]
+    on_minus_random: Interval | None
+    similarity: Similarity | None
+    leakage: list[LeakageLevel]
+    overlap: list[Bucket]
+    runs: list[Bucket]
+    offsets: Offsets | None
+    num_neighbors_sweep: list[SweepPoint]
+    fraction_sweep: list[SweepPoint]
+    examples: list[Example]
+    inputs: Inputs
+    provenance: dict[str, Any]
+    format_version: int = _FORMAT_VERSION
+
+    def mode(self, name: str) -> Mode:
+        """The totals of a mode; raises `KeyError` if it was not measured."""
+        return {mode.name: mode for mode in self.modes}[name]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain values for JSON; numbers that are not finite as `None`."""
+        return _plain(dataclasses.asdict(self))
+
+    def save(self, folder: str | Path) -> None:
+        """Write `evaluation.json` into a folder, in one step."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        content = json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)
+        write_file(Path(folder) / _FILE, (content + "\n").encode("utf-8", "replace"))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Evaluation:
+        """Read a saved evaluation: its folder, or the JSON file.
+
+        Raises:
+            FileNotFoundError: if there is none.
+            DatasetError: if it is damaged, or of another format.
+        """
+        file = Path(path) / _FILE if Path(path).is_dir() else Path(path)
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            version = content["format_version"]
+            if version == _FORMAT_VERSION:
+                return _read(cls, content)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DatasetError(
+                f"{str(file)!r} is not an evaluation ({error!r}). Run `retro evaluate` again."
+            ) from error
+        raise DatasetError(
+            f"{str(file)!r} has format_version={version}, but this version of retro-hf reads {_FORMAT_VERSION}. Run `retro "
+            "evaluate` again."
+        )
+
+    def __str__(self) -> str:
+        from .tables import render
+
+        return render(self)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_plain(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _read(kind: Any, value: Any) -> Any:
+    """A value of a type from its plain form."""
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        return None if value is None else _read(parts[0], value)
+    if dataclasses.is_dataclass(kind):
+        hints = get_type_hints(kind)
+        return kind(**{field.name: _read(hints[field.name], value[field.name]) for field in dataclasses.fields(kind)})  # type: ignore[operator]
+    if origin is list:
+        return [_read(parts[0], part) for part in value]
+    if origin is dict and parts[1] is not Any:
+        return {key: _read(parts[1], part) for key, part in value.items()}
+    return math.nan if kind is float and value is None else value

@@ -1,0 +1,110 @@
+"""From the table of scored tokens to the result."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from ..datastore import RetroDatastore
+from ..errors import counted
+from .examples import choose_examples
+from .measure import similarity_of
+from .modes import MODES, Chunks, Run
+from .result import Evaluation, Inputs, Mode, SweepPoint
+from .tokens import TokenTable
+from .verdict import give_verdict, not_measured, sweep_warnings
+
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from transformers import PreTrainedTokenizerBase
+
+    from .scoring import Document
+
+__all__ = ["summarize"]
+
+
+def summarize(
+    table: TokenTable,
+    runs: Mapping[str, Run],
+    documents: Sequence[Document],
+    chunks: Chunks,
+    datastore: RetroDatastore | None,
+    tokenizer: PreTrainedTokenizerBase,
+    inputs: Inputs,
+    provenance: dict[str, Any],
+) -> Evaluation:
+    """Everything that is reported: arithmetic over the table."""
+    modes = {name: _mode(table, run) for name, run in runs.items() if name in MODES}
+    found: dict[str, Any] = {
+        "modes": list(modes.values()),
+        **dict.fromkeys(("on_minus_random", "similarity", "offsets")),
+        **{name: [] for name in ("leakage", "overlap", "runs", "num_neighbors_sweep", "fraction_sweep", "examples")},
+        "inputs": inputs,
+        "provenance": provenance,
+    }
+    if datastore is None:
+        return Evaluation(verdict=not_measured("without a retriever there is only OFF."), **found)
+    if not (table.run >= 0).any():
+        reason = (
+            f"no token could read a neighbor. No document goes beyond its first chunk of {table.chunk_size} tokens, or nothing "
+            "was found. Evaluate longer documents."
+        )
+        return Evaluation(verdict=not_measured(reason), **found)
+
+    on, random = (runs[name].chunk_ids or [] for name in ("on", "random"))
+    points = [_sweep_point(table, run, modes["on"]) for name, run in runs.items() if name not in MODES]
+    found |= {
+        "on_minus_random": table.difference("on", "random"),
+        "similarity": similarity_of(chunks, on, random, datastore, table.num_resamples, table.seed),
+        "leakage": table.leakage(list(modes)),
+        "overlap": table.gain_by_overlap(),
+        "runs": table.gain_by_run(),
+        "offsets": table.offsets(list(modes)),
+        "num_neighbors_sweep": [point for point in points if point.fraction is None],
+        "fraction_sweep": [point for point in points if point.fraction is not None],
+        "examples": choose_examples(table, documents, chunks, chunks.given(on), datastore, tokenizer),
+    }
+    verdict = give_verdict(
+        modes, found["on_minus_random"], found["similarity"], found["runs"], found["leakage"], inputs.num_documents
+    )
+    verdict.details.extend(sweep_warnings(found["num_neighbors_sweep"], found["fraction_sweep"]))
+    if inputs.leaked:
+        total = inputs.num_documents + len(inputs.leaked)
+        verdict.details.append(
+            f"Leakage: {len(inputs.leaked):,} of {counted(total, 'document')}, found in the datastore, were not scored."
+        )
+    return Evaluation(verdict=verdict, **found)
+
+
+def _mode(table: TokenTable, run: Run) -> Mode:
+    bits = table.bits(run.name) / len(table.document)
+    later = table.later if table.later.any() and table.chunk_size > 1 else None
+    is_off = run.name == "off"
+    return Mode(
+        name=run.name,
+        cheating=run.name == "oracle",
+        num_neighbors=run.num_neighbors,
+        bits_per_byte=table.bits_per_byte(run.name),
+        bits_per_token=bits,
+        perplexity=2**bits,
+        difference=None if is_off else table.difference(run.name, "off"),
+        later_chunks_bits_per_byte=None if later is None else table.bits_per_byte(run.name, later),
+        later_chunks_difference=None if is_off or later is None else table.difference(run.name, "off", later),
+    )
+
+
+def _sweep_point(table: TokenTable, run: Run, on: Mode) -> SweepPoint:
+    difference = table.difference(run.name, "off")
+    gain = math.nan if on.difference is None else on.difference.value
+    return SweepPoint(
+        num_neighbors=run.num_neighbors,
+        fraction=run.fraction,
+        num_documents=run.num_documents,
+        num_chunks=run.num_chunks,
+        bits_per_byte=table.bits_per_byte(run.name),
+        difference=difference,
+        gain_share=difference.value / gain if gain < 0 else None,
+    )

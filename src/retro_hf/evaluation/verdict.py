@@ -1,0 +1,161 @@
+"""The answer in words: whether retrieval helps, does nothing or hurts, whether the retriever works, and what is copied."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+
+from ..errors import counted
+from .bootstrap import Interval
+from .result import Bucket, LeakageLevel, Mode, Similarity, SweepPoint, Verdict
+
+
+__all__ = ["give_verdict", "not_measured", "sweep_warnings"]
+
+# A token that ends a run of so many tokens from a neighbor counts as copied.
+_COPIED_RUN = 5
+_MOSTLY = 0.5
+_FEW_DOCUMENTS = 20
+# Of experiments E3 and E4: what a small part of a datastore, and one neighbor, should not do.
+_SMALL_FRACTION, _LARGE_SHARE = 0.1, 0.8
+_WORSE_WITH_MORE = 0.005
+
+
+def not_measured(reason: str) -> Verdict:
+    """The verdict where there is nothing to compare."""
+    return Verdict("not_measured", None, f"Not measured: {reason}", [])
+
+
+def give_verdict(
+    modes: Mapping[str, Mode],
+    on_minus_random: Interval,
+    similarity: Similarity,
+    runs: Sequence[Bucket],
+    leakage: Sequence[LeakageLevel],
+    num_documents: int,
+) -> Verdict:
+    """Weigh OFF, ON and RANDOM.
+
+    Two signs must agree before ON is called better than random: the model predicts better with the neighbors, and they
+    share more tokens with the text. A retriever that returns chunks at random shows neither; each is by chance once in 40
+    times. Where words cannot agree (another language), a difference far outside its interval is enough.
+    """
+    off, on, random = (modes[name] for name in ("off", "on", "random"))
+    difference = on.difference
+    assert difference is not None  # noqa: S101 - of every mode but off
+    figures = (
+        f"{on.bits_per_byte:.4f} bits/byte ON, {off.bits_per_byte:.4f} OFF ({_relative(difference, off)}), "
+        f"{random.bits_per_byte:.4f} RANDOM"
+    )
+    if math.isnan(difference.low):
+        return not_measured(f"one document gives no interval ({figures}). Score more documents.")
+    details = []
+    if num_documents < _FEW_DOCUMENTS:
+        details.append(f"The intervals are rough: they rest on {counted(num_documents, 'document')}.")
+    reads = on_minus_random.high < 0
+    surely = on_minus_random.high < on_minus_random.low - on_minus_random.high
+    if difference == random.difference == Interval(0.0, 0.0, 0.0):
+        text = f"Retrieval does nothing: ON, OFF and RANDOM are the same to the last bit ({figures})."
+        details.append(
+            "What is retrieved does not reach the output. A fresh RETROfit is like that until it is trained."
+        )
+        return Verdict("nothing", None, text, details)
+    if not surely and not (reads and similarity.difference.low > 0):
+        return _no_better_than_random(figures, difference, on_minus_random, similarity, details)
+    if random.difference is not None and random.difference.high < 0:
+        part = random.difference.value / difference.value if difference.value < 0 else math.nan
+        details.append(
+            f"RANDOM neighbors beat OFF, too, by {-random.difference.value:.4f} bits/byte"
+            + (f", {part:.0%} of what ON gains: that part owes nothing to what was retrieved." if part < 1 else ".")
+        )
+    if difference.low > 0:
+        text = f"Retrieval hurts: {figures}."
+        details.append(
+            "The retriever works (ON beats RANDOM), but the model predicts better without: the datastore may be of another "
+            "domain than these documents, or the model has learned to trust whatever it reads (train with "
+            "`random_neighbor_probability`)."
+        )
+        return Verdict("hurts", None, text, details)
+    if difference.high >= 0:
+        text = f"Retrieval does nothing measurable: {figures}; the interval holds 0."
+        details.append("The retriever works (ON beats RANDOM). More documents make the interval narrower.")
+        return Verdict("nothing", None, text, details)
+    copied = sum(bucket.share or 0.0 for bucket in runs if bucket.low >= _COPIED_RUN)
+    copying = copied > _MOSTLY
+    text = (
+        f"Retrieval helps: {figures}. {'Mostly' if copying else 'Partly'} copying: {copied:.0%} of the gain is on tokens "
+        f"that end a run of {_COPIED_RUN} or more tokens which a neighbor has word for word."
+    )
+    details.append(_leakage_sentence(leakage[0]))
+    if random.difference is not None and random.difference.low > 0:
+        details.append(
+            f"RANDOM neighbors cost {random.difference.value:.4f} bits/byte against OFF: the model trusts what it reads, so "
+            "a bad retriever would do harm."
+        )
+    return Verdict("helps", copying, text, details)
+
+
+def sweep_warnings(num_neighbors: Sequence[SweepPoint], fractions: Sequence[SweepPoint]) -> list[str]:
+    """What sweeps should not show, if they do."""
+    found = []
+    for fewer, more in pairwise(sorted(num_neighbors, key=lambda point: point.num_neighbors)):
+        if fewer.num_neighbors == 1 and more.bits_per_byte > fewer.bits_per_byte + _WORSE_WITH_MORE:
+            found.append(
+                f"{more.num_neighbors} neighbors are worse than one by {more.bits_per_byte - fewer.bits_per_byte:.4f} "
+                "bits/byte: the model does not merge neighbors well, or those after the first are bad."
+            )
+    found += [
+        f"{point.fraction:.0%} of the datastore bring {point.gain_share:.0%} of the gain: little of it comes from the size "
+        "of the datastore."
+        for point in fractions
+        if point.fraction and point.fraction <= _SMALL_FRACTION and (point.gain_share or 0.0) > _LARGE_SHARE
+    ]
+    return found
+
+
+def _no_better_than_random(
+    figures: str, difference: Interval, on_minus_random: Interval, similarity: Similarity, details: list[str]
+) -> Verdict:
+    gap = f"ON minus RANDOM {on_minus_random.value:+.4f} [{on_minus_random.low:+.4f}, {on_minus_random.high:+.4f}]"
+    words = f"they share {similarity.on:.1%} of a chunk's tokens, random ones {similarity.random:.1%}"
+    if similarity.difference.low <= 0:
+        level = "worse than" if difference.low > 0 else "better than" if difference.high < 0 else "level with"
+        text = (
+            "The retriever looks broken, or the datastore is of another domain: its neighbors are no nearer to the text than "
+            f"random chunks ({words}). ON is {level} OFF: {figures}."
+        )
+        details.append(f'{gap} bits/byte. Look at what it finds: `retro search STORE "some text"`.')
+        return Verdict("broken", None, text, details)
+    outcome, effect = "nothing", "does nothing measurable"
+    if difference.low > 0:
+        outcome, effect = "hurts", "hurts"
+    elif difference.high < 0:
+        effect = "does nothing that random neighbors would not do"
+    text = f"Retrieval {effect}: the neighbors are worth no more to the model than random ones ({gap}). {figures}."
+    details.append(
+        f"The retriever does find nearer chunks ({words}), so either the model does not use what it reads (an untrained or "
+        "broken path), or the datastore has nothing to say on these documents (another domain)."
+    )
+    return Verdict(outcome, None, text, details)
+
+
+def _relative(difference: Interval, off: Mode) -> str:
+    value, low, high = (part / off.bits_per_byte for part in (difference.value, difference.low, difference.high))
+    if math.isnan(low):
+        return f"{value:+.1%}"
+    return f"{value:+.1%}, 95 % interval {low:+.1%} to {high:+.1%}"
+
+
+def _leakage_sentence(level: LeakageLevel) -> str:
+    on, off = level.bits_per_byte["on"], level.bits_per_byte["off"]
+    if not on or not off:
+        return f"No chunk shares as little as {level.alpha:.1%} of its length with the datastore: this text is redundant with it."
+    return (
+        f"Where a chunk shares at most {level.alpha:.1%} of its length with its nearest neighbors ({counted(level.num_chunks, 'chunk')}), "
+        f"ON is {on:.4f} and OFF {off:.4f} bits/byte ({_signed(level.difference['on'])})."
+    )
+
+
+def _signed(interval: Interval) -> str:
+    return f"{interval.value:+.4f} [{interval.low:+.4f}, {interval.high:+.4f}]"

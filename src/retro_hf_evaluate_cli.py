@@ -1,0 +1,88 @@
+"""The command `retro evaluate`; beside the package, as the others are, so that `--help` waits for nothing."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Folder or Hub name of a RETRO model.")],
+    documents: Annotated[
+        Path, typer.Argument(help="Held-out documents, as for build: a folder, or a file such as .jsonl.")
+    ],
+    store: Annotated[
+        Path | None, typer.Option(help="Folder of a datastore; without one only OFF is measured.")
+    ] = None,
+    embedder: Annotated[
+        str | None, typer.Option(help="Encoder that built the datastore; needed if it was a folder.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for results; a run that was stopped goes on there.")
+    ] = None,
+    num_neighbors: Annotated[
+        int | None, typer.Option("-k", help="Neighbors per chunk; by default the retriever's.")
+    ] = None,
+    modes: Annotated[str, typer.Option(help="What to measure.")] = "off,on,random,shuffled,oracle",
+    sweep_k: Annotated[str, typer.Option(help="Numbers of neighbors to compare, such as 1,2,5,10.")] = "",
+    fractions: Annotated[str, typer.Option(help="Shares of the datastore to compare, such as 0.1,0.5.")] = "",
+    window: Annotated[int | None, typer.Option(help="Tokens per row; by default what the model has room for.")] = None,
+    stride: Annotated[int | None, typer.Option(help="Tokens between two rows; by default half a window.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Rows per forward pass.")] = 8,
+    dtype: Annotated[
+        str, typer.Option(help="Of the weights: float32, bfloat16, or auto for the checkpoint's.")
+    ] = "auto",
+    seed: Annotated[int, typer.Option(help="Of random neighbors, fractions and intervals.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Measure whether retrieval helps on held-out texts, by what, and whether it is copying."""
+    import torch
+    from rich.console import Console
+
+    import retro_hf_cli as commands
+    from retro_hf.datastore.documents import DocumentReader
+    from retro_hf.evaluation import evaluate as measure
+    from retro_hf.evaluation.tables import WIDTH, layout
+
+    if dtype not in ("auto", "float32", "bfloat16"):
+        raise ValueError(f"--dtype is {dtype!r}, but it is float32, bfloat16 or auto.")
+    numbers, shares = _parsed("--sweep-k", sweep_k, int), _parsed("--fractions", fractions, float)
+    loaded = commands._load("model", model)
+    loaded.to("cuda" if torch.cuda.is_available() else "cpu")
+    if dtype != "auto":
+        loaded.to(getattr(torch, dtype))
+    tokenizer = commands._load("tokenizer", model)
+    result = measure(
+        loaded,
+        [{"id": document.id, "text": document.text} for document in DocumentReader(documents)],
+        tokenizer,
+        retriever=None if store is None else commands._open_retriever(store, embedder, tokenizer),
+        modes=None if store is None else _parsed("--modes", modes, str),
+        num_neighbors=num_neighbors,
+        num_neighbors_sweep=numbers,
+        fractions=shares,
+        output=output,
+        window=window,
+        stride=stride,
+        batch_size=batch_size,
+        seed=seed,
+    )
+    if as_json:
+        typer.echo(json.dumps(result.to_dict(), ensure_ascii=False))
+        return
+    Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False).print(layout(result))
+    if output is not None:
+        typer.echo(f"\nKept in {output}: evaluation.json, tokens.parquet, documents.parquet")
+
+
+def _parsed(option: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
+    """The values of an option that lists them, separated by commas."""
+    try:
+        return [kind(part.strip()) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise ValueError(
+            f"{option} is {text!r}, but it lists numbers with commas between them, such as 1,2,5."
+        ) from None

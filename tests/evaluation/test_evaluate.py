@@ -1,0 +1,371 @@
+"""The evaluation on a tiny store: identities, sweeps, documents that must not be scored, and runs that are cut off."""
+
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from datastore.fixtures import corpus
+from tiny import tiny_backbone
+from tiny_training import CHUNK_SIZE, make_model
+from transformers import AutoModelForCausalLM
+
+from retro_hf import RetroRetriever, retrofit
+from retro_hf.datastore import LexicalSearcher
+from retro_hf.errors import DatasetError, DatastoreMismatchError, RetrieverError
+from retro_hf.evaluation import Evaluation, bits_per_byte, evaluate
+from retro_hf.evaluation.kept import weights_digest
+from retro_hf.evaluation.modes import Chunks, oracle_neighbors, random_neighbors, shuffled_neighbors
+from retro_hf.evaluation.scoring import read_documents
+
+
+OPTIONS = {"window": 32, "num_resamples": 50}
+MODES = ["off", "on", "random", "shuffled", "oracle"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model(scale=0.25)
+
+
+@pytest.fixture(scope="module")
+def held_out() -> list[dict]:
+    return [{"id": f"new-{number}", "text": row["text"]} for number, row in enumerate(corpus(10, seed=5))]
+
+
+def measure(model, documents, world, **options) -> Evaluation:
+    return evaluate(model, documents, world.tokenizer, **{"retriever": world.retriever, **OPTIONS, **options})
+
+
+@pytest.fixture(scope="module")
+def kept(world, model, held_out, tmp_path_factory):
+    """An evaluation with all there is, and its folder."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    options = {"num_neighbors_sweep": [1, 2, 3], "fractions": [0.3, 1.0], "output": folder}
+    return measure(model, held_out, world, **options), folder
+
+
+def test_totals_are_those_of_bits_per_byte(world, model, held_out, kept):
+    """The same tokens, the same neighbors, the same intervals."""
+    result, _ = kept
+    expected = bits_per_byte(model, held_out, world.tokenizer, retriever=world.retriever, **OPTIONS)
+    for name, value in expected.bits_per_byte.items():
+        mode = result.mode(name)
+        assert mode.bits_per_byte == pytest.approx(value, rel=1e-6)
+        assert mode.perplexity == pytest.approx(
+            np.exp(expected.nats[name].sum() / expected.num_tokens.sum()), rel=1e-6
+        )
+        if name != "off":
+            found = mode.difference
+            assert (found.value, found.low, found.high) == pytest.approx(expected.differences[name], abs=1e-6)
+    assert [mode.name for mode in result.modes] == MODES
+    assert [mode.cheating for mode in result.modes] == [False] * 4 + [True]
+    assert (result.inputs.num_tokens, result.inputs.num_bytes) == (
+        expected.num_tokens.sum(),
+        expected.num_bytes.sum(),
+    )
+
+
+def test_everything_is_a_sum_over_the_table_of_tokens(world, held_out, kept):
+    """Totals, documents, buckets, levels and places: each token counts once."""
+    result, folder = kept
+    tokens = pq.read_table(folder / "tokens.parquet").to_pydict()
+    documents = pq.read_table(folder / "documents.parquet").to_pydict()
+    number, size = np.array(tokens["document"]), np.array(tokens["num_bytes"])
+    assert documents["id"] == [row["id"] for row in held_out]
+    later = np.array(tokens["position"]) >= CHUNK_SIZE
+    for mode in result.modes:
+        nats = np.array(tokens[f"nats_{mode.name}"])
+        np.testing.assert_allclose(np.bincount(number, nats), documents[f"nats_{mode.name}"], rtol=1e-6)
+        assert mode.bits_per_byte == pytest.approx(nats.sum() / np.log(2) / size.sum(), rel=1e-6)
+        assert mode.later_chunks_bits_per_byte == pytest.approx(
+            nats[later].sum() / np.log(2) / size[later].sum(), rel=1e-6
+        )
+        places = np.array(result.offsets.bits_per_token[mode.name]) * result.offsets.num_tokens
+        assert places.sum() == pytest.approx(nats[later].sum() / np.log(2), rel=1e-6)
+        # alpha = 1 filters nothing.
+        assert result.leakage[-1].bits_per_byte[mode.name] == pytest.approx(mode.bits_per_byte, rel=1e-6)
+        assert not later.all() and np.array_equal(nats[~later], np.array(tokens["nats_off"])[~later]), (
+            "the first chunk of a document reads nothing"
+        )
+    assert result.leakage[-1].difference["on"] == result.mode("on").difference
+    levels = [level.num_tokens for level in result.leakage]
+    assert levels == sorted(levels) and levels[-1] == result.inputs.num_tokens and levels[0] < levels[-1]
+    gain = (np.array(tokens["nats_off"]) - np.array(tokens["nats_on"])) / np.log(2)
+    for buckets, kind in ((result.overlap, "overlap"), (result.runs, "run")):
+        where = np.array(tokens[kind]) >= 0
+        assert sum(bucket.num_tokens for bucket in buckets) == where.sum()
+        total = sum(bucket.gain * bucket.num_tokens for bucket in buckets if bucket.num_tokens)
+        assert total == pytest.approx(gain[where].sum(), rel=1e-6)
+
+
+def test_sweeps_are_what_another_call_would_measure(world, model, held_out, kept, tmp_path):
+    """k as with that many neighbors; a fraction as with a datastore of these documents; the whole as ON."""
+    result, _ = kept
+    assert [point.num_neighbors for point in result.num_neighbors_sweep] == [1, 2, 3]
+    on = result.mode("on")
+    for point in result.num_neighbors_sweep:
+        alone = bits_per_byte(
+            model,
+            held_out,
+            world.tokenizer,
+            retriever=world.retriever,
+            num_neighbors=point.num_neighbors,
+            modes=("on",),
+            **OPTIONS,
+        )
+        assert point.bits_per_byte == pytest.approx(alone.bits_per_byte["on"], rel=1e-6)
+    small, whole = result.fraction_sweep
+    subset = world.datastore.subset(tmp_path / "subset", fraction=0.3, seed=0)
+    retriever = RetroRetriever(subset, embedder=world.embedder)
+    alone = bits_per_byte(model, held_out, world.tokenizer, retriever=retriever, modes=("on",), **OPTIONS)
+    assert small.bits_per_byte == pytest.approx(alone.bits_per_byte["on"], rel=1e-6)
+    assert (small.num_documents, small.num_chunks) == (subset.num_documents, subset.num_chunks)
+    assert 0 < small.num_documents < whole.num_documents == world.datastore.num_documents
+    assert whole.bits_per_byte == result.num_neighbors_sweep[1].bits_per_byte == on.bits_per_byte
+    # Where ON gains nothing there is nothing to have a share of.
+    assert whole.gain_share == (pytest.approx(1) if on.difference.value < 0 else None)
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(world, model, held_out, kept, tmp_path, monkeypatch):
+    """What was finished is not scored again, and nothing else differs."""
+    from retro_hf.evaluation import measure as module
+
+    result, folder = kept
+    options = {"num_neighbors_sweep": [1, 2, 3], "fractions": [0.3, 1.0], "output": tmp_path / "again"}
+    calls = []
+    genuine = module.score_windows
+
+    def counted(*arguments):
+        if len(calls) == limit:
+            raise KeyboardInterrupt
+        calls.append(arguments)
+        return genuine(*arguments)
+
+    monkeypatch.setattr(module, "score_windows", counted)
+    limit = 5
+    with pytest.raises(KeyboardInterrupt):
+        measure(model, held_out, world, **options)
+    assert not (tmp_path / "again/evaluation.json").exists()
+    limit = None
+    resumed = measure(model, held_out, world, **options)
+    for name in ("tokens.parquet", "documents.parquet"):
+        assert (folder / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+    first, again = result.to_dict(), resumed.to_dict()
+    for content in (first, again):
+        for name in ("seconds", "started", "command"):
+            del content["provenance"][name]
+    assert first == again
+    total = len(calls)
+    measure(model, held_out, world, **options)
+    assert len(calls) == total, "a finished run scores nothing again"
+
+    # Work on a file that was damaged is done again, and said to be.
+    victim = sorted((tmp_path / "again/blocks").glob("scores-*"))[0]
+    victim.write_bytes(victim.read_bytes()[:40])
+    measure(model, held_out, world, **options)
+    assert len(calls) == total + 1
+    # Other weights are other work.
+    measure(make_model(seed=1, scale=0.25), held_out, world, **options)
+    assert len(calls) >= 2 * total - 5
+
+
+def test_a_model_is_known_by_its_weights_wherever_it_comes_from(model, tmp_path):
+    """Saved and loaded, in the same precision: the same; one weight changed: another."""
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="bfloat16").to(torch.float32)
+    rounded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="float32")
+    assert weights_digest(rounded) == weights_digest(model)
+    assert weights_digest(loaded) != weights_digest(model)
+    with torch.no_grad():
+        for one, other in zip(rounded.parameters(), loaded.parameters(), strict=True):
+            one.copy_(other)
+    assert weights_digest(loaded) == weights_digest(rounded)
+    rounded.config.neighbor_encoder_config.rms_norm_eps = 0.5
+    assert weights_digest(loaded) != weights_digest(rounded)
+
+
+def test_neighbors_of_each_mode(world, held_out):
+    """By hand: which chunk's neighbors stand where."""
+    documents = list(read_documents([row["text"] for row in held_out], world.tokenizer))
+    chunks = Chunks.of(documents, CHUNK_SIZE)
+    assert [int(count) for count in chunks.counts] == [-(-len(one.input_ids) // CHUNK_SIZE) for one in documents]
+    found = np.random.default_rng(0).integers(world.datastore.num_chunks, size=(len(chunks.rows), 2))
+    by_document, complete = chunks.by_document(found), chunks.complete_by_document(found)
+    oracle = oracle_neighbors(world.datastore, by_document, chunks.complete.tolist())
+    first_chunks = set(world.datastore.first_chunks(np.arange(world.datastore.num_documents)).tolist())
+    shuffled = shuffled_neighbors(complete, seed=0)
+    given = chunks.given(complete)
+    assert any(len(rows) == 1 for rows in complete) and any(len(rows) > 3 for rows in complete)
+    for place, rows in enumerate(complete):
+        whole = by_document[place]
+        for chunk in range(len(rows)):
+            # What was found for the answer, as the continuation of the chunk before it.
+            follows = whole[chunk + 1].tolist() if chunk + 1 < len(whole) else [-1, -1]
+            answers = [id if id in first_chunks or id < 0 else id - 1 for id in follows]
+            assert oracle[place][chunk].tolist() == answers
+            others = [rows[other].tolist() for other in range(len(rows)) if other not in (chunk, chunk + 1)]
+            assert shuffled[place][chunk].tolist() in (others or [[-1, -1]])
+            if chunk + 1 < len(whole):
+                assert given[chunks.starts[place] + chunk + 1].tolist() == rows[chunk].tolist()
+        assert (given[chunks.starts[place]] == -1).all()
+    random = random_neighbors(world.datastore, chunks.complete.tolist(), 2, seed=0)
+    assert [rows.shape for rows in random] == [rows.shape for rows in complete]
+
+
+def test_documents_in_the_datastore_are_reported_and_not_scored(world, model, held_out, kept):
+    """By what they say: under another id, within a longer document, with small changes; not by their id alone."""
+    stored = {row["id"]: row["text"] for row in corpus()}
+    long = [id for id, text in stored.items() if len(text.split()) > 60]
+    words = stored[long[2]].split()
+    leaks = [
+        {"id": "renamed", "text": stored[long[0]]},
+        {"id": long[1], "text": stored[long[1]]},
+        {"id": "part", "text": " ".join(words[:40])},
+        {"text": " ".join([*words[:-1], "lighthouse"])},
+    ]
+    same_id = {"id": long[3], "text": held_out[0]["text"]}
+    result = measure(model, [*leaks, *held_out[1:], same_id], world)
+    found = {one.id: (one.stored_id, one.same_id) for one in result.inputs.leaked}
+    assert found == {
+        "renamed": (long[0], False),
+        long[1]: (long[1], True),
+        "part": (long[2], False),
+        None: (long[2], False),
+    }
+    assert all(one.contained >= 0.8 for one in result.inputs.leaked)
+    assert result.inputs.num_documents == len(held_out) and result.inputs.num_same_id == 1
+    assert any("4 of 14 documents, found in the datastore" in line for line in result.verdict.details)
+    assert "LEAKAGE: documents found in the datastore, and therefore not scored: 4;" in " ".join(str(result).split())
+    # What is left is scored as if the others had never been there.
+    alone = measure(model, [*held_out[1:], same_id], world)
+    assert result.mode("on").bits_per_byte == pytest.approx(alone.mode("on").bits_per_byte, rel=1e-6)
+    with pytest.raises(DatasetError, match="In the datastore there are all of 2 documents, the first as"):
+        measure(model, leaks[:2], world)
+
+
+def test_short_and_empty_documents_are_counted(world, model, held_out):
+    """Nothing to score is left out; nothing to read is said."""
+    short = "the river"
+    result = measure(model, ["", "a", short, *held_out], world)
+    assert (result.inputs.num_unscorable, result.inputs.num_documents) == (2, len(held_out) + 1)
+    assert result.inputs.num_short >= 1 and "no longer than one chunk" in str(result)
+    alone = measure(model, [short, "the king"], world)
+    assert alone.verdict.outcome == "not_measured" and "first chunk of 8 tokens" in alone.verdict.text
+    assert alone.mode("on").bits_per_byte == alone.mode("off").bits_per_byte
+    assert not alone.leakage and alone.offsets is None and str(alone).startswith("Not measured")
+    with pytest.raises(DatasetError, match="no document of 2 has"):
+        measure(model, ["", "a"], world)
+
+
+def test_a_model_without_retrieval_is_measured_off_and_nothing_else(world, model, held_out, tmp_path):
+    """Its backbone alone is OFF; a retriever has nothing to give it."""
+    backbone = model.model.backbone
+    plain = evaluate(backbone, held_out, world.tokenizer, output=tmp_path, **OPTIONS, stride=16)
+    assert plain.verdict.outcome == "not_measured" and [mode.name for mode in plain.modes] == ["off"]
+    retro = measure(model, held_out, world)
+    assert plain.mode("off").bits_per_byte == pytest.approx(retro.mode("off").bits_per_byte, rel=1e-6)
+    assert Evaluation.load(tmp_path).to_dict() == plain.to_dict()
+    with pytest.raises(ValueError, match="has no retrieval.*`retrofit`"):
+        measure(backbone, held_out, world)
+
+
+def test_an_untrained_retrofit_does_nothing_and_that_is_said(world, model, held_out):
+    """Its neighbors don't reach the output yet."""
+    fresh = retrofit(tiny_backbone("gpt2", vocab_size=400), chunk_size=CHUNK_SIZE, neighbor_size=16)
+    result = measure(fresh, held_out, world)
+    assert result.verdict.outcome == "nothing" and "to the last bit" in result.verdict.text
+    assert result.mode("on").difference.value == 0
+
+
+def test_any_retriever_is_asked_as_generation_asks_it(world, model, held_out, monkeypatch):
+    """One by words; and one that overrides the search, which must not be bypassed."""
+    lexical = RetroRetriever(world.datastore, searcher=LexicalSearcher.build(world.datastore))
+    result = measure(model, held_out, world, retriever=lexical)
+    expected = bits_per_byte(model, held_out, world.tokenizer, retriever=lexical, modes=("on",), **OPTIONS)
+    assert result.mode("on").bits_per_byte == pytest.approx(expected.bits_per_byte["on"], rel=1e-6)
+    with pytest.raises(RetrieverError, match="LexicalSearcher.*datastore.subset"):
+        measure(model, held_out, world, retriever=lexical, fractions=[0.5])
+
+    class Nothing(RetroRetriever):
+        def search(self, chunk_input_ids, *arguments, **options):
+            found = super().search(chunk_input_ids, *arguments, **options)
+            found.chunk_ids[:] = -1
+            return found
+
+    nothing = measure(model, held_out, world, retriever=Nothing(world.datastore, embedder=world.embedder))
+    assert nothing.mode("on").bits_per_byte == nothing.mode("off").bits_per_byte
+    assert nothing.verdict.outcome == "not_measured" and "nothing was found" in nothing.verdict.text
+
+
+def test_results_come_back_from_their_file(kept, tmp_path):
+    """JSON without NaN; damaged files and other formats are named."""
+    result, folder = kept
+    assert Evaluation.load(folder) == result == Evaluation.load(folder / "evaluation.json")
+    content = json.loads((folder / "evaluation.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert content["provenance"]["seed"] == 0 and content["provenance"]["model"]["chunk_size"] == CHUNK_SIZE
+    for name in ("command", "versions", "machine", "datastore", "documents", "started"):
+        assert content["provenance"][name]
+    assert str(result).splitlines()[0] == result.verdict.text[:110].rsplit(" ", 1)[0] or result.verdict.text in str(
+        result
+    )
+    for broken, message in (
+        ("{}", "is not an evaluation"),
+        ('{"format_version": 7}', "format_version=7"),
+        ("[", "not an"),
+    ):
+        (tmp_path / "evaluation.json").write_text(broken)
+        with pytest.raises(DatasetError, match=message):
+            Evaluation.load(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        Evaluation.load(tmp_path / "nothing")
+
+
+def test_examples_are_pieces_of_the_documents(world, held_out, kept):
+    """Tokens put together are the text; gains are those of the table."""
+    result, folder = kept
+    tokens = pq.read_table(folder / "tokens.parquet").to_pandas()
+    assert {example.kind for example in result.examples} == {"gain", "typical", "loss"}
+    for example in result.examples:
+        text = held_out[example.document]["text"]
+        assert example.document_id == held_out[example.document]["id"]
+        assert "".join(example.tokens) in text and (example.context + "".join(example.tokens)) in text
+        rows = tokens[(tokens.document == example.document) & (tokens.position // CHUNK_SIZE == example.chunk)]
+        gain = (rows.nats_off.astype(float) - rows.nats_on.astype(float)) / np.log(2)
+        np.testing.assert_allclose(example.gain, gain, atol=1e-3)
+        assert len(example.neighbors) == 2 and all(one.document_id.startswith("doc-") for one in example.neighbors)
+    best = [sum(example.gain) for example in result.examples if example.kind == "gain"]
+    worst = [sum(example.gain) for example in result.examples if example.kind == "loss"]
+    assert min(best) > max(worst)
+
+
+def test_wrong_arguments_are_refused(world, model, held_out):
+    with pytest.raises(ValueError, match="Unknown modes.*onn"):
+        measure(model, held_out, world, modes=["onn"])
+    with pytest.raises(ValueError, match="the verdict compares"):
+        measure(model, held_out, world, modes=["on", "off"])
+    with pytest.raises(ValueError, match="RetroDatastore, but what it finds"):
+        measure(model, held_out, world, retriever=world.datastore)
+    with pytest.raises(ValueError, match="pass `retriever=`"):
+        measure(model, held_out, world, retriever=None, modes=["on"])
+    with pytest.raises(ValueError, match="pass `retriever=`"):
+        measure(model, held_out, world, retriever=None, fractions=[0.5])
+    with pytest.raises(ValueError, match="above 0 and at most 1"):
+        measure(model, held_out, world, fractions=[0])
+    with pytest.raises(ValueError, match="at least 1"):
+        measure(model, held_out, world, num_neighbors_sweep=[0])
+    with pytest.raises(DatasetError, match="one string"):
+        measure(model, "text", world)
+    with pytest.raises(DatastoreMismatchError, match="chunk_size"):
+        measure(make_model(chunk_size=4), held_out, world)
+
+
+def test_a_model_in_bfloat16_is_measured(world, model, held_out):
+    """Scores are float32 whatever the weights are."""
+    import copy
+
+    half = measure(copy.deepcopy(model).to(torch.bfloat16), held_out, world)
+    whole = measure(model, held_out, world)
+    assert half.mode("on").bits_per_byte == pytest.approx(whole.mode("on").bits_per_byte, rel=0.03)
+    assert half.provenance["dtype"] == "bfloat16"

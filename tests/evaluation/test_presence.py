@@ -1,0 +1,67 @@
+"""Documents in the datastore: the shares of 13-grams are those counted by hand."""
+
+import pytest
+from datastore.fixtures import corpus
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from retro_hf.datastore.duplicates import stored_documents
+from retro_hf.evaluation.presence import leaked_documents
+from retro_hf.evaluation.scoring import read_documents
+
+
+class Bar:
+    """A progress bar that counts."""
+
+    count = 0
+
+    def update(self, number):
+        self.count += number
+
+
+def grams(tokens: list[int]) -> set[tuple[int, ...]]:
+    """A short document is one gram."""
+    return {tuple(tokens[start : start + 13]) for start in range(max(1, len(tokens) - 12))}
+
+
+@given(
+    parts=st.lists(st.tuples(st.integers(0, 39), st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=4),
+    words=st.integers(0, 20),
+)
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_shares_are_those_counted_by_hand(world, parts, words):
+    """Stretches of stored documents put together, with new words at the end."""
+    texts = [row["text"] for row in corpus()]
+    pieces = []
+    for number, start, end in parts:
+        split = texts[number].split()
+        first, last = sorted((round(start * len(split)), round(end * len(split))))
+        pieces += split[first:last]
+    text = " ".join([*pieces, *["umbrella"] * words])
+    documents = [one for one in read_documents([text, texts[0]], world.tokenizer) if len(one.input_ids)]
+    stored = {
+        id: tokens.tolist()
+        for ids, rows in stored_documents(world.datastore)
+        for id, tokens in zip(ids, rows, strict=True)
+    }
+    bar = Bar()
+    found = leaked_documents(documents, world.datastore, bar)
+    assert bar.count == len(stored) == 40
+    for place, document in enumerate(documents):
+        own = grams(document.input_ids.tolist())
+        shares = {id: len(own & grams(tokens)) / len(own) for id, tokens in stored.items()}
+        best = max(shares.values())
+        assert (place in found) == (best >= 0.8)
+        if place in found:
+            assert found[place].contained == pytest.approx(best, abs=1e-4)
+            assert shares[found[place].stored_id] == best
+
+
+def test_deleted_documents_are_no_leak(world, tmp_path):
+    """And nothing is looked for where there is nothing."""
+    store = world.datastore.subset(tmp_path / "store", ids=["doc-1", "doc-2"])
+    documents = list(read_documents([row["text"] for row in corpus()[:3]], world.tokenizer))
+    assert {one.stored_id for one in leaked_documents(documents, store, Bar()).values()} == {"doc-1", "doc-2"}
+    store.delete(["doc-1"])
+    assert {one.stored_id for one in leaked_documents(documents, store, Bar()).values()} == {"doc-2"}
+    assert not leaked_documents([], store, Bar())

@@ -1,0 +1,91 @@
+"""The verdict on figures that are given: each outcome is called by its name, and for the right reason."""
+
+import math
+
+import pytest
+
+from retro_hf.evaluation import Interval
+from retro_hf.evaluation.result import Bucket, LeakageLevel, Mode, Similarity, SweepPoint
+from retro_hf.evaluation.verdict import give_verdict, sweep_warnings
+
+
+def around(value: float, half: float = 0.01) -> Interval:
+    return Interval(value, value - half, value + half)
+
+
+def mode(name: str, bits: float, difference: Interval | None) -> Mode:
+    return Mode(name, False, 2, bits, 4 * bits, 2 ** (4 * bits), difference, bits, difference)
+
+
+def verdict(
+    on: Interval, random: Interval, gap: Interval, words: float = 0.3, copied: float = 0.2, documents: int = 100
+):
+    off = 2.0
+    modes = {
+        "off": mode("off", off, None),
+        "on": mode("on", off + on.value, on),
+        "random": mode("random", off + random.value, random),
+    }
+    runs = [Bucket(0, 4, 100, 0.1, 1 - copied), Bucket(5, None, 100, 0.1, copied)]
+    leakage = [LeakageLevel(0.125, 5, 50, 200, {"off": 2.1, "on": 2.0}, {"on": around(-0.1)})]
+    similarity = Similarity(0.1 + words, 0.1, around(words))
+    return give_verdict(modes, gap, similarity, runs, leakage, documents)
+
+
+@pytest.mark.parametrize(
+    ("on", "random", "gap", "words", "outcome", "says"),
+    [
+        (around(-0.5), around(0.1), around(-0.6), 0.3, "helps", "Retrieval helps: 1.5000 bits/byte ON, 2.0000 OFF"),
+        (around(0.2), around(0.5), around(-0.3), 0.3, "hurts", "Retrieval hurts"),
+        (around(0.0), around(0.5), around(-0.5), 0.3, "nothing", "the interval holds 0"),
+        # No better than random: the retriever, if words say so, else the model or the datastore.
+        (around(0.1), around(0.1), around(0.0), 0.0, "broken", "The retriever looks broken"),
+        (around(-0.1), around(-0.1), around(0.0), 0.0, "broken", "no nearer to the text than random"),
+        (around(0.1), around(0.1), around(0.0), 0.3, "hurts", "no more to the model than random"),
+        (around(0.0), around(0.0), around(0.001), 0.3, "nothing", "no more to the model than random"),
+        (around(-0.1), around(-0.1), around(0.0), 0.3, "nothing", "nothing that random neighbors would not do"),
+        # By chance one of the two signs looks right.
+        (around(-0.1), around(-0.085), around(-0.015), 0.0, "broken", "The retriever looks broken"),
+        # Another language shares no words, and helps beyond doubt.
+        (around(-0.5), around(0.1), around(-0.6), 0.0, "helps", "Retrieval helps"),
+    ],
+)  # fmt: skip
+def test_outcomes(on, random, gap, words, outcome, says):
+    found = verdict(on, random, gap, words)
+    assert (found.outcome, says in found.text) == (outcome, True), found.text
+
+
+def test_copying_is_more_than_half_of_the_gain():
+    for share, copying in ((0.49, False), (0.51, True)):
+        found = verdict(around(-0.5), around(0.1), around(-0.6), copied=share)
+        assert found.copying is copying
+        assert ("Mostly copying" in found.text) is copying and f"{share:.0%} of the gain" in found.text
+
+
+def test_neighbors_that_never_reach_the_output_are_named():
+    """A fresh RETROfit: all the same, to the last bit."""
+    zero = Interval(0.0, 0.0, 0.0)
+    found = verdict(zero, zero, zero)
+    assert found.outcome == "nothing" and "to the last bit" in found.text
+
+
+def test_one_document_decides_nothing_and_few_are_called_few():
+    lone = Interval(-0.5, math.nan, math.nan)
+    assert verdict(lone, lone, lone).outcome == "not_measured"
+    assert "rest on 7 documents" in verdict(around(-0.5), around(0.1), around(-0.6), documents=7).details[0]
+
+
+def test_a_gain_that_random_neighbors_share_is_told_apart():
+    found = verdict(around(-0.5), around(-0.2), around(-0.3))
+    assert found.outcome == "helps" and any("40% of what ON gains" in line for line in found.details)
+
+
+def test_sweeps_that_should_worry_do():
+    def point(number: int, bits: float, fraction: float | None = None, share: float | None = None) -> SweepPoint:
+        return SweepPoint(number, fraction, 10, 100, bits, around(-0.1), share)
+
+    assert not sweep_warnings([point(1, 1.5), point(2, 1.4), point(40, 1.6)], [point(2, 1.9, 0.1, 0.2)])
+    assert "worse than one" in sweep_warnings([point(2, 1.51), point(1, 1.5)], [])[0]
+    assert (
+        "10% of the datastore bring 90%" in sweep_warnings([], [point(2, 1.5, 0.1, 0.9), point(2, 1.5, 0.5, 0.95)])[0]
+    )
