@@ -223,14 +223,22 @@ class RetroRetriever:
         return RetrievalResult(scores, chunk_ids)
 
     def trace(
-        self, chunk_input_ids: torch.LongTensor, chunk_attention_mask: torch.LongTensor | None = None
+        self,
+        chunk_input_ids: torch.LongTensor,
+        chunk_attention_mask: torch.LongTensor | None = None,
+        *,
+        num_neighbors: int | None = None,
+        exclude_documents: Any = None,
     ) -> list[list[RetrievedNeighbor]]:
         """What was retrieved for each chunk, readable; nearest first, without a new search for a chunk just looked up.
+
+        Args: those of [`~RetroRetriever.search`].
 
         Returns:
             `list[list[RetrievedNeighbor]]`: for each chunk at most `num_neighbors` neighbors.
         """
-        return self._describe(self.search(chunk_input_ids, chunk_attention_mask))
+        options = {"num_neighbors": num_neighbors, "exclude_documents": exclude_documents}
+        return self._describe(self.search(chunk_input_ids, chunk_attention_mask, **options))
 
     def find(self, texts: str | list[str], *, num_neighbors: int | None = None) -> list[list[RetrievedNeighbor]]:
         """Look texts of any length up, instead of chunks of tokens; what a person asks of a datastore.

@@ -6,6 +6,7 @@ from .evaluate import evaluate
 from .modes import MODES
 from .questions import QuestionAnswers, answer_metrics, answer_questions, score_answers
 from .result import Evaluation
+from .trace import Trace, trace
 
 
 __all__ = [
@@ -14,9 +15,11 @@ __all__ = [
     "Evaluation",
     "Interval",
     "QuestionAnswers",
+    "Trace",
     "answer_metrics",
     "answer_questions",
     "bits_per_byte",
     "evaluate",
     "score_answers",
+    "trace",
 ]
