@@ -5,6 +5,7 @@ the datastore holds them in another; it finds them by their words.
 """
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from retro_hf import RetroDatastore, RetroRetriever
 from retro_hf.datastore import ChunkEmbedder, LexicalSearcher
-from retro_hf.evaluation import evaluate
+from retro_hf.evaluation import evaluate, trace
+from retro_hf.evaluation.report import render_page
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -92,6 +94,18 @@ def test_gain_grows_with_overlap(good):
     assert relative[0] > relative[-1]
 
 
+def test_a_trace_shows_what_retrieval_saves(setting):
+    """Of the tokens that can read something most gain, and what is retrieved is the same passage in other words."""
+    model, tokenizer, documents, datastore, *_ = setting
+    retriever = RetroRetriever(datastore, searcher=LexicalSearcher.build(datastore))
+    seen = trace(model, documents[0], tokenizer, retriever=retriever)
+    gains = seen.gains[seen.chunk_size :]
+    assert sum(gains) > 0.2 * sum(seen.nats_off[seen.chunk_size :]) and not any(seen.gains[: seen.chunk_size])
+    found = [neighbor.document_id for chunk in seen.chunks for neighbor in chunk.neighbors]
+    assert found.count(documents[0]["id"].replace("web", "kjv")) >= len(found) / 3
+    assert sum(sum(neighbor.gains) for chunk in seen.chunks for neighbor in chunk.neighbors) > 0
+
+
 def test_every_place_of_a_chunk_reads(good):
     """Also the first token of a chunk, which an error of one place would leave without neighbors (experiment E1)."""
     offsets = good.offsets.bits_per_token
@@ -106,6 +120,8 @@ def test_a_retriever_that_returns_random_chunks_is_caught(setting, seed):
     result = measure(setting, RandomSearcher(setting[3], seed), modes=["off", "on", "random"])
     assert result.verdict.outcome == "broken"
     assert str(result).startswith("The retriever looks broken")
+    page = re.sub(r"<style>.*?</style>|<[^>]*>", "", render_page(result).partition("<body>")[2], flags=re.DOTALL)
+    assert page.strip().startswith("The retriever looks broken")
 
 
 def test_a_datastore_of_another_domain_is_no_help_and_that_is_said(setting):

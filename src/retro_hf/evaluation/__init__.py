@@ -5,6 +5,7 @@ from .bootstrap import Interval
 from .evaluate import evaluate
 from .modes import MODES
 from .questions import QuestionAnswers, answer_metrics, answer_questions, score_answers
+from .report import write_report
 from .result import Evaluation
 from .trace import Trace, trace
 
@@ -22,4 +23,5 @@ __all__ = [
     "evaluate",
     "score_answers",
     "trace",
+    "write_report",
 ]

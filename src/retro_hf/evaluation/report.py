@@ -1,0 +1,130 @@
+"""The report of an evaluation: one HTML page that needs no network, and its curves as PNG."""
+
+from __future__ import annotations
+
+import base64
+import difflib
+import hashlib
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from ..datastore.storage import write_file
+from .charts import charts_of
+from .drawing import to_png, to_svg
+from .modes import MODES
+from .trace import FULL_BITS, bits
+
+
+if TYPE_CHECKING:
+    from .result import Evaluation
+    from .trace import Trace
+
+__all__ = ["write_report"]
+
+_TEMPLATES = Path(__file__).parent / "templates"
+_SHARED_WORDS = 3
+
+
+def write_report(result: Evaluation, folder: str | os.PathLike[str], *, traces: Sequence[Trace] = ()) -> Path:
+    """Write `report.html`, `report.png` with all curves, and a PNG of each curve.
+
+    The page begins with the verdict. It loads nothing, forbids any script but its own, and shows every text escaped.
+
+    Args:
+        result ([`Evaluation`]): what was measured.
+        folder (`str` or `Path`): where to write; made if it isn't there.
+        traces (sequence of [`Trace`], *optional*): texts to show token by token.
+    Returns:
+        `Path` of the page.
+    Raises:
+        MissingExtraError: without matplotlib.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    charts = charts_of(result)
+    if charts:
+        write_file(folder / "report.png", to_png(charts, heading=result.verdict.text))
+    for chart in charts:
+        write_file(folder / f"{chart.name}.png", to_png([chart]))
+    page = folder / "report.html"
+    write_file(page, render_page(result, traces).encode("utf-8", "replace"))
+    return page
+
+
+def render_page(result: Evaluation, traces: Sequence[Trace] = ()) -> str:
+    """The page as HTML."""
+    environment = Environment(
+        loader=FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+    environment.filters |= {"bits": bits, "marked": _marked, "number": _number, "odds": _odds, "strength": _strength}
+    style, script = ((_TEMPLATES / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return environment.get_template("report.html").render(
+        result=result,
+        off=next((mode.bits_per_byte for mode in result.modes if mode.name == "off"), math.nan),
+        charts=[(chart, Markup(to_svg(chart))) for chart in charts_of(result)],
+        traces=traces,
+        meanings=MODES,
+        provenance=list(_flat(result.provenance)),
+        full=FULL_BITS,
+        # The browser itself sees to it that nothing is loaded and that no text of a datastore runs.
+        policy=f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'",
+        style=Markup(style),
+        script=Markup(script),
+    )
+
+
+def _number(value: float | None, form: str = ".4f") -> str:
+    """Formatted, with a real minus and no sign at zero; a dash where there is nothing to say."""
+    if value is None or math.isnan(value):
+        return "–"
+    shown = format(value, form)
+    return shown.replace("-", "−") if shown.strip("+-0.%") else shown.lstrip("+-")
+
+
+def _strength(gain: float) -> str:
+    """0 to 1, the opacity of a token's colour, for bits."""
+    return f"{min(abs(gain) / FULL_BITS, 1):.2f}".removesuffix(".00")
+
+
+def _odds(trace: Trace, token: int) -> str:
+    """A token's probability without and with retrieval."""
+    off, on = trace.nats_off[token], trace.nats_on[token]
+    if off is None or on is None:
+        return "the first token, for which there is no prediction"
+    return f"off {math.exp(-off):.2%} → on {math.exp(-on):.2%}, {_number(bits(off - on), '+.2f')} bits saved"
+
+
+def _marked(text: str, reading: str) -> Iterator[tuple[str, bool]]:
+    """A passage in pieces, and whether the chunk that reads it has the same words in a row."""
+    pieces = re.findall(r"\s*\S+\s*", text)
+    words = [re.sub(r"\W", "", piece).lower() for piece in pieces]
+    others = re.sub(r"[^\w\s]", "", reading).lower().split()
+    blocks = difflib.SequenceMatcher(None, words, others, autojunk=False).get_matching_blocks()
+    start = 0
+    for block in blocks:
+        if block.size >= _SHARED_WORDS:
+            yield "".join(pieces[start : block.a]), False
+            yield "".join(pieces[block.a : block.a + block.size]), True
+            start = block.a + block.size
+    yield "".join(pieces[start:]), False
+
+
+def _flat(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Name and value of everything known; what belongs together in one line."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield name, " · ".join(f"{key} {part}" for key, part in value.items() if part is not None)
+        elif value is not None:
+            yield name, str(value)
