@@ -9,13 +9,20 @@ from typing import Annotated, Any
 import typer
 
 
+# Documents that a report shows token by token.
+_TRACED = 3
+
+
 def evaluate(
     model: Annotated[str, typer.Argument(help="Folder or Hub name of a RETRO model.")],
-    documents: Annotated[
-        Path, typer.Argument(help="Held-out documents, as for build: a folder, or a file such as .jsonl.")
+    texts: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DOCUMENTS", help="Held-out documents, as for build: a folder, or a file such as .jsonl."
+        ),
     ],
     store: Annotated[
-        Path | None, typer.Option(help="Folder of a datastore; without one only OFF is measured.")
+        str | None, typer.Option(help="A datastore, a folder or on the Hub; without one only OFF is measured.")
     ] = None,
     embedder: Annotated[
         str | None, typer.Option(help="Encoder that built the datastore; needed if it was a folder.")
@@ -23,6 +30,9 @@ def evaluate(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder for results; a run that was stopped goes on there.")
     ] = None,
+    report: Annotated[
+        bool, typer.Option("--report", help="Also write a page and pictures there; needs matplotlib.")
+    ] = False,
     num_neighbors: Annotated[
         int | None, typer.Option("-k", help="Neighbors per chunk; by default the retriever's.")
     ] = None,
@@ -45,8 +55,11 @@ def evaluate(
     import retro_hf_cli as commands
     from retro_hf.datastore.documents import DocumentReader
     from retro_hf.evaluation import evaluate as measure
+    from retro_hf.evaluation import trace, write_report
     from retro_hf.evaluation.tables import WIDTH, layout
 
+    if report and output is None:
+        raise ValueError("--report writes into the folder of results, but there is none: add --output FOLDER.")
     if dtype not in ("auto", "float32", "bfloat16"):
         raise ValueError(f"--dtype is {dtype!r}, but it is float32, bfloat16 or auto.")
     numbers, shares = _parsed("--sweep-k", sweep_k, int), _parsed("--fractions", fractions, float)
@@ -55,11 +68,13 @@ def evaluate(
     if dtype != "auto":
         loaded.to(getattr(torch, dtype))
     tokenizer = commands._load("tokenizer", model)
+    retriever = None if store is None else commands._open_retriever(store, embedder, tokenizer)
+    documents = [{"id": one.id, "title": one.title, "text": one.text} for one in DocumentReader(texts)]
     result = measure(
         loaded,
-        [{"id": document.id, "text": document.text} for document in DocumentReader(documents)],
+        documents,
         tokenizer,
-        retriever=None if store is None else commands._open_retriever(store, embedder, tokenizer),
+        retriever=retriever,
         modes=None if store is None else _parsed("--modes", modes, str),
         num_neighbors=num_neighbors,
         num_neighbors_sweep=numbers,
@@ -70,12 +85,23 @@ def evaluate(
         batch_size=batch_size,
         seed=seed,
     )
+    page = None
+    if report and output is not None:
+        longest = sorted(documents, key=lambda one: -len(one["text"]))[:_TRACED]
+        traces = [
+            trace(loaded, one, tokenizer, retriever=retriever, num_neighbors=num_neighbors)
+            for one in longest
+            if retriever
+        ]
+        page = write_report(result, output, traces=traces)
     if as_json:
         typer.echo(json.dumps(result.to_dict(), ensure_ascii=False))
         return
     Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False).print(layout(result))
     if output is not None:
         typer.echo(f"\nKept in {output}: evaluation.json, tokens.parquet, documents.parquet")
+    if page is not None:
+        typer.echo(f"Report: {page}")
 
 
 def _parsed(option: str, text: str, kind: Callable[[str], Any]) -> list[Any]:

@@ -104,11 +104,18 @@ def test_generate_with_and_without_a_datastore(world):
     assert on != off
 
 
+def result_line(printed, start):
+    """What follows `start` on the line that begins with it."""
+    return next(line for line in printed.splitlines() if line.startswith(start))[len(start) :].strip()
+
+
 def test_evaluate_measures_and_keeps_what_it_measured(world, tmp_path):
     """Figures as JSON and in words, sweeps, a folder; and OFF alone without a datastore."""
     arguments = (world / "model", world / "texts.jsonl", "--store", world / "store", "--embedder", world / "encoder")
     options = ("-k", 3, "--sweep-k", "1,2", "--fractions", "0.5", "-o", tmp_path, "--modes", "on, off,random")
-    printed = retro("evaluate", *arguments, *options)
+    printed = retro("evaluate", *arguments, *options, "--report")
+    assert result_line(printed, "Report: ") == str(tmp_path / "report.html")
+    assert "<details" in (tmp_path / "report.html").read_text()  # chunks of a traced document
     result = Evaluation.load(tmp_path)
     assert " ".join(printed.split()).startswith(" ".join(result.verdict.text.split()))
     assert [(mode.name, mode.num_neighbors) for mode in result.modes] == [("off", 0), ("on", 3), ("random", 3)]
@@ -120,6 +127,7 @@ def test_evaluate_measures_and_keeps_what_it_measured(world, tmp_path):
     for wrong, message in (
         (("--sweep-k", "1;2"), "commas between"),
         (("--dtype", "int8"), "float32, bfloat16 or auto"),
+        (("--report",), "add --output FOLDER"),
     ):
         with pytest.raises(ValueError, match=message):
             retro("evaluate", *arguments, *wrong)
