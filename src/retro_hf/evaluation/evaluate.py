@@ -57,10 +57,10 @@ def evaluate(
 
     The same tokens are scored with different neighbors: none (`off`), those found (`on`), as many chunks of the datastore
     drawn blindly (`random`), those of another chunk of the document (`shuffled`), and what is found for the very chunk to be
-    predicted (`oracle`, which is cheating: what a perfect retriever might bring). Every token but the first of each document is scored once,
-    in windows that overlap; see [`bits_per_byte`], whose figures are the same. Everything else is arithmetic over the
-    scores of these tokens: the leakage filter of section 2.6 of Borgeaud et al. (2022), the gain by overlap and by place in
-    the chunk. Sweeps score again with other neighbors; the model is not trained.
+    predicted (`oracle`, which is cheating: what a perfect retriever might bring). Every token but the first of each document
+    is scored once, in windows that overlap; see [`bits_per_byte`], whose figures are the same. Everything else is arithmetic
+    over the scores of these tokens: the leakage filter of section 2.6 of Borgeaud et al. (2022), the gain by overlap and by
+    place in the chunk. Sweeps score again with other neighbors; the model is not trained.
 
     Documents of which the datastore has at least 80 % (13-grams of tokens in one document) are reported, and not scored.
 
