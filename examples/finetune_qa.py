@@ -1,6 +1,6 @@
 """Fine-tune a RETRO to answer questions from passages, with the flags of transformers' own examples.
 
-    python examples/finetune_qa.py --output_dir demo_output/qa --do_train --do_eval --max_steps 200 --learning_rate 5e-4
+    python examples/finetune_qa.py --output_dir demo_output/qa --do_train --do_eval --max_steps 200 --learning_rate 1e-3
 
 On the packaged data (`wiki_questions.py`: the year to fill in a sentence of Wikipedia, with the articles that tell it)
 and the demo's model of 6 million parameters. Own data: `--train_file` and `--validation_file`, JSONL with `question`,
