@@ -194,6 +194,51 @@ def test_adapter_with_another_base(tmp_path, field, value):
         AutoModelForCausalLM.from_pretrained(tmp_path / "model")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adapter_with_other_weights_of_the_same_shape(tmp_path, dtype):
+    """One layer of the base was trained a little since: refused, with both fingerprints; read if told to."""
+    model = retrofitted(tmp_path / "base")
+    model.save_pretrained(tmp_path / "model", save_backbone=False)
+    base = tiny_backbone("llama")
+    with torch.no_grad():
+        base.model.layers[2].mlp.up_proj.weight.mul_(1.01)
+    base.save_pretrained(tmp_path / "base")
+    with pytest.raises(
+        ValueError, match=r"made for other weights.*fingerprint is \w{16}, .*`backbone_fingerprint` to null"
+    ):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=dtype)
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config["backbone_fingerprint"] = None
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert torch.equal(loaded(random_ids(2, 14)).logits, base(random_ids(2, 14)).logits)
+
+
+def test_adapter_of_a_base_that_was_trained(tmp_path):
+    """Its new weights would be lost: refused before anything is written."""
+    model = retrofitted(tmp_path / "base", freeze_backbone=False)
+    with torch.no_grad():
+        model.model.backbone.model.layers[2].mlp.up_proj.weight.mul_(1.01)
+    with pytest.raises(ValueError, match=r"no longer those of '.*base'.*`save_backbone=True`"):
+        model.save_pretrained(tmp_path / "model", save_backbone=False)
+    assert not (tmp_path / "model").exists()
+    model.save_pretrained(tmp_path / "model")
+    assert_same(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), model)
+
+
+def test_a_quantized_base_is_not_written(tmp_path):
+    """Only its name is, unless asked; asked to write it, nothing is written. Real ones are in `test_quantized.py`."""
+    tiny_backbone("llama").save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    base.hf_quantizer = object()
+    model = retrofit(base, encoder=ENCODER, chunk_size=4, cross_attention_layers=[1, 3])
+    with pytest.raises(ValueError, match=r"quantized backbone cannot be written.*`save_backbone=False`"):
+        model.save_pretrained(tmp_path / "model", save_backbone=True)
+    assert not (tmp_path / "model").exists()
+    model.save_pretrained(tmp_path / "model")
+    assert_same(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), model)
+
+
 def test_adapter_with_missing_weights(tmp_path):
     """A folder whose weights do not belong to its config is refused with their names."""
     retrofitted(tmp_path / "base").save_pretrained(tmp_path / "model", save_backbone=False)

@@ -13,10 +13,12 @@
 # limitations under the License.
 """Where chunked cross-attention enters a backbone: its decoder layers, and the end of the self-attention branch in each."""
 
+import hashlib
 import inspect
 import re
 from typing import NamedTuple
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -213,4 +215,31 @@ def accepted_arguments(module: nn.Module) -> tuple[str, ...]:
     return tuple(inspect.signature(module.forward).parameters)
 
 
-__all__ = ["BranchEnd", "accepted_arguments", "find_branch_end", "find_decoder_layers"]
+def placement(backbone: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype of what is added to a backbone: those of its first floating-point weight that lies in memory.
+
+    Quantized weights may be integers, and offloaded ones are on the meta device.
+    """
+    weights = [weight for weight in backbone.parameters() if weight.is_floating_point()]
+    device = next((weight.device for weight in weights if weight.device.type != "meta"), torch.device("cpu"))
+    return device, weights[0].dtype
+
+
+def fingerprint(backbone: nn.Module) -> str | None:
+    """Tells a checkpoint from others of the same shape: a digest of up to 64 values of each weight.
+
+    They are rounded to bfloat16, so a checkpoint has one fingerprint in float32 and in bfloat16. None where that cannot be
+    told: for weights that are quantized, in float16, offloaded or sharded.
+    """
+    digest = hashlib.sha256()
+    for name, weight in sorted(backbone.named_parameters()):
+        weight = weight.detach()
+        if type(weight) is not torch.Tensor or weight.is_meta or weight.dtype not in (torch.float32, torch.bfloat16):
+            return None
+        values = weight.reshape(-1)[:: max(weight.numel() // 64, 1)][:64]
+        digest.update(f"{name} {tuple(weight.shape)}".encode())
+        digest.update(values.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+__all__ = ["BranchEnd", "accepted_arguments", "find_branch_end", "find_decoder_layers", "fingerprint", "placement"]

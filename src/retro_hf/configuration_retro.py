@@ -259,6 +259,7 @@ class RetroConfig(PreTrainedConfig):
         self-attention branch.
     backbone_name_or_path (`str`, *optional*): checkpoint that the backbone's weights came from.
     backbone_revision (`str`, *optional*): its revision.
+    backbone_fingerprint (`str`, *optional*): tells its weights from others of the same shape; what `retrofit` fills in.
     save_backbone (`bool`, defaults to `True`): whether a saved folder holds the backbone's weights, or only their
         name and revision (adapter-only).
     retriever_name_or_path (`str`, *optional*): the retriever that the model was trained with; never opened
@@ -291,6 +292,7 @@ class RetroConfig(PreTrainedConfig):
     backbone_attention: str | None = None
     backbone_name_or_path: str | None = None
     backbone_revision: str | None = None
+    backbone_fingerprint: str | None = None
     save_backbone: bool = True
     retriever_name_or_path: str | None = None
     tie_word_embeddings: bool = False

@@ -49,7 +49,7 @@ from transformers.utils import (
 from transformers.utils.hub import get_checkpoint_shard_files
 from transformers.utils.output_capturing import CompileableContextVar
 
-from .backbone_retro import accepted_arguments, find_branch_end, find_decoder_layers
+from .backbone_retro import accepted_arguments, find_branch_end, find_decoder_layers, fingerprint, placement
 from .cache_retro import RetroState, pad_to
 from .configuration_retro import RetroConfig, RetroDecoderConfig, RetroEncoderConfig
 from .grid_retro import Planner, chunk_offsets, real_tokens, state_of
@@ -833,18 +833,35 @@ class RetroForCausalLM(RetroPreTrainedModel, GenerationMixin):
             args, kwargs: as in [`~transformers.PreTrainedModel.save_pretrained`].
             save_backbone (`bool`, *optional*, defaults to `config.save_backbone`): whether to write the backbone's weights.
         Raises:
-            ValueError: for `save_backbone=False` if the config names no checkpoint to load the backbone from again.
+            ValueError: for `save_backbone=False` if the config names no checkpoint to load the backbone from again, or
+                its weights have changed since; for `save_backbone=True` if the backbone is quantized.
         """
         before = self.config.save_backbone
         self.config.save_backbone = before if save_backbone is None else save_backbone
         try:
             self.config.validate_architecture()
             if not self.config.save_backbone:
+                self._check_backbone_is_unchanged()
                 state_dict = kwargs.get("state_dict") or self.state_dict()
                 kwargs["state_dict"] = {k: v for k, v in state_dict.items() if k.startswith("model.retro.")}
+            elif getattr(self.model.backbone, "hf_quantizer", None):
+                raise ValueError(
+                    "A quantized backbone cannot be written into the folder of the model, only its name can: save with "
+                    "`save_backbone=False`, which needs a base that was loaded by its name (`retrofit('org/name', "
+                    "base_kwargs={'quantization_config': ...})`)."
+                )
             super().save_pretrained(save_directory, *args, **kwargs)
         finally:
             self.config.save_backbone = before
+
+    def _check_backbone_is_unchanged(self) -> None:
+        found = fingerprint(self.model.backbone)
+        if None not in (found, self.config.backbone_fingerprint) and found != self.config.backbone_fingerprint:
+            raise ValueError(
+                f"The backbone's weights are no longer those of '{self.config.backbone_name_or_path}' (trained, resized, or "
+                "with adapters of PEFT in them), and `save_backbone=False` would lose what they are now. Save with "
+                "`save_backbone=True`."
+            )
 
     @classmethod
     def from_pretrained(
@@ -888,6 +905,9 @@ class RetroForCausalLM(RetroPreTrainedModel, GenerationMixin):
         }
         theirs = {key: value for key, value in theirs.items() if not key.startswith("_")}  # what Auto classes add
         implementation = theirs.pop("attn_implementation", config._attn_implementation_internal)
+        quantization = getattr(config.text_config, "quantization_config", None)
+        if quantization is not None:  # as it was trained; `quantization_config=None` loads it as it is
+            theirs.setdefault("quantization_config", quantization)
         try:
             backbone = AutoModelForCausalLM.from_pretrained(
                 name, revision=revision or "main", attn_implementation=implementation, **theirs
@@ -906,7 +926,16 @@ class RetroForCausalLM(RetroPreTrainedModel, GenerationMixin):
                     f"{revision}) has {getattr(found, field)}. Load the checkpoint that it was made for: set "
                     "`backbone_name_or_path` and `backbone_revision` in the folder's config.json."
                 )
+        fingerprints = fingerprint(backbone), config.backbone_fingerprint
+        if None not in fingerprints and fingerprints[0] != fingerprints[1]:
+            raise ValueError(
+                f"'{path}' was made for other weights than '{name}' (revision {revision}) has: their fingerprint is "
+                f"{fingerprints[0]}, that of its backbone {fingerprints[1]}. Load the checkpoint that it was made for: set "
+                "`backbone_name_or_path` and `backbone_revision` in the folder's config.json; or, to read these weights all "
+                "the same, `backbone_fingerprint` to null."
+            )
         config.text_config = backbone.config
+        config.name_or_path = os.fspath(path)
         model = cls(config, backbone=backbone)
         index = cached_file(path, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **hub)
         files = [cached_file(path, SAFE_WEIGHTS_NAME, **hub)] if index is None else None
@@ -920,7 +949,8 @@ class RetroForCausalLM(RetroPreTrainedModel, GenerationMixin):
                 f"{sorted(set(weights) - own)[:3]}."
             )
         model.load_state_dict(weights, strict=False)
-        model.model.retro.to(device=backbone.device, dtype=backbone.dtype)
+        device, dtype = placement(backbone)
+        model.model.retro.to(device=device, dtype=dtype)
         if implementation is not None:
             model.set_attn_implementation(implementation)
         with suppress(OSError):  # the backbone's, if the folder has none of its own

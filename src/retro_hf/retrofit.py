@@ -21,7 +21,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
-from .backbone_retro import find_decoder_layers
+from .backbone_retro import find_decoder_layers, fingerprint, placement
 from .configuration_retro import RetroConfig, RetroEncoderConfig
 from .errors import PretrainedNotFoundError, UnsupportedBackboneError
 from .modeling_retro import RetroForCausalLM
@@ -55,7 +55,7 @@ def retrofit(
         share_embeddings (`bool`, defaults to `True`): read neighbors through the base's embeddings (B.1.4).
         revision (`str`, *optional*): revision of the checkpoint.
         base_kwargs (`dict`, *optional*): for `AutoModelForCausalLM.from_pretrained`, such as `dtype`, `device_map` or
-            `quantization_config`.
+            `quantization_config`. What is added is never quantized, and what is saved of a quantized base is its name.
         config: fields of [`RetroConfig`], such as `chunk_size` or `cross_attention_layers`.
     Returns:
         [`RetroForCausalLM`] in evaluation mode, on the device and in the dtype of the base.
@@ -90,6 +90,8 @@ def retrofit(
         encoder = RetroEncoderConfig(
             hidden_size=heads * 64, intermediate_size=heads * 256, num_attention_heads=heads, head_dim=64
         )
+    if name and getattr(backbone, "hf_quantizer", None):
+        config.setdefault("save_backbone", False)
     retro_config = RetroConfig(
         text_config=backbone.config,
         neighbor_encoder_config=encoder,
@@ -98,14 +100,15 @@ def retrofit(
         zero_init_cross_attention=True,
         backbone_name_or_path=name,
         backbone_revision=revision or getattr(backbone.config, "_commit_hash", None),
+        backbone_fingerprint=fingerprint(backbone) if name else None,
         **{"pad_token_id": getattr(backbone.config.get_text_config(decoder=True), "pad_token_id", None), **config},
     )
     try:
         model = RetroForCausalLM(retro_config, backbone=backbone)
     except ValueError as error:
         raise UnsupportedBackboneError(str(error)) from error
-    parameter = next(p for p in backbone.parameters() if p.is_floating_point())
-    model.model.retro.to(device=parameter.device, dtype=parameter.dtype)
+    device, dtype = placement(backbone)
+    model.model.retro.to(device=device, dtype=dtype)
     logger.info(parameter_report(model))
     return model.eval()
 

@@ -1,0 +1,114 @@
+"""LoRA on the backbone, trained together with what RETRO adds: `get_peft_model(..., modules_to_save=["retro"])`."""
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+
+from retro_hf import RetroForCausalLM, retrofit
+
+from .tiny import ENCODER, hash_retriever, random_ids, random_neighbors, randomize, tiny_backbone
+
+
+# PEFT 0.21 asks for transformers' old name of activation checkpointing.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+SETTINGS = {"encoder": ENCODER, "chunk_size": 4, "cross_attention_layers": [1, 3]}
+LORA = {"target_modules": r".*backbone.*\.(q_proj|v_proj)", "modules_to_save": ["retro"], "r": 2}
+
+
+@pytest.fixture
+def base(tmp_path):
+    tiny_backbone("llama").save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def train(model, steps: int = 4) -> list[float]:
+    ids, neighbors = random_ids(2, 14), random_neighbors(2, 3)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    model.train()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = model(input_ids=ids, labels=ids, **neighbors).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    model.eval()
+    return losses
+
+
+def test_step_zero_is_the_base(base):
+    """LoRA and cross-attention both begin at zero."""
+    plain = retrofit(base, **SETTINGS)
+    ids, neighbors = random_ids(2, 14), random_neighbors(2, 3)
+    model = get_peft_model(retrofit(base, **SETTINGS), LoraConfig(**LORA)).eval()
+    with torch.no_grad():
+        for inputs in ({}, neighbors):
+            assert torch.equal(model(input_ids=ids, **inputs).logits, plain(ids).logits)
+
+
+def test_both_train_and_nothing_else(base):
+    """The base's own weights stay, LoRA's and RETRO's move, and the loss goes down."""
+    retro = retrofit(base, **SETTINGS)
+    model = get_peft_model(retro, LoraConfig(**LORA))
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert {("lora_" in name, ".retro.modules_to_save." in name) for name in trainable} == {
+        (True, False),
+        (False, True),
+    }
+    assert not any("retro" in name and "lora_" in name for name in trainable)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    losses = train(model)
+    assert losses[-1] < losses[0]
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == trainable
+
+
+def test_saved_and_loaded(base, tmp_path):
+    """On a RETROfit made anew from the same base: equal outputs, generation with a retriever included."""
+    model = get_peft_model(retrofit(base, **SETTINGS), LoraConfig(**LORA))
+    train(model)
+    model.save_pretrained(tmp_path / "lora")
+    torch.manual_seed(99)  # what is added starts with other random weights
+    again = PeftModel.from_pretrained(retrofit(base, **SETTINGS), tmp_path / "lora")
+    ids, neighbors = random_ids(2, 14), random_neighbors(2, 3)
+    options = dict(max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
+    with torch.no_grad():
+        for inputs in ({}, neighbors):
+            assert torch.equal(again(input_ids=ids, **inputs).logits, model(input_ids=ids, **inputs).logits)
+        assert not torch.equal(again(input_ids=ids, **neighbors).logits, again(input_ids=ids).logits)
+        with again.disable_adapter():
+            assert torch.equal(again(input_ids=ids, **neighbors).logits, retrofit(base, **SETTINGS)(ids).logits)
+    assert torch.equal(
+        again.generate(input_ids=ids, retriever=hash_retriever(), **options),
+        model.generate(input_ids=ids, retriever=hash_retriever(), **options),
+    )
+
+
+def test_merged_it_is_a_retro_model(base, tmp_path):
+    """`merge_and_unload` leaves a RetroForCausalLM, which is saved whole: its backbone is no longer the base."""
+    model = get_peft_model(retrofit(base, **SETTINGS), LoraConfig(**LORA))
+    train(model)
+    ids, neighbors = random_ids(2, 14), random_neighbors(2, 3)
+    with torch.no_grad():
+        expected = model(input_ids=ids, **neighbors).logits
+        merged = model.merge_and_unload()
+        assert type(merged) is RetroForCausalLM
+        merged.save_pretrained(tmp_path / "merged")
+        loaded = RetroForCausalLM.from_pretrained(tmp_path / "merged")
+        torch.testing.assert_close(loaded(ids, **neighbors).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_lora_on_a_saved_retro(base, tmp_path):
+    """A RETRO model that was trained and saved adapter-only is a base by name; PEFT finds it again by itself."""
+    retro = retrofit(base, **SETTINGS)
+    randomize(retro.model.retro, seed=3)
+    retro.save_pretrained(tmp_path / "retro", save_backbone=False)
+    options = {**LORA, "task_type": "CAUSAL_LM"}
+    model = get_peft_model(RetroForCausalLM.from_pretrained(tmp_path / "retro"), LoraConfig(**options))
+    train(model)
+    model.save_pretrained(tmp_path / "lora")
+    again = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "lora")
+    ids, neighbors = random_ids(2, 14), random_neighbors(2, 3)
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=ids, **neighbors).logits, model(input_ids=ids, **neighbors).logits)
