@@ -55,7 +55,7 @@ def test_gradients_are_the_same(family, frozen, placement):
 
 
 def test_as_a_trainer_turns_it_on():
-    """With keyword arguments, cache off, and inputs that require gradients for a frozen base."""
+    """With keyword arguments, cache off, and a wish for inputs that require gradients, which a frozen base need not."""
     model = retrofit(tiny_backbone("llama"), encoder=ENCODER, chunk_size=4, cross_attention_layers=[1, 3])
     randomize(model.model.retro, seed=3)
     without_dropout(model)

@@ -77,6 +77,8 @@ def check_neighbors(
             f"The mask of {source} must have the shape of the ids {tuple(input_ids.shape)}, got {tuple(mask.shape)}."
         )
     mask = mask.bool()
+    if torch.compiler.is_compiling():  # reading values would break the graph; a wrong id fails in the embedding
+        return input_ids.long(), mask
     used = input_ids[mask]
     if used.numel() and not (0 <= int(used.min()) and int(used.max()) < vocab_size):
         raise ValueError(

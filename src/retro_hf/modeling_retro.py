@@ -366,6 +366,13 @@ class RetroPreTrainedModel(PreTrainedModel):
         super().set_attn_implementation(attn_implementation, **kwargs)
         self.config.neighbor_encoder_config._attn_implementation_internal = self.config._attn_implementation
 
+    # trf-ignore: TRF033 (no hyperparameter)
+    def enable_input_require_grads(self) -> None:
+        """Does nothing: only reentrant checkpointing, which is refused, needs inputs that require a gradient.
+
+        With them, the frozen layers below the first cross-attention would be differentiated for nothing.
+        """
+
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Callable | None = None, **kwargs
     ):
@@ -544,8 +551,9 @@ class RetroModel(RetroPreTrainedModel):
                 "Retrieval needs `input_ids`: there are no tokens to look up in `inputs_embeds`. Give "
                 "`neighbor_input_ids`, or `retriever=None`."
             )
-        if use_cache is None:
-            use_cache = getattr(self.config.text_config, "use_cache", True) and not self.training
+        if use_cache is None:  # nobody goes on from tokens whose labels are known
+            wanted = getattr(self.config.text_config, "use_cache", True)
+            use_cache = wanted and not self.training and kwargs.get("labels") is None
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config.text_config.get_text_config(decoder=True))
         if past_key_values is not None:
