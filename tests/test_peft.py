@@ -9,9 +9,6 @@ from retro_hf import RetroForCausalLM, retrofit
 from .tiny import ENCODER, hash_retriever, random_ids, random_neighbors, randomize, tiny_backbone
 
 
-# PEFT 0.21 asks for transformers' old name of activation checkpointing.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
 SETTINGS = {"encoder": ENCODER, "chunk_size": 4, "cross_attention_layers": [1, 3]}
 LORA = {"target_modules": r".*backbone.*\.(q_proj|v_proj)", "modules_to_save": ["retro"], "r": 2}
 
