@@ -70,16 +70,20 @@ def test_given_labels_are_kept(world, collator):
     assert collator([{**example, "labels": labels}])["labels"].tolist() == [labels]
 
 
-def test_examples_shorter_than_a_chunk_have_no_chunks(world, collator):
-    """The model takes them: without a complete chunk it is its backbone."""
+def test_examples_shorter_than_a_chunk_are_padded_to_one(world, collator):
+    """Without a neighbor the model is its backbone; yet every weight takes part, as DDP and FSDP need it."""
     from tiny_training import make_model
 
     examples = [row for row in world.dataset if len(row["input_ids"]) < SIZE][:2]
     batch = collator(examples)
-    assert batch["neighbor_input_ids"].shape[1] == 0
-    model = make_model()
+    assert batch["input_ids"].shape == (2, SIZE) and batch["neighbor_input_ids"].shape == (2, 1, 2, 16)
+    assert not batch["neighbor_attention_mask"].any()
+    model = make_model().train()
     alone = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
-    torch.testing.assert_close(model(**batch).loss, model(**alone).loss)
+    loss = model(**batch).loss
+    torch.testing.assert_close(loss, model(**alone).loss)
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 def test_fewer_neighbors_than_computed_are_the_best_ones(world):
@@ -197,9 +201,21 @@ def test_broken_examples_are_refused(world, collator):
         collator([{**example, "attention_mask": [1] * 31 + [0]}])
     with pytest.raises(DatasetError, match="32 input_ids, but 3 labels"):
         collator([{**example, "labels": [1, 2, 3]}])
+    with pytest.raises(DatasetError, match="no column 'input_ids'.*tokenize_documents"):
+        collator([{"text": "not tokenized"}])
     for options in ({"random_neighbor_probability": 0.6, "no_neighbor_probability": 0.5}, {"num_neighbors": 0}):
         with pytest.raises(ValueError, match="at (most|least) 1"):
             RetroDataCollator(world.tokenizer, world.datastore, **options)
+
+
+@pytest.mark.parametrize("first", [-100, 5])
+def test_an_example_without_a_label_is_refused(world, collator, first):
+    """Its loss would be 0 / 0; the label of the first token doesn't count, since nothing predicts it."""
+    example = world.dataset[0]
+    masked = {**example, "labels": [first] + [-100] * 31}
+    with pytest.raises(DatasetError, match=r"None of the 32 tokens.*dataset.filter\("):
+        collator([example, masked])
+    collator([example, {**masked, "labels": [-100] * 31 + [5]}])
 
 
 def test_a_tokenizer_of_other_text_is_refused(world):

@@ -1,6 +1,7 @@
 """Plain `transformers.Trainer` on precomputed neighbors: it learns, accumulates, checkpoints, stops and goes on."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -47,8 +48,16 @@ def test_evaluation_loss_is_the_mean_over_tokens_with_neighbors(world, tmp_path)
     assert loss == pytest.approx(with_neighbors, abs=1e-5) and abs(loss - without) > 1e-3
 
 
-def test_gradient_accumulation_is_one_big_batch(world, tmp_path):
-    """The loss is normalized by the tokens of all micro-batches, although their lengths differ."""
+@pytest.mark.parametrize("labels", ["all", "unequal"])
+def test_gradient_accumulation_is_one_big_batch(world, tmp_path, labels):
+    """The loss is normalized by the labels of all micro-batches, although each has another number of them."""
+    if labels == "unequal":
+        dataset = world.dataset.filter(lambda row: len(row["input_ids"]) == 32)
+        masked = [[-100] * (2 + 7 * number % 29) for number in range(len(dataset))]
+        dataset = dataset.map(
+            lambda row, number: {"labels": masked[number] + row["input_ids"][len(masked[number]) :]}, with_indices=True
+        )
+        world = SimpleNamespace(**{**vars(world), "dataset": dataset})
     ends = {}
     for name, size, steps in (("big", 8, 1), ("accumulated", 2, 4)):
         trainer, losses = make_trainer(

@@ -1,4 +1,4 @@
-"""RetroDataCollator: examples with neighbor ids in, padded tensors with neighbor tokens out."""
+"""RetroDataCollator: examples in, with the ids of their neighbors or without; padded tensors with neighbor tokens out."""
 
 from __future__ import annotations
 
@@ -10,10 +10,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from transformers.utils import logging
 
 from ..datastore import RetroDatastore
 from ..errors import DatasetError, DatastoreMismatchError
-from .neighbors import NEIGHBORS_COLUMN, SOURCE_COLUMN, neighbor_source
+from ..retrieval_retro import RetroRetriever
+from .leakage import document_numbers
+from .neighbors import (
+    ID_COLUMN,
+    NEIGHBORS_COLUMN,
+    SOURCE_COLUMN,
+    START_COLUMN,
+    neighbor_source,
+    neighbors_of_windows,
+    wanted_neighbors,
+)
 
 
 if TYPE_CHECKING:
@@ -21,14 +32,17 @@ if TYPE_CHECKING:
 
 __all__ = ["RetroDataCollator", "checked_shares", "padding_id"]
 
+logger = logging.get_logger(__name__)
+
 _IGNORED_LABEL = -100
 
 
 class RetroDataCollator:
-    """Makes training batches for a RETRO model from a dataset that [`precompute_neighbors`] has been over.
+    """Makes training batches for a RETRO model.
 
-    Pads tokens on the right, sets labels, and reads the tokens of the neighbors from the datastore's memory map. Serves
-    plain [`~transformers.Trainer`] with `TrainingArguments(remove_unused_columns=False)`: otherwise Trainer drops the
+    Pads tokens on the right, sets labels, and reads the tokens of the neighbors from the datastore's memory map. Given a
+    datastore, it takes the neighbors that [`precompute_neighbors`] found beforehand; given a retriever, it looks each
+    batch up as it comes (section "Live" below). Serves plain [`~transformers.Trainer`] with `TrainingArguments(remove_unused_columns=False)`: otherwise Trainer drops the
     columns with the neighbors, which are no argument of the model, before they get here.
 
     A model that only ever saw good neighbors trusts bad ones. Both probabilities below replace the neighbors of some
@@ -38,38 +52,50 @@ class RetroDataCollator:
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`] or `int`): the model's, checked against the datastore's; or
             the id to pad with.
-        datastore ([`RetroDatastore`], `str` or `Path`): the datastore that the neighbors were computed with.
-        num_neighbors (`int`, *optional*): how many of the precomputed neighbors to use; all by default.
+        datastore ([`RetroDatastore`], `str` or `Path`; or [`RetroRetriever`]): the datastore that the neighbors were
+            computed with; or who finds them now.
+        num_neighbors (`int`, *optional*): how many of the precomputed neighbors to use, all by default; or how many to
+            find, by default the retriever's number.
         random_neighbor_probability (`float`, defaults to 0.0): share of chunks whose neighbors are drawn at random from
             the datastore.
         no_neighbor_probability (`float`, defaults to 0.0): share of chunks that get none.
         seed (`int`, defaults to 0): of these draws.
     Inputs of a call:
         examples with `input_ids`, `neighbor_chunk_ids`, `neighbor_source`, and `labels` where they are not `input_ids`
-        (-100 at tokens that are not trained on). Other columns are ignored.
+        (-100 at tokens that are not trained on). With a retriever `document_id` and `window_start` instead of the
+        neighbors, both optional. Other columns are ignored.
     Returns of a call:
         `input_ids`, `attention_mask` and `labels` of shape `(batch_size, sequence_length)`; `neighbor_input_ids` and
-        `neighbor_attention_mask` of shape `(batch_size, num_chunks, num_neighbors, neighbor_size)`; all int64.
+        `neighbor_attention_mask` of shape `(batch_size, num_chunks, num_neighbors, neighbor_size)`; all int64. A batch
+        has room for one chunk at least, so that every weight takes part in every step, on every rank.
     Raises:
-        DatasetError: for examples without neighbors, padded examples, or neighbors that do not fit their chunks.
+        DatasetError: for examples without neighbors, padded examples, neighbors that do not fit their chunks, or an
+            example whose labels are all -100.
         DatastoreMismatchError: if the neighbors were computed with another datastore, or fewer than `num_neighbors`.
         DatastoreInputError: for chunk ids that the datastore does not have.
     *Determinism*: the draws depend on the seed, on the examples of the batch and on the epoch set by [`set_epoch`],
     not on earlier calls: worker processes, prefetching and a resumed run change nothing. Shuffled batches differ from
     epoch to epoch and so do their draws; without shuffling, call `set_epoch`.
     *Processes*: pickling keeps the datastore's path; each worker opens its own memory map.
+    *Live*: a chunk gets nothing from the documents that its example names in `document_id` (an id, or a list of ids, such
+    as its near-duplicates); what is found is what [`precompute_neighbors`] finds. With
+    `TrainingArguments(dataloader_num_workers=1)` the next batches are looked up while the model computes. Computing
+    beforehand pays from the second epoch on, or where the model waits for its batches.
     """
 
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase | int,
-        datastore: RetroDatastore | str | os.PathLike[str],
+        datastore: RetroDatastore | RetroRetriever | str | os.PathLike[str],
         *,
         num_neighbors: int | None = None,
         random_neighbor_probability: float = 0.0,
         no_neighbor_probability: float = 0.0,
         seed: int = 0,
     ) -> None:
+        self.retriever = datastore if isinstance(datastore, RetroRetriever) else None
+        if isinstance(datastore, RetroRetriever):
+            datastore = datastore.datastore
         self.datastore = datastore if isinstance(datastore, RetroDatastore) else RetroDatastore.load(datastore)
         if isinstance(tokenizer, int):
             self.pad_token_id = tokenizer
@@ -92,22 +118,25 @@ class RetroDataCollator:
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """Make one batch; see the class."""
-        wanted = min(self._precomputed(example) for example in examples)
-        wanted = self.num_neighbors or wanted
-        size = self.datastore.chunk_size
+        for example in examples:
+            if "input_ids" not in example:
+                raise DatasetError(
+                    f"The examples have no column 'input_ids', only {sorted(example)}. Tokenize them first: "
+                    "`tokenize_documents(dataset, tokenizer, max_length=..., chunk_size=...)`."
+                )
         tokens = [np.asarray(example["input_ids"], dtype=np.int64) for example in examples]
-        length = max(map(len, tokens))
+        found = self._looked_up(self.retriever, examples, tokens) if self.retriever else self._precomputed(examples)
+        size = self.datastore.chunk_size
+        length = max(size, *map(len, tokens))
         input_ids = np.full((len(examples), length), self.pad_token_id, dtype=np.int64)
         labels = np.full_like(input_ids, _IGNORED_LABEL)
         attention_mask = np.zeros_like(input_ids)
-        chunk_ids = np.full((len(examples), length // size, wanted), -1, dtype=np.int64)
+        chunk_ids = np.full((len(examples), length // size, found[0].shape[1]), -1, dtype=np.int64)
         for row, (ids, example) in enumerate(zip(tokens, examples, strict=True)):
             input_ids[row, : len(ids)] = ids
             attention_mask[row, : len(ids)] = 1
             labels[row, : len(ids)] = _labels(example, ids)
-            neighbors = _neighbors(example, len(ids) // size)
-            if len(neighbors):
-                chunk_ids[row, : len(neighbors)] = neighbors[:, :wanted]
+            chunk_ids[row, : len(found[row])] = found[row]
         if self.random_neighbor_probability or self.no_neighbor_probability:
             chunk_ids = self._dropped(chunk_ids, input_ids, attention_mask.sum(axis=1) // size)
         neighbor_input_ids, neighbor_attention_mask = self.datastore.gather(chunk_ids)
@@ -130,14 +159,43 @@ class RetroDataCollator:
         chunk_ids = np.where((draw < self.random_neighbor_probability) & complete[:, :, None], drawn, chunk_ids)
         return np.where(draw >= 1 - self.no_neighbor_probability, -1, chunk_ids)
 
-    def _precomputed(self, example: Mapping[str, Any]) -> int:
+    def _looked_up(
+        self, retriever: RetroRetriever, examples: Sequence[Mapping[str, Any]], tokens: list[np.ndarray]
+    ) -> list[np.ndarray]:
+        """Chunk ids for the complete chunks of each example, looked up now; see `_precomputed`."""
+        documents = starts = None
+        if all(ID_COLUMN in example for example in examples):
+            documents = document_numbers(self.datastore, [example[ID_COLUMN] for example in examples])
+            if all(START_COLUMN in example for example in examples):
+                starts = np.array([example[START_COLUMN] for example in examples], dtype=np.int64)
+        else:
+            logger.warning_once(
+                f"No column {ID_COLUMN!r}: a chunk whose document is in the datastore will find itself there. If the dataset "
+                "has it, Trainer dropped it: set `TrainingArguments(remove_unused_columns=False)`."
+            )
+        lengths = np.array([len(ids) for ids in tokens])
+        wanted = wanted_neighbors(retriever, self.num_neighbors)
+        found = neighbors_of_windows(retriever, np.concatenate(tokens), lengths, wanted, documents, starts)
+        return np.split(found, np.cumsum(lengths // self.datastore.chunk_size)[:-1])
+
+    def _precomputed(self, examples: Sequence[Mapping[str, Any]]) -> list[np.ndarray]:
+        """Chunk ids that each example carries, int64 of shape `(num_chunks, num_neighbors)`, after checking them."""
+        computed = min(self._computed_number(example) for example in examples)
+        wanted = self.num_neighbors or computed
+        size = self.datastore.chunk_size
+        rows = [_neighbors(example, len(example["input_ids"]) // size) for example in examples]
+        # A list of nothing has lost its second axis.
+        return [row[:, :wanted] if len(row) else np.empty((0, wanted), dtype=np.int64) for row in rows]
+
+    def _computed_number(self, example: Mapping[str, Any]) -> int:
         """How many neighbors an example has, after checking that they refer to this datastore."""
-        for name in ("input_ids", NEIGHBORS_COLUMN, SOURCE_COLUMN):
+        for name in (NEIGHBORS_COLUMN, SOURCE_COLUMN):
             if name not in example:
                 raise DatasetError(
                     f"The examples have no column {name!r}, only {sorted(example)}. Make it with "
                     "`precompute_neighbors(dataset, retriever)`; if the dataset has it, Trainer dropped it: set "
-                    "`TrainingArguments(remove_unused_columns=False)`."
+                    "`TrainingArguments(remove_unused_columns=False)`. To look neighbors up while training, give the "
+                    "collator a RetroRetriever instead of a datastore."
                 )
         source = example[SOURCE_COLUMN]
         if source not in self._accepted:
@@ -187,12 +245,17 @@ def checked_shares(**shares: float) -> tuple[float, ...]:
 def _labels(example: Mapping[str, Any], ids: np.ndarray) -> np.ndarray:
     if 0 in example.get("attention_mask", ()):
         raise DatasetError("The examples are padded (attention_mask has zeros). Tokenize them without padding.")
-    labels = example.get("labels")
-    if labels is None:
-        return ids
+    given = example.get("labels")
+    labels = ids if given is None else np.asarray(given, dtype=np.int64)
     if len(labels) != len(ids):
         raise DatasetError(f"An example has {len(ids)} input_ids, but {len(labels)} labels.")
-    return np.asarray(labels, dtype=np.int64)
+    if not (labels[1:] != _IGNORED_LABEL).any():
+        raise DatasetError(
+            f"None of the {len(labels)} tokens of an example is trained on: all labels after the first, which nothing "
+            f"predicts, are {_IGNORED_LABEL}. A batch of such examples has no loss (0 / 0). Leave them out: "
+            f"`dataset.filter(lambda example: any(label != {_IGNORED_LABEL} for label in example['labels'][1:]))`."
+        )
+    return labels
 
 
 def _neighbors(example: Mapping[str, Any], num_chunks: int) -> np.ndarray:
@@ -202,5 +265,4 @@ def _neighbors(example: Mapping[str, Any], num_chunks: int) -> np.ndarray:
             f"An example of {len(example['input_ids'])} tokens has {num_chunks} complete chunks, but neighbors of "
             f"{len(rows)}. Compute the neighbors after cutting the examples to length."
         )
-    # A list of nothing has lost its second axis.
-    return np.asarray(rows, dtype=np.int64) if rows else np.empty((0, 0), dtype=np.int64)
+    return np.asarray(rows, dtype=np.int64)

@@ -45,10 +45,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = [
+    "ID_COLUMN",
     "NEIGHBORS_COLUMN",
     "SOURCE_COLUMN",
+    "START_COLUMN",
     "nearest_chunks",
     "neighbor_source",
+    "neighbors_of_windows",
     "precompute_neighbors",
     "tokenize_documents",
     "way_of",
@@ -58,8 +61,8 @@ logger = logging.get_logger(__name__)
 
 NEIGHBORS_COLUMN = "neighbor_chunk_ids"
 SOURCE_COLUMN = "neighbor_source"
-_ID_COLUMN = "document_id"
-_START_COLUMN = "window_start"
+ID_COLUMN = "document_id"
+START_COLUMN = "window_start"
 _BATCHES_PER_BLOCK = 16
 
 
@@ -106,7 +109,7 @@ def tokenize_documents(
         )
 
     def cut(batch: dict[str, list[Any]], numbers: list[int]) -> dict[str, list[Any]]:
-        windows: dict[str, list[Any]] = {"input_ids": [], _ID_COLUMN: [], _START_COLUMN: []}
+        windows: dict[str, list[Any]] = {"input_ids": [], ID_COLUMN: [], START_COLUMN: []}
         texts = [text or "" for text in batch[text_column]]
         encoded = tokenizer(texts, add_special_tokens=False, truncation=False, padding=False, verbose=False)[
             "input_ids"
@@ -116,8 +119,8 @@ def tokenize_documents(
             # A datastore skips documents of white space, too.
             for start in range(0, len(tokens) - 1 if text.strip() else 0, max_length):
                 windows["input_ids"].append(tokens[start : start + max_length])
-                windows[_ID_COLUMN].append(str(document_id))
-                windows[_START_COLUMN].append(start)
+                windows[ID_COLUMN].append(str(document_id))
+                windows[START_COLUMN].append(start)
         return windows
 
     return dataset.map(
@@ -127,7 +130,7 @@ def tokenize_documents(
         with_indices=True,
         remove_columns=dataset.column_names,
         features=Features(
-            {"input_ids": List(Value("int32")), _ID_COLUMN: Value("string"), _START_COLUMN: Value("int64")}
+            {"input_ids": List(Value("int32")), ID_COLUMN: Value("string"), START_COLUMN: Value("int64")}
         ),
         desc="Tokenizing documents",
     )
@@ -205,28 +208,20 @@ def precompute_neighbors(
                 "Near-duplicates are those of each row's document, but the dataset has no column of document ids. Name it with "
                 "`document_id_column=`."
             )
-        duplicates = duplicates_in(dataset, datastore, id_column, _START_COLUMN)
+        duplicates = duplicates_in(dataset, datastore, id_column, START_COLUMN)
 
     def find(batch: pa.Table) -> pa.Table:
         if "attention_mask" in batch.column_names and pc.min(flattened(batch["attention_mask"])[0]).as_py() == 0:
             raise DatasetError("The examples are padded (attention_mask has zeros). Tokenize them without padding.")
         values, lengths = flattened(batch["input_ids"])
-        size = datastore.chunk_size
-        counts = lengths // size
-        tokens = values.to_numpy(zero_copy_only=False)[ranges(np.cumsum(lengths) - lengths, counts * size)]
-        documents = np.full((len(batch), 1), -1, dtype=np.int64)
-        places = None
-        if id_column:
-            documents = excluded_documents(datastore, batch[id_column], duplicates)
-            if _START_COLUMN in batch.column_names:
-                starts = batch[_START_COLUMN].to_numpy()
-                places = _stored_places(datastore, documents[:, 0], starts, counts)
-        found = nearest_chunks(
+        counts = lengths // datastore.chunk_size
+        found = neighbors_of_windows(
             retriever,
-            tokens.reshape(-1, size).astype(np.int64),
+            values.to_numpy(zero_copy_only=False),
+            lengths,
             wanted,
-            exclude_documents=np.repeat(documents, counts, axis=0),
-            candidates=places,
+            excluded_documents(datastore, batch[id_column], duplicates) if id_column else None,
+            batch[START_COLUMN].to_numpy() if START_COLUMN in batch.column_names else None,
         )
         chunks = pa.ListArray.from_arrays(
             np.arange(len(found) + 1, dtype=np.int32) * np.int32(wanted), pa.array(found.reshape(-1))
@@ -325,6 +320,39 @@ def complete_chunks(input_ids: Sequence[int] | np.ndarray, chunk_size: int) -> n
     return np.asarray(input_ids[: complete * chunk_size], dtype=np.int64).reshape(complete, chunk_size)
 
 
+def neighbors_of_windows(
+    retriever: RetroRetriever | RetroDatastore,
+    tokens: np.ndarray,
+    lengths: np.ndarray,
+    num_neighbors: int,
+    documents: np.ndarray | None,
+    starts: np.ndarray | None,
+) -> np.ndarray:
+    """The neighbors of every complete chunk of some windows, none from the windows' own documents.
+
+    Args:
+        tokens (`np.ndarray` of integers and shape `(lengths.sum(),)`): the windows one after another.
+        lengths (`np.ndarray` of int64 and shape `(num_windows,)`): tokens of each.
+        documents (`np.ndarray` of int64 and shape `(num_windows, any)`, *optional*): documents of the datastore that a
+            window must get nothing from, its own first; -1 for none.
+        starts (`np.ndarray` of int64 and shape `(num_windows,)`, *optional*): the token of its document that a window
+            begins with; where the chunk is in the datastore, its stored key is the query.
+    Returns:
+        `np.ndarray` of int64 and shape `((lengths // chunk_size).sum(), num_neighbors)`; -1 where there are no more.
+    """
+    datastore = retriever if isinstance(retriever, RetroDatastore) else retriever.datastore
+    size = datastore.chunk_size
+    counts = lengths // size
+    chunks = tokens[ranges(np.cumsum(lengths) - lengths, counts * size)].reshape(-1, size).astype(np.int64)
+    places = None
+    if documents is None:
+        documents = np.full((len(lengths), 1), -1, dtype=np.int64)
+    elif starts is not None:
+        places = _stored_places(datastore, documents[:, 0], starts, counts)
+    excluded = np.repeat(documents, counts, axis=0)
+    return nearest_chunks(retriever, chunks, num_neighbors, exclude_documents=excluded, candidates=places)
+
+
 def nearest_chunks(
     retriever: RetroRetriever | RetroDatastore,
     chunks: np.ndarray,
@@ -409,8 +437,8 @@ def _stored_places(
 def _document_id_column(dataset: Dataset, column: str | None) -> str | None:
     if column is not None and column not in dataset.column_names:
         raise DatasetError(f"The dataset has no column {column!r} of document ids, only {dataset.column_names}.")
-    if column is None and _ID_COLUMN in dataset.column_names:
-        column = _ID_COLUMN
+    if column is None and ID_COLUMN in dataset.column_names:
+        column = ID_COLUMN
     if column is None:
         logger.warning(
             "No column of document ids: a chunk whose document is in the datastore will find itself there. Name the "
