@@ -34,14 +34,14 @@ def evaluate(
         bool, typer.Option("--report", help="Also write a page and pictures there; needs matplotlib.")
     ] = False,
     num_neighbors: Annotated[
-        int | None, typer.Option("-k", help="Neighbors per chunk; by default the retriever's.")
+        int | None, typer.Option("-k", min=1, help="Neighbors per chunk; by default the retriever's.")
     ] = None,
     modes: Annotated[str, typer.Option(help="What to measure.")] = "off,on,random,shuffled,oracle",
     sweep_k: Annotated[str, typer.Option(help="Numbers of neighbors to compare, such as 1,2,5,10.")] = "",
     fractions: Annotated[str, typer.Option(help="Shares of the datastore to compare, such as 0.1,0.5.")] = "",
     window: Annotated[int | None, typer.Option(help="Tokens per row; by default what the model has room for.")] = None,
     stride: Annotated[int | None, typer.Option(help="Tokens between two rows; by default half a window.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Rows per forward pass.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows per forward pass.")] = 8,
     dtype: Annotated[
         str, typer.Option(help="Of the weights: float32, bfloat16, or auto for the checkpoint's.")
     ] = "auto",
