@@ -50,7 +50,8 @@ demo-train: $(STAMP) ## Train the demo's model again from scratch
 test: $(STAMP) ## Run the tests (20 minutes at most on 2 cores)
 	$(RUN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST)
 
-test-slow: $(STAMP) ## Run the tests marked slow
+test-slow: $(STAMP) ## Run the tests marked slow; they want Chromium, and install what quantizes
+	$(INSTALL) -e ".[quantization]"
 	$(RUN)/python -m pytest -m slow --timeout 3600 $(PYTEST)
 
 check: $(STAMP) ## Check format, lint, types, layers and the rules for model files
