@@ -36,7 +36,8 @@ import numpy as np
 import torch
 import transformers
 from datasets import Dataset
-from knowledge_report import MODES, judge, plot, tables
+from knowledge_reader import CHUNK, NEIGHBOR, make_reader, reader_config
+from knowledge_report import MODES, PER_PERSON, judge, plot, share, tables
 from knowledge_world import (
     Person,
     make_card,
@@ -55,10 +56,7 @@ from train_demo import train_on  # noqa: E402
 
 from retro_hf import (  # noqa: E402
     ChunkEmbedder,
-    RetroConfig,
     RetroDatastore,
-    RetroDecoderConfig,
-    RetroEncoderConfig,
     RetroForCausalLM,
     RetroRetriever,
 )
@@ -72,61 +70,9 @@ from retro_hf.training import (  # noqa: E402
 )
 
 
-CHUNK, NEIGHBOR = 32, 64
-PER_PERSON = 4  # questions, one for each attribute
+NOT_FOUND = 10**6
+HITS = (1, 2, 4, 8)  # ranks to report
 BATCH = 64  # questions at once when answering
-
-
-def reader_config(vocab_size: int, hidden_size: int, pad: int, eos: int) -> RetroConfig:
-    """The paper's decoder with CCA in both of its layers, and an encoder of its width that compares in both of its own.
-
-    Weights start at 1 / sqrt(width): at the usual 0.02 so narrow a model is slow to tell one token from another.
-    """
-    scale = hidden_size**-0.5
-    decoder = RetroDecoderConfig(
-        vocab_size=vocab_size,
-        hidden_size=hidden_size,
-        intermediate_size=4 * hidden_size,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        head_dim=hidden_size // 4,
-        max_position_embeddings=2 * CHUNK,
-        initializer_range=scale,
-        tie_word_embeddings=False,
-        pad_token_id=pad,
-        eos_token_id=eos,
-    )
-    encoder = RetroEncoderConfig(
-        hidden_size=hidden_size,
-        intermediate_size=4 * hidden_size,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        head_dim=hidden_size // 4,
-        cross_attention_layers=[0, 1],
-        initializer_range=scale,
-    )
-    return RetroConfig(
-        text_config=decoder,
-        neighbor_encoder_config=encoder,
-        chunk_size=CHUNK,
-        neighbor_size=NEIGHBOR,
-        cross_attention_layers=[0, 1],
-        cross_attention_head_dim=16,
-        share_embeddings=True,
-        initializer_range=scale,
-        pad_token_id=pad,
-        eos_token_id=eos,
-    )
-
-
-def make_reader(config: RetroConfig, seed: int) -> RetroForCausalLM:
-    """A fresh model, its embeddings of unit variance, as in `nn.Embedding`, so that tokens are told apart early."""
-    torch.manual_seed(seed)
-    model = RetroForCausalLM(config)
-    for module in model.modules():
-        if isinstance(module, torch.nn.Embedding):
-            torch.nn.init.normal_(module.weight)
-    return model
 
 
 class CurveTrainer(QuestionTrainer):
@@ -184,7 +130,9 @@ def train(
         found = retrieve_passages(Dataset.from_list(asked), retriever, num_passages=args.passages)
         return tokenize_questions(found, tokenizer, neighbor_size=NEIGHBOR)
 
-    asked = make_questions(known, args.seed, args.wordings) + make_summaries(known, args.seed, 2 * args.wordings)
+    asked = make_questions(known, args.seed, args.wordings) + make_summaries(
+        known, args.seed, min(5, 2 * args.wordings)
+    )
     questions = kept(args.work / "train", lambda: look_up(asked))
     curve = kept(args.work / "held_out", lambda: look_up(make_questions(held_out, args.seed)))
     config = reader_config(len(tokenizer), args.hidden_size, tokenizer.pad_token_id, tokenizer.eos_token_id)
@@ -235,7 +183,7 @@ class Answers:
 
     Attributes:
         ranks (`np.ndarray` of int64 and shape `(num_questions,)`): place of the person's own card among the passages, from
-            0; the number of passages where it was not found.
+            0; `NOT_FOUND` where it is not among them.
         late (`np.ndarray` of bool and shape `(num_questions,)`): whether the answer stands in the second half of that card's
             neighbor.
         predictions (`dict[str, list[str]]`): per mode.
@@ -255,39 +203,35 @@ class Examiner:
         self.model, self.retriever, self.num_passages, self.seed = model, retriever, num_passages, seed
 
     def __call__(
-        self, people: Sequence[Person], modes: Sequence[str] = ("on",), passages: list[list[dict]] | None = None
+        self,
+        people: Sequence[Person],
+        modes: Sequence[str] = ("on",),
+        *,
+        passages: list[list[dict]] | None = None,
+        look_up: int = 1,
     ) -> Answers:
-        """Look every question up, or give each its `passages`; answer; compare with what the people's values are now."""
+        """Look every question up, or give each its `passages`; answer; compare with what the people's values are now.
+
+        Args:
+            look_up: passages to find at least, for the ranks; the model reads its number.
+        """
         tokenizer = self.retriever.tokenizer
         asked = Dataset.from_list(make_questions(people, self.seed))
         if passages is None:
-            asked = retrieve_passages(asked, self.retriever, num_passages=self.num_passages)
+            wanted = max(self.num_passages, look_up)
+            asked = retrieve_passages(asked, self.retriever, num_passages=wanted)
         else:
             asked = asked.add_column("passages", passages)
-        questions = tokenize_questions(asked, tokenizer, neighbor_size=NEIGHBOR)
+        questions = tokenize_questions(asked, tokenizer, neighbor_size=NEIGHBOR, num_passages=self.num_passages)
         result = answer_questions(self.model, questions, tokenizer, modes=modes, batch_size=BATCH, max_new_tokens=4)
         ranks, late = [], []
         for row, tokens in zip(asked, questions["passage_input_ids"], strict=True):
             titles = [passage["title"] for passage in row["passages"]]
-            ranks.append(titles.index(row["name"]) if row["name"] in titles else len(titles))
-            words = tokenizer.decode(tokens[ranks[-1]][: NEIGHBOR // 2]) if ranks[-1] < len(titles) else ""
+            ranks.append(titles.index(row["name"]) if row["name"] in titles else NOT_FOUND)
+            words = tokenizer.decode(tokens[ranks[-1]][: NEIGHBOR // 2]) if ranks[-1] < len(tokens) else ""
             late.append(row["answers"][0] not in words)
         right = {mode: values == 100 for mode, values in result.exact_match.items()}
         return Answers(np.array(ranks), np.array(late), result.predictions, right)
-
-
-def share(values: np.ndarray, counted: np.ndarray | None = None) -> list[float]:
-    """Percentage of the counted questions, and the ends of its 95 % interval over people drawn again.
-
-    Args:
-        values, counted (`np.ndarray` of bool and shape `(num_questions,)`): what is true; of which questions.
-    """
-    counted = np.ones_like(values) if counted is None else counted
-    hits = (values & counted).reshape(-1, PER_PERSON).sum(axis=1)
-    totals = counted.reshape(-1, PER_PERSON).sum(axis=1)
-    drawn = np.random.default_rng(0).integers(len(hits), size=(2000, len(hits)))
-    low, high = np.quantile(hits[drawn].sum(axis=1) / np.maximum(totals[drawn].sum(axis=1), 1), (0.025, 0.975))
-    return [round(100 * float(value), 2) for value in (hits.sum() / max(totals.sum(), 1), low, high)]
 
 
 def swap(ask: Examiner, people: Sequence[Person], embedder: ChunkEmbedder, seed: int) -> dict:
@@ -296,7 +240,7 @@ def swap(ask: Examiner, people: Sequence[Person], embedder: ChunkEmbedder, seed:
     cards, names = [make_card(person) for person in people], [person.name for person in people]
     before = ask(people, MODES)
     store.append(cards, embedder=embedder)
-    first = ask(people, MODES)
+    first = ask(people, MODES, look_up=max(HITS))
     own = ask(people, passages=[[{"title": c["title"], "text": c["text"]}] for c in cards for _ in range(PER_PERSON)])
 
     rewritten = rewrite_half(people, seed)
@@ -322,7 +266,7 @@ def swap(ask: Examiner, people: Sequence[Person], embedder: ChunkEmbedder, seed:
     return {
         "num_people": len(people),
         "num_questions": len(found),
-        "hit_at": {str(k): share(first.ranks < k) for k in range(1, ask.num_passages + 1)},
+        "hit_at": {str(k): share(first.ranks < k) for k in HITS},
         "rows": {
             "their cards are not in the store": row(before),
             "their cards are appended": row(first),

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+
 
 MODES = ("on", "off", "random")
+PER_PERSON = 4  # questions, one for each attribute
 
 # Written before the run whose results are in docs/results.
 PREDICTIONS = {
@@ -20,6 +23,20 @@ PREDICTIONS = {
     "deleted": ("exact match after their cards are deleted, %", "at most", 3.0),
     "restored": ("answers that are not as before, after restoring the cards", "at most", 0.0),
 }
+
+
+def share(values: np.ndarray, counted: np.ndarray | None = None) -> list[float]:
+    """Percentage of the counted questions, and the ends of its 95 % interval over people drawn again.
+
+    Args:
+        values, counted (`np.ndarray` of bool and shape `(num_questions,)`): what is true; of which questions.
+    """
+    counted = np.ones_like(values) if counted is None else counted
+    hits = (values & counted).reshape(-1, PER_PERSON).sum(axis=1)
+    totals = counted.reshape(-1, PER_PERSON).sum(axis=1)
+    drawn = np.random.default_rng(0).integers(len(hits), size=(2000, len(hits)))
+    low, high = np.quantile(hits[drawn].sum(axis=1) / np.maximum(totals[drawn].sum(axis=1), 1), (0.025, 0.975))
+    return [round(100 * float(value), 2) for value in (hits.sum() / max(totals.sum(), 1), low, high)]
 
 
 def judge(swapped: dict) -> dict[str, dict]:
@@ -66,6 +83,8 @@ def tables(swapped: dict, judged: dict[str, dict]) -> str:
     for entry in judged.values():
         met = "met" if entry["met"] else "**missed**"
         lines.append(f"| {entry['what']} | {entry['predicted']} | {entry['measured']:.1f} | {met} |")
+    found = (f"{cell(value)} among {k}" for k, value in swapped["hit_at"].items())
+    lines += ["", f"Card found, % of {swapped['num_questions']:,} questions: {', '.join(found)}."]
     return "\n".join(lines)
 
 

@@ -55,7 +55,7 @@ def test_rewriting_changes_every_value_of_exactly_half_of_the_people():
 
 def test_shares_and_their_intervals_count_people():
     """Four questions a person: the interval is that of the people, however many questions each is asked."""
-    from knowledge import share
+    from knowledge_report import share
 
     values = np.repeat([True, True, True, False], 4)
     assert share(values)[0] == 75.0
