@@ -149,6 +149,11 @@ def make_card(person: Person) -> dict[str, str]:
     return {"id": person.name, "title": person.name, "text": " ".join(sentences)}
 
 
+def answer(person: Person, attribute: str) -> str:
+    """A value, or with "all" the four of them."""
+    return ", ".join(person.values.values()) if attribute == "all" else person.values[attribute]
+
+
 def make_questions(people: Sequence[Person], seed: int, wordings: int = 1) -> list[dict]:
     """For each person and attribute some wordings of the question, without repetition.
 
@@ -159,7 +164,7 @@ def make_questions(people: Sequence[Person], seed: int, wordings: int = 1) -> li
     return [
         {
             "question": wording.format(name=person.name),
-            "answers": [person.values[attribute]],
+            "answers": [answer(person, attribute)],
             "name": person.name,
             "attribute": attribute,
         }
@@ -175,7 +180,7 @@ def make_summaries(people: Sequence[Person], seed: int, wordings: int = 1) -> li
     return [
         {
             "question": wording.format(name=person.name),
-            "answers": [", ".join(person.values[attribute] for attribute in QUESTIONS)],
+            "answers": [answer(person, "all")],
             "name": person.name,
             "attribute": "all",
         }
@@ -184,10 +189,10 @@ def make_summaries(people: Sequence[Person], seed: int, wordings: int = 1) -> li
     ]
 
 
-def rewrite_half(people: Sequence[Person], seed: int) -> list[Person]:
-    """The same people in the same order, half of them with another value for every attribute."""
+def rewrite(people: Sequence[Person], seed: int, share: float = 1.0) -> list[Person]:
+    """The same people in the same order, a share of them with another value for every attribute."""
     draw = random.Random(seed)
-    chosen = set(draw.sample(range(len(people)), len(people) // 2))
+    chosen = set(draw.sample(range(len(people)), round(share * len(people))))
 
     def another(attribute: str, value: str) -> str:
         return draw.choice([other for other in VALUES[attribute] if other != value])

@@ -42,15 +42,38 @@ def test_the_world_is_closed_and_every_card_says_all():
 
 
 def test_rewriting_changes_every_value_of_exactly_half_of_the_people():
-    from knowledge_world import VALUES, make_people, rewrite_half
+    from knowledge_world import VALUES, make_people, rewrite
 
     people = make_people(50, seed=0)
-    rewritten = rewrite_half(people, seed=0)
+    rewritten = rewrite(people, seed=0, share=0.5)
     assert [person.name for person in rewritten] == [person.name for person in people]
     assert sum(new != old for new, old in zip(rewritten, people, strict=True)) == 25
     for new, old in zip(rewritten, people, strict=True):
         assert new == old or not any(new.values[attribute] == old.values[attribute] for attribute in VALUES)
         assert all(new.values[attribute] in VALUES[attribute] for attribute in VALUES)
+
+
+def test_training_cards_contradict_each_other():
+    """The same question has another answer in every edition, and its passages are those found, with the new values."""
+    from datasets import Dataset
+    from knowledge import in_editions
+    from knowledge_world import make_card, make_people, make_questions, make_summaries
+
+    people = make_people(6, seed=0)
+    cards = [make_card(person) for person in people]
+    asked = make_questions(people, seed=0) + make_summaries(people, seed=0)
+    passages = [{"title": card["title"], "text": card["text"]} for card in cards]
+    found = Dataset.from_list([row | {"passages": passages} for row in asked])
+    rows = in_editions(found, people, editions=3)
+    assert len(rows) == 3 * len(found) and rows[: len(found)] == found[:]
+    for number, row in enumerate(asked):
+        again = [rows[number + edition * len(found)] for edition in range(3)]
+        assert {other["question"] for other in again} == {row["question"]}
+        first, *later = (other["answers"][0] for other in again)
+        assert first not in later
+        for other in again:
+            own = next(passage["text"] for passage in other["passages"] if passage["title"] == row["name"])
+            assert all(value in own for value in other["answers"][0].split(", "))
 
 
 def test_shares_and_their_intervals_count_people():
