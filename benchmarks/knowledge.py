@@ -5,8 +5,9 @@
 
 The world (`knowledge_world.py`) is made up: each person has a card of about 64 tokens with four values, each one of 400.
 A model is trained from scratch to answer questions about three quarters of the people, with passages that a frozen MiniLM
-finds in a datastore of their cards; some questions get the passages of another, some none. Then its weights stay as they
-are, and the store changes:
+finds in a datastore of their cards; some questions get the passages of another, some none. The training cards come in
+editions that contradict each other, so that nobody can be learned by heart. Then the weights stay as they are, and the
+store changes:
 
 1. the cards of the other people are not there yet;
 2. they are appended, and every question is looked up anew, as after each of the changes that follow;
@@ -318,7 +319,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--editions", type=int, default=4, help="of the training cards, each with other values")
     parser.add_argument("--passages", type=int, default=1, help="passages per question, k")
     parser.add_argument("--hidden-size", type=int, default=64, help="width of the decoder")
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument(

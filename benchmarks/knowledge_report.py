@@ -108,7 +108,7 @@ def plot(log: list[dict], path: Path) -> None:
                 axis.plot([entry["step"] for entry in points], values, color=color, linewidth=2, label=mode)
             axis.set(xlabel="step", ylabel=label, ylim=(0, None if name == "loss" else 100))
             axis.grid(color=gray, alpha=0.25)
-        axes[0].legend(title="passages", frameon=False)
+        axes[1].legend(title="passages", frameon=False, loc="center right", bbox_to_anchor=(1, 0.4))
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150, transparent=True)
         pyplot.close(figure)
