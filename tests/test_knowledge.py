@@ -2,11 +2,15 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from datastore.fixtures import make_encoder
+
+from retro_hf import ChunkEmbedder, RetroDatastore, RetroRetriever
+from retro_hf.evaluation import score_answers
 
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -84,6 +88,43 @@ def test_shares_and_their_intervals_count_people():
     assert share(values)[0] == 75.0
     assert share(values, counted=~values)[0] == 0.0
     assert share(np.repeat([True, False], 200))[1] < share(np.arange(400) % 2 == 0)[1] == 50.0
+
+
+def perfect_reader(model, questions, tokenizer, modes, **options):
+    """Stands in for `answer_questions`: says what the passages say of the person, and nothing where they are silent."""
+    from knowledge_world import VALUES
+
+    def read(row) -> str:
+        cards = [tokenizer.decode(ids) for ids in row["passage_input_ids"]]
+        own = next((card for card in cards if card.startswith(f"title : {row['name']},")), "")
+        return next((value for value in VALUES[row["attribute"]] if value in own), "")
+
+    predictions = {mode: [read(row) if mode == "on" else "" for row in questions] for mode in modes}
+    exact = {mode: score_answers(texts, questions["answers"])[0] for mode, texts in predictions.items()}
+    return SimpleNamespace(predictions=predictions, exact_match=exact)
+
+
+def test_a_perfect_reader_follows_every_change_of_the_store(tmp_path, monkeypatch):
+    """Its answers are right exactly where the card is found: the new values after rewriting, none after deleting."""
+    import knowledge
+    from knowledge_world import make_card, make_people, make_tokenizer
+
+    monkeypatch.setattr(knowledge, "answer_questions", perfect_reader)
+    people = make_people(24, seed=0)
+    embedder = ChunkEmbedder.from_pretrained(make_encoder(tmp_path / "encoder"), dtype=torch.float32)
+    cards = [make_card(person) for person in people[8:]]
+    sizes = {"chunk_size": knowledge.CHUNK, "neighbor_size": knowledge.NEIGHBOR}
+    store = RetroDatastore.build(cards, tmp_path / "store", tokenizer=make_tokenizer(), embedder=embedder, **sizes)
+    ask = knowledge.Examiner(None, RetroRetriever(store, embedder=embedder), num_passages=4, seed=0)
+    swapped = knowledge.swap(ask, people[:8], embedder, seed=0)
+    for label, row in swapped["rows"].items():
+        assert row["on"] == ([0, 0, 0] if "old values" in label else row["found"]), label
+    found = {label: row["found"][0] for label, row in swapped["rows"].items()}
+    assert found["their cards are not in the store"] == found["their cards are deleted"] == 0
+    assert 0 < found["their cards are appended"] == found["the first cards are restored"] < 100
+    assert found["half of the cards are rewritten: new values of these"] > 0
+    assert found["- the person's own card alone"] == 100
+    assert swapped["answers_changed_by_restoring"] == 0
 
 
 def test_the_store_follows_every_step_and_a_second_run_goes_on(tmp_path):
