@@ -1,0 +1,317 @@
+"""RETROfit a real checkpoint so that it answers real questions from a datastore: SmolLM2-135M, frozen.
+
+    python examples/retrofit_qa.py                                            # about an hour and a half on one core
+    python examples/retrofit_qa.py --device cuda --steps 6000 --batch-size 32
+
+SmolLM2-135M-Instruct (4-bit GGUF, dequantized) stays as it is. What RETRO adds learns to copy answers from the passages that
+are retrieved for a question; the questions and articles of the test are never in training (`wiki_questions.py`). At the
+end the same weights answer some test questions with the retrieved passages, with those of another question, and with none;
+`benchmarks/real_questions.py` measures all of it.
+
+Everything is resumed: what lies in `--output` is not computed again, and training goes on from its last checkpoint.
+`--minutes` breaks off after so many minutes, to be continued by the same command.
+"""
+
+import argparse
+import random
+import time
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from demo_data import minilm_path
+from retrofit_smollm2 import load_base
+from train_demo import train_on
+from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
+from wiki_questions import gaps, load_articles, part_of, questions
+
+from retro_hf import ChunkEmbedder, RetroDatastore, RetroEncoderConfig, RetroForCausalLM, RetroRetriever, retrofit
+from retro_hf.evaluation import QuestionAnswers, answer_questions
+from retro_hf.retrofit import parameter_report
+from retro_hf.training import QuestionCollator, retrieve_passages, tokenize_questions
+
+
+CHUNK_SIZE, NEIGHBOR_SIZE = 64, 128
+CROSS_ATTENTION_LAYERS = [8, 16, 24]
+MODES = ("on", "off", "random")
+MAX_NEW_TOKENS = 12
+WATCHED = 24  # validation questions of each kind whose loss is watched
+
+
+class Clock:
+    """How long this command may still work; None for as long as it takes."""
+
+    def __init__(self, minutes: float | None) -> None:
+        self.end = None if minutes is None else time.monotonic() + 60 * minutes
+
+    def is_over(self) -> bool:
+        return self.end is not None and time.monotonic() > self.end
+
+    def check(self) -> None:
+        """Leave if the time is over; everything so far has been kept."""
+        if self.is_over():
+            raise SystemExit("The time is over; the same command goes on from here.")
+
+
+# ── questions and their passages ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def open_retriever(folder: Path, tokenizer, articles: list[dict], args: argparse.Namespace) -> RetroRetriever:
+    """A retriever over all articles, built once."""
+    embedder = ChunkEmbedder.from_pretrained(minilm_path(), device=args.device)
+    if not folder.exists():
+        sizes = {"chunk_size": CHUNK_SIZE, "neighbor_size": NEIGHBOR_SIZE}
+        RetroDatastore.build(articles, folder, tokenizer=tokenizer, embedder=embedder, **sizes)
+    return RetroRetriever(RetroDatastore.load(folder), embedder=embedder, num_neighbors=args.num_passages)
+
+
+def gold_passage(article: dict, answer: str) -> dict[str, str]:
+    """The article itself, from shortly before the answer on if that stands late."""
+    place = article["text"].find(answer)
+    return {"title": article["title"], "text": article["text"] if place < 300 else article["text"][place - 200 :]}
+
+
+def make_sets(articles: list[dict], retriever: RetroRetriever, folder: Path, args: argparse.Namespace) -> dict:
+    """Questions with their `passages` and the `gold` one: datasets `train`, `validation` and `test`, made once."""
+    by_id = {article["id"]: article for article in articles}
+    asked = questions(articles)
+    random.Random(args.seed).shuffle(asked)
+    limits = {"train": args.descriptions, "validation": WATCHED, "test": args.test_descriptions}
+    parts = {part: [row for row in asked if row["part"] == part and row["kind"] == "year"] for part in limits}
+    for part, limit in limits.items():
+        parts[part] += [row for row in asked if row["part"] == part and row["kind"] == "desc"][:limit]
+    for part, count in (("train", args.gaps), ("validation", WATCHED)):
+        made = gaps([article for article in articles if part_of(article) == part], args.seed, args.gap_kinds)
+        parts[part] += [next(made) for _ in range(count)]
+    sets = {}
+    for part, rows in parts.items():
+        path = folder / part
+        if not path.exists():
+            found = retrieve_passages(Dataset.from_list(rows), retriever, num_passages=args.num_passages)
+            gold = [gold_passage(by_id[row["article"]], row["answers"][0]) for row in rows]
+            partial = path.with_suffix(".partial")
+            found.add_column("gold", gold).save_to_disk(partial)
+            partial.replace(path)
+        sets[part] = Dataset.load_from_disk(str(path))
+    return sets
+
+
+def with_gold(row: dict) -> dict:
+    """For training: the right passage first, as if it had always been found."""
+    others = [passage for passage in row["passages"] if passage["title"] != row["gold"]["title"]]
+    return {"passages": [row["gold"], *others]}
+
+
+# ── training ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def load_model(base_folder: Path, device: str) -> RetroForCausalLM:
+    """The base in bfloat16, frozen; what is added in float32, to be trained under autocast."""
+    scale = 576**-0.5  # 1 / sqrt(width): at the usual 0.02 one passage token is hardly told from another at first
+    encoder = RetroEncoderConfig(
+        hidden_size=576,
+        intermediate_size=576,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        head_dim=64,
+        cross_attention_layers=[0, 1],
+        initializer_range=scale,
+    )
+    model = retrofit(
+        base_folder,
+        encoder=encoder,
+        chunk_size=CHUNK_SIZE,
+        neighbor_size=NEIGHBOR_SIZE,
+        cross_attention_layers=CROSS_ATTENTION_LAYERS,
+        initializer_range=scale,
+        base_kwargs={"dtype": torch.bfloat16},
+        save_backbone=False,
+    )
+    for layer in model.model.retro.encoder.layers:
+        # A passage token begins by attending to the question's tokens that are like it: keys as the queries.
+        layer.cross_attn.k_proj.weight.data.copy_(layer.cross_attn.q_proj.weight)
+    model.model.retro.float()
+    return model.to(device)
+
+
+def answer_loss(model: RetroForCausalLM, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Nats per token of the answers, their ends among them: the loss of `model(**batch)`, for about half the work.
+
+    What comes before the last token of a prompt reads no passage, and the base is frozen: nothing there needs a gradient.
+    """
+    start = int((batch["labels"] != -100).any(dim=0).nonzero()[0]) - 1
+    before, after = (
+        {name: batch[name][:, part] for name in ("input_ids", "position_ids")}
+        for part in (slice(None, start), slice(start, None))
+    )
+    neighbors = {name: value for name, value in batch.items() if name.startswith("neighbor_")}
+    none = {name: value[:, :0] for name, value in neighbors.items()}
+    common = {"chunk_offset": batch.get("chunk_offset"), "use_cache": True}
+    with torch.no_grad():
+        mask = batch["attention_mask"][:, :start]
+        cache = model(**before, attention_mask=mask, logits_to_keep=1, **none, **common).past_key_values
+    after["labels"] = batch["labels"][:, start:]
+    return model(**after, attention_mask=batch["attention_mask"], past_key_values=cache, **neighbors, **common).loss
+
+
+class AnswerTrainer(Trainer):
+    """Plain Trainer, whose loss is [`answer_loss`]."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return answer_loss(model, inputs)
+
+
+class Watch(TrainerCallback):
+    """Every so many steps the loss on validation questions by kind and mode; and the end when the time is over."""
+
+    def __init__(self, batches: dict[str, dict[str, torch.Tensor]], every: int, clock: Clock) -> None:
+        self.batches, self.every, self.clock = batches, every, clock
+        self.off: dict[str, float] = {}
+
+    def losses(self, model: RetroForCausalLM, mode: str) -> dict[str, float]:
+        with torch.no_grad(), torch.autocast(model.device.type, dtype=torch.bfloat16):
+            return {
+                f"{kind}/{mode}": float(answer_loss(model, in_mode(batch, mode)))
+                for kind, batch in self.batches.items()
+            }
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step % self.every == 0:
+            self.off = self.off or self.losses(model, "off")  # that of the base: it stays what it is
+            losses = {**self.losses(model, "on"), **self.off, **self.losses(model, "random")}
+            state.log_history.append({"step": state.global_step, **losses})
+            print(
+                f"  {state.global_step}: " + ", ".join(f"{name} {loss:.2f}" for name, loss in losses.items()),
+                flush=True,
+            )
+        if self.clock.is_over():
+            control.should_save = control.should_training_stop = True
+
+
+def in_mode(batch: dict[str, torch.Tensor], mode: str) -> dict[str, torch.Tensor]:
+    """A batch with its own passages, with those of the row before, or with none."""
+    if mode == "off":
+        return {name: value for name, value in batch.items() if not name.startswith(("neighbor_", "chunk_"))}
+    shift = int(mode == "random")
+    return {name: v.roll(shift, 0) if name.startswith("neighbor_") else v for name, v in batch.items()}
+
+
+def train(
+    model: RetroForCausalLM, tokenizer, sets: dict[str, Dataset], folder: Path, clock: Clock, args
+) -> list[dict]:
+    """Train what was added; returns the log."""
+
+    def tokenized(rows: Dataset) -> Dataset:
+        return tokenize_questions(rows, tokenizer, neighbor_size=NEIGHBOR_SIZE)
+
+    rows = tokenized(sets["train"].map(with_gold)).filter(
+        lambda row: len(row["prompt_input_ids"]) <= CHUNK_SIZE and len(row["answer_input_ids"]) <= MAX_NEW_TOKENS
+    )
+    collator = QuestionCollator(
+        tokenizer,
+        chunk_size=CHUNK_SIZE,
+        num_passages=args.read_passages,
+        random_passage_probability=args.random_passages,
+        random_passages=rows,
+        seed=args.seed,
+    )
+    watched = tokenized(sets["validation"])
+    batches = {
+        kind: collator.for_evaluation()([row for row in watched if row["kind"] == kind][:WATCHED])
+        for kind in ("year", "desc", "gap")
+    }
+    batches = {kind: {name: v.to(args.device) for name, v in batch.items()} for kind, batch in batches.items()}
+    print(f"{parameter_report(model)}\n{len(rows):,} questions to train on", flush=True)
+    training = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=args.steps,
+        per_device_train_batch_size=args.batch_size,
+        learning_rate=args.learning_rate,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": 0.1},
+        warmup_steps=30,
+        weight_decay=0.0,
+        adam_beta2=0.98,
+        max_grad_norm=1.0,
+        bf16=True,
+        use_cpu=args.device == "cpu",
+        logging_steps=10,
+        save_steps=100,
+        save_total_limit=1,
+        remove_unused_columns=False,
+        report_to=[],
+        seed=args.seed,
+    )
+    watch = Watch(batches, args.watch_steps, clock)
+    trainer = AnswerTrainer(model=model, args=training, train_dataset=rows, data_collator=collator, callbacks=[watch])
+    train_on(trainer)
+    return trainer.state.log_history
+
+
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """The options, also those of the benchmark."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--output", type=Path, default=Path("demo_output/retrofit_qa"), help="folder of all that is made")
+    add("--device", default="cpu")
+    add("--minutes", type=float, help="break off after so many minutes")
+    add("--steps", type=int, default=600)
+    add("--batch-size", type=int, default=4)
+    add("--learning-rate", type=float, default=1e-3)
+    add("--num-passages", type=int, default=5, help="passages to retrieve")
+    add("--read-passages", type=int, default=1, help="of these, passages to train with and to answer from")
+    add("--random-passages", type=float, default=0.1, help="share of questions trained with another's passages")
+    add("--gaps", type=int, default=1200, help="gap questions to train on")
+    add("--gap-kinds", nargs="+", default=["year"], help="what gaps to make: year, name, any")
+    add("--descriptions", type=int, default=1200, help="description questions to train on, at most")
+    add("--test-descriptions", type=int, default=64, help="description questions to test on, at most")
+    add("--watch-steps", type=int, default=100)
+    add("--eval-batch-size", type=int, default=16)
+    add("--seed", type=int, default=0)
+    return parser
+
+
+class Run:
+    """Everything that training and measuring need, made or found in the output folder."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.clock = Clock(args.minutes)
+        torch.manual_seed(args.seed)
+        self.articles = load_articles()
+        base_folder = load_base(args.output / "base")
+        self.tokenizer = AutoTokenizer.from_pretrained(base_folder)
+        self.retriever = open_retriever(args.output / "store", self.tokenizer, self.articles, args)
+        self.sets = make_sets(self.articles, self.retriever, args.output / "questions", args)
+        self.clock.check()
+        self.model = load_model(base_folder, args.device)
+        self.log = train(self.model, self.tokenizer, self.sets, args.output / "checkpoints", self.clock, args)
+        self.clock.check()
+        self.model.model.retro.to(torch.bfloat16)
+        self.model.eval()
+
+    def tokenized(self, rows: Dataset) -> Dataset:
+        """Questions as the model reads them."""
+        return tokenize_questions(rows, self.tokenizer, neighbor_size=NEIGHBOR_SIZE)
+
+    def answers(self, rows: Dataset, *modes: str, num_passages: int | None = None) -> QuestionAnswers:
+        """What the model answers, in some modes, from as many passages as it was trained with or from others."""
+        options = {"batch_size": self.args.eval_batch_size, "max_new_tokens": MAX_NEW_TOKENS, "seed": self.args.seed}
+        options["num_passages"] = num_passages or self.args.read_passages
+        return answer_questions(self.model, self.tokenized(rows), self.tokenizer, modes=modes, **options)
+
+
+def main() -> None:
+    """Prepare, train, save, and answer."""
+    args = arguments(__doc__).parse_args()
+    run = Run(args)
+    run.model.save_pretrained(args.output / "model", save_backbone=False)
+    rows = run.sets["test"].select(range(32))
+    result = run.answers(rows, *MODES)
+    for row, on, off in zip(rows, result.predictions["on"], result.predictions["off"], strict=True):
+        print(f"{row['question']}\n  on: {on} | off: {off} | right: {row['answers'][0]}")
+    print(result)
+
+
+if __name__ == "__main__":
+    main()
