@@ -71,22 +71,18 @@ def base_answers(run: Run, prompts: list[str]) -> list[str]:
     return answers
 
 
-def in_context(rows: Dataset, shots: list[dict], which: str | None) -> list[str]:
-    """Prompts for the base: a passage ("best" retrieved, "gold", or None) before each question, and examples before that."""
+def in_context(rows: Dataset, shots: list[dict], with_passage: bool) -> list[str]:
+    """Prompts for the base: some examples, then the question, each with the best passage before it or without."""
 
-    def block(row: dict, passage: dict | None, answer: str = "") -> str:
-        before = "" if passage is None else f"title: {passage['title']}, source: {passage['text']}\n"
+    def block(row: dict, passage: dict, answer: str = "") -> str:
+        before = f"title: {passage['title']}, source: {passage['text']}\n" if with_passage else ""
         return f"{before}question: {row['question']}\nanswer:{answer}"
 
     prompts = []
     for row in rows:
-        examples = [
-            block(shot, which and shot["gold"], f" {shot['answers'][0]}\n\n")
-            for shot in shots
-            if shot["kind"] == row["kind"]
-        ]
-        passage = {"best": row["passages"][0], "gold": row["gold"]}.get(which)
-        prompts.append("".join(examples) + block(row, passage))
+        examples = [shot for shot in shots if shot["kind"] == row["kind"]]
+        examples = [block(shot, shot["gold"], f" {shot['answers'][0]}\n\n") for shot in examples]
+        prompts.append("".join(examples) + block(row, row["passages"][0]))
     return prompts
 
 
@@ -101,16 +97,16 @@ def rule(row: dict) -> str:
 
 def answers_of(run: Run) -> dict[str, list[str]]:
     """The answers to the test questions, by whom and from what, in the order of the questions."""
-    rows = run.sets["test"]
+    rows = run.questions("test")
     # Examples with short passages, so that the prompts stay short.
-    by_length = sorted(run.sets["train"], key=lambda row: len(row["gold"]["text"]))
+    by_length = sorted(run.questions("train"), key=lambda row: len(row["gold"]["text"]))
     shots = [row for kind in ("year", "desc") for row in [row for row in by_length if row["kind"] == kind][:2]]
 
     def read(mode: str, dataset: Dataset = rows) -> list[str]:
         return run.answers(dataset, mode).predictions[mode]
 
-    def write(examples: list[dict], which: str | None) -> list[str]:
-        return base_answers(run, in_context(rows, examples, which))
+    def write(examples: list[dict], with_passage: bool) -> list[str]:
+        return base_answers(run, in_context(rows, examples, with_passage))
 
     makers: dict[str, Callable[[], list[str]]] = {
         "on": lambda: read("on"),
@@ -118,10 +114,9 @@ def answers_of(run: Run) -> dict[str, list[str]]:
         "on, 5 passages": lambda: run.answers(rows, "on", num_passages=5).predictions["on"],
         "random": lambda: read("random"),
         "off (the base, closed book)": lambda: read("off"),
-        "base, closed book, 2 examples": lambda: write(shots, None),
-        "base, best passage in prompt": lambda: write([], "best"),
-        "base, best passage in prompt, 2 examples": lambda: write(shots, "best"),
-        "base, gold passage in prompt, 2 examples": lambda: write(shots, "gold"),
+        "base, closed book, 2 examples": lambda: write(shots, with_passage=False),
+        "base, best passage in prompt": lambda: write([], with_passage=True),
+        "base, best passage in prompt, 2 examples": lambda: write(shots, with_passage=True),
         "rule: first year or title of best passage": lambda: [rule(row) for row in rows],
     }
     folder = run.args.output / "answers"
@@ -144,7 +139,7 @@ def summary(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> dic
 
 def swap_years(run: Run) -> dict[str, Any]:
     """Write other years into every second test article, in a copy of the datastore; ask again with the same weights."""
-    rows = run.sets["test"].filter(lambda row: row["kind"] == "year").sort("id")
+    rows = run.questions("test").filter(lambda row: row["kind"] == "year").sort("id")
     draw = random.Random(run.args.seed)
     other = {}  # id of a changed article: its new year
     for row in list(rows)[::2]:
@@ -228,7 +223,7 @@ def main() -> None:
     """Answer, swap, and write the results."""
     args = arguments(__doc__).parse_args()
     run = Run(args)
-    rows = run.sets["test"]
+    rows = run.questions("test")
     answers = answers_of(run)
     swap = swap_years(run)
     results: dict[str, Any] = {

@@ -15,6 +15,7 @@ Everything is resumed: what lies in `--output` is not computed again, and traini
 import argparse
 import random
 import time
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -32,10 +33,10 @@ from retro_hf.training import QuestionCollator, retrieve_passages, tokenize_ques
 
 
 CHUNK_SIZE, NEIGHBOR_SIZE = 64, 128
-CROSS_ATTENTION_LAYERS = [8, 16, 24]
+CROSS_ATTENTION_LAYERS = [0, 14, 28]
 MODES = ("on", "off", "random")
 MAX_NEW_TOKENS = 12
-WATCHED = 24  # validation questions of each kind whose loss is watched
+WATCHED = 16  # validation questions of each kind whose loss is watched
 
 
 class Clock:
@@ -56,49 +57,28 @@ class Clock:
 # ── questions and their passages ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def open_retriever(folder: Path, tokenizer, articles: list[dict], args: argparse.Namespace) -> RetroRetriever:
-    """A retriever over all articles, built once."""
-    embedder = ChunkEmbedder.from_pretrained(minilm_path(), device=args.device)
-    if not folder.exists():
-        sizes = {"chunk_size": CHUNK_SIZE, "neighbor_size": NEIGHBOR_SIZE}
-        RetroDatastore.build(articles, folder, tokenizer=tokenizer, embedder=embedder, **sizes)
-    return RetroRetriever(RetroDatastore.load(folder), embedder=embedder, num_neighbors=args.num_passages)
-
-
 def gold_passage(article: dict, answer: str) -> dict[str, str]:
     """The article itself, from shortly before the answer on if that stands late."""
     place = article["text"].find(answer)
     return {"title": article["title"], "text": article["text"] if place < 300 else article["text"][place - 200 :]}
 
 
-def make_sets(articles: list[dict], retriever: RetroRetriever, folder: Path, args: argparse.Namespace) -> dict:
-    """Questions with their `passages` and the `gold` one: datasets `train`, `validation` and `test`, made once."""
+def make_rows(articles: list[dict], part: str, args: argparse.Namespace) -> list[dict]:
+    """The questions of a part, in a fixed order, each with its `gold` passage."""
     by_id = {article["id"]: article for article in articles}
-    asked = questions(articles)
+    asked = [row for row in questions(articles) if row["part"] == part]
     random.Random(args.seed).shuffle(asked)
-    limits = {"train": args.descriptions, "validation": WATCHED, "test": args.test_descriptions}
-    parts = {part: [row for row in asked if row["part"] == part and row["kind"] == "year"] for part in limits}
-    for part, limit in limits.items():
-        parts[part] += [row for row in asked if row["part"] == part and row["kind"] == "desc"][:limit]
-    for part, count in (("train", args.gaps), ("validation", WATCHED)):
-        made = gaps([article for article in articles if part_of(article) == part], args.seed, args.gap_kinds)
-        parts[part] += [next(made) for _ in range(count)]
-    sets = {}
-    for part, rows in parts.items():
-        path = folder / part
-        if not path.exists():
-            found = retrieve_passages(Dataset.from_list(rows), retriever, num_passages=args.num_passages)
-            gold = [gold_passage(by_id[row["article"]], row["answers"][0]) for row in rows]
-            partial = path.with_suffix(".partial")
-            found.add_column("gold", gold).save_to_disk(partial)
-            partial.replace(path)
-        sets[part] = Dataset.load_from_disk(str(path))
-    return sets
+    limit = {"train": args.descriptions, "validation": WATCHED, "test": args.test_descriptions}[part]
+    rows = [row for row in asked if row["kind"] == "year"] + [row for row in asked if row["kind"] == "desc"][:limit]
+    count = {"train": args.gaps, "validation": WATCHED, "test": 0}[part]
+    made = gaps([article for article in articles if part_of(article) == part], args.seed, args.gap_kinds)
+    rows += [next(made) for _ in range(count)]
+    return [row | {"gold": gold_passage(by_id[row["article"]], row["answers"][0])} for row in rows]
 
 
 def with_gold(row: dict) -> dict:
     """For training: the right passage first, as if it had always been found."""
-    others = [passage for passage in row["passages"] if passage["title"] != row["gold"]["title"]]
+    others = [passage for passage in row.get("passages", []) if passage["title"] != row["gold"]["title"]]
     return {"passages": [row["gold"], *others]}
 
 
@@ -107,31 +87,55 @@ def with_gold(row: dict) -> dict:
 
 def load_model(base_folder: Path, device: str) -> RetroForCausalLM:
     """The base in bfloat16, frozen; what is added in float32, to be trained under autocast."""
-    scale = 576**-0.5  # 1 / sqrt(width): at the usual 0.02 one passage token is hardly told from another at first
-    encoder = RetroEncoderConfig(
-        hidden_size=576,
-        intermediate_size=576,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        head_dim=64,
-        cross_attention_layers=[0, 1],
-        initializer_range=scale,
-    )
     model = retrofit(
         base_folder,
-        encoder=encoder,
+        encoder=RetroEncoderConfig(
+            hidden_size=512,
+            intermediate_size=512,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            head_dim=64,
+            cross_attention_layers=[0, 1],
+            initializer_range=512**-0.5,
+        ),
         chunk_size=CHUNK_SIZE,
         neighbor_size=NEIGHBOR_SIZE,
         cross_attention_layers=CROSS_ATTENTION_LAYERS,
-        initializer_range=scale,
+        initializer_range=576**-0.5,
         base_kwargs={"dtype": torch.bfloat16},
         save_backbone=False,
     )
-    for layer in model.model.retro.encoder.layers:
-        # A passage token begins by attending to the question's tokens that are like it: keys as the queries.
-        layer.cross_attn.k_proj.weight.data.copy_(layer.cross_attn.q_proj.weight)
     model.model.retro.float()
+    start_by_matching_and_copying(model)
     return model.to(device)
+
+
+@torch.no_grad()
+def start_by_matching_and_copying(model: RetroForCausalLM) -> None:
+    """Give what is added a head start, so that hundreds of steps are enough to learn to read.
+
+    - The encoder begins as the identity on embeddings of unit size. As they are (RMS 0.13) its updates would drown them.
+    - Its cross-attention compares by content only, and begins with keys that are the queries: a passage token attends to
+      the question's tokens that are like it. That needs CCA in layer 0, whose states the encoder sees: the cosine of a state
+      of SmolLM2 and its token's embedding is 0.8 before that layer and 0 after it. Layer 0 lends its states only: its
+      residual stream is so small (RMS 0.13) that any update would drown it.
+    - In the last layer with CCA a passage token that is attended to raises its own logit, since the head is the embedding.
+      At 2.5, a tenth of the residual stream there, full attention is worth several nats; the even one of the beginning
+      next to nothing. What is left to learn is where to look.
+    """
+    reader = model.model.retro
+    embed = reader.encoder.embed_proj.weight
+    torch.nn.init.orthogonal_(embed)
+    embed.div_(model.get_input_embeddings().weight.float().pow(2).mean().sqrt())
+    for layer in reader.encoder.layers:
+        for last in (layer.self_attn.o_proj, layer.cross_attn.o_proj, layer.mlp.down_proj):
+            last.weight.zero_()
+        layer.cross_attn.position_bias.weight.zero_().requires_grad_(False)
+        layer.cross_attn.k_proj.weight.copy_(layer.cross_attn.q_proj.weight @ embed / embed.norm(dim=1).mean())
+    reader.cross_attention["0"].requires_grad_(False)  # its update is zero and stays so
+    copier = reader.cross_attention[str(CROSS_ATTENTION_LAYERS[-1])].attention
+    torch.nn.init.orthogonal_(copier.v_proj.weight)
+    copier.o_proj.weight.copy_(2.5 * (copier.v_proj.weight @ embed).T / embed.norm(dim=1).mean())
 
 
 def answer_loss(model: RetroForCausalLM, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -147,9 +151,10 @@ def answer_loss(model: RetroForCausalLM, batch: dict[str, torch.Tensor]) -> torc
     neighbors = {name: value for name, value in batch.items() if name.startswith("neighbor_")}
     none = {name: value[:, :0] for name, value in neighbors.items()}
     common = {"chunk_offset": batch.get("chunk_offset"), "use_cache": True}
-    with torch.no_grad():
-        mask = batch["attention_mask"][:, :start]
-        cache = model(**before, attention_mask=mask, logits_to_keep=1, **none, **common).past_key_values
+    with torch.no_grad():  # and no head
+        cache = model.model(
+            **before, attention_mask=batch["attention_mask"][:, :start], **none, **common
+        ).past_key_values
     after["labels"] = batch["labels"][:, start:]
     return model(**after, attention_mask=batch["attention_mask"], past_key_values=cache, **neighbors, **common).loss
 
@@ -196,15 +201,11 @@ def in_mode(batch: dict[str, torch.Tensor], mode: str) -> dict[str, torch.Tensor
     return {name: v.roll(shift, 0) if name.startswith("neighbor_") else v for name, v in batch.items()}
 
 
-def train(
-    model: RetroForCausalLM, tokenizer, sets: dict[str, Dataset], folder: Path, clock: Clock, args
-) -> list[dict]:
-    """Train what was added; returns the log."""
-
-    def tokenized(rows: Dataset) -> Dataset:
-        return tokenize_questions(rows, tokenizer, neighbor_size=NEIGHBOR_SIZE)
-
-    rows = tokenized(sets["train"].map(with_gold)).filter(
+def train(run: "Run") -> list[dict]:
+    """Train what was added, with the right passage and the best others; returns the log."""
+    model, tokenizer, args = run.model, run.tokenizer, run.args
+    rows, watched = (run.tokenized(run.questions(part).map(with_gold)) for part in ("train", "validation"))
+    rows = rows.filter(
         lambda row: len(row["prompt_input_ids"]) <= CHUNK_SIZE and len(row["answer_input_ids"]) <= MAX_NEW_TOKENS
     )
     collator = QuestionCollator(
@@ -215,7 +216,6 @@ def train(
         random_passages=rows,
         seed=args.seed,
     )
-    watched = tokenized(sets["validation"])
     batches = {
         kind: collator.for_evaluation()([row for row in watched if row["kind"] == kind][:WATCHED])
         for kind in ("year", "desc", "gap")
@@ -223,7 +223,7 @@ def train(
     batches = {kind: {name: v.to(args.device) for name, v in batch.items()} for kind, batch in batches.items()}
     print(f"{parameter_report(model)}\n{len(rows):,} questions to train on", flush=True)
     training = TrainingArguments(
-        output_dir=str(folder),
+        output_dir=str(args.output / "checkpoints"),
         max_steps=args.steps,
         per_device_train_batch_size=args.batch_size,
         learning_rate=args.learning_rate,
@@ -242,7 +242,7 @@ def train(
         report_to=[],
         seed=args.seed,
     )
-    watch = Watch(batches, args.watch_steps, clock)
+    watch = Watch(batches, args.watch_steps, run.clock)
     trainer = AnswerTrainer(model=model, args=training, train_dataset=rows, data_collator=collator, callbacks=[watch])
     train_on(trainer)
     return trainer.state.log_history
@@ -255,9 +255,9 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     add("--output", type=Path, default=Path("demo_output/retrofit_qa"), help="folder of all that is made")
     add("--device", default="cpu")
     add("--minutes", type=float, help="break off after so many minutes")
-    add("--steps", type=int, default=600)
+    add("--steps", type=int, default=300)
     add("--batch-size", type=int, default=4)
-    add("--learning-rate", type=float, default=1e-3)
+    add("--learning-rate", type=float, default=5e-4)
     add("--num-passages", type=int, default=5, help="passages to retrieve")
     add("--read-passages", type=int, default=1, help="of these, passages to train with and to answer from")
     add("--random-passages", type=float, default=0.1, help="share of questions trained with another's passages")
@@ -281,14 +281,37 @@ class Run:
         self.articles = load_articles()
         base_folder = load_base(args.output / "base")
         self.tokenizer = AutoTokenizer.from_pretrained(base_folder)
-        self.retriever = open_retriever(args.output / "store", self.tokenizer, self.articles, args)
-        self.sets = make_sets(self.articles, self.retriever, args.output / "questions", args)
-        self.clock.check()
         self.model = load_model(base_folder, args.device)
-        self.log = train(self.model, self.tokenizer, self.sets, args.output / "checkpoints", self.clock, args)
+        self.log = train(self)
         self.clock.check()
+        # From here on nothing is trained. PyTorch copies a frozen head once per row when `generate` begins (`matmul` folds
+        # rows only if the weight requires a gradient), 100 times slower than need be.
         self.model.model.retro.to(torch.bfloat16)
-        self.model.eval()
+        self.model.eval().requires_grad_(True)
+
+    @cached_property
+    def retriever(self) -> RetroRetriever:
+        """Over all articles; the datastore is built once."""
+        folder, args = self.args.output / "store", self.args
+        embedder = ChunkEmbedder.from_pretrained(minilm_path(), device=args.device)
+        if not folder.exists():
+            sizes = {"chunk_size": CHUNK_SIZE, "neighbor_size": NEIGHBOR_SIZE}
+            RetroDatastore.build(self.articles, folder, tokenizer=self.tokenizer, embedder=embedder, **sizes)
+        return RetroRetriever(RetroDatastore.load(folder), embedder=embedder)
+
+    def questions(self, part: str) -> Dataset:
+        """The questions of a part with their `gold` passage and `passages`: those of the test as they are found."""
+        path = self.args.output / "questions" / part
+        if not path.exists():
+            rows = Dataset.from_list(make_rows(self.articles, part, self.args))
+            # In training the right passage is put before them, see `with_gold`.
+            wanted = self.args.num_passages if part == "test" else self.args.read_passages - 1
+            if wanted:
+                rows = retrieve_passages(rows, self.retriever, num_passages=wanted)
+            partial = path.with_suffix(".partial")
+            rows.save_to_disk(partial)
+            partial.replace(path)
+        return Dataset.load_from_disk(str(path))
 
     def tokenized(self, rows: Dataset) -> Dataset:
         """Questions as the model reads them."""
@@ -306,7 +329,7 @@ def main() -> None:
     args = arguments(__doc__).parse_args()
     run = Run(args)
     run.model.save_pretrained(args.output / "model", save_backbone=False)
-    rows = run.sets["test"].select(range(32))
+    rows = run.questions("test").select(range(32))
     result = run.answers(rows, *MODES)
     for row, on, off in zip(rows, result.predictions["on"], result.predictions["off"], strict=True):
         print(f"{row['question']}\n  on: {on} | off: {off} | right: {row['answers'][0]}")
