@@ -1,6 +1,6 @@
 """Knowledge lives in the store: a small RETRO answers questions about people whom it never met, and follows their cards.
 
-    python benchmarks/knowledge.py                    # about six minutes of one core
+    python benchmarks/knowledge.py                    # about eight minutes of one core
     python benchmarks/knowledge.py --entities 20000 --steps 20000 --hidden-size 320 --device cuda
 
 The world (`knowledge_world.py`) is made up: each person has a card of about 64 tokens with four values, each one of 400.
