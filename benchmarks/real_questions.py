@@ -5,7 +5,7 @@
 
 The weights stay the same, the source changes: passages retrieved (on), the right passage alone, those of another question
 (random), none (off: the base itself, bit for bit). Beside them the base with a passage in its prompt, and a rule without
-any model. Then the years in half of the test articles are changed in the datastore, and the questions are asked again.
+any model. Then years, and titles, of half of the test articles are changed in the datastore, and the questions asked again.
 
 Writes benchmarks/results/real_questions.json and docs/results/real_questions.png. Options and resuming as in
 `examples/retrofit_qa.py`.
@@ -116,7 +116,6 @@ def answers_of(run: Run) -> dict[str, list[str]]:
         "off (the base, closed book)": lambda: read("off"),
         "base, closed book, 2 examples": lambda: write(shots, with_passage=False),
         "base, best passage in prompt": lambda: write([], with_passage=True),
-        "base, best passage in prompt, 2 examples": lambda: write(shots, with_passage=True),
         "rule: first year or title of best passage": lambda: [rule(row) for row in rows],
     }
     folder = run.args.output / "answers"
@@ -134,28 +133,36 @@ def summary(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> dic
     }
 
 
-# ── another year in the datastore ─────────────────────────────────────────────────────────────────────────────────────
+# ── other answers in the datastore ─────────────────────────────────────────────────────────────────────────────────────
 
 
-def swap_years(run: Run) -> dict[str, Any]:
-    """Write other years into every second test article, in a copy of the datastore; ask again with the same weights."""
-    rows = run.questions("test").filter(lambda row: row["kind"] == "year").sort("id")
+def swap(run: Run, kind: str) -> dict[str, Any]:
+    """Change what every second test article says, in a copy of the datastore; ask again with the same weights.
+
+    Years move by 3 to 40; titles are passed on from one changed article to the next.
+    """
+    rows = run.questions("test").filter(lambda row: row["kind"] == kind).sort("id")
+    chosen = list(rows)[::2]
     draw = random.Random(run.args.seed)
-    other = {}  # id of a changed article: its new year
-    for row in list(rows)[::2]:
-        other[row["article"]] = str(int(row["answers"][0]) + draw.choice([-1, 1]) * draw.randint(3, 40))
-    folder, before = run.args.output / "swap", run.retriever
+    truth = [row["answers"][0] for row in chosen]
+    if kind == "year":
+        new_truth = [str(int(year) + draw.choice([-1, 1]) * draw.randint(3, 40)) for year in truth]
+    else:
+        new_truth = [*truth[1:], truth[0]]
+    changes = {row["article"]: change for row, change in zip(chosen, zip(truth, new_truth, strict=True), strict=True)}
+    other = {article: new for article, (_, new) in changes.items()}
+    folder, before = run.args.output / "swap" / kind, run.retriever
     if not (folder / "store").exists():
+        folder.mkdir(parents=True, exist_ok=True)
         before.datastore.save(folder / "store")
     store = RetroDatastore.load(folder / "store")
     if store.generation == before.datastore.generation:
-        store.delete(other)
+        store.delete(changes)
     if store.num_documents == before.datastore.num_documents:
-        years = {row["article"]: row["answers"][0] for row in rows}
         changed = [
-            article | {"text": article["text"].replace(years[article["id"]], other[article["id"]])}
+            article | {field: article[field].replace(*changes[article["id"]]) for field in ("title", "text")}
             for article in run.articles
-            if article["id"] in other
+            if article["id"] in changes
         ]
         store.append(changed, embedder=before.embedder)
     after = RetroRetriever(store, embedder=before.embedder, num_neighbors=run.args.num_passages)
@@ -164,10 +171,19 @@ def swap_years(run: Run) -> dict[str, Any]:
         found = retrieve_passages(rows.remove_columns("passages"), source, num_passages=run.args.num_passages)
         return run.answers(found, "on").predictions["on"]
 
-    said = {
-        name: kept(folder / f"{name}.json", run.clock, lambda source=source: ask(source))
-        for name, source in (("before", before), ("after", after))
+    def changed_gold(row: dict) -> dict:
+        change = changes.get(row["article"], ("", ""))
+        return {
+            "passages": [{field: text.replace(*change) if change[0] else text for field, text in row["gold"].items()}]
+        }
+
+    makers: dict[str, Callable[[], list[str]]] = {
+        "before": lambda: ask(before),
+        "after": lambda: ask(after),
+        # Apart from whether the changed article is still found.
+        "after, right passage": lambda: run.answers(rows.map(changed_gold), "on").predictions["on"],
     }
+    said = {name: kept(folder / f"{name}.json", run.clock, make) for name, make in makers.items()}
     is_changed = [row["article"] in other for row in rows]
     old = [row["answers"] for row in rows]
     new = [[other.get(row["article"], "")] for row in rows]
@@ -182,8 +198,8 @@ def swap_years(run: Run) -> dict[str, Any]:
         "other articles": len(same),
         **{
             name: {
-                "changed articles, old year": score(name, old, True),
-                "changed articles, new year": score(name, new, True),
+                "changed articles, old answer": score(name, old, True),
+                "changed articles, new answer": score(name, new, True),
                 "other articles": score(name, old, False),
             }
             for name in said
@@ -225,7 +241,7 @@ def main() -> None:
     run = Run(args)
     rows = run.questions("test")
     answers = answers_of(run)
-    swap = swap_years(run)
+    swaps = {kind: swap(run, kind) for kind in ("year", "desc")}
     results: dict[str, Any] = {
         "command": " ".join(["python", *sys.argv]),
         "arguments": {name: str(value) for name, value in vars(args).items()},
@@ -243,8 +259,8 @@ def main() -> None:
         for name, row in table.items():
             (em, f1), (low, high) = (row[score]["mean"] for score in row), row["exact_match"]["interval"]
             print(f"{name:42}{em:5.1f}  [{low:5.1f}, {high:5.1f}]  {f1:5.1f}")
-    print(json.dumps(swap, indent=1))
-    RESULTS.write_text(json.dumps(results | {"swap": swap, "log": run.log}, indent=1) + "\n")
+    print(json.dumps(swaps, indent=1))
+    RESULTS.write_text(json.dumps(results | {"swap": swaps, "log": run.log}, indent=1) + "\n")
     draw_curves(run.log, PICTURE)
 
 
