@@ -31,7 +31,6 @@ from wiki_questions import YEAR  # noqa: E402
 
 from retro_hf import RetroDatastore, RetroRetriever  # noqa: E402
 from retro_hf.evaluation import score_answers  # noqa: E402
-from retro_hf.retrofit import parameter_report  # noqa: E402
 from retro_hf.training import retrieve_passages  # noqa: E402
 
 
@@ -246,7 +245,7 @@ def main() -> None:
         "command": " ".join(["python", *sys.argv]),
         "arguments": {name: str(value) for name, value in vars(args).items()},
         "base": "SmolLM2-135M-Instruct, Q4_1 dequantized to bfloat16, frozen",
-        "parameters": parameter_report(run.model),
+        "parameters": run.parameters,
         "machine": f"{platform.machine()}, {args.device}, {torch.get_num_threads()} threads",
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }

@@ -282,6 +282,7 @@ class Run:
         base_folder = load_base(args.output / "base")
         self.tokenizer = AutoTokenizer.from_pretrained(base_folder)
         self.model = load_model(base_folder, args.device)
+        self.parameters = parameter_report(self.model)
         self.log = train(self)
         self.clock.check()
         # From here on nothing is trained. PyTorch copies a frozen head once per row when `generate` begins (`matmul` folds
