@@ -330,7 +330,7 @@ def main() -> None:
     args = arguments(__doc__).parse_args()
     run = Run(args)
     run.model.save_pretrained(args.output / "model", save_backbone=False)
-    rows = run.questions("test").select(range(32))
+    rows = run.questions("test").shuffle(seed=0).select(range(32))
     result = run.answers(rows, *MODES)
     for row, on, off in zip(rows, result.predictions["on"], result.predictions["off"], strict=True):
         print(f"{row['question']}\n  on: {on} | off: {off} | right: {row['answers'][0]}")
