@@ -43,6 +43,10 @@ def ids_of(*shape, **kwargs):
         ),
         ({**ids_of(2, 2, 2, 8), "neighbor_attention_mask": [1]}, r"tensors of shape .* got list"),
         ({"neighbor_attention_mask": torch.ones(2, 2, 2, 8)}, r"without `neighbor_input_ids`. Give both"),
+        (
+            {**ids_of(2, 1, 2, 8), "neighbor_chunk_size": torch.tensor([8, 8])},
+            r"looked up for chunks of \[8\] tokens, but the model has chunks of 4.*chunk_size=4",
+        ),
     ],
 )
 @pytest.mark.parametrize("options", [{}, {"use_cache": False}], ids=["default", "no_cache"])

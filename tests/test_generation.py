@@ -498,6 +498,11 @@ class TestTrace:
             )
         return entries
 
+    def test_without_retrieval_nothing_was_read(self, llama):
+        """The trace is there, and empty."""
+        out = llama.generate(**left_padded([3, 9]), max_new_tokens=2, return_dict_in_generate=True, **GREEDY)
+        assert out.retrieval_trace == [[], []]
+
     @pytest.mark.parametrize(
         "options",
         [

@@ -478,6 +478,7 @@ class RetroModel(RetroPreTrainedModel):
         neighbor_attention_mask: torch.Tensor | None = None,
         chunk_offset: int | torch.LongTensor | None = None,
         retriever: Retriever | None = _ATTACHED,
+        neighbor_chunk_size: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
         r"""
@@ -491,6 +492,9 @@ class RetroModel(RetroPreTrainedModel):
         retriever (`Callable`, *optional*):
             `retriever(chunk_input_ids, chunk_attention_mask)` of shapes `(N, chunk_size)` returns neighbor ids and mask of
             shape `(N, num_neighbors, neighbor_size)`. None turns retrieval off; by default the attached one is used.
+        neighbor_chunk_size (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
+            Tokens per chunk for which the given neighbors were looked up; an error if it is not the model's. The collators
+            give it: neighbors of longer chunks would tell the model what comes next.
         """
         return self.run(
             self.backbone.base_model,
@@ -504,6 +508,7 @@ class RetroModel(RetroPreTrainedModel):
             neighbor_attention_mask,
             chunk_offset,
             retriever,
+            neighbor_chunk_size=neighbor_chunk_size,
             **kwargs,
         )
 
@@ -521,6 +526,7 @@ class RetroModel(RetroPreTrainedModel):
         chunk_offset: int | torch.Tensor | None,
         retriever: Retriever | None,
         token_mask: torch.Tensor | None = None,
+        neighbor_chunk_size: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> ModelOutput:
         """Run the backbone, or its body, with retrieval; `module` is one of the two, the rest as in `forward`.
@@ -534,6 +540,7 @@ class RetroModel(RetroPreTrainedModel):
             inputs["position_ids"] = position_ids
         tokens = input_ids if input_ids is not None else inputs_embeds
         self._check_length(tokens.shape[1], past_key_values)
+        self._check_chunk_size(neighbor_chunk_size)
 
         retriever = self.retriever if retriever is _ATTACHED else retriever
         if retriever is not None and not isinstance(retriever, RetroLookup):
@@ -580,6 +587,17 @@ class RetroModel(RetroPreTrainedModel):
             raise ValueError(
                 f"The sequence has {length} tokens, but the backbone's position table ends at {self._max_positions}. "
                 "Shorten the prompt, or lower `max_new_tokens`."
+            )
+
+    def _check_chunk_size(self, looked_up: torch.Tensor | None) -> None:
+        if looked_up is None or torch.compiler.is_compiling():  # reading values would break the graph
+            return
+        sizes = set(looked_up.tolist())
+        if sizes != {self.config.chunk_size}:
+            raise ValueError(
+                f"The neighbors were looked up for chunks of {sorted(sizes)} tokens, but the model has chunks of "
+                f"{self.config.chunk_size}: it would read neighbors of text that it is yet to predict. Take a datastore (and "
+                f"a collator) of chunk_size={self.config.chunk_size}, and cut and look up the training text with it."
             )
 
     def _given_neighbors(
@@ -690,6 +708,7 @@ class RetroForCausalLM(RetroPreTrainedModel, GenerationMixin):
         neighbor_attention_mask: torch.Tensor | None = None,
         chunk_offset: int | torch.LongTensor | None = None,
         retriever: Retriever | None = _ATTACHED,
+        neighbor_chunk_size: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
@@ -704,6 +723,9 @@ class RetroForCausalLM(RetroPreTrainedModel, GenerationMixin):
         retriever (`Callable`, *optional*):
             `retriever(chunk_input_ids, chunk_attention_mask)` of shapes `(N, chunk_size)` returns neighbor ids and mask of
             shape `(N, num_neighbors, neighbor_size)`. None turns retrieval off; by default the attached one is used.
+        neighbor_chunk_size (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
+            Tokens per chunk for which the given neighbors were looked up; an error if it is not the model's. The collators
+            give it: neighbors of longer chunks would tell the model what comes next.
         """
         if "logits_to_keep" in self.model._backbone_arguments:
             kwargs["logits_to_keep"] = logits_to_keep
@@ -719,6 +741,7 @@ class RetroForCausalLM(RetroPreTrainedModel, GenerationMixin):
             neighbor_attention_mask,
             chunk_offset,
             retriever,
+            neighbor_chunk_size=neighbor_chunk_size,
             labels=labels,
             **kwargs,
         )
@@ -752,7 +775,9 @@ class RetroForCausalLM(RetroPreTrainedModel, GenerationMixin):
             )
         lookup = None if retriever is None else RetroLookup(retriever, self.config.vocab_size, self.config.chunk_size)
         outputs = super().generate(inputs, generation_config, *args, retriever=lookup, **kwargs)
-        if lookup is not None and isinstance(outputs, ModelOutput):
+        if lookup is None and isinstance(outputs, ModelOutput):
+            outputs["retrieval_trace"] = [[] for _ in outputs["sequences"]]
+        elif isinstance(outputs, ModelOutput):
             used = self._prepare_generation_config(generation_config, **kwargs)[0]
             outputs["retrieval_trace"] = self._trace(lookup, outputs, used, kwargs.get("chunk_offset"))
         return outputs
@@ -794,6 +819,7 @@ class RetroForCausalLM(RetroPreTrainedModel, GenerationMixin):
         neighbor_attention_mask: torch.Tensor | None = None,
         chunk_offset: int | torch.LongTensor | None = None,
         retriever: Retriever | None = _ATTACHED,
+        neighbor_chunk_size: torch.LongTensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Let the backbone prepare its inputs, and add those of retrieval."""
@@ -812,13 +838,14 @@ class RetroForCausalLM(RetroPreTrainedModel, GenerationMixin):
             "neighbor_attention_mask": neighbor_attention_mask,
             "chunk_offset": chunk_offset,
             "retriever": retriever,
+            "neighbor_chunk_size": neighbor_chunk_size,
             "token_mask": attention_mask,  # the backbone's own may be 4-D, or as long as a static cache
         }
         return inputs | retro
 
     def _get_candidate_generator(self, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any):
         # An assistant drafts without retrieval: it may be any model, and would reject our arguments.
-        ours = ("neighbor_input_ids", "neighbor_attention_mask", "chunk_offset", "retriever")
+        ours = ("neighbor_input_ids", "neighbor_attention_mask", "neighbor_chunk_size", "chunk_offset", "retriever")
         rest = {name: value for name, value in model_kwargs.items() if name not in ours}
         return super()._get_candidate_generator(*args, model_kwargs=rest, **kwargs)
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from datastore.fixtures import corpus
+from tiny_training import make_model
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
@@ -231,3 +232,12 @@ def test_precomputing_again_replaces_the_column(world, collator):
     again = precompute_neighbors(world.dataset, world.retriever, num_neighbors=1)
     assert again.column_names == world.dataset.column_names
     assert collator([again[0]])["neighbor_input_ids"].shape[2] == 1
+
+
+def test_a_model_with_other_chunks_refuses_the_batch(world, collator):
+    """Neighbors of longer chunks are of text that the model is yet to predict; nothing in their shape says so."""
+    batch = collator(rows(world, 0, 1))
+    assert batch["neighbor_chunk_size"].tolist() == [SIZE, SIZE]
+    model = make_model(chunk_size=SIZE // 2)
+    with pytest.raises(ValueError, match=f"chunks of .{SIZE}. tokens, but the model has chunks of {SIZE // 2}"):
+        model(**batch)

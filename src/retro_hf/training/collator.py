@@ -66,7 +66,8 @@ class RetroDataCollator:
         neighbors, both optional. Other columns are ignored.
     Returns of a call:
         `input_ids`, `attention_mask` and `labels` of shape `(batch_size, sequence_length)`; `neighbor_input_ids` and
-        `neighbor_attention_mask` of shape `(batch_size, num_chunks, num_neighbors, neighbor_size)`; all int64. A batch
+        `neighbor_attention_mask` of shape `(batch_size, num_chunks, num_neighbors, neighbor_size)`; `neighbor_chunk_size`
+        of shape `(batch_size,)`, by which the model sees that its chunks are those of the datastore; all int64. A batch
         has room for one chunk at least, so that every weight takes part in every step, on every rank.
     Raises:
         DatasetError: for examples without neighbors, padded examples, neighbors that do not fit their chunks, or an
@@ -146,6 +147,8 @@ class RetroDataCollator:
             "labels": labels,
             "neighbor_input_ids": neighbor_input_ids,
             "neighbor_attention_mask": neighbor_attention_mask,
+            # For the model to check: with chunks of another size, neighbors would be of text that it is yet to predict.
+            "neighbor_chunk_size": np.full(len(examples), size),
         }
         return {name: torch.from_numpy(values) for name, values in batch.items()}
 

@@ -70,7 +70,7 @@ def generate_ids(
         # An answer that fills further chunks reads the same passages there.
         chunks = torch.arange(int(last.max()) + 1 + max_new_tokens // model.config.chunk_size, device=last.device)
         reads = (chunks >= last[:, None])[:, :, None, None]
-        inputs["chunk_offset"] = batch["chunk_offset"]
+        inputs |= {name: batch[name] for name in ("chunk_offset", "neighbor_chunk_size") if name in batch}
         inputs["neighbor_input_ids"] = batch["neighbor_input_ids"][rows, last][:, None].expand(-1, len(chunks), -1, -1)
         inputs["neighbor_attention_mask"] = batch["neighbor_attention_mask"][rows, last][:, None] * reads
     inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}

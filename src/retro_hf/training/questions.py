@@ -181,7 +181,7 @@ class QuestionCollator:
         `input_ids`, `attention_mask`, `position_ids` and, where answers are known, `labels` of shape
         `(batch_size, sequence_length)`, labels -100 except at answers and their end tokens. Unless `num_passages=0`,
         `neighbor_input_ids` and `neighbor_attention_mask` of shape `(batch_size, num_chunks, num_passages, longest passage)`,
-        missing passages masked, and `chunk_offset` of shape `(batch_size,)`. All int64.
+        missing passages masked, and `chunk_offset` and `neighbor_chunk_size` of shape `(batch_size,)`. All int64.
     Raises:
         DatasetError: for examples that are not tokenized, or lack passages.
     *Determinism*: the draws depend on the seed, on the questions of the batch and on the epoch set by [`set_epoch`], as
@@ -280,6 +280,7 @@ class QuestionCollator:
             batch["neighbor_input_ids"] = np.where(reads, ids[:, None], 0)
             batch["neighbor_attention_mask"] = np.where(reads, mask[:, None], 0)
             batch["chunk_offset"] = offsets
+            batch["neighbor_chunk_size"] = np.full(len(examples), self.chunk_size)
         return {name: torch.from_numpy(values) for name, values in batch.items()}
 
     def _drawn(self, examples: Sequence[Mapping[str, Any]]) -> list[list[list[int]]]:
