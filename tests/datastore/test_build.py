@@ -3,6 +3,8 @@
 import logging
 import multiprocessing
 import os
+import subprocess
+import sys
 
 import datasets
 import numpy as np
@@ -238,3 +240,24 @@ def test_sizes_are_told_before_the_long_part(tmp_path, tokenizer, embedder, capl
         store = build(tmp_path / "store", tokenizer, embedder)
     told = next(record.getMessage() for record in caplog.records if "chunks" in record.getMessage())
     assert f"{store.num_chunks} chunks" in told and "index Flat" in told and "in memory" in told
+
+
+@pytest.mark.timeout(240)
+def test_a_script_without_the_guard_ends_with_its_reason(tmp_path, tokenizer, encoder_folder):
+    """Workers import the script, and would build again; the parent must not wait for dead ones."""
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    options = {
+        "tokenizer": str(tmp_path / "tokenizer"),
+        "embedder": str(encoder_folder),
+        "chunk_size": 8,
+        "executor": 2,
+    }
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from retro_hf import RetroDatastore\n"
+        f"RetroDatastore.build(['one two', 'three'], {str(tmp_path / 'store')!r}, **{options!r})\n"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 1
+    assert "needs `if __name__ == '__main__':`" in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "store").exists()

@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -85,10 +86,10 @@ def run_stage(run: Run, tasks: Sequence[Task], task: int, calls: Iterable[Call],
 _tasks: Sequence[Task] = ()
 
 
-def _receive_tasks(tasks: Sequence[Task], num_threads: int) -> None:
+def _receive_tasks(inbox: Any, num_threads: int) -> None:
     global _tasks
     torch.set_num_threads(num_threads)
-    _tasks = tasks
+    _tasks = inbox.get()
 
 
 def _call_task(task: int, args: tuple[Any, ...]) -> None:
@@ -124,7 +125,12 @@ class LocalExecutor:
 
         threads = max(1, torch.get_num_threads() // self.num_workers)
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(self.num_workers, context, _receive_tasks, (tasks, threads)) as pool:
+        # Not as an argument of the workers: to one that dies while it starts, Python would go on writing for ever.
+        inbox = context.Queue()
+        inbox.cancel_join_thread()
+        for _ in range(self.num_workers):
+            inbox.put(tasks)
+        with ProcessPoolExecutor(self.num_workers, context, _receive_tasks, (inbox, threads)) as pool:
 
             def run(task: int, calls: Iterable[Call]) -> Iterator[int]:
                 pending: dict[Future[None], int] = {}
@@ -137,6 +143,12 @@ class LocalExecutor:
 
             try:
                 yield run
+            except BrokenProcessPool as error:
+                raise RetroError(
+                    "A worker process ended before its work was done. If it was killed, then mostly for lack of memory: take fewer "
+                    "workers. If it could not start: a script that uses workers needs `if __name__ == '__main__':` around "
+                    "what it does, since each worker imports it. What was done is kept, and the same call goes on from there."
+                ) from error
             finally:
                 pool.shutdown(cancel_futures=True)
 
