@@ -181,13 +181,15 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 64,
 ) -> None:
     """Continue a text, with a datastore to read or without."""
-    tokenizer = _load("tokenizer", model)
+    from retro_hf.datastore.compatibility import load_tokenizer
+
+    tokenizer = load_tokenizer(model)
     retriever = None if store is None else _open_retriever(store, embedder, tokenizer)
     inputs = tokenizer(_readable(prompt), return_tensors="pt", return_token_type_ids=False)
     if inputs.input_ids.shape[1] == 0:
         raise ValueError("The prompt is empty; give at least one word to continue.")
     options = {"retriever": retriever, "max_new_tokens": max_new_tokens, "do_sample": False}
-    output = _load("model", model).generate(**inputs, **options)
+    output = _load_model(model).generate(**inputs, **options)
     typer.echo(tokenizer.decode(output[0], skip_special_tokens=True))
 
 
@@ -200,10 +202,11 @@ def retrofit(
 ) -> None:
     """Add retrieval to a decoder-only checkpoint, which then needs training."""
     from retro_hf import retrofit as add_retrieval
+    from retro_hf.datastore.compatibility import load_tokenizer
     from retro_hf.retrofit import parameter_report
 
     model = add_retrieval(base, chunk_size=chunk_size)
-    tokenizer = _load("tokenizer", base)
+    tokenizer = load_tokenizer(base)
     model.save_pretrained(output, save_backbone=not adapter_only)
     tokenizer.save_pretrained(output)
     typer.echo(parameter_report(model))
@@ -230,20 +233,17 @@ def _readable(argument: str) -> str:
     return argument.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
-def _load(what: str, name: str) -> Any:
-    """The "model" or "tokenizer" called `name`."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+def _load_model(name: str) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     from retro_hf.errors import PretrainedNotFoundError  # the package registers the model
 
     try:
-        if what == "tokenizer":
-            return AutoTokenizer.from_pretrained(name)
         family = AutoConfig.from_pretrained(name).model_type
         if family == "retro":
             return AutoModelForCausalLM.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise PretrainedNotFoundError.for_name(what, name, error) from error
+        raise PretrainedNotFoundError.for_name("model", name, error) from error
     raise ValueError(
         f"'{name}' is a model of the family '{family}', not a RETRO model. Make one of it with `retro retrofit`, if it is a "
         "decoder-only language model, and train that."

@@ -53,6 +53,7 @@ def evaluate(
     from rich.console import Console
 
     import retro_hf_cli as commands
+    from retro_hf.datastore.compatibility import load_tokenizer
     from retro_hf.datastore.documents import DocumentReader
     from retro_hf.evaluation import evaluate as measure
     from retro_hf.evaluation import trace, write_report
@@ -63,11 +64,11 @@ def evaluate(
     if dtype not in ("auto", "float32", "bfloat16"):
         raise ValueError(f"--dtype is {dtype!r}, but it is float32, bfloat16 or auto.")
     numbers, shares = _parsed("--sweep-k", sweep_k, int), _parsed("--fractions", fractions, float)
-    loaded = commands._load("model", model)
+    loaded = commands._load_model(model)
     loaded.to("cuda" if torch.cuda.is_available() else "cpu")
     if dtype != "auto":
         loaded.to(getattr(torch, dtype))
-    tokenizer = commands._load("tokenizer", model)
+    tokenizer = load_tokenizer(model)
     retriever = None if store is None else commands._open_retriever(store, embedder, tokenizer)
     documents = [{"id": one.id, "title": one.title, "text": one.text} for one in DocumentReader(texts)]
     result = measure(

@@ -15,7 +15,7 @@ import pytest
 import typer
 from datastore.fixtures import corpus
 from tiny_training import CHUNK_SIZE, make_model, make_world
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from retro_hf import RetroDatastore
@@ -143,6 +143,15 @@ def test_retrofit_saves_a_model_that_loads(world, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "new")
     assert type(model).__name__ == "RetroForCausalLM"
     assert model.config.chunk_size == 8
+
+
+def test_a_base_without_a_tokenizer_is_refused(tmp_path):
+    """Where transformers would make up a vocabulary of special tokens; nothing is written."""
+    config = AutoConfig.for_model("gpt2", vocab_size=50, n_embd=32, n_layer=4, n_head=2)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    with pytest.raises(PretrainedNotFoundError, match=r"'.*base' holds no tokenizer.*there is no vocabulary"):
+        retro("retrofit", tmp_path / "base", "-o", tmp_path / "new", "--chunk-size", 8)
+    assert not (tmp_path / "new").exists()
 
 
 def test_an_error_is_one_explained_line(tmp_path):

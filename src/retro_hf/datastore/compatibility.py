@@ -23,13 +23,21 @@ __all__ = ["check_compatible", "load_tokenizer"]
 
 
 def load_tokenizer(tokenizer: PreTrainedTokenizerBase | str | os.PathLike[str]) -> PreTrainedTokenizerBase:
-    """The tokenizer as it is, or the one of that name: a folder, or a model on the Hub."""
+    """The tokenizer as it is, or the one of that name: a folder, or a model on the Hub.
+
+    Raises:
+        PretrainedNotFoundError: if there is no tokenizer of that name, or no vocabulary in it.
+    """
     if not isinstance(tokenizer, (str, os.PathLike)):
         return tokenizer
     try:
-        return AutoTokenizer.from_pretrained(tokenizer)
+        loaded = AutoTokenizer.from_pretrained(tokenizer)
+        # Where a folder has a model but no vocabulary, transformers makes one up of the family's special tokens.
+        if len(loaded) <= len(set(loaded.all_special_ids)):
+            raise ValueError("there is no vocabulary, such as a tokenizer.json")
     except (OSError, ValueError) as error:
         raise PretrainedNotFoundError.for_name("tokenizer", str(tokenizer), error) from error
+    return loaded
 
 
 def check_compatible(
