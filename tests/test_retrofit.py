@@ -6,7 +6,13 @@ import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+)
 
 from retro_hf import RetroForCausalLM, retrofit
 from retro_hf.errors import PretrainedNotFoundError, RetroError, UnsupportedBackboneError
@@ -156,6 +162,36 @@ def test_encoder_decoder(tmp_path):
     for given in (base, tmp_path):
         with pytest.raises(UnsupportedBackboneError, match=r"decoder-only causal language model such as Llama"):
             retrofit(given, chunk_size=4)
+
+
+@pytest.mark.parametrize("auto", [AutoModel, AutoModelForSequenceClassification])
+def test_a_base_without_its_head(auto):
+    """Loaded by another class than the one that predicts tokens."""
+    base = auto.from_config(tiny_backbone("gpt2").config)
+    with pytest.raises(UnsupportedBackboneError, match=r"GPT2\w+ has no language-model head.*`AutoModelForCausalLM`"):
+        retrofit(base, **SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        (None, "got None"),
+        (nn.Linear(2, 2), r"\(`PreTrainedModel`\), got Linear"),
+        (tiny_config("llama"), r"got LlamaConfig.*`retrofit\(AutoModelForCausalLM.from_config\(config\)\)`"),
+    ],
+    ids=["none", "module", "config"],
+)
+def test_what_is_no_base(base, message):
+    """It is said what a base is, and how to make one of a config."""
+    with pytest.raises(UnsupportedBackboneError, match=f"must be a folder, .*{message}"):
+        retrofit(base)
+
+
+def test_a_decoder_with_fewer_layers_in_its_encoder():
+    """BART's decoder alone: refused for attending to an encoder, not for the number of layers."""
+    base = from_config("bart", encoder_layers=2, decoder_layers=4)
+    with pytest.raises(UnsupportedBackboneError, match="also attend to an encoder or an image"):
+        retrofit(base, **SETTINGS)
 
 
 def test_wrong_settings_keep_their_own_error():

@@ -76,11 +76,13 @@ def find_decoder_layers(backbone: PreTrainedModel, path: str | None = None) -> n
     Returns:
         `nn.ModuleList` of `num_hidden_layers` layers.
     Raises:
-        ValueError: if the model is no causal decoder with a cache, or there is no such list, or more than one.
+        ValueError: if the model is no causal decoder with a head and a cache, or there is no such list, or more than one.
     """
     _check_backbone(backbone)
     family = backbone.config.model_type
-    num_layers = getattr(backbone.config.get_text_config(decoder=True), "num_hidden_layers", None)
+    config = backbone.config.get_text_config(decoder=True)
+    # The decoder of BART and its kin has a number of its own; `num_hidden_layers` is the encoder's.
+    num_layers = getattr(config, "decoder_layers", getattr(config, "num_hidden_layers", None))
     if path is not None:
         try:
             layers = backbone.get_submodule(path)
@@ -143,6 +145,11 @@ def _check_backbone(backbone: PreTrainedModel) -> None:
         raise ValueError(
             f"'{family}' attends in both directions (`is_decoder=False`); RETRO needs a decoder-only causal language model "
             "such as Llama or GPT-2."
+        )
+    if not backbone.can_generate():
+        raise ValueError(
+            f"{type(backbone).__name__} has no language-model head; RETRO predicts tokens through that of its base. Load it "
+            "with `AutoModelForCausalLM`."
         )
     own_cache = not getattr(backbone, "_supports_default_dynamic_cache", lambda: True)()
     if own_cache or "past_key_values" not in accepted_arguments(backbone):

@@ -18,7 +18,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from .backbone_retro import find_decoder_layers, fingerprint, placement
@@ -60,12 +60,23 @@ def retrofit(
     Returns:
         [`RetroForCausalLM`] in evaluation mode, on the device and in the dtype of the base.
     Raises:
-        UnsupportedBackboneError: if the base is no decoder-only model, or its layers cannot be told; the message says how
+        UnsupportedBackboneError: if the base is no decoder-only model with its head, or its layers cannot be told; the message says how
             to name them.
         PretrainedNotFoundError: if there is no such checkpoint.
     """
     if isinstance(base, PreTrainedModel):
         backbone, name = base, base.config.name_or_path or None
+    elif not isinstance(base, (str, os.PathLike)):
+        made = isinstance(base, PreTrainedConfig)
+        remedy = (
+            "Make the model first: `retrofit(AutoModelForCausalLM.from_config(config))`"
+            if made
+            else "Give one of these"
+        )
+        raise UnsupportedBackboneError(
+            f"The base must be a folder, the name of a model on the Hub, or a loaded causal language model of transformers "
+            f"(`PreTrainedModel`), got {'None' if base is None else type(base).__name__}. {remedy}."
+        )
     else:
         name = os.fspath(base)
         try:
