@@ -198,6 +198,9 @@ def test_broken_examples_are_refused(world, collator):
         collator([beyond])
     with pytest.raises(DatasetError, match="after cutting"):
         collator([{**example, "input_ids": example["input_ids"][:20]}])
+    for column in ("neighbor_chunk_ids", "neighbor_source"):
+        with pytest.raises(DatasetError, match=f"column '{column}' of an example is None.*precompute_neighbors"):
+            collator([example, {**example, column: None}])
     with pytest.raises(DatasetError, match="padded"):
         collator([{**example, "attention_mask": [1] * 31 + [0]}])
     with pytest.raises(DatasetError, match="32 input_ids, but 3 labels"):

@@ -200,6 +200,11 @@ class RetroDataCollator:
                     "`TrainingArguments(remove_unused_columns=False)`. To look neighbors up while training, give the "
                     "collator a RetroRetriever instead of a datastore."
                 )
+            if example[name] is None:  # what concatenating fills in
+                raise DatasetError(
+                    f"The column {name!r} of an example is None, as in rows that were joined from a dataset without it. Run "
+                    "`precompute_neighbors(dataset, retriever)` on all of them."
+                )
         source = example[SOURCE_COLUMN]
         if source not in self._accepted:
             self._accepted[source] = self._checked_source(source)
