@@ -109,3 +109,10 @@ def test_what_cannot_be_looked_up_is_refused(world):
         retrieve_passages(rows, world.datastore)
     with pytest.raises(ValueError, match="num_passages is 0"):
         retrieve_passages(rows, world.retriever, num_passages=0)
+
+
+def test_passages_that_are_there_are_not_overwritten(world):
+    """The remedy is in the message."""
+    rows = Dataset.from_list([{"question": "which", "passages": ["the river"]}])
+    with pytest.raises(DatasetError, match=r"`dataset.remove_columns\('passages'\)`"):
+        retrieve_passages(rows, world.retriever)

@@ -37,11 +37,16 @@ def retrieve_passages(
         `datasets.Dataset`: the same rows with `passages`, for each a list of at most `num_passages` dicts with `title` and
         `text`, best first, for [`tokenize_questions`].
     Raises:
-        DatasetError: for a dataset without questions, naming the row where one is empty.
+        DatasetError: for a dataset without questions, naming the row where one is empty; for one that has passages.
     *Determinism*: the same dataset, datastore and batch size give the same column; `datasets` keeps that of a dataset on
     disk, and finds it again.
     """
     check_columns(dataset, ["question"])
+    if "passages" in dataset.column_names:
+        raise DatasetError(
+            "The dataset has a column 'passages', which would be overwritten. Keep it, and look nothing up; or drop it "
+            "first: `dataset.remove_columns('passages')`."
+        )
     if not isinstance(retriever, RetroRetriever):
         raise DatasetError(
             f"Questions are looked up by a RetroRetriever, not a {type(retriever).__name__}: `RetroRetriever(datastore, "
