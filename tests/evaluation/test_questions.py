@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from tiny import tiny_backbone
 from tiny_questions import make_questions, tokenized
 from tiny_training import CHUNK_SIZE, make_model
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from retro_hf import RetroConfig, RetroDecoderConfig, RetroEncoderConfig, RetroForCausalLM
 from retro_hf.errors import DatasetError, MissingExtraError
@@ -213,6 +215,18 @@ def test_wrong_input_is_refused(model, tokenizer, questions):
         ask(model, make_questions(), tokenizer)
     with pytest.raises(DatasetError, match="the dataset is empty"):
         ask(model, questions.select([]), tokenizer)
+
+
+def test_another_tokenizer_than_the_datasets_is_refused(model, tokenizer, questions):
+    """Its answers would all be wrong, without a word; a question that can't be spelled is no reason."""
+    words = ["<end>", "<unk>", *(f"word{number}" for number in range(398))]
+    backend = Tokenizer(models.WordLevel({word: id for id, word in enumerate(words)}, unk_token="<unk>"))
+    other = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", unk_token="<unk>")
+    for refused in (lambda: ask(model, questions, other), lambda: answer_metrics(other, questions)):
+        with pytest.raises(DatasetError, match="made with another tokenizer .* Pass the tokenizer of the model"):
+            refused()
+    rows = [{**row, "question": row["question"] + " 東京\u0301"} for row in make_questions(2)]
+    ask(model, tokenized(tokenizer, Dataset.from_list(rows)), tokenizer, modes=("off",))
 
 
 # ── it works ──────────────────────────────────────────────────────────────────────────────────────────────────────────

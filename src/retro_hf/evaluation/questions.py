@@ -12,7 +12,7 @@ import numpy as np
 from ..datastore.executors import progress_bar
 from ..errors import DatasetError, MissingExtraError
 from ..training.question_trainer import decode_answers, generate_answers
-from ..training.questions import QuestionCollator, check_columns, list_lengths
+from ..training.questions import QuestionCollator, check_columns, check_same_tokenizer, list_lengths
 
 
 if TYPE_CHECKING:
@@ -115,14 +115,15 @@ def answer_questions(
     Returns:
         [`QuestionAnswers`]: answers, exact match and F1 per question, means with intervals.
     Raises:
-        DatasetError: for questions that are not tokenized, or whose answers are not known; for modes that need passages,
-            where there are none.
+        DatasetError: for questions that are not tokenized, or with another tokenizer, or whose answers are not known; for
+            modes that need passages, where there are none.
         MissingExtraError: without `retro-hf[qa]`.
     *Determinism*: the same arguments give the same answers; `batch_size` moves only the last bits of the logits.
     """
     check_columns(dataset, ["answers", "prompt_input_ids", "passage_input_ids"])
     if not len(dataset):
         raise DatasetError("There are no questions: the dataset is empty.")
+    check_same_tokenizer(dataset, tokenizer)
     most = int(list_lengths(dataset, "passage_input_ids").max())
     modes = tuple(modes or [mode for mode in _MODES if most or mode == "off"])
     _check_modes(modes, most, len(dataset))
@@ -194,10 +195,11 @@ def answer_metrics(
         `Callable`: takes generated tokens and labels, both of shape `(num_questions, any)` and -100 at padding, and returns
         `exact_match` and `f1`. It raises a DatasetError if the questions it gets are not those of `dataset`, in order.
     Raises:
-        DatasetError: for a dataset without answers, or not tokenized.
+        DatasetError: for a dataset without answers, or not tokenized, or with another tokenizer.
         MissingExtraError: without `retro-hf[qa]`.
     """
-    check_columns(dataset, ["answers", "answer_input_ids"])
+    check_columns(dataset, ["answers", "prompt_input_ids", "answer_input_ids"])
+    check_same_tokenizer(dataset, tokenizer)
     score = _scorer()
 
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:

@@ -26,6 +26,7 @@ __all__ = [
     "PROMPT",
     "QuestionCollator",
     "check_columns",
+    "check_same_tokenizer",
     "checked_text",
     "list_lengths",
     "tokenize_questions",
@@ -42,6 +43,8 @@ IGNORED_LABEL = -100
 _PROMPT_COLUMN = "prompt_input_ids"
 _ANSWER_COLUMN = "answer_input_ids"
 _PASSAGES_COLUMN = "passage_input_ids"
+
+_COMPARED_QUESTIONS = 8
 
 
 def tokenize_questions(
@@ -331,6 +334,32 @@ def check_columns(dataset: Dataset, names: Sequence[str]) -> None:
         if name not in dataset.column_names:
             remedy = remedies.get(name, f"Rename the one that holds it: `dataset.rename_column(..., {name!r})`")
             raise DatasetError(f"The dataset has no column {name!r}, only {dataset.column_names}. {remedy}.")
+
+
+def check_same_tokenizer(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check that tokenized questions can be read with a tokenizer; with another, answers would be wrong without a word.
+
+    Raises:
+        DatasetError: if the tokens of the first questions stand for other text.
+    """
+    if "question" not in dataset.column_names:
+        return
+
+    def spelled(ids: list[int]) -> str:
+        return "".join(str(tokenizer.decode(ids, clean_up_tokenization_spaces=False)).split())
+
+    first = dataset.select_columns(["question", _PROMPT_COLUMN])[:_COMPARED_QUESTIONS]
+    for question, ids in zip(first["question"], first[_PROMPT_COLUMN], strict=True):
+        # What a tokenizer cannot spell it cannot spell here either.
+        text = spelled(tokenizer(" ".join(question.split()), add_special_tokens=False)["input_ids"])
+        if text and text in spelled(ids):
+            return
+    if len(dataset):
+        raise DatasetError(
+            f"The questions were made with another tokenizer than {tokenizer.name_or_path!r}, in which the first one reads "
+            f"{textwrap.shorten(repr(tokenizer.decode(first[_PROMPT_COLUMN][0])), 100)}. Pass the tokenizer of the model, here and to "
+            "`tokenize_questions`."
+        )
 
 
 def _check_format(tokenizer: PreTrainedTokenizerBase, prompt: str, neighbor_size: int) -> None:
