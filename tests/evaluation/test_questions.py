@@ -229,6 +229,15 @@ def test_another_tokenizer_than_the_datasets_is_refused(model, tokenizer, questi
     ask(model, tokenized(tokenizer, Dataset.from_list(rows)), tokenizer, modes=("off",))
 
 
+def test_a_question_longer_than_the_context_is_refused(tokenizer, questions):
+    """Whatever the positions: what was never trained answers nothing. Padding does not count."""
+    model = tiny_backbone("llama", vocab_size=400, max_position_embeddings=64)
+    longest = max(len(row["prompt_input_ids"]) for row in questions)
+    ask(model, questions, tokenizer, modes=("off",), max_new_tokens=64 - longest)
+    with pytest.raises(DatasetError, match=rf"has {longest} tokens and may get {65 - longest} more.* 64"):
+        ask(model, questions, tokenizer, modes=("off",), max_new_tokens=65 - longest)
+
+
 # ── it works ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

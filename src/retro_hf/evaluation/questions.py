@@ -116,7 +116,7 @@ def answer_questions(
         [`QuestionAnswers`]: answers, exact match and F1 per question, means with intervals.
     Raises:
         DatasetError: for questions that are not tokenized, or with another tokenizer, or whose answers are not known; for
-            modes that need passages, where there are none.
+            modes that need passages, where there are none; for questions longer than the model's context.
         MissingExtraError: without `retro-hf[qa]`.
     *Determinism*: the same arguments give the same answers; `batch_size` moves only the last bits of the logits.
     """

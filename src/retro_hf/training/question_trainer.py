@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, Trainer
 
+from ..errors import DatasetError
 from .collator import padding_id
 from .questions import IGNORED_LABEL, QuestionCollator
 
@@ -42,6 +43,8 @@ def generate_answers(
         options: of `generate`, such as `num_beams`; greedy by default.
     Returns:
         `list[str]`: one answer per question, up to the end token or the end of its line.
+    Raises:
+        DatasetError: if a question and `max_new_tokens` are together longer than the model's context.
     """
     sequences = generate_ids(model, batch, tokenizer, max_new_tokens=max_new_tokens, **options)
     return decode_answers(tokenizer, sequences.tolist())
@@ -63,6 +66,14 @@ def generate_ids(
         # All answers begin in the same column.
         start = int((batch["labels"] != IGNORED_LABEL).any(dim=0).long().argmax())
     inputs = {"input_ids": input_ids[:, :start], "attention_mask": attention_mask[:, :start]}
+    longest = int(inputs["attention_mask"].sum(dim=1).max())
+    limit = getattr(model.config, "max_position_embeddings", None)  # not every model has one
+    if limit is not None and longest + max_new_tokens > limit:
+        raise DatasetError(
+            f"A question, with the passages in its prompt, has {longest} tokens and may get {max_new_tokens} more, but the "
+            f"model's context ends at {limit}. Lower `max_new_tokens` or `passages_in_prompt`, or find such questions with "
+            "`tokenize_questions(..., max_length=...)`."
+        )
     if "neighbor_input_ids" in batch:
         lengths = inputs["attention_mask"].sum(dim=1) + batch["chunk_offset"]
         last = lengths // model.config.chunk_size - 1  # the chunk that the prompt ends
