@@ -328,6 +328,7 @@ def check_columns(dataset: Dataset, names: Sequence[str]) -> None:
         )
     remedies = {
         "passages": "Look them up with `retrieve_passages(dataset, retriever)`, or work without any: `num_passages=0`",
+        _PROMPT_COLUMN: "Make it with `tokenize_questions(dataset, tokenizer, neighbor_size=...)`",
         "answers": "A row holds a list of texts; for questions that are only to be answered, `with_answers=False`",
     }
     for name in names:
