@@ -18,7 +18,13 @@ def mode(name: str, bits: float, difference: Interval | None) -> Mode:
 
 
 def verdict(
-    on: Interval, random: Interval, gap: Interval, words: float = 0.3, copied: float = 0.2, documents: int = 100
+    on: Interval,
+    random: Interval,
+    gap: Interval,
+    words: float = 0.3,
+    copied: float = 0.2,
+    documents: int = 100,
+    half: float = 0.01,
 ):
     off = 2.0
     modes = {
@@ -28,7 +34,7 @@ def verdict(
     }
     runs = [Bucket(0, 4, 100, 0.1, 1 - copied), Bucket(5, None, 100, 0.1, copied)]
     leakage = [LeakageLevel(0.125, 5, 50, 200, {"off": 2.1, "on": 2.0}, {"on": around(-0.1)})]
-    similarity = Similarity(0.1 + words, 0.1, around(words))
+    similarity = Similarity(0.1 + words, 0.1, around(words, half))
     return give_verdict(modes, gap, similarity, runs, leakage, documents)
 
 
@@ -73,6 +79,16 @@ def test_one_document_decides_nothing_and_few_are_called_few():
     lone = Interval(-0.5, math.nan, math.nan)
     assert verdict(lone, lone, lone).outcome == "not_measured"
     assert "rest on 7 documents" in verdict(around(-0.5), around(0.1), around(-0.6), documents=7).details[0]
+
+
+def test_few_documents_do_not_call_a_retriever_broken():
+    """Where their interval holds both: neighbors that are nearer, and neighbors that are not."""
+    same = (around(-0.1), around(-0.1), around(0.0))
+    found = verdict(*same, words=0.12, documents=4, half=0.15)
+    assert found.outcome == "not_measured" and found.text.startswith("Not measured: 4 documents are too few to tell")
+    assert "22.0%" in found.text and "10.0%" in found.text and "[-3.0%, +27.0%]" in found.text
+    assert verdict(*same, words=0.12, documents=40, half=0.15).outcome == "broken"
+    assert verdict(*same, words=-0.05, documents=4).outcome == "broken"
 
 
 def test_a_gain_that_random_neighbors_share_is_told_apart():

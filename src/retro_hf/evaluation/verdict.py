@@ -62,6 +62,11 @@ def give_verdict(
         )
         return Verdict("nothing", None, text, details)
     if not surely and not (reads and similarity.difference.low > 0):
+        if num_documents < _FEW_DOCUMENTS and similarity.difference.low <= 0 < similarity.difference.high:
+            return not_measured(
+                f"{counted(num_documents, 'document')} are too few to tell whether the retriever works. Its neighbors "
+                f"{_shares(similarity)}; {figures}. Score more documents."
+            )
         return _no_better_than_random(figures, difference, on_minus_random, similarity, details)
     if random.difference is not None and random.difference.high < 0:
         part = random.difference.value / difference.value if difference.value < 0 else math.nan
@@ -118,7 +123,7 @@ def _no_better_than_random(
     figures: str, difference: Interval, on_minus_random: Interval, similarity: Similarity, details: list[str]
 ) -> Verdict:
     gap = f"ON minus RANDOM {on_minus_random.value:+.4f} [{on_minus_random.low:+.4f}, {on_minus_random.high:+.4f}]"
-    words = f"they share {similarity.on:.1%} of a chunk's tokens, random ones {similarity.random:.1%}"
+    words = f"they {_shares(similarity)}"
     if similarity.difference.low <= 0:
         level = "worse than" if difference.low > 0 else "better than" if difference.high < 0 else "level with"
         text = (
@@ -138,6 +143,14 @@ def _no_better_than_random(
         "broken path), or the datastore has nothing to say on these documents (another domain)."
     )
     return Verdict(outcome, None, text, details)
+
+
+def _shares(similarity: Similarity) -> str:
+    difference = similarity.difference
+    return (
+        f"share {similarity.on:.1%} of a chunk's tokens, random ones {similarity.random:.1%}, 95 % interval of the "
+        f"difference [{difference.low:+.1%}, {difference.high:+.1%}]"
+    )
 
 
 def _relative(difference: Interval, off: Mode) -> str:
