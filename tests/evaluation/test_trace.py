@@ -151,5 +151,8 @@ def test_wrong_input_is_refused(world, model, text):
         tracing(model, "a", world)
     with pytest.raises(DatasetError, match="has no text"):
         tracing(model, {"body": text}, world)
+    for other in (None, world.datastore):
+        with pytest.raises(DatasetError, match=f"is a {type(other).__name__}: pass .retriever=RetroRetriever"):
+            trace(model, text, world.tokenizer, retriever=other)
     with pytest.raises(DatastoreMismatchError, match="chunk_size"):
         tracing(make_model(chunk_size=4, neighbor_size=NEIGHBOR_SIZE), text, world)

@@ -176,10 +176,16 @@ def trace(
     Returns:
         [`Trace`]: one chunk for each `chunk_size` tokens.
     Raises:
-        DatasetError: if the text has fewer than two tokens, or the tokenizer can't tell which text a token stands for.
+        DatasetError: if the text has fewer than two tokens, or the tokenizer can't tell which text a token stands for;
+            without a `RetroRetriever`.
         DatastoreMismatchError: if the datastore is of another tokenizer or chunk size than the model.
     *Cost*: `2 + num_chunks * num_neighbors` rows of `max_tokens` tokens.
     """
+    if not isinstance(retriever, RetroRetriever):
+        raise DatasetError(
+            f"A trace shows what a retriever finds, but the retriever is a {type(retriever).__name__}: pass "
+            "`retriever=RetroRetriever.from_pretrained(store, ...)`. `bits_per_byte` measures a model alone."
+        )
     fields = {"text": document} if isinstance(document, str) else document
     size, datastore = model.config.chunk_size, retriever.datastore
     datastore.check_compatible(tokenizer=tokenizer, chunk_size=size)
