@@ -206,8 +206,14 @@ def test_wrong_input_is_refused(world, model, held_out, tmp_path):
         measure(model, held_out, world, modes=("onn",))
     with pytest.raises(ValueError, match="pass `retriever=`"):
         measure(model, held_out, world, retriever=None, modes=("on",))
-    for options in ({"window": 20}, {"stride": 12}, {"window": 16, "stride": 16}, {"window": 8}):
-        with pytest.raises(ValueError, match="multiples of the chunk size 8"):
+    for options, message in (
+        ({"window": 20}, "^window=20 .* multiple of the chunk size 8.* Use 16 or 24"),
+        ({"stride": 12}, "^stride=12 .* multiple of the chunk size 8.* Use 8 or 16"),
+        ({"stride": -8}, "^stride=-8 .* Use 8"),
+        ({"window": 8}, "^window=8 .* from 16 on.* Use 16"),
+        ({"window": 24, "stride": 24}, "^stride=24 .* shorter than window=24.* Use at most 16"),
+    ):
+        with pytest.raises(ValueError, match=message):
             measure(model, held_out, world, **options)
     with pytest.raises(DatasetError, match="Document 0 has no text"):
         measure(model, [{"body": "x"}], world)

@@ -110,11 +110,18 @@ def checked_window(model: PreTrainedModel, window: int | None, stride: int | Non
     limit = getattr(model.config, "max_position_embeddings", None) or _DEFAULT_WINDOW
     window = window or max(1, min(limit, _DEFAULT_WINDOW) // chunk_size) * chunk_size
     stride = stride or max(1, window // 2 // chunk_size) * chunk_size
-    if window % chunk_size or stride % chunk_size or not 0 < stride < window:
+    for name, value, least in (("window", window, 2 * chunk_size), ("stride", stride, chunk_size)):
+        below = max(least, value // chunk_size * chunk_size)
+        if value != below:
+            near = f"{below} or {below + chunk_size}" if below < value else f"{below}"
+            raise ValueError(
+                f"{name}={value} must be a multiple of the chunk size {chunk_size}, from {least} on, so that every window "
+                f"begins at a chunk border of its document. Use {near}."
+            )
+    if stride >= window:
         raise ValueError(
-            f"window={window} and stride={stride} must be multiples of the chunk size {chunk_size}, so that a window begins "
-            "at a chunk border of its document, and the stride shorter than the window, so that its first token has been "
-            "scored before."
+            f"stride={stride} must be shorter than window={window}, so that the first token of a window has been scored "
+            f"before. Use at most {window - chunk_size}."
         )
     return window, stride
 
