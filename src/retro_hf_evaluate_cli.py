@@ -70,7 +70,10 @@ def evaluate(
         loaded.to(getattr(torch, dtype))
     tokenizer = load_tokenizer(model)
     retriever = None if store is None else commands._open_retriever(store, embedder, tokenizer)
-    documents = [{"id": one.id, "title": one.title, "text": one.text} for one in DocumentReader(texts)]
+    reader = DocumentReader(texts)
+    documents = [{"id": one.id, "title": one.title, "text": one.text} for one in reader]
+    longest = sorted(documents, key=lambda one: -len(one["text"]))[:_TRACED]
+    documents += [{"text": ""}] * reader.num_empty  # the reader skips them, but they are counted
     result = measure(
         loaded,
         documents,
@@ -88,7 +91,6 @@ def evaluate(
     )
     page = None
     if report and output is not None:
-        longest = sorted(documents, key=lambda one: -len(one["text"]))[:_TRACED]
         traces = [
             trace(loaded, one, tokenizer, retriever=retriever, num_neighbors=num_neighbors)
             for one in longest

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from retro_hf import RetroDatastore
-from retro_hf.errors import DatastoreInputError, PretrainedNotFoundError, in_commands
+from retro_hf.errors import DatasetError, DatastoreInputError, PretrainedNotFoundError, in_commands
 from retro_hf.evaluation import Evaluation
 from retro_hf_cli import app
 
@@ -228,6 +228,16 @@ def test_evaluate_reads_what_build_reads_and_names_a_broken_line(world, tmp_path
     (tmp_path / "two.jsonl").write_text('{"text": "fine"}\nnot JSON\n')
     with pytest.raises(DatastoreInputError, match="two.jsonl:2 is not JSON"):
         retro("evaluate", world / "model", tmp_path / "two.jsonl", *options)
+
+
+def test_evaluate_counts_documents_without_text(world, tmp_path):
+    """As the page says, and where there are no others."""
+    (tmp_path / "one.jsonl").write_text('{"text": " "}\n')
+    with pytest.raises(DatasetError, match="no document of 1 has two tokens"):
+        retro("evaluate", world / "model", tmp_path / "one.jsonl")
+    (tmp_path / "two.jsonl").write_text('{"text": ""}\n{"text": "the king reads seven letters"}\n')
+    printed = retro("evaluate", world / "model", tmp_path / "two.jsonl", "--json")
+    assert json.loads(printed)["inputs"]["num_unscorable"] == 1
 
 
 @pytest.mark.parametrize("command", ["generate", "evaluate"])
