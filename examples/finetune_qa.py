@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, 
 from transformers.trainer_utils import get_last_checkpoint
 
 from retro_hf import RetroDatastore, RetroRetriever
+from retro_hf.errors import RetroError
 from retro_hf.evaluation import answer_metrics, answer_questions
 from retro_hf.training import QuestionCollator, QuestionTrainer, retrieve_passages, tokenize_questions
 
@@ -108,6 +109,14 @@ def load_questions(data: QuestionArguments, output: Path, tokenizer, chunk_size:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """All of it; an error that can be explained is one line, as with the command `retro`."""
+    try:
+        finetune(arguments)
+    except (RetroError, OSError) as error:
+        raise SystemExit(f"{type(error).__name__}: {error}") from None
+
+
+def finetune(arguments: list[str] | None = None) -> None:
     """Train, evaluate, print and save the table."""
     parser = HfArgumentParser((ModelArguments, QuestionArguments, TrainingArguments), description=__doc__)
     model_args, data, args = parser.parse_args_into_dataclasses(arguments)

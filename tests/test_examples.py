@@ -82,6 +82,18 @@ def test_a_model_is_finetuned_on_questions_from_files(tmp_path, monkeypatch, cap
     assert json.loads((tmp_path / "again" / "results.json").read_text()) == result
 
 
+def test_a_file_that_is_not_there_is_one_line(tmp_path, monkeypatch):
+    """Without a traceback, as the command line does."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    from finetune_qa import main
+
+    make_model(scale=0.2).save_pretrained(tmp_path / "model")
+    make_world(tmp_path).tokenizer.save_pretrained(tmp_path / "model")
+    flags = f"--model_name_or_path {tmp_path}/model --output_dir {tmp_path}/out --use_cpu --train_file none.jsonl"
+    with pytest.raises(SystemExit, match=r"^FileNotFoundError: .*none.jsonl[^\n]*$"):
+        main(flags.split())
+
+
 def test_the_shipped_config_is_what_the_training_makes(monkeypatch):
     """So the card and the config say what the demo's datastore holds, neighbors of 128 tokens among it."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
