@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import datasets
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -109,6 +110,11 @@ def test_files_that_are_not_utf8_are_counted_and_readable_ones_keep_their_lines(
         ({"train": ["a"], "test": []}, r"mapping with the keys 'train', 'test'. Pass one split"),
         (datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS)), r"Pass one split"),
         (datasets.Dataset.from_dict({"body": ["x"]}), r"columns \['body'\], but no column 'text'.*rename_column"),
+        (
+            pd.DataFrame(ROWS),
+            r"documents are a table \(DataFrame\).*df.to_dict\(\"records\"\).*Dataset.from_pandas\(df\)",
+        ),
+        (pa.Table.from_pylist(ROWS), r"documents are a table \(Table\). Pass its rows"),
         (7, r"documents are of type int"),
     ],
 )

@@ -78,6 +78,12 @@ class DocumentReader:
                 f"The documents are a mapping with the keys {splits}. Pass one split, such as documents['train'], or "
                 "a list with one dict per document."
             )
+        elif hasattr(documents, "columns"):
+            # Its rows are the documents, but iterating over it gives columns, or their names.
+            raise DatastoreInputError(
+                f"The documents are a table ({type(documents).__name__}). Pass its rows: of pandas "
+                "`df.to_dict(\"records\")`, or `datasets.Dataset.from_pandas(df)`, with a column 'text'."
+            )
         elif isinstance(documents, Iterable):
             columns = getattr(documents, "column_names", None)
             if columns is not None and "text" not in columns:
