@@ -179,6 +179,24 @@ def test_adapter_without_its_base(tmp_path):
     assert_same(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), model)
 
 
+def test_adapter_with_an_empty_base(tmp_path):
+    """The folder of the base is there, but nothing in it: explained as a missing one is."""
+    retrofitted(tmp_path / "base").save_pretrained(tmp_path / "model", save_backbone=False)
+    for file in (tmp_path / "base").iterdir():
+        file.unlink()
+    with pytest.raises(OSError, match=r"holds only what RETRO adds to '.*base'.*`backbone_name_or_path`"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+
+
+def test_adapter_that_was_cut_off(tmp_path):
+    """Half a file of weights, as an interrupted copy leaves: the error names it and the remedy."""
+    retrofitted(tmp_path / "base").save_pretrained(tmp_path / "model", save_backbone=False)
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    with pytest.raises(OSError, match=r"model/model.safetensors' is damaged or not complete: .*download it again"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+
+
 @pytest.mark.parametrize(
     ("field", "value"), [("hidden_size", 48), ("num_hidden_layers", 5), ("vocab_size", 101), ("model_type", "qwen3")]
 )

@@ -28,6 +28,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers import initialization as init
@@ -947,7 +948,9 @@ class RetroForCausalLM(RetroPreTrainedModel, GenerationMixin):
             backbone = AutoModelForCausalLM.from_pretrained(
                 name, revision=revision or "main", attn_implementation=implementation, **theirs
             )
-        except OSError as error:
+        except (OSError, ValueError) as error:
+            if isinstance(error, ValueError) and not str(error).startswith("Unrecognized model"):  # of an empty folder
+                raise
             raise OSError(
                 f"'{path}' holds only what RETRO adds to '{name}' (revision {revision}), and that backbone cannot be loaded: "
                 f"{error} Make it available there, or set `backbone_name_or_path` in the folder's config.json."
@@ -976,7 +979,12 @@ class RetroForCausalLM(RetroPreTrainedModel, GenerationMixin):
         files = [cached_file(path, SAFE_WEIGHTS_NAME, **hub)] if index is None else None
         if files is None:
             files, _ = get_checkpoint_shard_files(path, index, **hub)
-        weights = {key: tensor for file in files for key, tensor in load_state_dict(file).items()}
+        weights: dict[str, torch.Tensor] = {}
+        for file in files:
+            try:
+                weights |= load_state_dict(file)
+            except SafetensorError as error:
+                raise OSError(f"'{file}' is damaged or not complete: {error}. Copy or download it again.") from error
         own = {key for key in model.state_dict() if key.startswith("model.retro.")}
         if own != set(weights):
             raise ValueError(
