@@ -171,12 +171,27 @@ def test_adapter_without_its_base(tmp_path):
     model = retrofitted(tmp_path / "base")
     model.save_pretrained(tmp_path / "model", save_backbone=False)
     (tmp_path / "base").rename(tmp_path / "elsewhere")
-    with pytest.raises(OSError, match=r"holds only what RETRO adds to '.*base'.*`backbone_name_or_path`"):
+    with pytest.raises(OSError, match=r"holds only what RETRO adds to .*base'.*`backbone_name_or_path`"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     config["backbone_name_or_path"] = str(tmp_path / "elsewhere")
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
     assert_same(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), model)
+
+
+def test_adapter_of_a_relative_base(tmp_path, monkeypatch):
+    """It is found from another working directory, and beside the adapter once both were moved; else refused at once."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    model = retrofitted("base")
+    model.save_pretrained("model", save_backbone=False)
+    monkeypatch.chdir(tmp_path)
+    assert_same(AutoModelForCausalLM.from_pretrained("here/model"), model)
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert_same(AutoModelForCausalLM.from_pretrained("there/model"), model)
+    (tmp_path / "there" / "base").rename(tmp_path / "base")
+    with pytest.raises(OSError, match=r"in the folder '.*here/base', and neither that nor '.*there/base' is there"):
+        AutoModelForCausalLM.from_pretrained("there/model")
 
 
 def test_adapter_with_an_empty_base(tmp_path):

@@ -936,6 +936,8 @@ class RetroForCausalLM(RetroPreTrainedModel, GenerationMixin):
         cls, path: str | os.PathLike, config: RetroConfig, hub: dict, **kwargs: Any
     ) -> "RetroForCausalLM":
         name, revision = config.backbone_name_or_path, config.backbone_revision
+        if os.path.isabs(name) and not os.path.isdir(name):
+            name = config.backbone_name_or_path = _folder_beside(path, name)
         theirs = {
             key: value for key, value in kwargs.items() if key not in ("revision", "subfolder", "output_loading_info")
         }
@@ -975,16 +977,7 @@ class RetroForCausalLM(RetroPreTrainedModel, GenerationMixin):
         config.text_config = backbone.config
         config.name_or_path = os.fspath(path)
         model = cls(config, backbone=backbone)
-        index = cached_file(path, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **hub)
-        files = [cached_file(path, SAFE_WEIGHTS_NAME, **hub)] if index is None else None
-        if files is None:
-            files, _ = get_checkpoint_shard_files(path, index, **hub)
-        weights: dict[str, torch.Tensor] = {}
-        for file in files:
-            try:
-                weights |= load_state_dict(file)
-            except SafetensorError as error:
-                raise OSError(f"'{file}' is damaged or not complete: {error}. Copy or download it again.") from error
+        weights = _read_weights(path, hub)
         own = {key for key in model.state_dict() if key.startswith("model.retro.")}
         if own != set(weights):
             raise ValueError(
@@ -999,6 +992,33 @@ class RetroForCausalLM(RetroPreTrainedModel, GenerationMixin):
         with suppress(OSError):  # the backbone's, if the folder has none of its own
             model.generation_config = GenerationConfig.from_pretrained(path, **hub)
         return model.eval()
+
+
+def _folder_beside(path: str | os.PathLike, name: str) -> str:
+    """Where the folder of the backbone lies if it was moved together with that of the adapter at `path`."""
+    beside = os.path.join(os.path.dirname(os.path.abspath(path)), os.path.basename(name))
+    if not os.path.isdir(beside):
+        raise OSError(
+            f"'{path}' holds only what RETRO adds to the model in the folder '{name}', and neither that nor '{beside}' is "
+            f"there. Put it there, or set `backbone_name_or_path` in the config.json of '{path}'."
+        )
+    logger.warning(f"There is no folder '{name}' any more; the backbone is read from '{beside}'.")
+    return beside
+
+
+def _read_weights(path: str | os.PathLike, hub: dict) -> dict[str, torch.Tensor]:
+    """The weights in the folder or repository of an adapter, from one file or several."""
+    index = cached_file(path, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **hub)
+    files = [cached_file(path, SAFE_WEIGHTS_NAME, **hub)] if index is None else None
+    if files is None:
+        files, _ = get_checkpoint_shard_files(path, index, **hub)
+    weights: dict[str, torch.Tensor] = {}
+    for file in files:
+        try:
+            weights |= load_state_dict(file)
+        except SafetensorError as error:
+            raise OSError(f"'{file}' is damaged or not complete: {error}. Copy or download it again.") from error
+    return weights
 
 
 __all__ = ["RetroForCausalLM", "RetroModel", "RetroPreTrainedModel"]

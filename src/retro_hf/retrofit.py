@@ -101,6 +101,8 @@ def retrofit(
         encoder = RetroEncoderConfig(
             hidden_size=heads * 64, intermediate_size=heads * 256, num_attention_heads=heads, head_dim=64
         )
+    if name and os.path.isdir(name):
+        name = os.path.abspath(name)  # an adapter is loaded from other working directories, too
     if name and getattr(backbone, "hf_quantizer", None):
         config.setdefault("save_backbone", False)
     retro_config = RetroConfig(
