@@ -253,3 +253,9 @@ def test_a_base_that_is_not_there(name):
     """Our own error, whatever the Hub's client says."""
     with pytest.raises(PretrainedNotFoundError, match=f"There is no folder '{name}', and no model of that name"):
         retrofit(name)
+
+
+def test_a_folder_without_a_model(tmp_path):
+    """An empty folder is explained, too."""
+    with pytest.raises(PretrainedNotFoundError, match=f"The folder '{tmp_path}' holds no model that can be loaded"):
+        retrofit(tmp_path)

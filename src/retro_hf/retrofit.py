@@ -79,17 +79,7 @@ def retrofit(
         )
     else:
         name = os.fspath(base)
-        try:
-            backbone = AutoModelForCausalLM.from_pretrained(name, revision=revision or "main", **(base_kwargs or {}))
-        except OSError as error:
-            raise PretrainedNotFoundError.for_name("model", name, error) from error
-        except ValueError as error:
-            if not str(error).startswith("Unrecognized configuration class"):
-                raise
-            raise UnsupportedBackboneError(
-                f"'{name}' is no decoder-only causal language model such as Llama or GPT-2, which RETRO needs: "
-                f"{str(error).splitlines()[0]}"
-            ) from error
+        backbone = _load_base(name, revision, base_kwargs or {})
     if isinstance(backbone, RetroForCausalLM):
         raise ValueError("The base is a RETRO model already; retrofit its `model.backbone`, or train it as it is.")
     try:
@@ -124,6 +114,22 @@ def retrofit(
     model.model.retro.to(device=device, dtype=dtype)
     logger.info(parameter_report(model))
     return model.eval()
+
+
+def _load_base(name: str, revision: str | None, base_kwargs: dict[str, Any]) -> PreTrainedModel:
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, revision=revision or "main", **base_kwargs)
+    except OSError as error:
+        raise PretrainedNotFoundError.for_name("model", name, error) from error
+    except ValueError as error:
+        if str(error).startswith("Unrecognized model"):  # of a folder without a config
+            raise PretrainedNotFoundError.for_name("model", name, error) from error
+        if not str(error).startswith("Unrecognized configuration class"):
+            raise
+        raise UnsupportedBackboneError(
+            f"'{name}' is no decoder-only causal language model such as Llama or GPT-2, which RETRO needs: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
 
 
 def parameter_report(model: RetroForCausalLM) -> str:
