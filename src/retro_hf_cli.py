@@ -82,10 +82,12 @@ def build(
 @app.command(rich_help_panel=DATASTORE, epilog="retro append store more.jsonl")
 def append(store: Folder, source: Source, embedder: Embedder = None, workers: Workers = 1) -> None:
     """Add documents; nothing that is there is computed again."""
+    from retro_hf import ChunkEmbedder
+
     _tell_sizes()
     opened = _load_datastore(store)
     before = opened.num_documents
-    opened.append(source, embedder=embedder or opened.manifest.embedder["name"], executor=workers)
+    opened.append(source, embedder=ChunkEmbedder.of_datastore(opened.manifest.embedder, embedder), executor=workers)
     typer.echo(f"{_size_of(opened)} in {store}; documents added: {opened.num_documents - before:,}")
 
 

@@ -74,6 +74,8 @@ def test_a_store_grows_forgets_and_is_compacted(world, tmp_path):
     store = tmp_path / "store"
     retro("build", world / "texts.jsonl", "-o", store, *options, "--memory-budget", "1GB", "--recall", 1)
     (tmp_path / "more.jsonl").write_text('{"id": "new", "text": "a brand new document"}\n')
+    with pytest.raises(PretrainedNotFoundError, match="from a folder named 'encoder'"):
+        retro("append", store, tmp_path / "more.jsonl")
     printed = retro("append", store, tmp_path / "more.jsonl", "--embedder", world / "encoder")
     assert "documents added: 1\n" in printed and printed.startswith("6 documents, ")
     first = json.loads(retro("search", store, "anything", "-k", 1, "--embedder", world / "encoder", "--json"))[0]

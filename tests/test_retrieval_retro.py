@@ -229,11 +229,22 @@ def test_damaged_settings_are_refused(retriever, parts, tmp_path):
             RetroRetriever.from_pretrained(tmp_path / "saved", embedder=parts[1])
 
 
-def test_an_embedder_that_cannot_be_found_says_what_to_pass(retriever, tmp_path):
-    """The store was built with an encoder in a local folder, of which it keeps the last part of the name."""
+def test_an_embedder_that_was_a_folder_is_asked_for_and_not_looked_up_on_the_hub(retriever, tmp_path, monkeypatch):
+    """The store keeps the last part of the folder's name; a name that the Hub's cache knows is loaded from there."""
     retriever.save_pretrained(tmp_path / "saved")
-    with pytest.raises(RetrieverError, match="(?s)embedder 'encoder' could not be loaded.*Pass the embedder"):
+    asked = []
+    monkeypatch.setattr("retro_hf.datastore.embedder.cached_file", lambda name, *rest, **options: asked.append(name))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    message = "embedder 'encoder' could not be loaded.* from a folder named 'encoder'.*Pass the embedder"
+    with pytest.raises(PretrainedNotFoundError, match=message):
         RetroRetriever.from_pretrained(tmp_path / "saved")
+    assert asked == []
+    (tmp_path / "cache" / "models--encoder").mkdir(parents=True)
+    with pytest.raises(
+        PretrainedNotFoundError, match="(?s)'encoder' could not be loaded.*from the Hub.*Pass the embedder"
+    ):
+        RetroRetriever.from_pretrained(tmp_path / "saved")
+    assert asked
 
 
 def test_texts_of_any_length_are_looked_up(retriever):

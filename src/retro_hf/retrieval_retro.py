@@ -366,15 +366,7 @@ class RetroRetriever:
         path = local_folder(name_or_path, settings=_CONFIG_NAME, **options)
         datastore = RetroDatastore.load(path)
         if embedder is None or isinstance(embedder, (str, os.PathLike)):
-            known = datastore.manifest.embedder
-            try:
-                embedder = ChunkEmbedder.of_datastore(known, embedder)
-            except OSError as error:
-                raise RetrieverError(
-                    f"The embedder {embedder or known['name']!r} could not be loaded: {error} Pass the embedder that made the "
-                    "keys: embedder='<folder or Hub name>'; if queries have an encoder of their own, pass "
-                    "ChunkEmbedder.from_pretrained(..., query_encoder=...) in Python."
-                ) from error
+            embedder = ChunkEmbedder.of_datastore(datastore.manifest.embedder, embedder)
         if num_neighbors is None:
             num_neighbors = _saved_num_neighbors(path)
         return cls(datastore, embedder=embedder, tokenizer=tokenizer, num_neighbors=num_neighbors)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from huggingface_hub import constants
 from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
@@ -75,6 +77,18 @@ def _prompts_of(prompts: dict[str, str | None] | None) -> tuple[str, str]:
 def _digest(parts: list[str], prompt: str) -> str:
     # Without a prompt nothing is added, so that the fingerprints of plain encoders stay what they were.
     return hashlib.sha256("\n".join([*parts, *([f"prompt {prompt}"] if prompt else [])]).encode()).hexdigest()
+
+
+def _origin(made: dict[str, Any]) -> str:
+    """The name under which an encoder of a manifest can be loaded: one of the Hub, or a folder that is here."""
+    name: str = made["name"]
+    # A folder leaves its last part alone. A few old models of the Hub look alike; those in use are in its cache.
+    known = "/" in name or made["revision"] is not None or os.path.isdir(name)
+    if not known and not os.path.isdir(os.path.join(constants.HF_HUB_CACHE, f"models--{name}")):
+        raise PretrainedNotFoundError(
+            f"The datastore was built with an encoder from a folder named {name!r}, and keeps only that name."
+        )
+    return name
 
 
 class ChunkEmbedder:
@@ -169,19 +183,30 @@ class ChunkEmbedder:
 
     @classmethod
     def of_datastore(cls, made: dict[str, Any], name_or_path: str | Path | None = None) -> ChunkEmbedder:
-        """The embedder that the manifest of a datastore describes, by default from where that one came from."""
+        """The embedder that the manifest of a datastore describes, by default from where that one came from.
+
+        Raises:
+            PretrainedNotFoundError: if it is not there, or the manifest does not say where: it was a local folder.
+        """
         prompt = made.get("prompt", "")
         query = made.get("query") or {"name": None, "prompt": prompt}
         other = None
-        if query["name"]:
-            other = cls.from_pretrained(query["name"], revision=query["revision"], query_prompt=query["prompt"])
-        return cls.from_pretrained(
-            name_or_path or made["name"],
-            revision=None if name_or_path else made["revision"],
-            prompt=prompt,
-            query_prompt=query["prompt"],
-            query_encoder=other,
-        )
+        try:
+            if query["name"]:
+                other = cls.from_pretrained(_origin(query), revision=query["revision"], query_prompt=query["prompt"])
+            return cls.from_pretrained(
+                name_or_path or _origin(made),
+                revision=None if name_or_path else made["revision"],
+                prompt=prompt,
+                query_prompt=query["prompt"],
+                query_encoder=other,
+            )
+        except OSError as error:
+            raise PretrainedNotFoundError(
+                f"The embedder {str(name_or_path or made['name'])!r} could not be loaded: {error} Pass the embedder that "
+                "made the keys: embedder='<folder or Hub name>'; if queries have an encoder of their own, pass "
+                "ChunkEmbedder.from_pretrained(..., query_encoder=...) in Python."
+            ) from error
 
     @property
     def symmetric(self) -> bool:
