@@ -240,6 +240,17 @@ def test_a_missing_repository_revision_or_datastore_says_what_to_do(hub, datasto
         RetroDatastore.from_pretrained(datastore.path, revision="main")
 
 
+def test_a_push_that_cannot_begin_is_explained(hub, datastore, monkeypatch):
+    with pytest.raises(DatastoreInputError, match="'a/b/c' is no name of a repository.*'organization/name'"):
+        datastore.push_to_hub("a/b/c")
+    hub.fail_after = 0
+    with pytest.raises(DatastoreInputError, match=f"could not be reached to push to '{REPO}'.*same call again"):
+        datastore.push_to_hub(REPO)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(DatastoreInputError, match="(?s)could not be reached.*without HF_HUB_OFFLINE=1"):
+        datastore.push_to_hub(REPO)
+
+
 def test_a_private_repository_needs_a_token(hub, datastore, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(DatastoreInputError, match=f"not let you write to .*{REPO}.*hf auth login"):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
 from huggingface_hub.hf_api import RepoFile
 from transformers.utils import logging
 
@@ -57,7 +57,8 @@ def push(
         [`~huggingface_hub.CommitInfo`]: its `oid` is the `revision` that pins what was pushed.
     Raises:
         DatastoreCorruptError: if the folder is damaged; nothing has been uploaded.
-        DatastoreInputError: if the token may not write there, or there is none.
+        DatastoreInputError: if the token may not write there, or there is none; if the Hub cannot be reached; or if
+            `repo_id` is no name of a repository.
     """
     datastore.refresh()
     datastore.verify()
@@ -71,6 +72,16 @@ def push(
         raise DatastoreInputError(
             f"The Hub does not let you write to the dataset repository {repo_id!r}. Log in with `hf auth login`, with a token "
             f"that may write there. It says: {error}"
+        ) from error
+    except HFValidationError as error:
+        raise DatastoreInputError(
+            f"{repo_id!r} is no name of a repository: {error} Name one such as 'organization/name'."
+        ) from error
+    # `HTTPError` is what the HTTP library of the client raises where there is no answer at all.
+    except (HTTPError, OfflineModeIsEnabled) as error:
+        raise DatastoreInputError(
+            f"The Hub could not be reached to push to {repo_id!r}: {error} Nothing was uploaded. Make the same call again with a "
+            "connection, and without HF_HUB_OFFLINE=1."
         ) from error
     if revision is not None and not revision.startswith("refs/pr/"):
         api.create_branch(repo_id, repo_type=_REPO_TYPE, branch=revision, exist_ok=True)
