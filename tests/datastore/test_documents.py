@@ -74,6 +74,17 @@ def test_paths_in_a_list_are_files(tmp_path):
     assert [d.text for d in read([tmp_path / "one.txt", "one.txt"])] == ["text of one", "one.txt"]
 
 
+def test_the_name_of_a_file_is_no_text(tmp_path, monkeypatch):
+    (tmp_path / "one.txt").write_text("text of one")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DatastoreInputError, match=r"Document 1 is the text 'one.txt'.*pass Path\('one.txt'\)"):
+        read(["fine", "one.txt"])
+    assert [d.text for d in read([{"text": "one.txt"}, "two.txt", "x" * 5000 + ".txt", "\0.txt"])][:2] == [
+        "one.txt",
+        "two.txt",
+    ]
+
+
 def test_empty_documents_are_skipped_and_counted():
     reader = DocumentReader(["a", "", " \n\t", {"text": None}, {"text": "b"}])
     assert [d.text for d in reader] == ["a", "b"]

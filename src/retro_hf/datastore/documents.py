@@ -140,8 +140,14 @@ class DocumentReader:
             if isinstance(record, os.PathLike):
                 for file, name in _files_of(Path(record)):
                     yield from self._read_file(file, name)
-            else:
-                yield record, f"Document {number}", {}
+                continue
+            # A path that was written as a text; a dict says that the name itself is the document.
+            if isinstance(record, str) and record.endswith(_SUFFIXES) and os.path.isfile(record):
+                raise DatastoreInputError(
+                    f"Document {number} is the text {record!r}, which is the name of a file. For what the file holds, "
+                    f"pass Path({record!r}), or the folder's path alone; for the name as a text, {{'text': {record!r}}}."
+                )
+            yield record, f"Document {number}", {}
 
     def _read_file(self, file: Path, name: str) -> Iterator[Record]:
         """Records of one file; `name` is its path as it is recorded, relative to what the user named."""
