@@ -2,15 +2,17 @@
 
 import gzip
 import json
+import math
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from retro_hf.datastore.documents import DocumentReader
+from retro_hf.datastore.documents import DocumentReader, document_ids
 from retro_hf.errors import DatastoreInputError, DatastoreNotFoundError
 
 
@@ -74,6 +76,15 @@ def test_paths_in_a_list_are_files(tmp_path):
     assert [d.text for d in read([tmp_path / "one.txt", "one.txt"])] == ["text of one", "one.txt"]
 
 
+def test_ids_may_be_whole_numbers_of_any_kind():
+    ids = [7, np.int64(8), 9.0, np.float32(10), "11.0"]
+    assert [d.id for d in read([{"text": "x", "id": id} for id in ids])] == ["7", "8", "9", "10", "11.0"]
+    assert document_ids(ids) == ["7", "8", "9", "10", "11.0"]
+    assert document_ids(np.arange(2)) == ["0", "1"]
+    with pytest.raises(DatastoreInputError, match="An id is 1.5, of type float"):
+        document_ids([1.5])
+
+
 def test_the_name_of_a_file_is_no_text(tmp_path, monkeypatch):
     (tmp_path / "one.txt").write_text("text of one")
     monkeypatch.chdir(tmp_path)
@@ -117,7 +128,14 @@ def test_files_that_are_not_utf8_are_counted_and_readable_ones_keep_their_lines(
         (["fine", {"text": 3}], r"text of Document 1 is of type int, not str"),
         (["fine", 3.5], r"Document 1 is of type float"),
         ([["a", "b"]], r"Document 0 is of type list"),
-        ([{"text": "x", "title": ["t"]}], r"title of Document 0 is of type list"),
+        ([{"text": "x", "title": ["t"]}], r"title of Document 0 is \['t'\], of type list, but it must be a text or"),
+        (
+            [{"text": "x", "id": 1.5}],
+            r"id of Document 0 is 1.5, of type float, but .* whole number. Write it as a text",
+        ),
+        ([{"text": "x", "title": math.nan}], r"title of Document 0 is nan, of type float.*leave it out \(None\)"),
+        ([{"text": "x", "id": 2.0**60}], r"id of Document 0 is 1.15\d+e\+18"),
+        ([{"text": "x", "id": True}], r"id of Document 0 is True, of type bool"),
         ({"train": ["a"], "test": []}, r"mapping with the keys 'train', 'test'. Pass one split"),
         (datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS)), r"Pass one split"),
         (datasets.Dataset.from_dict({"body": ["x"]}), r"columns \['body'\], but no column 'text'.*rename_column"),

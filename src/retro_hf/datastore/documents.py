@@ -5,9 +5,11 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import reprlib
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, field
 from itertools import chain
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -249,11 +251,26 @@ def _source_of(info: Any) -> dict[str, Any]:
 def _as_text(value: Any, default: str, name: str, where: str) -> str:
     if value is None or value == "":
         return default
+    text = _in_digits(value)
+    if text is None:
+        raise DatastoreInputError(
+            f"The {name} of {where} is {reprlib.repr(value)}, of type {type(value).__name__}, but it must be a text or a whole "
+            "number. Write it as a text, or leave it out (None) where there is none."
+        )
+    return text
+
+
+def _in_digits(value: Any) -> str | None:
+    """A text as it is, a whole number in digits; None for what is neither."""
     if isinstance(value, str):
         return value
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    raise DatastoreInputError(f"The {name} of {where} is of type {type(value).__name__}, not str.")
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return None
+    if isinstance(value, Integral):
+        return str(int(value))
+    # Tables make floats of whole numbers with a gap; above 2**53 a float may have been another number.
+    number = float(value)
+    return str(int(number)) if number.is_integer() and abs(number) <= 2**53 else None
 
 
 def document_ids(ids: Any) -> list[str]:
@@ -262,13 +279,16 @@ def document_ids(ids: Any) -> list[str]:
     Raises:
         DatastoreInputError: for what is no id.
     """
-    given = [ids] if isinstance(ids, (str, int)) else list(ids) if isinstance(ids, Iterable) else [ids]
-    for id in given:
-        if not isinstance(id, (str, int)) or isinstance(id, bool):
+    texts = []
+    for id in [ids] if isinstance(ids, str) or not isinstance(ids, Iterable) else ids:
+        text = _in_digits(id)
+        if text is None:
             raise DatastoreInputError(
-                f"An id is of type {type(id).__name__}, but the ids of documents are texts (or numbers). Pass one, or a list."
+                f"An id is {reprlib.repr(id)}, of type {type(id).__name__}, but the ids of documents are texts or whole numbers. "
+                "Pass one, or a list."
             )
-    return [without_lone_surrogates(str(id)) for id in given]
+        texts.append(without_lone_surrogates(text))
+    return texts
 
 
 def without_lone_surrogates(text: str) -> str:
