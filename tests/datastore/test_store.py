@@ -267,7 +267,7 @@ def test_a_wrong_partner_is_named_with_both_values(datastore, tokenizer, embedde
         datastore.check_compatible(chunk_size=64)
     with pytest.raises(DatastoreMismatchError, match="built with neighbor_size=20, but neighbor_size=16"):
         datastore.check_compatible(neighbor_size=16)
-    with pytest.raises(DatastoreMismatchError, match="holds token ids of the tokenizer.*Rebuild"):
+    with pytest.raises(DatastoreMismatchError, match="holds token ids of the tokenizer.*`datastore.retokenize"):
         datastore.check_compatible(tokenizer=make_tokenizer(vocab_size=380))
     other = ChunkEmbedder.from_pretrained(make_encoder(tmp_path / "other", seed=1))
     with pytest.raises(DatastoreMismatchError, match="made by the embedder .* but the embedder given is .*other"):

@@ -100,6 +100,6 @@ def _check_tokenizer(path: Path, manifest: DatastoreManifest, tokenizer: PreTrai
     raise DatastoreMismatchError(
         f"The datastore {str(path)!r} holds token ids of the tokenizer {known['name']!r} (fingerprint "
         f"{known['fingerprint'][:12]}), but the tokenizer given is {tokenizer.name_or_path!r} (fingerprint "
-        f"{found[:12]}{lacking}). The ids would stand for other text. Rebuild the datastore with this tokenizer, or "
-        "use the tokenizer it was built with."
+        f"{found[:12]}{lacking}). The ids would stand for other text. Make a copy for this tokenizer, with the same keys: "
+        "`datastore.retokenize('<new folder>', tokenizer)`; or use the tokenizer it was built with."
     )
