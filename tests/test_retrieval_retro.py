@@ -261,7 +261,14 @@ def test_texts_of_any_length_are_looked_up(retriever):
 
 
 @pytest.mark.parametrize(
-    ("queries", "message"), [(["a", 3], "Query 1 is of type int"), ([None], "Query 0 is of type")]
+    ("queries", "message"),
+    [
+        (["a", 3], "Query 1 is of type int"),
+        ([None], "Query 0 is of type"),
+        (None, "Query 0 is of type NoneType"),
+        ("", "Query 0 has no text"),
+        (["a", " "], "Query 1 has no text"),
+    ],
 )
 def test_a_query_that_is_no_text_is_named(retriever, queries, message):
     with pytest.raises(RetrieverError, match=message):

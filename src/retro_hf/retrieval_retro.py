@@ -250,11 +250,15 @@ class RetroRetriever:
             `list[list[RetrievedNeighbor]]`: for each text its neighbors, nearest first.
         """
         wanted = self.num_neighbors if num_neighbors is None else num_neighbors
-        queries = [texts] if isinstance(texts, str) else list(texts)
+        queries = list(texts) if isinstance(texts, Iterable) and not isinstance(texts, str) else [texts]
         for number, query in enumerate(queries):
             if not isinstance(query, str):
                 raise RetrieverError(
                     f"Query {number} is of type {type(query).__name__}; look up a text or a list of texts."
+                )
+            if not query.strip():
+                raise RetrieverError(
+                    f"Query {number} has no text: {query!r}. There is nothing to look up; leave it out."
                 )
         readable = [without_lone_surrogates(query) for query in queries]
         return self._describe(RetrievalResult(*self.searcher.search(readable, wanted)))
@@ -353,7 +357,10 @@ class RetroRetriever:
         embedder: ChunkEmbedder | str | None = None,
         tokenizer: PreTrainedTokenizerBase | str | None = None,
         num_neighbors: int | None = None,
-        **options: Any,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        token: str | None = None,
+        verify: bool = True,
     ) -> RetroRetriever:
         """Open a retriever from a folder, or from a dataset repository on the Hub (downloaded, checksums verified).
 
@@ -361,9 +368,11 @@ class RetroRetriever:
             embedder ([`ChunkEmbedder`] or `str`, *optional*): defaults to the one named in the datastore. Name it
                 where that one was a local folder.
             num_neighbors (`int`, *optional*): defaults to the saved number.
-            options: those of [`RetroDatastore.from_pretrained`]: `revision`, `cache_dir`, `token`, `verify`.
+            revision, cache_dir, token, verify: as for [`RetroDatastore.from_pretrained`].
         """
-        path = local_folder(name_or_path, settings=_CONFIG_NAME, **options)
+        path = local_folder(
+            name_or_path, revision=revision, cache_dir=cache_dir, token=token, verify=verify, settings=_CONFIG_NAME
+        )
         datastore = RetroDatastore.load(path)
         if embedder is None or isinstance(embedder, (str, os.PathLike)):
             embedder = ChunkEmbedder.of_datastore(datastore.manifest.embedder, embedder)

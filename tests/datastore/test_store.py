@@ -336,6 +336,19 @@ def test_arguments_of_the_wrong_kind_are_explained(options, message, tmp_path, t
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_is_no_path_or_tokenizer_is_explained(datastore, tmp_path):
+    for opened in (RetroDatastore.load, RetroDatastore.from_pretrained, RetroRetriever.from_pretrained):
+        with pytest.raises(
+            DatastoreInputError, match="path of the datastore is None, of type NoneType. Pass its folder"
+        ):
+            opened(None)
+    with pytest.raises(DatastoreInputError, match="The tokenizer is of type NoneType. Pass the tokenizer itself"):
+        datastore.retokenize(tmp_path / "other", None)
+    # An option of another method is refused by the one that was called, with Python's own words.
+    with pytest.raises(TypeError, match=r"from_pretrained\(\) got an unexpected keyword argument 'chunk_size'"):
+        RetroRetriever.from_pretrained(datastore.path, chunk_size=32)
+
+
 def test_a_tokenizer_that_is_not_there_is_explained(tmp_path, embedder):
     with pytest.raises(PretrainedNotFoundError, match="There is no folder 'nope/x', and no tokenizer"):
         RetroDatastore.build(["a"], tmp_path / "store", tokenizer="nope/x", embedder=embedder)
@@ -354,7 +367,6 @@ def test_help_shows_every_option(kind):
     behind = {
         "RetroDatastore.from_texts": RetroDatastore.build,
         "RetroRetriever.from_texts": RetroDatastore.build,
-        "RetroRetriever.from_pretrained": RetroDatastore.from_pretrained,
         "RetroRetriever.push_to_hub": RetroDatastore.push_to_hub,
     }
     seen = 0

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import AutoTokenizer
 
-from ..errors import DatastoreMismatchError, PretrainedNotFoundError
+from ..errors import DatastoreInputError, DatastoreMismatchError, PretrainedNotFoundError
 from .chunks import tokenizer_fingerprint, vocabulary_size
 
 
@@ -29,6 +29,10 @@ def load_tokenizer(tokenizer: PreTrainedTokenizerBase | str | os.PathLike[str]) 
         PretrainedNotFoundError: if there is no tokenizer of that name, or no vocabulary in it.
     """
     if not isinstance(tokenizer, (str, os.PathLike)):
+        if not hasattr(tokenizer, "get_vocab"):
+            raise DatastoreInputError(
+                f"The tokenizer is of type {type(tokenizer).__name__}. Pass the tokenizer itself, or its folder or Hub name."
+            )
         return tokenizer
     try:
         loaded = AutoTokenizer.from_pretrained(tokenizer)

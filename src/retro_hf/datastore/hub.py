@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from ..errors import DatastoreInputError, DatastoreNotFoundError
 from .card import CARD_NAME, make_card
-from .manifest import MANIFEST_NAME, DatastoreManifest, FileEntry
+from .manifest import MANIFEST_NAME, DatastoreManifest, FileEntry, checked_path
 from .view import verify_files
 
 
@@ -140,7 +140,7 @@ def local_folder(
         DatastoreNotFoundError: if there is no such folder or repository, or it holds no datastore.
         DatastoreCorruptError: if what was downloaded is not what its manifest says.
     """
-    path = Path(name_or_path)
+    path = checked_path(name_or_path)
     if path.exists():
         if revision is not None and path.is_dir():
             raise DatastoreInputError(

@@ -5,16 +5,25 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import DatastoreCorruptError, DatastoreNotFoundError
+from ..errors import DatastoreCorruptError, DatastoreInputError, DatastoreNotFoundError
 from .storage import write_file
 
 
-__all__ = ["FORMAT_VERSION", "MANIFEST_NAME", "SHARD_FILES", "DatastoreManifest", "FileEntry", "ShardEntry"]
+__all__ = [
+    "FORMAT_VERSION",
+    "MANIFEST_NAME",
+    "SHARD_FILES",
+    "DatastoreManifest",
+    "FileEntry",
+    "ShardEntry",
+    "checked_path",
+]
 
 FORMAT_VERSION = 2
 MANIFEST_NAME = "datastore.json"
@@ -165,13 +174,14 @@ class DatastoreManifest:
         write_file(folder / MANIFEST_NAME, self.to_bytes())
 
     @classmethod
-    def read(cls, folder: Path) -> DatastoreManifest:
+    def read(cls, folder: str | os.PathLike[str]) -> DatastoreManifest:
         """Read and check `datastore.json`.
 
         Raises:
             DatastoreNotFoundError: if the folder or its manifest does not exist.
             DatastoreCorruptError: if anything in it is not as this library writes it.
         """
+        folder = checked_path(folder)
         path = folder / MANIFEST_NAME
         if not path.is_file():
             if folder.is_file():
@@ -319,3 +329,16 @@ def _integer(content: dict[str, Any], name: str, lowest: int, highest: int) -> i
     if isinstance(value, bool) or not isinstance(value, int) or not lowest <= value <= highest:
         raise ValueError(f"{name} is {value!r}, not an integer from {lowest} to {highest}")
     return value
+
+
+def checked_path(path: Any) -> Path:
+    """A path to a datastore that a user gave.
+
+    Raises:
+        DatastoreInputError: for what is no path.
+    """
+    if not isinstance(path, (str, os.PathLike)):
+        raise DatastoreInputError(
+            f"The path of the datastore is {path!r}, of type {type(path).__name__}. Pass its folder, as a text or a Path."
+        )
+    return Path(path)

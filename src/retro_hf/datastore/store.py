@@ -173,7 +173,7 @@ class RetroDatastore:
             DatastoreCorruptError: if a file is missing, has another size or (with `verify`) other content than its
                 manifest says.
         """
-        datastore = cls(path, DatastoreManifest.read(Path(path)))
+        datastore = cls(path, DatastoreManifest.read(path))
         if verify:
             datastore.verify()
         return datastore
