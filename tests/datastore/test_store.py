@@ -203,6 +203,7 @@ def test_a_taken_path_is_refused_before_any_work(tmp_path, tokenizer, embedder):
             r"trained on at least 64 chunks, but the documents make 1\. Use index='Flat'",
         ),
         (["a"], {"index": "PQ8"}, r"trained on at least 256 chunks.*Flat"),
+        (["a"], {"index": "PCAR16,Flat"}, r"trained on at least 16 chunks.*Flat"),
         (["a"], {"index": None}, "index is of type NoneType"),
         (
             [{"id": "x", "text": "a"}, {"id": "x", "text": "b"}],

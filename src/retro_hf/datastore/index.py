@@ -79,8 +79,8 @@ if hasattr(os, "register_at_fork"):
 
 
 def training_points(factory: str) -> int:
-    """The least number of vectors that a factory string can be trained on: one per centroid."""
-    lists = [int(number) for number in re.findall(r"IVF(\d+)", factory)]
+    """The least number of vectors that a factory string can be trained on: one per centroid, or dimension of a PCA."""
+    lists = [int(number) for number in re.findall(r"(?:IVF|PCA[WR]*)(\d+)", factory)]
     # "PQ16" has codes of 8 bits, "PQ16x4" of 4: that many centroids.
     bits = [int(number or 8) for number in re.findall(r"PQ\d+(?:_\d+)?(?:x(\d+))?", factory)]
     return max([1, *lists, *(1 << number for number in bits)])
