@@ -8,7 +8,14 @@ and the demo's model of 6 million parameters. Own data: `--train_file` and `--va
 names a datastore to look the questions up in. `--passages_in_prompt 1` is RETRO++. The paper's recipe (table 5), as arguments,
 is in `docs/questions.md`.
 
-Ends with a table: exact match and F1 with the question's passages, with none, and with those of other questions.
+Ends with a table: exact match and F1 with the question's passages, with none, and with those of other questions. A trial run of
+the command above, with `--max_train_questions 800 --num_passages 2 --per_device_train_batch_size 8` (3 minutes of one
+core, the datastore built before; seed 42, torch 2.13), learned that the answer is a year, not which one:
+
+    passages     EM  95 % interval      F1  95 % interval  EM minus off
+    on          2.2  [0.5, 4.3]        2.2  [0.5, 4.3]     +1.6 [+0.0, +3.8]
+    off         0.5  [0.0, 1.6]        0.5  [0.0, 1.6]
+    random      1.6  [0.0, 3.8]        1.6  [0.0, 3.8]     +1.1 [+0.0, +2.7]
 """
 
 from __future__ import annotations
