@@ -148,7 +148,8 @@ def answer_loss(model: RetroForCausalLM, batch: dict[str, torch.Tensor]) -> torc
         {name: batch[name][:, part] for name in ("input_ids", "position_ids")}
         for part in (slice(None, start), slice(start, None))
     )
-    neighbors = {name: value for name, value in batch.items() if name.startswith("neighbor_")}
+    names = ("neighbor_input_ids", "neighbor_attention_mask")
+    neighbors = {name: batch[name] for name in names if name in batch}
     none = {name: value[:, :0] for name, value in neighbors.items()}
     common = {"chunk_offset": batch.get("chunk_offset"), "use_cache": True}
     with torch.no_grad():  # and no head
