@@ -1,10 +1,14 @@
 """Saving and loading: whole, in shards, or only what RETRO adds, always through the auto classes."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from hub_server import running_hub
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationConfig
 
@@ -311,3 +315,31 @@ def test_what_a_backbone_computes_when_it_loads(tmp_path):
     loaded = dict(AutoModelForCausalLM.from_pretrained(tmp_path).named_buffers())
     for name, buffer in model.named_buffers():
         assert torch.equal(loaded[name], buffer), name
+
+
+PUSH_AND_PULL = """
+import torch
+from transformers import AutoModelForCausalLM
+import retro_hf
+
+model = retro_hf.retrofit("base", chunk_size=4, cross_attention_layers=[1, 3])
+model.config.save_backbone = False
+model.push_to_hub("me/adapter")
+again = AutoModelForCausalLM.from_pretrained("me/adapter")
+ids = torch.randint(3, 99, (1, 20))
+assert torch.equal(model(ids).logits, again(ids).logits)
+"""
+
+
+def test_an_adapter_goes_to_the_hub_and_comes_back(tmp_path):
+    """Against a local Hub: `push_to_hub` uploads what was added alone, and the name finds it again."""
+    tiny_backbone("llama").save_pretrained(tmp_path / "base")
+    with running_hub() as server:
+        settings = {"HF_ENDPOINT": server.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
+        environment = os.environ | settings | {"HF_TOKEN": "hf_test", "HF_HUB_DISABLE_XET": "1"}
+        command = [sys.executable, "-c", PUSH_AND_PULL]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (file,) = {file.resolve() for file in (tmp_path / "home").rglob("*.safetensors")}
+    with safe_open(file, "pt") as weights:
+        assert all(name.startswith("model.retro.") for name in weights.keys())
