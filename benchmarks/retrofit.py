@@ -20,9 +20,10 @@ embedder; training and measuring need neither; the tables come last, `--publish`
 import argparse
 import json
 import platform
+import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -59,8 +60,7 @@ from retro_hf.training import tokenize_documents  # noqa: E402
 
 
 STEPS, BATCH_SIZE = 800, 16
-SHARES = {"3": 0.03, "10": 0.1, "30": 0.3}
-FIT_RATES = (5e-4, 1e-3, 2e-3)
+FITS = [f"{name}@{rate:g}" for name in ("fit-3", "fit-10", "fit-30", "unfrozen-10") for rate in (5e-4, 1e-3, 2e-3)]
 DOCUMENTS = {"validation": 100, "test": 400}
 PARTS = tuple(DOCUMENTS)
 
@@ -235,13 +235,13 @@ def measure(model: PreTrainedModel, data: Data) -> dict[str, dict]:
     return found
 
 
-def kept(path: Path, clock: Clock, make: Callable[[], dict]) -> dict:
+def kept(path: Path, clock: Clock, provenance: dict, make: Callable[[], dict]) -> dict:
     """A run's result in `path`, made now if it is not there."""
     if not path.exists():
         clock.check()
         start = time.perf_counter()
         result = make()
-        result["seconds"] = round(time.perf_counter() - start, 1)
+        result |= {"seconds": round(time.perf_counter() - start, 1)} | provenance
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(result) + "\n")
         partial.replace(path)
@@ -257,6 +257,10 @@ def run_seed(work: Path, seed: int, args, clock: Clock) -> None:
     folder = work / args.size / str(seed)
     folder.mkdir(parents=True, exist_ok=True)
     device = torch.device(args.device)
+    provenance = {
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
 
     def run(model: PreTrainedModel, steps: int, rate: float) -> dict:
         model.to(device)
@@ -274,23 +278,21 @@ def run_seed(work: Path, seed: int, args, clock: Clock) -> None:
         torch.manual_seed(seed)
         return run(RetroForCausalLM(config), args.steps, rate)
 
-    def fit(share: float, rate: float, frozen: bool) -> dict:
+    def fit(name: str) -> dict:
+        kind, percent, rate = re.split("[-@]", name, maxsplit=2)
         torch.manual_seed(seed)
-        model = fit_to(RetroDecoderForCausalLM.from_pretrained(folder / "baseline"), config, frozen)
-        result = run(model, max(round(share * args.steps), 1), rate)
+        model = fit_to(RetroDecoderForCausalLM.from_pretrained(folder / "baseline"), config, kind == "fit")
+        result = run(model, max(args.steps * int(percent) // 100, 1), float(rate))
         before = RetroDecoderForCausalLM.from_pretrained(folder / "baseline").to(device).eval()
-        tokens = torch.tensor([data.windows[0]["input_ids"]], device=device)
+        windows = [torch.tensor([row["input_ids"]], device=device) for row in data.windows.select(range(8))]
         with torch.no_grad():
-            result["off_is_baseline"] = torch.equal(model(tokens).logits, before(tokens).logits)
+            result["off_is_baseline"] = all(torch.equal(model(one).logits, before(one).logits) for one in windows)
         return result
 
-    kept(folder / "baseline.json", clock, baseline)
-    kept(folder / "scratch.json", clock, scratch)
-    for name, share in SHARES.items():
-        for fit_rate in FIT_RATES:
-            kept(folder / f"fit-{name}@{fit_rate:g}.json", clock, lambda s=share, r=fit_rate: fit(s, r, True))
-    for fit_rate in FIT_RATES:
-        kept(folder / f"unfrozen-10@{fit_rate:g}.json", clock, lambda r=fit_rate: fit(0.1, r, False))
+    kept(folder / "baseline.json", clock, provenance, baseline)
+    for name in args.fits:
+        kept(folder / f"{name}.json", clock, provenance, lambda name=name: fit(name))
+    kept(folder / "scratch.json", clock, provenance, scratch)
 
 
 # ── tables ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -305,23 +307,21 @@ def bits(result: dict, part: str, mode: str) -> float:
     return result["measured"][part]["bits_per_byte"][mode]
 
 
-def best_rates(folders: list[Path]) -> Iterator[tuple[str, float]]:
-    """For each fit the learning rate that was best on the validation books, on average over the seeds."""
-    for name in (*(f"fit-{share}" for share in SHARES), "unfrozen-10"):
-        means = {
-            rate: float(
-                np.mean([bits(read(folder / f"{name}@{rate:g}.json"), "validation", "on") for folder in folders])
-            )
-            for rate in FIT_RATES
-        }
-        yield name, min(means, key=means.__getitem__)
+def best_rates(folders: list[Path], fits: list[str]) -> dict[str, str]:
+    """For each fit the file with the learning rate that was best on the validation books, on average over the seeds."""
+    best: dict[str, str] = {}
+    means = {
+        fit: np.mean([bits(read(folder / f"{fit}.json"), "validation", "on") for folder in folders]) for fit in fits
+    }
+    for fit in sorted(fits, key=means.__getitem__):
+        best.setdefault(fit.split("@")[0], fit)
+    return {name: best[name] for name in dict.fromkeys(fit.split("@")[0] for fit in fits)}
 
 
-def summary(work: Path, size: str, seeds: list[int]) -> dict:
+def summary(work: Path, size: str, seeds: list[int], fits: list[str]) -> dict:
     """Bits per byte on the test books by run and mode, and the share of the gain that is recovered: a list over seeds."""
     folders = [work / size / str(seed) for seed in seeds]
-    rates = dict(best_rates(folders))
-    runs = {"baseline": "baseline", "scratch": "scratch"} | {name: f"{name}@{rate:g}" for name, rate in rates.items()}
+    runs = {"baseline": "baseline", "scratch": "scratch"} | best_rates(folders, fits)
     table: dict[str, dict] = {}
     for name, file in runs.items():
         results = [read(folder / f"{file}.json") for folder in folders]
@@ -371,6 +371,7 @@ def main() -> None:
     add("--size", choices=("demo", "d512"), default="demo")
     add("--seeds", type=int, nargs="+", default=[0])
     add("--steps", type=int, default=STEPS, help="of the baseline")
+    add("--fits", nargs="+", default=FITS, help="`fit-` or `unfrozen-`, percent of the steps, `@` learning rate")
     add("--device", default="cpu")
     add("--minutes", type=float, help="break off after so many minutes, between two runs")
     add("--prepare", action="store_true", help="make the data only")
@@ -382,15 +383,16 @@ def main() -> None:
         return
     for seed in args.seeds:
         run_seed(args.work, seed, args, clock)
-    table = summary(args.work, args.size, args.seeds)
+    table = summary(args.work, args.size, args.seeds, args.fits)
     show(args.size, table)
     if args.publish:
         path = ROOT / "benchmarks" / "results" / "retrofit.json"
         published = json.loads(path.read_text()) if path.exists() else {}
-        published[args.size] = {
+        first = read(args.work / args.size / str(args.seeds[0]) / "baseline.json")
+        published[f"{args.size}, {first['device']}"] = {
             "seeds": args.seeds,
-            "device": torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.machine(),
-            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+            "versions": first["versions"],
+            "rates tried": args.fits,
             "runs": table,
         }
         path.write_text(json.dumps(published, indent=1) + "\n")
