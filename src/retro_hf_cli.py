@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+import retro_hf_paths_cli as paths
 from retro_hf_evaluate_cli import evaluate
 
 
@@ -23,8 +24,9 @@ app = typer.Typer(
 
 DATASTORE, MODEL = "Datastore", "Model"
 STORE = "A datastore: its folder, or a dataset repository on the Hub."
-Folder = Annotated[Path, typer.Argument(help="Folder of a datastore.")]
-Source = Annotated[Path, typer.Argument(help="Folder of texts, or a .txt, .md, .jsonl, .jsonl.gz or .parquet file.")]
+Folder = Annotated[Path, typer.Argument(callback=paths.datastore, help="Folder of a datastore.")]
+TEXTS = "Folder of texts, or a .txt, .md, .jsonl, .jsonl.gz or .parquet file."
+Source = Annotated[Path, typer.Argument(callback=paths.source, help=TEXTS)]
 Embedder = Annotated[str | None, typer.Option(help="Encoder that built the datastore; needed if it was a folder.")]
 Workers = Annotated[int, typer.Option(min=1, help="Processes that share the cores.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -50,7 +52,7 @@ def _options(
 @app.command(rich_help_panel=DATASTORE, epilog="retro build notes/ -o store --tokenizer my-model")
 def build(
     source: Source,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
+    output: Annotated[Path, typer.Option("--output", "-o", callback=paths.output, help="Folder to write.")],
     tokenizer: Annotated[str, typer.Option(help="Tokenizer of the language model: a folder or a Hub name.")],
     embedder: Annotated[str, typer.Option(help="Encoder of the chunks: a folder or a Hub name.")] = DEFAULT_EMBEDDER,
     chunk_size: Annotated[int, typer.Option(min=1, help="Tokens per chunk; the same as the model's.")] = 64,
@@ -274,9 +276,14 @@ def main() -> None:
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         if "--debug" in sys.argv:
             raise
-        from retro_hf.errors import in_commands
+        message = str(error)
+        if (
+            "retro_hf" in sys.modules
+        ):  # otherwise the error is the command line's own, and the package takes seconds to load
+            from retro_hf.errors import in_commands
 
-        typer.echo(f"{type(error).__name__}: {in_commands(str(error), typer.main.get_command(app))}", err=True)
+            message = in_commands(message, typer.main.get_command(app))
+        typer.echo(f"{type(error).__name__}: {message}", err=True)
         raise SystemExit(1) from None
 
 

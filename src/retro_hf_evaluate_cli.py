@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+import retro_hf_paths_cli as paths
+
 
 # Documents that a report shows token by token.
 _TRACED = 3
@@ -18,7 +20,9 @@ def evaluate(
     texts: Annotated[
         Path,
         typer.Argument(
-            metavar="DOCUMENTS", help="Held-out documents, as for build: a folder, or a file such as .jsonl."
+            metavar="DOCUMENTS",
+            callback=paths.source,
+            help="Held-out documents, as for build: a folder, or a file such as .jsonl.",
         ),
     ],
     store: Annotated[
@@ -49,6 +53,12 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure whether retrieval helps on held-out texts, by what, and whether it is copying."""
+    if report and output is None:
+        raise ValueError("--report writes into the folder of results, but there is none: add --output FOLDER.")
+    if dtype not in ("auto", "float32", "bfloat16"):
+        raise ValueError(f"--dtype is {dtype!r}, but it is float32, bfloat16 or auto.")
+    numbers, shares = _parsed("--sweep-k", sweep_k, int), _parsed("--fractions", fractions, float)
+
     import torch
     from rich.console import Console
 
@@ -59,21 +69,16 @@ def evaluate(
     from retro_hf.evaluation import trace, write_report
     from retro_hf.evaluation.tables import WIDTH, layout
 
-    if report and output is None:
-        raise ValueError("--report writes into the folder of results, but there is none: add --output FOLDER.")
-    if dtype not in ("auto", "float32", "bfloat16"):
-        raise ValueError(f"--dtype is {dtype!r}, but it is float32, bfloat16 or auto.")
-    numbers, shares = _parsed("--sweep-k", sweep_k, int), _parsed("--fractions", fractions, float)
+    reader = DocumentReader(texts)
+    documents = [{"id": one.id, "title": one.title, "text": one.text} for one in reader]
+    longest = sorted(documents, key=lambda one: -len(one["text"]))[:_TRACED]
+    documents += [{"text": ""}] * reader.num_empty  # the reader skips them, but they are counted
     loaded = commands._load_model(model)
     loaded.to("cuda" if torch.cuda.is_available() else "cpu")
     if dtype != "auto":
         loaded.to(getattr(torch, dtype))
     tokenizer = load_tokenizer(model)
     retriever = None if store is None else commands._open_retriever(store, embedder, tokenizer)
-    reader = DocumentReader(texts)
-    documents = [{"id": one.id, "title": one.title, "text": one.text} for one in reader]
-    longest = sorted(documents, key=lambda one: -len(one["text"]))[:_TRACED]
-    documents += [{"text": ""}] * reader.num_empty  # the reader skips them, but they are counted
     result = measure(
         loaded,
         documents,

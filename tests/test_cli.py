@@ -162,7 +162,7 @@ def test_an_error_is_one_explained_line(tmp_path):
     arguments = ["inspect", str(tmp_path / "nothing")]
     failed = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
     assert failed.returncode == 1
-    assert failed.stderr.startswith("DatastoreNotFoundError: There is no datastore")
+    assert failed.stderr.startswith("FileNotFoundError: There is no datastore")
     assert "build one with `retro build`" in failed.stderr
     assert "Traceback" not in failed.stderr
     debug = subprocess.run([*command, "--debug", *arguments], capture_output=True, text=True, check=False)
@@ -344,3 +344,42 @@ def test_what_is_no_datastore_is_named(world, command, place, reason):
     rest = ("the king", "--embedder", world / "encoder") if command == "search" else ()
     with pytest.raises(FileNotFoundError, match=f"There is no datastore at '.*{place}': {reason}"):
         retro(command, world / place, *rest)
+
+
+SLIPS = {
+    "no datastore": (("inspect", "nothing"), "FileNotFoundError: There is no datastore at 'nothing'"),
+    "no documents": (("build", "nothing", "-o", "new", "--tokenizer", "t"), "FileNotFoundError: There is nothing at"),
+    "built already": (
+        ("build", "texts", "-o", "store", "--tokenizer", "t"),
+        "FileExistsError: 'store' already exists",
+    ),
+    "nothing to append": (("append", "store", "nothing"), "FileNotFoundError: There is nothing at 'nothing'"),
+    "nothing to evaluate": (("evaluate", "model", "nothing"), "FileNotFoundError: There is nothing at 'nothing'"),
+}
+
+
+@pytest.mark.parametrize("slip", SLIPS)
+def test_a_slip_in_a_path_is_answered_before_anything_is_loaded(tmp_path, slip):
+    """torch and transformers take seconds, an encoder more: neither is needed to see that a path is wrong."""
+    arguments, answer = SLIPS[slip]
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "datastore.json").write_text("{}")
+    command = [sys.executable, "-X", "importtime", "-m", "retro_hf_cli", *arguments]
+    failed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    printed = [line for line in failed.stderr.splitlines() if not line.startswith("import time:")]
+    assert failed.returncode == 1 and len(printed) == 1 and printed[0].startswith(answer), failed.stderr[-2000:]
+    loaded = {
+        line.rsplit("|", 1)[-1].strip() for line in failed.stderr.splitlines() if line.startswith("import time:")
+    }
+    assert not loaded & {"torch", "transformers", "numpy", "retro_hf"}
+
+
+@pytest.mark.parametrize("command", [("inspect",), ("search", "the king"), ("append", "texts.jsonl")])
+def test_an_unfinished_build_is_named(world, tmp_path, command):
+    """Where nothing is yet, what was done so far lies beside it: the same build goes on."""
+    name, *rest = command
+    rest = [world / one if one == "texts.jsonl" else one for one in rest]
+    (tmp_path / ".store.building").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"store' is not finished: .*\.store\.building'.* goes on from there"):
+        retro(name, tmp_path / "store", *rest)

@@ -41,7 +41,7 @@ from .documents import DocumentReader
 from .executors import Call, Executor, progress_bar, run_stage
 from .manifest import DatastoreManifest
 from .policy import IndexOptions, check_factory, plan_index, tell_plan
-from .storage import check_free, new_folder, not_written
+from .storage import building_folder, check_free, new_folder, not_written
 from .writer import BuiltShard, ShardWriter, describe_file
 
 
@@ -98,7 +98,7 @@ def work_folder(path: Path, *, helps: bool = False) -> Iterator[Path]:
     Raises:
         DatastoreExistsError: if another process is at work there.
     """
-    folder = path.with_name(f".{path.name}.building")
+    folder = building_folder(path)
     lock = FileLock(folder / ".lock", timeout=0)
     try:
         folder.mkdir(parents=True, exist_ok=True)

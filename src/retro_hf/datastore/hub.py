@@ -16,6 +16,7 @@ from transformers.utils import logging
 from ..errors import DatastoreInputError, DatastoreNotFoundError
 from .card import CARD_NAME, make_card
 from .manifest import MANIFEST_NAME, DatastoreManifest, FileEntry, checked_path
+from .storage import building_folder
 from .view import verify_files
 
 
@@ -141,7 +142,7 @@ def local_folder(
         DatastoreCorruptError: if what was downloaded is not what its manifest says.
     """
     path = checked_path(name_or_path)
-    if path.exists():
+    if path.exists() or building_folder(path).exists():
         if revision is not None and path.is_dir():
             raise DatastoreInputError(
                 f"'{name_or_path}' is a local folder, which has no revision {revision!r}. Leave `revision` out, or move "

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DatastoreCorruptError, DatastoreInputError, DatastoreNotFoundError
-from .storage import write_file
+from .storage import building_folder, write_file
 
 
 __all__ = [
@@ -190,6 +190,11 @@ class DatastoreManifest:
                     reason = f"it is a file of the datastore {str(folder.parent)!r}"
             else:
                 reason = f"it has no {MANIFEST_NAME}" if folder.is_dir() else "the folder does not exist"
+            if (unfinished := building_folder(folder)).is_dir():
+                raise DatastoreNotFoundError(
+                    f"The datastore {str(folder)!r} is not finished: what has been done is kept in {str(unfinished)!r}. Make the "
+                    "same call of `RetroDatastore.build(documents, path, ...)` again, and it goes on from there."
+                )
             raise DatastoreNotFoundError(
                 f"There is no datastore at {str(folder)!r}: {reason}. "
                 "Check the path, or build one with `RetroDatastore.build(documents, path, ...)`."

@@ -24,6 +24,7 @@ __all__ = [
     "RESTORE",
     "NpyWriter",
     "TensorWriter",
+    "building_folder",
     "check_free",
     "complete_file",
     "damaged",
@@ -89,6 +90,11 @@ def link_or_copy(source: Path, target: Path) -> None:
     except OSError:
         with complete_file(target) as partial:
             shutil.copyfile(source, partial)
+
+
+def building_folder(path: Path) -> Path:
+    """Where a build of the datastore at `path` keeps what it has done until it is finished."""
+    return path.parent / f".{path.name}.building"
 
 
 def check_free(path: Path) -> None:
