@@ -1,12 +1,13 @@
 """What `precompute_neighbors` costs beside FAISS's own search, where stored keys are the queries.
 
-    python benchmarks/neighbors.py            # about 3 minutes on 1 core; writes benchmarks/results/neighbors.json
+    python benchmarks/neighbors.py            # about 15 minutes on 1 core; writes benchmarks/results/neighbors.json
 
 A store of 102,400 chunks of 64 tokens with keys of 384 numbers: points around 2,000 random centers, in place of an
-encoder's output. One thread. Of each kind of index the same queries, the store's own chunks, are searched in four ways:
+encoder's output; and one of a million with the keys of `indexes.py` and the index that the policy chooses. One thread. Of
+each kind of index the same queries, the store's own chunks, are searched in four ways:
 
 - `faiss`: `index.search` for the 2 wanted neighbors, in batches of 4,096;
-- `faiss, over-fetched`: the same for 34, which is what leaving out documents fetches first;
+- `faiss, over-fetched`: the same for 10, which is what leaving out documents fetches first;
 - `datastore.search`: with the query's own document excluded;
 - `precompute_neighbors`: from a tokenized dataset on disk to the finished one.
 
@@ -20,6 +21,7 @@ import platform
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -28,17 +30,18 @@ import faiss
 import numpy as np
 import torch
 from datasets import Dataset
+from indexes import DOCUMENT, make_keys, write_store
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import retro_hf.datastore.shard as shard_module
 from retro_hf.datastore import RetroDatastore
-from retro_hf.datastore.index import search_index
+from retro_hf.datastore.index import search_index, search_parameters
 from retro_hf.training import precompute_neighbors, tokenize_documents
 
 
 DOCUMENTS, CHUNKS, CHUNK_SIZE, DIM, CENTERS, WORDS = 6400, 16, 64, 384, 2000, 30000
-NEIGHBORS, OVER_FETCHED, BATCH, WINDOW = 2, 34, 4096, 1024
+NEIGHBORS, OVER_FETCHED, BATCH, WINDOW = 2, 10, 4096, 1024
 
 
 class Points:
@@ -75,13 +78,34 @@ def seconds(work) -> float:
     return time.process_time() - start
 
 
-def measure(factory: str, documents: list[dict], num_queries: int, rounds: int, folder: Path) -> dict:
+def build(factory: str, folder: Path) -> tuple[RetroDatastore, Dataset]:
+    """A datastore of 102,400 chunks, and its documents as windows."""
+    words = np.random.default_rng(1).integers(1, WORDS, size=(DOCUMENTS, CHUNKS * CHUNK_SIZE))
+    documents = [{"id": f"d{n}", "text": " ".join(f"w{word}" for word in row)} for n, row in enumerate(words)]
     tokenizer = make_tokenizer()
     store = RetroDatastore.build(
         documents, folder / "store", tokenizer=tokenizer, embedder=Points(), chunk_size=CHUNK_SIZE, index=factory
     )
-    read = Dataset.from_list(documents[: num_queries // CHUNKS])
-    tokenize_documents(read, tokenizer, max_length=WINDOW, chunk_size=CHUNK_SIZE).save_to_disk(folder / "windows")
+    return store, tokenize_documents(Dataset.from_list(documents), tokenizer, max_length=WINDOW, chunk_size=CHUNK_SIZE)
+
+
+def build_big(num_chunks: int, folder: Path) -> tuple[RetroDatastore, Dataset]:
+    """A datastore of drawn keys with the index that the policy chooses, and its first documents as windows."""
+    write_store(folder, make_keys(num_chunks, 1))
+    store = RetroDatastore.load(folder / "store")
+    size = DOCUMENT * CHUNK_SIZE
+    windows = {
+        "input_ids": [store.shards[0].tokens[first : first + size].tolist() for first in range(0, 5000 * size, size)],
+        "document_id": [str(number) for number in range(5000)],
+        "window_start": [0] * 5000,
+    }
+    return store, Dataset.from_dict(windows)
+
+
+def measure(store: RetroDatastore, windows: Dataset, num_queries: int, rounds: int, folder: Path) -> dict:
+    per_window = len(windows[0]["input_ids"]) // CHUNK_SIZE
+    num_queries -= num_queries % per_window
+    windows.select(range(num_queries // per_window)).save_to_disk(folder / "windows")
     shard, rows = store.shards[0], np.arange(num_queries)
     queries, own = store.keys_of(rows), store.document_of(rows)
     parameters = store.manifest.index["search"]
@@ -99,7 +123,8 @@ def measure(factory: str, documents: list[dict], num_queries: int, rounds: int, 
         search = dict(parameters)
         if "k_factor" in search:
             search["k_factor"] = max(1.0, search["k_factor"] * NEIGHBORS / count)
-        return lambda: [search_index(shard.index, batch, count, search) for batch in batches(queries)]
+        prepared = search_parameters(shard.index, search)
+        return lambda: [search_index(shard.index, batch, count, prepared) for batch in batches(queries)]
 
     times: dict[str, list[float]] = {}
     shares = []
@@ -124,6 +149,7 @@ def measure(factory: str, documents: list[dict], num_queries: int, rounds: int, 
         shard_module.search_index = search_index
     rates = {name: round(num_queries / statistics.median(values), 1) for name, values in times.items()}
     return {
+        "chunks": store.num_chunks,
         "index": store.manifest.index,
         "queries": num_queries,
         "queries_per_core_second": rates,
@@ -141,19 +167,21 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     faiss.omp_set_num_threads(1)
-    words = np.random.default_rng(1).integers(1, WORDS, size=(DOCUMENTS, CHUNKS * CHUNK_SIZE))
-    documents = [{"id": f"d{n}", "text": " ".join(f"w{word}" for word in row)} for n, row in enumerate(words)]
     results = []
-    for factory, num_queries in (("Flat", 2048), ("IVF1024,PQ96x4fs,Refine(SQfp16)", 65536)):
+    stores: list[tuple[Callable[[Path], tuple[RetroDatastore, Dataset]], int]] = [
+        (partial(build, "Flat"), 2048),
+        (partial(build, "IVF1024,PQ96x4fs,Refine(SQfp16)"), 65_536),
+        (partial(build_big, 1_000_000), 65_536),
+    ]
+    for make, num_queries in stores:
         with tempfile.TemporaryDirectory() as folder:
-            results.append(measure(factory, documents, num_queries, options.rounds, Path(folder)))
+            results.append(measure(*make(Path(folder)), num_queries, options.rounds, Path(folder)))
         print(json.dumps(results[-1], indent=2), flush=True)
     packages = ("retro-hf", "faiss-cpu", "datasets", "numpy", "pyarrow")
     content = {
         "command": "python benchmarks/neighbors.py",
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, one thread used",
         "versions": {name: version(name) for name in packages} | {"python": platform.python_version()},
-        "chunks": DOCUMENTS * CHUNKS,
         "dim": DIM,
         "neighbors": NEIGHBORS,
         "rounds": options.rounds,
