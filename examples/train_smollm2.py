@@ -149,7 +149,7 @@ def main() -> None:
     add("--device", default="cpu")
     add("--minutes", type=float, help="break off after so many minutes")
     add("--prepare", action="store_true", help="make the datastores and windows only, which take no GPU")
-    add("--steps", type=int, default=1400)
+    add("--steps", type=int, default=1200)
     add("--batch-size", type=int, default=64, help=f"windows of up to {WINDOW} tokens")
     add("--learning-rate", type=float, default=1e-3)
     add("--random-neighbors", type=float, default=0.15, help="share of chunks trained with random neighbors")
