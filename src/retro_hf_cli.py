@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import os
 import sys
 from importlib.metadata import version
@@ -163,16 +164,29 @@ def inspect(
     opened = _load_datastore(store)
     if verify:
         opened.verify()
-    counts = {name: getattr(opened, name) for name in ("num_documents", "num_chunks", "num_tokens")}
-    manifest = counts | dataclasses.asdict(opened.manifest)
+    manifest = opened.manifest
     if as_json:
-        typer.echo(json.dumps(manifest, ensure_ascii=False))
+        counts = {name: getattr(opened, name) for name in ("num_documents", "num_chunks", "num_tokens")}
+        typer.echo(json.dumps(counts | dataclasses.asdict(manifest), ensure_ascii=False))
         return
-    files = manifest.pop("files")
-    for name, value in manifest.items():
-        typer.echo(f"{name:<20} {value}")
-    for file in files:
-        typer.echo(f"  {file['size'] / 1e6:>10.2f} MB  {file['name']}")
+    tokenizer, embedder = manifest.tokenizer, manifest.embedder
+    lines = {
+        "documents": f"{opened.num_documents:,}, of which deleted: {opened.num_deleted_documents:,}; left out as empty: "
+        f"{manifest.num_empty_documents:,}",
+        "chunks": f"{opened.num_chunks:,} of up to {manifest.chunk_size} tokens; a neighbor has up to {manifest.neighbor_size}",
+        "tokens": f"{opened.num_tokens:,} ({manifest.token_dtype})",
+        "tokenizer": f"{tokenizer['name']}, vocabulary {tokenizer['vocab_size']:,}, fingerprint {tokenizer['fingerprint'][:12]}",
+        "embedder": f"{embedder['name']}, {embedder['dim']} numbers per key, {embedder['pooling']} pooling, "
+        f"{embedder['dtype']}, fingerprint {embedder['fingerprint'][:12]}",
+        "index": "; ".join(_index_of(shard) for shard in manifest.shards),
+        "sources": "; ".join(" ".join(str(value) for value in one.values()) for one in manifest.sources)
+        or "not known",
+        "version": f"generation {manifest.generation}, format {manifest.format_version}, retro-hf {manifest.library_version}",
+    }
+    for name, value in lines.items():
+        typer.echo(f"{name:<10} {value}")
+    for file in manifest.files:
+        typer.echo(f"  {file.size / 1e6:>12,.2f} MB  {file.name}")
     typer.echo("all checksums match" if verify else "sizes match; --verify checks the content, too")
 
 
@@ -220,16 +234,23 @@ app.command(rich_help_panel=MODEL, epilog="retro evaluate model heldout.jsonl --
 
 
 def _tell_sizes() -> None:
-    """Show what the library says before long work."""
-    from transformers.utils import logging
-
-    logging.get_logger("retro_hf").setLevel(logging.INFO)
+    """Show what the library says before long work: sizes, times, and without a terminal each stage."""
+    logger = logging.getLogger("retro_hf")
+    logger.setLevel(logging.INFO)
+    if not logger.handlers:  # Python shows nothing below a warning by itself
+        logger.addHandler(logging.StreamHandler())
 
 
 def _size_of(datastore: Any) -> str:
     from retro_hf.errors import counted
 
     return f"{counted(datastore.num_documents, 'document')}, {counted(datastore.num_chunks, 'chunk')}"
+
+
+def _index_of(shard: Any) -> str:
+    recall = shard.index["recall"]
+    measured = "" if recall is None else f", recall {recall:.3f} measured"
+    return f"shard {shard.name}: {shard.num_chunks:,} chunks, {shard.index['factory']}{measured}"
 
 
 def _readable(argument: str) -> str:
@@ -273,8 +294,10 @@ def main() -> None:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         app()
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
-        if "--debug" in sys.argv:
+    except Exception as error:
+        package = sys.modules.get("retro_hf.errors")
+        explained = (ValueError, OSError, RuntimeError, ImportError, *([package.RetroError] if package else ()))
+        if "--debug" in sys.argv or not isinstance(error, explained):
             raise
         message = str(error)
         if (

@@ -18,8 +18,9 @@ from tiny_training import CHUNK_SIZE, make_model, make_world
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
+import retro_hf_cli
 from retro_hf import RetroDatastore
-from retro_hf.errors import DatasetError, DatastoreInputError, PretrainedNotFoundError, in_commands
+from retro_hf.errors import DatasetError, DatastoreInputError, PretrainedNotFoundError, RetroError, in_commands
 from retro_hf.evaluation import Evaluation
 from retro_hf_cli import app
 
@@ -28,9 +29,10 @@ from retro_hf_cli import app
 def same_loglevel():
     """Commands make the package talkative in this process, and other tests count its warnings."""
     logger = logging.getLogger("retro_hf")
-    before = logger.level
+    before, handlers = logger.level, list(logger.handlers)
     yield
     logger.setLevel(before)
+    logger.handlers = handlers
 
 
 @pytest.fixture(scope="module")
@@ -294,6 +296,9 @@ def test_bars_are_drawn_on_a_terminal_and_nowhere_else(world, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_DISABLE_PROGRESS_BARS"}
     piped = subprocess.run([*build, str(tmp_path / "1")], capture_output=True, text=True, check=True, env=environment)
     assert "%" not in piped.stdout + piped.stderr, piped.stderr
+    # The sizes before the work, and a line for each stage, so that a log shows where it is.
+    for line in ("Tokenizing", "8 chunks: ", "Embedding: 8 chunks", "Indexing (Flat): 8 chunks"):
+        assert any(row.startswith(line) for row in piped.stderr.splitlines()), piped.stderr
     screen, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))  # a new one has no columns
     with subprocess.Popen([*build, str(tmp_path / "2")], stdout=terminal, stderr=terminal, env=environment) as process:
@@ -383,3 +388,26 @@ def test_an_unfinished_build_is_named(world, tmp_path, command):
     (tmp_path / ".store.building").mkdir()
     with pytest.raises(FileNotFoundError, match=r"store' is not finished: .*\.store\.building'.* goes on from there"):
         retro(name, tmp_path / "store", *rest)
+
+
+def test_inspect_speaks_to_people(world):
+    """Numbers with separators and units, no Python literals; scripts have --json."""
+    printed = retro("inspect", world / "store")
+    store = RetroDatastore.load(world / "store")
+    assert f"chunks     {store.num_chunks:,} of up to {CHUNK_SIZE} tokens" in printed
+    assert f"shard 00000: {store.num_chunks:,} chunks, Flat" in printed
+    assert "{" not in printed and "None" not in printed
+
+
+def test_every_error_of_the_package_is_one_line(monkeypatch, capsys):
+    """Also those that are no ValueError, such as that of a worker which was killed."""
+
+    def build() -> None:
+        raise RetroError("A worker process ended. `RetroDatastore.build(...)` goes on from there.")
+
+    monkeypatch.setattr(retro_hf_cli, "app", build)
+    monkeypatch.setattr(typer.main, "get_command", lambda _: typer.main.get_group(app))
+    monkeypatch.setattr(sys, "argv", ["retro", "build"])
+    with pytest.raises(SystemExit, match="1"):
+        retro_hf_cli.main()
+    assert capsys.readouterr().err == "RetroError: A worker process ended. `retro build` goes on from there.\n"

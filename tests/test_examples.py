@@ -28,6 +28,19 @@ def test_a_real_checkpoint_is_retrofitted(tmp_path):
     assert done.stdout.count("loads again with the same weights: True") == 2
 
 
+@pytest.mark.slow
+def test_the_shipped_adapter_reads_what_its_base_does_not_know():
+    """SmolLM2 with `hub_configs/retro-smollm2-135m` writes the plagues of its datastore on; off it goes its own way."""
+    command = [sys.executable, "examples/generate_smollm2.py"]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=EXAMPLES.parent, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    off, on, *read = done.stdout.splitlines()
+    assert on.startswith("on: … and come into your house, and into your bedchamber, and on your bed")
+    assert off.startswith("off: …") and "bedchamber" not in off
+    assert len(read) == 3 and all("exodus_8_kjv.txt" in line for line in read)
+
+
 def test_a_finished_training_is_loaded_and_one_broken_off_goes_on(tmp_path, monkeypatch):
     """`Trainer` alone would take one more step after the last."""
     monkeypatch.syspath_prepend(str(EXAMPLES))

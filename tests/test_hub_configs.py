@@ -6,6 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
 from transformers import AutoConfig, GenerationConfig
 
 from retro_hf import RetroConfig, RetroDecoderConfig, RetroEncoderConfig
@@ -94,3 +95,23 @@ def test_the_smallest_preset_is_the_default():
     assert {k: v for k, v in preset.items() if k != "architectures"} == {
         k: v for k, v in default.items() if k != "architectures"
     }
+
+
+def test_the_adapter_is_small_and_says_what_it_is_worth():
+    """At most 40 MB, only what RETRO adds, and a card with the measured table."""
+    folder = FOLDER / "retro-smollm2-135m"
+    assert sum(file.stat().st_size for file in folder.glob("*.safetensors")) < 40e6
+    with safe_open(folder / "model.safetensors", "pt") as weights:
+        assert all(name.startswith("model.retro.") for name in weights.keys())  # noqa: SIM118
+        assert {weights.get_slice(name).get_dtype() for name in weights.keys()} == {"BF16"}  # noqa: SIM118
+    config = AutoConfig.from_pretrained(folder)
+    assert (
+        not config.save_backbone
+        and config.backbone_fingerprint
+        and not Path(config.backbone_name_or_path).is_absolute()
+    )
+    measured = json.loads((FOLDER.parent / "benchmarks" / "results" / "smollm2.json").read_text())
+    card = (folder / "README.md").read_text()
+    for name, result in measured.items():
+        for mode in result["modes"]:
+            assert f"{mode['bits_per_byte']:.4f}" in card, f"{name}, {mode['name']}"

@@ -208,6 +208,8 @@ def build_shards(
 
         def stage(number: int, calls: Iterable[Call], total: int | None, unit: str, desc: str) -> None:
             with progress_bar(options.show_progress, total=total, unit=unit, desc=desc) as progress:
+                if progress.disable:  # a log gets a line instead
+                    logger.info(desc if total is None else f"{desc}: {counted(total, unit)}")
                 run_stage(run, tasks, number, calls, progress)
 
         stage(0, tokenize_calls(), reader.total, "doc", "Tokenizing")
