@@ -175,8 +175,11 @@ def test_adapter_without_its_base(tmp_path):
     model = retrofitted(tmp_path / "base")
     model.save_pretrained(tmp_path / "model", save_backbone=False)
     (tmp_path / "base").rename(tmp_path / "elsewhere")
-    with pytest.raises(OSError, match=r"holds only what RETRO adds to .*base'.*`backbone_name_or_path`"):
+    with pytest.raises(OSError, match=r"holds only what RETRO adds to .*base'.*backbone_name_or_path="):
         AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    for cls in (AutoModelForCausalLM, RetroForCausalLM):
+        there = tmp_path / "elsewhere"
+        assert_same(cls.from_pretrained(tmp_path / "model", backbone_name_or_path=str(there)), model)
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     config["backbone_name_or_path"] = str(tmp_path / "elsewhere")
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
@@ -203,7 +206,7 @@ def test_adapter_with_an_empty_base(tmp_path):
     retrofitted(tmp_path / "base").save_pretrained(tmp_path / "model", save_backbone=False)
     for file in (tmp_path / "base").iterdir():
         file.unlink()
-    with pytest.raises(OSError, match=r"holds only what RETRO adds to '.*base'.*`backbone_name_or_path`"):
+    with pytest.raises(OSError, match=r"holds only what RETRO adds to '.*base'.*backbone_name_or_path="):
         AutoModelForCausalLM.from_pretrained(tmp_path / "model")
 
 

@@ -73,6 +73,7 @@ logger = logging.get_logger(__name__)
 
 # Where a checkpoint lies on the Hub; arguments of `from_pretrained`.
 _HUB_ARGUMENTS = ("revision", "cache_dir", "token", "local_files_only", "subfolder")
+_BACKBONE_FIELDS = {"backbone_name_or_path", "backbone_revision", "backbone_fingerprint"}
 _ATTACHED: Any = type("AttachedRetriever", (), {"__repr__": lambda self: "<the attached retriever>"})()
 
 
@@ -912,7 +913,8 @@ class RetroForCausalLM(RetroPreTrainedModel, GenerationMixin):
 
         Args:
             pretrained_model_name_or_path (`str` or `os.PathLike`): folder or Hub repository.
-            args, kwargs: as in [`~transformers.PreTrainedModel.from_pretrained`].
+            args, kwargs: as in [`~transformers.PreTrainedModel.from_pretrained`]; `backbone_name_or_path=` says where the
+                backbone of an adapter lies, if not where it was.
             config ([`RetroConfig`], *optional*): configuration to use instead of the saved one.
             retriever (`Callable`, *optional*): attached with `set_retriever`.
         """
@@ -920,6 +922,9 @@ class RetroForCausalLM(RetroPreTrainedModel, GenerationMixin):
         saved = config
         if config is None and pretrained_model_name_or_path is not None:
             saved = cls.config_class.from_pretrained(pretrained_model_name_or_path, **hub)
+            if not saved.save_backbone:
+                for name in _BACKBONE_FIELDS & kwargs.keys():
+                    setattr(saved, name, kwargs.pop(name))
         if pretrained_model_name_or_path is None or saved.save_backbone:
             model = super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
         else:
@@ -955,7 +960,8 @@ class RetroForCausalLM(RetroPreTrainedModel, GenerationMixin):
                 raise
             raise OSError(
                 f"'{path}' holds only what RETRO adds to '{name}' (revision {revision}), and that backbone cannot be loaded: "
-                f"{error} Make it available there, or set `backbone_name_or_path` in the folder's config.json."
+                f"{error} Make it available there, or say where it is: `from_pretrained(..., backbone_name_or_path=...)`, or in "
+                "the folder's config.json."
             ) from error
         expected = config.text_config.get_text_config(decoder=True)
         found = backbone.config.get_text_config(decoder=True)
@@ -1000,7 +1006,8 @@ def _folder_beside(path: str | os.PathLike, name: str) -> str:
     if not os.path.isdir(beside):
         raise OSError(
             f"'{path}' holds only what RETRO adds to the model in the folder '{name}', and neither that nor '{beside}' is "
-            f"there. Put it there, or set `backbone_name_or_path` in the config.json of '{path}'."
+            f"there. Put it there, or say where it is: `from_pretrained(..., backbone_name_or_path=...)`, or in the config.json "
+            f"of '{path}'."
         )
     logger.warning(f"There is no folder '{name}' any more; the backbone is read from '{beside}'.")
     return beside
