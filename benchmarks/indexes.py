@@ -62,6 +62,7 @@ def write_store(folder: Path, keys: np.ndarray) -> None:
 
     from retro_hf.datastore.manifest import DatastoreManifest
     from retro_hf.datastore.policy import IndexOptions, plan_index
+    from retro_hf.datastore.shard import hash_of_id
     from retro_hf.datastore.writer import DOCUMENT_SCHEMA, Piece, ShardWriter
 
     plan = plan_index(len(keys), DIM, IndexOptions())
@@ -74,7 +75,7 @@ def write_store(folder: Path, keys: np.ndarray) -> None:
             table = pa.table({name: names if name != "metadata" else [None] * count for name in DOCUMENT_SCHEMA.names})
             tokens = np.random.default_rng(start).integers(1, 50_000, size=len(part) * CHUNK).astype(np.uint16)
             sizes = np.full(count, DOCUMENT)
-            hashes = np.arange(start // DOCUMENT, start // DOCUMENT + count, dtype=np.uint64)
+            hashes = np.array([hash_of_id(name) for name in names], dtype=np.uint64)
             writer.add(Piece(tokens, sizes * CHUNK, sizes, hashes, part, table.cast(DOCUMENT_SCHEMA)))
         built = writer.finish(plan.factory, 0.95)
     seconds = time.process_time() - begin

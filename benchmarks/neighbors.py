@@ -92,6 +92,10 @@ def build(factory: str, folder: Path) -> tuple[RetroDatastore, Dataset]:
 def build_big(num_chunks: int, folder: Path) -> tuple[RetroDatastore, Dataset]:
     """A datastore of drawn keys with the index that the policy chooses, and its first documents as windows."""
     write_store(folder, make_keys(num_chunks, 1))
+    return open_big(folder)
+
+
+def open_big(folder: Path) -> tuple[RetroDatastore, Dataset]:
     store = RetroDatastore.load(folder / "store")
     size = DOCUMENT * CHUNK_SIZE
     windows = {

@@ -67,7 +67,7 @@ def test_flat_finds_what_exact_search_finds_at_every_batch_size(keys, queries, t
 def test_recall_of_other_kinds_is_what_was_measured(keys, queries, tmp_path, factory):
     built, index = build_and_open(keys, factory, tmp_path / "index")
     recall = built["recall"]
-    assert recall["at"] == 2 and recall["queries"] == 1000
+    assert recall["at"] == 2 and recall["queries"] == min(len(keys), 4000)
     if factory != "PQ8x4fs":  # Codes alone do not tell near neighbors apart.
         assert recall["value"] >= 0.95
     scores, ids = search_index(index, queries, 2, search_parameters(index, built["search"]))
