@@ -58,12 +58,11 @@ def push(
         [`~huggingface_hub.CommitInfo`]: its `oid` is the `revision` that pins what was pushed.
     Raises:
         DatastoreCorruptError: if the folder is damaged; nothing has been uploaded.
-        DatastoreInputError: if the token may not write there, or there is none; if the Hub cannot be reached; or if
-            `repo_id` is no name of a repository.
+        DatastoreInputError: if the token may not write there, or there is none; if the Hub cannot be reached, or the connection
+            is lost; or if `repo_id` is no name of a repository.
     """
     datastore.refresh()
     datastore.verify()
-    manifest = datastore.manifest
     api = HfApi(token=token)
     try:
         repo_id = api.create_repo(repo_id, repo_type=_REPO_TYPE, private=private, exist_ok=True).repo_id
@@ -84,13 +83,36 @@ def push(
             f"The Hub could not be reached to push to {repo_id!r}: {error} Nothing was uploaded. Make the same call again with a "
             "connection, and without HF_HUB_OFFLINE=1."
         ) from error
+    try:
+        return _commit(api, repo_id, datastore, revision, commit_message, settings or {})
+    except (HTTPError, RuntimeError) as error:
+        # What the Hub answers speaks for itself; the client wraps what stops the upload of a file.
+        if isinstance(error, HfHubHTTPError) or isinstance(error.__cause__, HfHubHTTPError):
+            raise
+        raise DatastoreInputError(
+            f"The push to {repo_id!r} broke off: {error.__cause__ or error} The files that have arrived are kept there, and "
+            "readers see what was there before until the commit, which is the last step. With a connection, the same call "
+            "again goes on with the files that are missing."
+        ) from error
+
+
+def _commit(
+    api: HfApi,
+    repo_id: str,
+    datastore: RetroDatastore,
+    revision: str | None,
+    commit_message: str | None,
+    settings: dict[str, bytes],
+) -> CommitInfo:
+    """Upload what a repository lacks of a datastore, and commit it. See [`push`] for the arguments."""
+    manifest = datastore.manifest
     if revision is not None and not revision.startswith("refs/pr/"):
         api.create_branch(repo_id, repo_type=_REPO_TYPE, branch=revision, exist_ok=True)
     head = str(api.repo_info(repo_id, repo_type=_REPO_TYPE, revision=revision).sha)
     tree = api.list_repo_tree(repo_id, repo_type=_REPO_TYPE, revision=head)
     there = {file.path: file for file in tree if isinstance(file, RepoFile)}
     new = [file for file in manifest.files if not _is_same(there.get(file.name), file)]
-    content = {MANIFEST_NAME: manifest.to_bytes(), **(settings or {})}
+    content = {MANIFEST_NAME: manifest.to_bytes(), **settings}
     # The card is made and checked here, so that nothing about it can stop the commit.
     card = make_card(api, repo_id, head if CARD_NAME in there else None, manifest)
     if card is not None:
