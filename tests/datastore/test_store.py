@@ -1,5 +1,6 @@
 """RetroDatastore: what is built is what was given, it travels, and building is atomic and repeatable."""
 
+import functools
 import inspect
 import multiprocessing
 import os
@@ -208,7 +209,7 @@ def test_a_taken_path_is_refused_before_any_work(tmp_path, tokenizer, embedder):
         (
             [{"id": "x", "text": "a"}, {"id": "x", "text": "b"}],
             {},
-            "Two documents have the id 'x': number 0 and number 1",
+            "Two documents have the id 'x': Document 0 and Document 1",
         ),
         ([{"id": "1", "text": "a"}, "b"], {}, "Two documents have the id '1'"),
     ],
@@ -218,6 +219,18 @@ def test_bad_input_leaves_nothing_behind(documents, options, message, tmp_path, 
     with pytest.raises(DatastoreInputError, match=message):
         RetroDatastore.build(documents, tmp_path / "store", tokenizer=tokenizer, embedder=embedder, **options)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_id_that_comes_twice_is_named_with_both_places(tmp_path, tokenizer, embedder):
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (texts / "a.jsonl").write_text('{"id": "x", "text": "a"}\n\n{"id": "y", "text": "b"}\n')
+    (texts / "b.jsonl").write_text('{"id": "z", "text": "c"}\n{"id": "y", "text": "d"}\n')
+    build = functools.partial(RetroDatastore.build, path=tmp_path / "store", tokenizer=tokenizer, embedder=embedder)
+    with pytest.raises(DatastoreInputError, match=r"the id 'y': a\.jsonl:3 and b\.jsonl:2\. "):
+        build(texts)
+    with pytest.raises(DatastoreInputError, match="the id 'y': number 1 .* and number 3 .*counted from 0"):
+        build({"id": id, "text": "a"} for id in "xyzy")
 
 
 def test_empty_documents_are_told_in_one_line(tokenizer, embedder, caplog):

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -213,7 +214,7 @@ def build_shards(
                 run_stage(run, tasks, number, calls, progress)
 
         stage(0, tokenize_calls(), reader.total, "doc", "Tokenizing")
-        blocks, counts, num_wordless = _counted(work, blocks, size)
+        blocks, counts, num_wordless = _counted(work, blocks, size, documents)
         num_empty = reader.num_empty + num_wordless
         _tell_input(len(blocks), num_empty, reader)
         if taken is not None:
@@ -239,7 +240,7 @@ def build_shards(
     return [BuiltShard.read(write.output(*call.args)) for call in shard_calls], reader.sources, num_empty
 
 
-def _counted(work: Path, blocks: list[Block], chunk_size: int) -> tuple[list[Block], list[int], int]:
+def _counted(work: Path, blocks: list[Block], chunk_size: int, documents: Any) -> tuple[list[Block], list[int], int]:
     """The blocks that have chunks, how many each, and how many documents had no token; refuses ids that come twice."""
     counts, hashes, num_wordless = [], [], 0
     kept = []
@@ -251,11 +252,11 @@ def _counted(work: Path, blocks: list[Block], chunk_size: int) -> tuple[list[Blo
             counts.append(summary.num_chunks)
             hashes.append(summary.id_hashes)
     if hashes:
-        _check_ids(work, kept, hashes)
+        _check_ids(work, kept, hashes, documents)
     return kept, counts, num_wordless
 
 
-def _check_ids(work: Path, blocks: list[Block], hashes: list[np.ndarray]) -> None:
+def _check_ids(work: Path, blocks: list[Block], hashes: list[np.ndarray], documents: Any) -> None:
     owner = np.repeat(np.arange(len(hashes)), [len(part) for part in hashes])
     everything = np.concatenate(hashes)
     order = np.argsort(everything, kind="stable")
@@ -268,10 +269,16 @@ def _check_ids(work: Path, blocks: list[Block], hashes: list[np.ndarray]) -> Non
             for row in rows
         )
         if first["id"] == second["id"]:
+            # Read again for the file and line; an iterator has been used up.
+            places = list(islice((one.where for one in DocumentReader(documents) if one.id == first["id"]), 2))
+            if len(places) < 2:
+                places = [
+                    f"number {rows[0]} (source {first['source']!r})",
+                    f"number {rows[1]} (source {second['source']!r}), counted from 0 without those that are empty",
+                ]
             raise DatastoreInputError(
-                f"Two documents have the id {first['id']!r}: number {rows[0]} and number {rows[1]}, counted from 0 without "
-                f"those that are empty, from the sources {first['source']!r} and {second['source']!r}. Documents are found, "
-                "excluded and deleted by id: make the ids unique, or leave them out."
+                f"Two documents have the id {first['id']!r}: {' and '.join(places)}. Documents are found, excluded and "
+                "deleted by id: make the ids unique, or leave them out."
             )
 
 
