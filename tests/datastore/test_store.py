@@ -205,6 +205,8 @@ def test_a_taken_path_is_refused_before_any_work(tmp_path, tokenizer, embedder):
         ),
         (["a"], {"index": "PQ8"}, r"trained on at least 256 chunks.*Flat"),
         (["a"], {"index": "PCAR16,Flat"}, r"trained on at least 16 chunks.*Flat"),
+        (["a"], {"index": "IVF0,Flat"}, "'IVF0,Flat' has no list"),
+        (["a"], {"index": "PCA512,Flat"}, r"keeps 512 dimensions of vectors that have \d+\."),
         (["a"], {"index": None}, "index is of type NoneType"),
         (
             [{"id": "x", "text": "a"}, {"id": "x", "text": "b"}],

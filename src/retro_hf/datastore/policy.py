@@ -195,6 +195,17 @@ def check_factory(factory: str, num_chunks: int | None, dim: int) -> None:
         raise DatastoreInputError(
             f"The index {factory!r} has ids of its own, but chunks are numbered already. Leave IDMap out."
         )
+    # FAISS takes these strings, and fails once it is trained or searched.
+    if re.search(r"IVF0+(?!\d)", factory):
+        raise DatastoreInputError(
+            f"The index {factory!r} has no list to put a chunk in. Write IVF1 or more, or use index='auto'."
+        )
+    wide = max([0, *map(int, re.findall(r"PCA[WR]*(\d+)", factory))])
+    if wide > dim:
+        raise DatastoreInputError(
+            f"The index {factory!r} keeps {wide} dimensions of vectors that have {dim}. Write a number below {dim} after PCA, "
+            "or leave it out."
+        )
     needed = training_points(factory)
     if num_chunks is not None and num_chunks < needed:
         raise DatastoreInputError(
