@@ -12,8 +12,9 @@ import pytest
 
 from retro_hf.datastore import ChunkEmbedder, RetroDatastore
 from retro_hf.datastore import blocks as blocks_module
+from retro_hf.datastore import build as build_module
 from retro_hf.datastore.executors import RankExecutor
-from retro_hf.errors import DatastoreExistsError, DatastoreInputError, DatastoreWriteError
+from retro_hf.errors import DatastoreExistsError, DatastoreInputError, DatastoreWriteError, RetroError
 
 from .fixtures import corpus
 from .test_store import content_of
@@ -145,6 +146,22 @@ def test_two_processes_make_the_same_store_as_one(tmp_path, tokenizer, encoder_f
 
 def _build_as_rank(rank, path, tokenizer, embedder):
     build(path, tokenizer, embedder, shard_chunks=100, executor=RankExecutor(rank, 3, timeout=60))
+
+
+def test_a_killed_worker_is_told_and_what_was_done_is_kept(tmp_path, tokenizer, embedder, monkeypatch):
+    stage = build_module.run_stage
+
+    def killing(run, tasks, task, *rest):
+        if task == 1:
+            multiprocessing.active_children()[0].kill()
+        stage(run, tasks, task, *rest)
+
+    with monkeypatch.context() as patched, pytest.raises(RetroError, match="worker process ended.*same call goes on"):
+        patched.setattr(build_module, "run_stage", killing)
+        build(tmp_path / "store", tokenizer, embedder, executor=2)
+    assert not (tmp_path / "store").exists()
+    assert len(list((tmp_path / ".store.building").glob("tokens-*"))) == 8
+    assert build(tmp_path / "store", tokenizer, embedder).num_documents == 40
 
 
 def test_ranks_of_a_job_make_one_store_together(tmp_path, tokenizer, embedder):

@@ -21,7 +21,6 @@ from transformers.utils import logging
 from ..errors import (
     DatastoreExistsError,
     DatastoreInputError,
-    DatastoreWriteError,
     RetroError,
     counted,
 )
@@ -115,7 +114,8 @@ def work_folder(path: Path, *, helps: bool = False) -> Iterator[Path]:
     try:
         yield folder
     except BaseException as error:
-        bad_input = isinstance(error, RetroError) and not isinstance(error, DatastoreWriteError)
+        # A full disk or a worker that was killed is no fault of the input.
+        bad_input = isinstance(error, RetroError) and isinstance(error, (ValueError, FileNotFoundError))
         done = "keys-*" if bad_input else "[kst]*-*"
         kept = any(folder.glob(done))
         if kept:
