@@ -40,7 +40,7 @@ logger = logging.get_logger(__name__)
 
 _RECALL_AT = 2
 _RECALL_QUERIES = 4000
-_RECALL_MARGIN = 0.006
+_RECALL_MARGIN = 0.008
 # Lists read while the number of re-scored candidates is chosen.
 _TUNING_LISTS = 256
 _WORTHWHILE_GAIN = 0.005
@@ -173,7 +173,7 @@ def _tune(
     of the last exact neighbor: copies of a chunk are as good as the chunk.
     """
     num_chunks = len(keys)
-    # Two standard errors of what 4,000 queries measure, so that other queries reach the target, too.
+    # Two standard errors of what 4,000 queries measure are 0.007: other queries should reach the target, too.
     sure = min(1.0, target + _RECALL_MARGIN)
     num_queries, at = min(_RECALL_QUERIES, num_chunks), min(_RECALL_AT, num_chunks - 1)
     rows = np.sort(generator.choice(num_chunks, size=num_queries, replace=False))
