@@ -60,6 +60,8 @@ def main() -> None:
         print(
             f"{name}: …{tokenizer.decode(output.sequences[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)}"
         )
+    if not output.retrieval_trace[0]:
+        print(f"Nothing was looked up: no chunk of {model.config.chunk_size} tokens is full. Give a longer prompt.")
     for chunk in output.retrieval_trace[0]:
         best = chunk["neighbors"][0]
         print(
