@@ -8,11 +8,12 @@ are retrieved for a question; the questions and articles of the test are never i
 end the same weights answer some test questions with the retrieved passages, with those of another question, and with none;
 `benchmarks/real_questions.py` measures all of it.
 
-Everything is resumed: what lies in `--output` is not computed again, and training goes on from its last checkpoint.
-`--minutes` breaks off after so many minutes, to be continued by the same command.
+Everything is resumed: what lies in `--output` is not computed again, and training goes on from its last checkpoint; what is
+trained already lies in `model`. `--minutes` breaks off after so many minutes, to be continued by the same command.
 """
 
 import argparse
+import json
 import random
 import time
 from functools import cached_property
@@ -215,6 +216,7 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     add("--test-descriptions", type=int, default=64, help="description questions to test on, at most")
     add("--watch-steps", type=int, default=100)
     add("--eval-batch-size", type=int, default=16)
+    add("--start", type=Path, help="what was trained before, to go on from: the `model` of another output folder")
     add("--seed", type=int, default=0)
     return parser
 
@@ -234,10 +236,22 @@ class Run:
             chunk_size=CHUNK_SIZE,
             neighbor_size=NEIGHBOR_SIZE,
             cross_attention_layers=CROSS_ATTENTION_LAYERS,
-        ).to(args.device)
+        )
         self.parameters = parameter_report(self.model)
-        self.log = train(self)
-        self.clock.check()
+        trained = args.output / "model"
+        start = trained if trained.exists() else args.start
+        if start:
+            before = RetroForCausalLM.from_pretrained(start, backbone_name_or_path=base_folder)
+            self.model.model.retro.load_state_dict(before.model.retro.state_dict())
+        self.model.to(args.device)
+        if not trained.exists():
+            log = train(self)
+            self.clock.check()
+            partial = trained.with_suffix(".partial")
+            self.model.save_pretrained(partial, save_backbone=False)
+            (partial / "training.json").write_text(json.dumps(log, indent=1) + "\n")
+            partial.replace(trained)
+        self.log = json.loads((trained / "training.json").read_text())
         # From here on nothing is trained. PyTorch copies a frozen head once per row when `generate` begins (`matmul` folds
         # rows only if the weight requires a gradient), 100 times slower than need be.
         self.model.model.retro.to(torch.bfloat16)
@@ -280,9 +294,7 @@ class Run:
 
 def main() -> None:
     """Prepare, train, save, and answer."""
-    args = arguments(__doc__).parse_args()
-    run = Run(args)
-    run.model.save_pretrained(args.output / "model", save_backbone=False)
+    run = Run(arguments(__doc__).parse_args())
     rows = run.questions("test").shuffle(seed=0).select(range(32))
     result = run.answers(rows, *MODES)
     for row, on, off in zip(rows, result.predictions["on"], result.predictions["off"], strict=True):

@@ -177,9 +177,9 @@ def test_adapter_without_its_base(tmp_path):
     (tmp_path / "base").rename(tmp_path / "elsewhere")
     with pytest.raises(OSError, match=r"holds only what RETRO adds to .*base'.*backbone_name_or_path="):
         AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-    for cls in (AutoModelForCausalLM, RetroForCausalLM):
-        there = tmp_path / "elsewhere"
-        assert_same(cls.from_pretrained(tmp_path / "model", backbone_name_or_path=str(there)), model)
+    there = tmp_path / "elsewhere"
+    for cls, name in ((AutoModelForCausalLM, str(there)), (RetroForCausalLM, str(there)), (RetroForCausalLM, there)):
+        assert_same(cls.from_pretrained(tmp_path / "model", backbone_name_or_path=name), model)
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     config["backbone_name_or_path"] = str(tmp_path / "elsewhere")
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))

@@ -924,7 +924,8 @@ class RetroForCausalLM(RetroPreTrainedModel, GenerationMixin):
             saved = cls.config_class.from_pretrained(pretrained_model_name_or_path, **hub)
             if not saved.save_backbone:
                 for name in _BACKBONE_FIELDS & kwargs.keys():
-                    setattr(saved, name, kwargs.pop(name))
+                    value = kwargs.pop(name)
+                    setattr(saved, name, os.fspath(value) if isinstance(value, os.PathLike) else value)
         if pretrained_model_name_or_path is None or saved.save_backbone:
             model = super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
         else:
