@@ -7,7 +7,7 @@ The weights stay the same, the source changes: passages retrieved (on), the righ
 (random), none (off: the base itself, bit for bit). Beside them the base with a passage in its prompt, and a rule without
 any model. Then years, and titles, of half of the test articles are changed in the datastore, and the questions asked again.
 
-Writes benchmarks/results/real_questions.json and docs/results/real_questions.png. Options and resuming as in
+Writes benchmarks/results/real_questions.json (or `--results`) and docs/results/real_questions.png. Options and resuming as in
 `examples/retrofit_qa.py`.
 """
 
@@ -35,7 +35,7 @@ from retro_hf.training import retrieve_passages  # noqa: E402
 
 
 RESULTS = Path("benchmarks/results/real_questions.json")
-PICTURE = Path("docs/results/real_questions.png")
+PICTURES = Path("docs/results")
 
 
 def kept(path: Path, clock: Clock, make: Callable[[], list[str]]) -> list[str]:
@@ -236,7 +236,9 @@ def draw_curves(log: list[dict], path: Path) -> None:
 
 def main() -> None:
     """Answer, swap, and write the results."""
-    args = arguments(__doc__).parse_args()
+    parser = arguments(__doc__)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    args = parser.parse_args()
     run = Run(args)
     rows = run.questions("test")
     answers = answers_of(run)
@@ -259,8 +261,8 @@ def main() -> None:
             (em, f1), (low, high) = (row[score]["mean"] for score in row), row["exact_match"]["interval"]
             print(f"{name:42}{em:5.1f}  [{low:5.1f}, {high:5.1f}]  {f1:5.1f}")
     print(json.dumps(swaps, indent=1))
-    RESULTS.write_text(json.dumps(results | {"swap": swaps, "log": run.log}, indent=1) + "\n")
-    draw_curves(run.log, PICTURE)
+    args.results.write_text(json.dumps(results | {"swap": swaps, "log": run.log}, indent=1) + "\n")
+    draw_curves(run.log, PICTURES / args.results.with_suffix(".png").name)
 
 
 if __name__ == "__main__":
