@@ -103,7 +103,7 @@ def test_only_what_has_changed_is_done_again(tmp_path, tokenizer, embedder, monk
     assert again.num_chunks == store.num_chunks
 
 
-def _build_and_die(path, tokenizer, embedder, after):
+def _build_and_die(path, tokenizer, embedder, after, shard_chunks=1000):
     """A child process that dies before its `after`-th file appears."""
     replace, calls = os.replace, []
 
@@ -114,7 +114,7 @@ def _build_and_die(path, tokenizer, embedder, after):
         return replace(*args)
 
     os.replace = dying
-    build(path, tokenizer, embedder)
+    build(path, tokenizer, embedder, shard_chunks=shard_chunks)
     os._exit(0)
 
 
@@ -236,6 +236,38 @@ def test_shards_are_of_about_the_same_size_and_searched_as_one(built, tmp_path, 
         np.testing.assert_allclose(scores, expected, atol=1e-6)
         # Short chunks of different documents may be the same text.
         assert (found == expected_ids).mean() > 0.97
+
+
+def test_a_shard_holds_no_more_than_it_may_however_large_the_blocks(tmp_path, tokenizer, embedder, monkeypatch):
+    """Blocks are divided between shards, documents are not."""
+    monkeypatch.undo()
+    whole = build(tmp_path / "whole", tokenizer, embedder)
+    documents = np.diff(whole.shards[0].doc_offsets)
+    for limit in (100, 30, 5):
+        store = build(tmp_path / str(limit), tokenizer, embedder, shard_chunks=limit)
+        for shard in store.shards:
+            assert shard.num_chunks <= limit or shard.num_documents == 1
+        assert len(store.shards) <= 2 * -(-whole.num_chunks // limit)
+        np.testing.assert_array_equal(
+            np.concatenate([np.diff(shard.doc_offsets) for shard in store.shards]), documents
+        )
+        ids = np.arange(whole.num_chunks)
+        np.testing.assert_array_equal(store.gather(ids)[0], whole.gather(ids)[0])
+        np.testing.assert_array_equal(store.keys_of(ids), whole.keys_of(ids))
+        assert [store.document(number) for number in range(40)] == corpus()
+
+
+@pytest.mark.parametrize("after", [4, 7])
+def test_a_build_of_many_shards_killed_over_and_over_ends_with_the_same_bytes(tmp_path, tokenizer, embedder, after):
+    whole = build(tmp_path / "whole", tokenizer, embedder, shard_chunks=30)
+    while not (tmp_path / "store").exists():
+        child = multiprocessing.get_context("fork").Process(
+            target=_build_and_die, args=(tmp_path / "store", tokenizer, embedder, after, 30)
+        )
+        child.start()
+        child.join(60)
+        assert child.exitcode in (0, 9)
+    assert content_of(tmp_path / "store") == content_of(whole.path)
 
 
 def test_a_stream_is_read_once_and_not_held(tmp_path, tokenizer, embedder):

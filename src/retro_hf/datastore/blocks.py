@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Block",
+    "BlockPart",
     "BlockSummary",
     "EmbedBlock",
     "TokenBlock",
@@ -60,10 +61,21 @@ class Block(NamedTuple):
     digest: str
 
 
-class BlockSummary(NamedTuple):
-    """What is asked of a tokenized block before the rest: `id_hashes` (uint64) are those of the documents it keeps."""
+class BlockPart(NamedTuple):
+    """Some documents of a tokenized block in a row: from place `first` up to `last`, without it."""
 
-    num_chunks: int
+    block: Block
+    first: int
+    last: int
+
+
+class BlockSummary(NamedTuple):
+    """What is asked of a tokenized block before the rest, of the documents it keeps.
+
+    Their `counts` of chunks (int64) and `id_hashes` (uint64), and how many others were left out for lack of tokens.
+    """
+
+    counts: np.ndarray
     id_hashes: np.ndarray
     num_wordless: int
 
@@ -138,10 +150,8 @@ def read_token_block(folder: Path, block: Block) -> TokenBlock:
 def read_summary(folder: Path, block: Block, chunk_size: int) -> BlockSummary:
     """Read of what [`TokenizeBlock`] wrote all but the tokens."""
     with safe_open(_tokens_path(folder, block), framework="np") as file:
-        (num_tokens,) = file.get_slice("tokens").get_shape()
-        return BlockSummary(
-            num_tokens // chunk_size, file.get_tensor("id_hashes"), int(file.metadata()["num_wordless"])
-        )
+        counts = num_chunks_of(file.get_tensor("lengths"), chunk_size)
+        return BlockSummary(counts, file.get_tensor("id_hashes"), int(file.metadata()["num_wordless"]))
 
 
 @dataclass(frozen=True)
@@ -232,14 +242,17 @@ class EmbedBlock:
         with complete_file(self.output(block)) as path, path.open("wb") as file:
             np.save(file, vectors.astype(np.float16))
 
-    def piece(self, block: Block) -> Piece:
-        """The finished block, to be written into a shard."""
-        tokens = read_token_block(self.folder, block)
+    def piece(self, part: BlockPart) -> Piece:
+        """Documents of a finished block, to be written into a shard."""
+        tokens = read_token_block(self.folder, part.block)
+        counts = num_chunks_of(tokens.lengths, self.chunk_size)
+        start, stop = (int(counts[:place].sum()) for place in (part.first, part.last))
+        documents = slice(part.first, part.last)
         return Piece(
-            tokens=tokens.tokens,
-            lengths=tokens.lengths,
-            counts=num_chunks_of(tokens.lengths, self.chunk_size),
-            hashes=tokens.id_hashes,
-            keys=np.load(self.output(block), mmap_mode="r", allow_pickle=False),
-            documents=pq.read_table(documents_path(self.folder, block)),
+            tokens=tokens.tokens[start * self.chunk_size : stop * self.chunk_size],
+            lengths=tokens.lengths[documents],
+            counts=counts[documents],
+            hashes=tokens.id_hashes[documents],
+            keys=np.load(self.output(part.block), mmap_mode="r", allow_pickle=False)[start:stop],
+            documents=pq.read_table(documents_path(self.folder, part.block)).slice(part.first, part.last - part.first),
         )

@@ -26,6 +26,7 @@ from ..errors import (
 )
 from .blocks import (
     Block,
+    BlockPart,
     EmbedBlock,
     TokenizeBlock,
     batches,
@@ -219,20 +220,18 @@ def build_shards(
         _tell_input(len(blocks), num_empty, reader)
         if taken is not None:
             _check_taken(work, blocks, taken)
-        total = sum(counts)
-        groups = list(_groups(blocks, counts, options.shard_chunks))
-        sizes = [sum(count for _, count in group) for group in groups]
+        groups, sizes = _groups(blocks, counts, options.shard_chunks)
+        total = sum(sizes)
         # Planned before the long part of the work, so that what cannot be built is refused first.
         plans = [plan_index(size, embedder.dim, options.index, total) for size in sizes]
         tell_plan(total, embedder, plans, options.batch_size)
 
-        calls = [Call(count, (block,)) for block, count in zip(blocks, counts, strict=True)]
+        calls = [Call(int(part.sum()), (block,)) for block, part in zip(blocks, counts, strict=True)]
         stage(1, calls, total, "chunk", "Embedding")
 
         shard_calls = []
-        for number, (group, count, plan) in enumerate(zip(groups, sizes, plans, strict=True)):
-            name, members = f"{first_shard + number:05d}", tuple(block for block, _ in group)
-            shard_calls.append(Call(count, (name, plan.factory, members)))
+        for number, (group, size, plan) in enumerate(zip(groups, sizes, plans, strict=True)):
+            shard_calls.append(Call(size, (f"{first_shard + number:05d}", plan.factory, group)))
         kinds = " + ".join(dict.fromkeys(plan.factory for plan in plans))
         stage(2, shard_calls, total, "chunk", f"Indexing ({kinds})")
     if not executor.is_main:
@@ -240,16 +239,18 @@ def build_shards(
     return [BuiltShard.read(write.output(*call.args)) for call in shard_calls], reader.sources, num_empty
 
 
-def _counted(work: Path, blocks: list[Block], chunk_size: int, documents: Any) -> tuple[list[Block], list[int], int]:
-    """The blocks that have chunks, how many each, and how many documents had no token; refuses ids that come twice."""
+def _counted(
+    work: Path, blocks: list[Block], chunk_size: int, documents: Any
+) -> tuple[list[Block], list[np.ndarray], int]:
+    """The blocks that have chunks, the chunks of each document, and how many had no token; refuses ids that come twice."""
     counts, hashes, num_wordless = [], [], 0
     kept = []
     for block in blocks:
         summary = read_summary(work, block, chunk_size)
         num_wordless += summary.num_wordless
-        if summary.num_chunks:
+        if len(summary.counts):
             kept.append(block)
-            counts.append(summary.num_chunks)
+            counts.append(summary.counts)
             hashes.append(summary.id_hashes)
     if hashes:
         _check_ids(work, kept, hashes, documents)
@@ -313,38 +314,57 @@ def _tell_input(num_blocks: int, num_empty: int, reader: DocumentReader) -> None
         )
 
 
-def _groups(blocks: list[Block], counts: list[int], shard_chunks: int) -> Iterator[list[tuple[Block, int]]]:
-    """Blocks by shards of about equal size, each of at most `shard_chunks` chunks unless a single block has more."""
-    total = sum(counts)
-    limit = -(-total // (-(-total // shard_chunks)))
-    group: list[tuple[Block, int]] = []
-    for block, count in zip(blocks, counts, strict=True):
-        if group and sum(c for _, c in group) + count > limit:
-            yield group
-            group = []
-        group.append((block, count))
-    yield group
+def _groups(
+    blocks: list[Block], counts: list[np.ndarray], shard_chunks: int
+) -> tuple[list[tuple[BlockPart, ...]], list[int]]:
+    """Documents by shards of about equal size, and that size.
+
+    A shard has at most `shard_chunks` chunks, unless it is of a single document that has more.
+    """
+    starts = np.cumsum([0, *(len(part) for part in counts)])
+    before = np.cumsum([0, *np.concatenate(counts)])  # chunks before each document, and in all
+    total, num_documents = int(before[-1]), len(before) - 1
+    aim = -(-total // -(-total // shard_chunks))
+    groups, sizes, first = [], [], 0
+    while first < num_documents:
+        reached = int(np.searchsorted(before, before[first] + aim))
+        fitting = int(np.searchsorted(before, before[first] + shard_chunks, side="right")) - 1
+        last = min(max(first + 1, min(reached, fitting)), num_documents)
+        here = range(int(np.searchsorted(starts, first, side="right")) - 1, int(np.searchsorted(starts, last)))
+        groups.append(
+            tuple(
+                BlockPart(
+                    blocks[place],
+                    max(first - int(starts[place]), 0),
+                    min(last, int(starts[place + 1])) - int(starts[place]),
+                )
+                for place in here
+            )
+        )
+        sizes.append(int(before[last] - before[first]))
+        first = last
+    return groups, sizes
 
 
 @dataclass(frozen=True)
 class WriteShard:
-    """Stage 3: the blocks of one shard joined, and an index over their keys."""
+    """Stage 3: the documents of one shard joined, and an index over their keys."""
 
     folder: Path
     embed: EmbedBlock
     recall: float
 
-    def output(self, name: str, factory: str, blocks: tuple[Block, ...]) -> Path:
+    def output(self, name: str, factory: str, parts: tuple[BlockPart, ...]) -> Path:
         """The folder of the shard."""
-        keys = [self.embed.output(block).name for block in blocks]
+        keys = [f"{self.embed.output(part.block).name} {part.first} {part.last}" for part in parts]
         return self.folder / f"shard-{name}-{digest_of(factory, str(self.recall), *keys)}"
 
-    def __call__(self, name: str, factory: str, blocks: tuple[Block, ...]) -> None:
+    def __call__(self, name: str, factory: str, parts: tuple[BlockPart, ...]) -> None:
         """Write the shard."""
-        dtype = read_token_block(self.folder, blocks[0]).tokens.dtype
-        with ShardWriter(self.output(name, factory, blocks), name, dtype, self.embed.embedder.dim) as writer:
-            for block in blocks:
-                writer.add(self.embed.piece(block))
+        dtype = read_token_block(self.folder, parts[0].block).tokens.dtype
+        with ShardWriter(self.output(name, factory, parts), name, dtype, self.embed.embedder.dim) as writer:
+            for part in parts:
+                writer.add(self.embed.piece(part))
             writer.finish(factory, self.recall)
 
 

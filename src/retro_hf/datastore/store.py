@@ -102,7 +102,8 @@ class RetroDatastore:
             memory_budget (`float` or `str`, *optional*): what the index may keep in memory when searched: bytes, or a text
                 such as `"4GB"` or `"1.5 GiB"`. It chooses the kind of index; what does not fit is refused before any work is spent.
             batch_size (`int`, defaults to 64): chunks per forward pass of the embedder.
-            shard_chunks (`int`, defaults to 67,108,864): chunks per shard at most. Memory while building is bounded by a
+            shard_chunks (`int`, defaults to 67,108,864): chunks per shard at most; only a single document with more has
+                a larger one. Memory while building is bounded by a
                 shard's index; a cluster searches shards on different machines.
             executor (`int` or [`Executor`], defaults to 1): number of processes on this machine, a
                 [`RankExecutor`] under torchrun or Slurm, or a [`RayExecutor`].
