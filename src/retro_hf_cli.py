@@ -249,7 +249,13 @@ def _size_of(datastore: Any) -> str:
 
 def _index_of(shard: Any) -> str:
     recall = shard.index["recall"]
-    measured = "" if recall is None else f", recall {recall:.3f} measured"
+    measured = (
+        ""
+        if recall is None
+        else (
+            f", recall {recall['value']:.3f} (of {recall['at']}, measured with {recall['queries']:,} of its own chunks as queries)"
+        )
+    )
     return f"shard {shard.name}: {shard.num_chunks:,} chunks, {shard.index['factory']}{measured}"
 
 

@@ -322,7 +322,7 @@ def _groups(
     A shard has at most `shard_chunks` chunks, unless it is of a single document that has more.
     """
     starts = np.cumsum([0, *(len(part) for part in counts)])
-    before = np.cumsum([0, *np.concatenate(counts)])  # chunks before each document, and in all
+    before = np.cumsum(np.concatenate([[0], *counts]))  # chunks before each document, and in all
     total, num_documents = int(before[-1]), len(before) - 1
     aim = -(-total // -(-total // shard_chunks))
     groups, sizes, first = [], [], 0

@@ -78,7 +78,7 @@ class ShardEntry:
         stream_length: tokens in its stream, padding included.
         max_token_id: the largest id in its stream.
         index: `factory` (FAISS), `search` (its search parameters), `recall` (None where the index is exact, else
-            `at`, `value`, `queries`: the share of the exact neighbors found).
+            `at`, `value`, `queries`: the share of the exact neighbors that this many of its own keys find).
     """
 
     name: str

@@ -98,7 +98,8 @@ class RetroDatastore:
             index (`str`, defaults to `"auto"`): a FAISS factory string such as `"Flat"` or `"IVF64,Flat"`. `"auto"` is
                 exact up to 200,000 chunks and 4-bit IVF-PQ with re-scoring above.
             recall (`float`, defaults to 0.95): share of the two nearest neighbors that an approximate index is to find.
-                Its search parameters are chosen so, measured against exact search, and recorded; 1.0 is exact search.
+                Its search parameters are chosen so, measured against exact search, and recorded; 1.0 is exact search. The
+                queries are chunks of the store itself, and queries less like them find less.
             memory_budget (`float` or `str`, *optional*): what the index may keep in memory when searched: bytes, or a text
                 such as `"4GB"` or `"1.5 GiB"`. It chooses the kind of index; what does not fit is refused before any work is spent.
             batch_size (`int`, defaults to 64): chunks per forward pass of the embedder.
