@@ -19,6 +19,7 @@ from .datastore.compatibility import load_tokenizer
 from .datastore.documents import without_lone_surrogates
 from .datastore.hub import local_folder, push
 from .datastore.storage import write_file
+from .datastore.view import check_num_neighbors
 from .errors import RetrieverError
 
 
@@ -194,6 +195,7 @@ class RetroRetriever:
         """
         rows, mask = self._checked(chunk_input_ids, chunk_attention_mask)
         wanted = self.num_neighbors if num_neighbors is None else num_neighbors
+        check_num_neighbors(wanted, self.datastore.num_chunks)
         scores = np.full((len(rows), wanted), -np.inf, dtype=np.float32)
         chunk_ids = np.full((len(rows), wanted), -1, dtype=np.int64)
         filled = np.flatnonzero(mask.any(axis=1))

@@ -14,7 +14,13 @@ from retro_hf.datastore import ChunkEmbedder, RetroDatastore
 from retro_hf.datastore import blocks as blocks_module
 from retro_hf.datastore import build as build_module
 from retro_hf.datastore.executors import RankExecutor
-from retro_hf.errors import DatastoreExistsError, DatastoreInputError, DatastoreWriteError, RetroError
+from retro_hf.errors import (
+    DatastoreExistsError,
+    DatastoreInputError,
+    DatastoreNotFoundError,
+    DatastoreWriteError,
+    RetroError,
+)
 
 from .fixtures import corpus
 from .test_store import content_of
@@ -268,6 +274,32 @@ def test_a_build_of_many_shards_killed_over_and_over_ends_with_the_same_bytes(tm
         child.join(60)
         assert child.exitcode in (0, 9)
     assert content_of(tmp_path / "store") == content_of(whole.path)
+
+
+@pytest.mark.parametrize(
+    ("path", "options", "error", "message"),
+    [
+        ("x" * 300, {}, DatastoreWriteError, "could not be written: .*File name too long.* choose another path"),
+        ("a\0b", {}, DatastoreInputError, "has a NUL byte"),
+        (
+            "store",
+            {"chunk_size": 10**12, "neighbor_size": 10**12},
+            DatastoreInputError,
+            "neighbor_size is .* more than the 1,048,576",
+        ),
+    ],
+)
+def test_what_cannot_be_built_is_refused_with_a_reason(tmp_path, tokenizer, embedder, path, options, error, message):
+    with pytest.raises(error, match=message):
+        RetroDatastore.build(corpus(), tmp_path / path, tokenizer=tokenizer, embedder=embedder, **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_path_that_cannot_be_is_no_datastore():
+    with pytest.raises(DatastoreNotFoundError, match="the folder does not exist"):
+        RetroDatastore.load("x" * 300)
+    with pytest.raises(DatastoreInputError, match="has a NUL byte"):
+        RetroDatastore.load("a\0b")
 
 
 def test_a_stream_is_read_once_and_not_held(tmp_path, tokenizer, embedder):

@@ -183,7 +183,7 @@ def test_any_text_survives_retokenization(tokenizer, embedder, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("inside", [".", "new", "a/b"])
-def test_a_store_is_not_written_into_the_one_it_is_made_from(datastore, tmp_path, tokenizer, inside):
+def test_a_store_is_not_written_into_another(datastore, tmp_path, tokenizer, embedder, inside):
     """It would be taken for part of it, and go where that goes."""
     datastore.save(tmp_path / "store")
     store = RetroDatastore.load(tmp_path / "store")
@@ -193,9 +193,13 @@ def test_a_store_is_not_written_into_the_one_it_is_made_from(datastore, tmp_path
         lambda: store.save(target),
         lambda: store.subset(target, fraction=0.5),
         lambda: store.retokenize(target, make_tokenizer(300)),
-        lambda: RetroDatastore.merge([datastore, store], target),
+        lambda: RetroDatastore.merge([store], target),
+        lambda: RetroDatastore.build(["a text"], target, tokenizer=tokenizer, embedder=embedder),
     ):
-        with pytest.raises(DatastoreInputError, match="lies inside, the datastore .*Choose a path outside"):
+        expected = DatastoreExistsError if inside == "." else DatastoreInputError
+        with pytest.raises(
+            expected, match="already exists.*choose another|lies inside the datastore .*Choose a path outside"
+        ):
             write()
     assert sorted(store.path.rglob("*")) == before and list(tmp_path.iterdir()) == [store.path]
 

@@ -3,6 +3,7 @@
 import gzip
 import json
 import math
+import os
 from pathlib import Path
 
 import datasets
@@ -27,7 +28,7 @@ def read(documents):
 
 
 def write_jsonl(path: Path, rows=ROWS) -> Path:
-    opened = gzip.open(path, "wt") if path.name.endswith(".gz") else path.open("w")
+    opened = gzip.open(path, "wt") if path.name.lower().endswith(".gz") else path.open("w")
     with opened as file:
         file.write("\n".join(json.dumps(row) for row in rows) + "\n\n")
     return path
@@ -71,6 +72,29 @@ def test_a_folder_is_read_in_order_of_names_hidden_files_apart(tmp_path):
     assert reader.sources == [{"name": "a.md"}, {"name": "b/one.txt"}, {"name": "d.jsonl"}]
 
 
+def test_suffixes_may_be_in_upper_case_and_what_is_skipped_is_told(tmp_path, caplog):
+    for name in ("c.png", "e.PDF", ".hidden.png"):
+        (tmp_path / name).write_bytes(b"\x00")
+    (tmp_path / "a.TXT").write_text("text of a")
+    write_jsonl(tmp_path / "d.JSONL")
+    write_jsonl(tmp_path / "f.jsonl.GZ")
+    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "g.Parquet")
+    assert [d.id for d in read(tmp_path)] == ["a.TXT", *["x", "y"] * 3]
+    assert [record.getMessage() for record in caplog.records] == ["Skipped 2 files of other kinds: c.png, e.PDF"]
+    for number in range(9):
+        (tmp_path / f"h{number}.log").write_text("")
+    read(tmp_path)
+    assert caplog.messages[-1] == "Skipped 11 files of other kinds: c.png, e.PDF, h0.log, h1.log, h2.log, …"
+
+
+def test_a_pipe_is_told_from_a_path_that_is_wrong(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(
+        DatastoreInputError, match="is a pipe or a device, not a file. Write what comes from it to a file"
+    ):
+        read(tmp_path / "pipe.jsonl")
+
+
 def test_paths_in_a_list_are_files(tmp_path):
     (tmp_path / "one.txt").write_text("text of one")
     assert [d.text for d in read([tmp_path / "one.txt", "one.txt"])] == ["text of one", "one.txt"]
@@ -109,6 +133,8 @@ def test_lone_surrogates_are_replaced_and_pairs_joined(tmp_path):
     assert [(d.text, d.title) for d in reader] == [("a\ufffdb", "\ufffd"), ("\U0001f600 \x00", "")]
     assert reader.num_repaired == 1
     assert read(["\ud83d\ude00"])[0].text == "\U0001f600"
+    reader = DocumentReader([{"id": "\ud800", "text": "a"}, {"title": "\ud800", "text": "a"}, "a"])
+    assert [d.id for d in reader] == ["\ufffd", "1", "2"] and reader.num_repaired == 2
 
 
 def test_files_that_are_not_utf8_are_counted_and_readable_ones_keep_their_lines(tmp_path):
@@ -175,6 +201,15 @@ def test_a_gzip_file_cut_short_is_named(tmp_path):
     path = write_jsonl(tmp_path / "corpus.jsonl.gz", ROWS * 2000)
     path.write_bytes(path.read_bytes()[:-200])
     with pytest.raises(DatastoreInputError, match=r"corpus.jsonl.gz' breaks off after line"):
+        read(path)
+
+
+def test_a_gzip_file_with_something_behind_it_is_named(tmp_path):
+    path = write_jsonl(tmp_path / "corpus.jsonl.gz")
+    path.write_bytes(path.read_bytes() + b"something else")
+    with pytest.raises(
+        DatastoreInputError, match=r"corpus.jsonl.gz' is damaged, or goes on with something else, after line 3"
+    ):
         read(path)
 
 

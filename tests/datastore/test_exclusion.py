@@ -123,6 +123,9 @@ def test_a_wrong_exclusion_is_refused(datastore, excluded, message):
         (np.ones(32), 2, r"shape \(32,\)"),
         (np.full((2, 32), np.nan), 2, "not finite"),
         (np.ones((2, 32)), 0, "num_neighbors is 0"),
+        (np.ones((2, 32)), 10**12, r"num_neighbors is 1,000,000,000,000, but the store has \d+ chunks"),
+        ("frogs", 3, r"of type str, but vectors .*RetroRetriever\(datastore, embedder=...\).find\(texts\)"),
+        (["frogs"], 3, "of type list, but vectors"),
     ],
 )
 def test_wrong_queries_are_refused(datastore, queries, num_neighbors, message):

@@ -7,6 +7,7 @@ import pickle
 import shutil
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from filelock import FileLock
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 from retro_hf.datastore import RetroDatastore, storage
 from retro_hf.datastore.derive import drawn_documents
+from retro_hf.datastore.table import DocumentTable
 from retro_hf.errors import (
     DatastoreCorruptError,
     DatastoreInputError,
@@ -253,6 +255,46 @@ def test_a_crash_leaves_the_old_state_or_the_new(store, embedder, change, tmp_pa
     assert states == {(40, 1), {"append": (50, 1), "delete": (40, 2), "compact": (39, 0)}[change]}
 
 
+def test_a_compact_store_stays_as_it_is(store, embedder, caplog):
+    """Nothing to do is not the same work again, unless something is asked of the index."""
+    before = content_of(store.path)
+    with caplog.at_level("INFO", "retro_hf"):
+        store.compact()
+    assert content_of(store.path) == before and "Nothing to do" in caplog.text
+    store.compact(index="IVF2,Flat")
+    assert store.generation == 2 and store.manifest.index["factory"] == "IVF2,Flat"
+    store.compact()
+    assert store.generation == 3 and store.manifest.index["factory"] == "Flat"
+    store.append(more(), embedder=embedder)
+    store.compact()
+    assert store.generation == 5 and len(store.shards) == 1
+
+
+def test_a_change_made_again_says_that_it_may_have_been_done(store, embedder):
+    """A kill just after the change looks like one before it."""
+    for change in (lambda: store.append(more(), embedder=embedder), lambda: store.delete("doc-1")):
+        change()
+        with pytest.raises(DatastoreInputError, match="If the same call was stopped before, it may have been done"):
+            change()
+
+
+def test_a_document_that_is_no_longer_utf8_is_told(store):
+    """A flipped bit that parquet lets through: a checksum would have been looked at by `verify` only."""
+    path = store.path / "documents-00000.parquet"
+    table = pq.read_table(path)
+    broken = pa.Table.from_arrays(
+        [pa.array([b"\xff" + str(text).encode() for text in column.to_pylist()]) for column in table.columns],
+        table.column_names,
+    )
+    views = [pa.Array.from_buffers(pa.string(), len(column), column.chunk(0).buffers()) for column in broken.columns]
+    pq.write_table(pa.Table.from_arrays(views, schema=table.schema), path)
+    documents = DocumentTable(path, store.num_documents)
+    with pytest.raises(DatastoreCorruptError, match="documents-00000.parquet' is damaged: .*UTF8"):
+        documents.document(3)
+    with pytest.raises(DatastoreCorruptError, match="documents-00000.parquet' is damaged: .*UTF8"):
+        documents.document_id(3)
+
+
 def test_numbers_of_deleted_documents_are_checked(store):
     store.delete(["doc-1", "doc-2"])
     name = store.manifest.entries("deleted")[0].name
@@ -308,6 +350,7 @@ def test_ids_may_be_numbers_and_nothing_else(tokenizer, embedder):
 
 
 def test_a_full_disk_changes_nothing(store, embedder, monkeypatch):
+    store.delete(["doc-2"])  # something to compact
     before = content_of(store.path)
 
     def full(*_):

@@ -9,7 +9,7 @@ from datasets import Dataset
 from datastore.fixtures import corpus
 
 from retro_hf.datastore import ChunkEmbedder, EmbeddingSearcher, HybridSearcher, LexicalSearcher, RetroDatastore
-from retro_hf.errors import DatasetError, DatastoreMismatchError
+from retro_hf.errors import DatasetError, DatastoreMismatchError, RetrieverError
 from retro_hf.retrieval_retro import RetroRetriever
 from retro_hf.training import precompute_neighbors, tokenize_documents
 
@@ -207,8 +207,14 @@ def test_wrong_input_is_refused(world):
         precompute_neighbors(world.windows, world.retriever, chunk_size=16)
     with pytest.raises(DatasetError, match="no column 'article'"):
         precompute_neighbors(world.windows, world.retriever, document_id_column="article")
-    with pytest.raises(ValueError, match="num_neighbors is 0"):
+    with pytest.raises(RetrieverError, match="num_neighbors is 0.*Leave it out"):
         precompute_neighbors(world.windows, world.retriever, num_neighbors=0)
+
+
+def test_a_cache_folder_that_is_a_file_is_named(world, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DatasetError, match="cache_dir .*file' cannot be made a folder"):
+        precompute_neighbors(world.windows, world.retriever, cache_dir=tmp_path / "file")
 
 
 @pytest.mark.parametrize("hybrid", [False, True])

@@ -40,7 +40,7 @@ from .blocks import (
 from .chunks import token_dtype, tokenizer_fingerprint, vocabulary_size
 from .documents import DocumentReader
 from .executors import Call, Executor, progress_bar, run_stage
-from .manifest import DatastoreManifest
+from .manifest import MAX_TOKENS, DatastoreManifest, new_path
 from .policy import IndexOptions, check_factory, plan_index, tell_plan
 from .storage import building_folder, check_free, new_folder, not_written
 from .writer import BuiltShard, ShardWriter, describe_file
@@ -81,6 +81,10 @@ class BuildOptions:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise DatastoreInputError(f"{name} is {value!r}, but it must be an integer of at least 1.")
+        if self.neighbor_size > MAX_TOKENS:
+            raise DatastoreInputError(
+                f"neighbor_size is {self.neighbor_size:,}, more than the {MAX_TOKENS:,} tokens that a manifest allows. The paper uses 128."
+            )
         if self.neighbor_size < self.chunk_size:
             raise DatastoreInputError(
                 f"neighbor_size={self.neighbor_size} is below chunk_size={self.chunk_size}, but a neighbor holds its "
@@ -133,9 +137,9 @@ def work_folder(path: Path, *, helps: bool = False) -> Iterator[Path]:
         lock.release()
 
 
-def build_datastore(documents: Any, path: Path, options: BuildOptions, executor: Executor) -> None:
+def build_datastore(documents: Any, path: str | os.PathLike[str], options: BuildOptions, executor: Executor) -> None:
     """Write the datastore of `documents` to the folder `path`. See [`RetroDatastore.build`] for the arguments."""
-    path = Path(os.path.abspath(path))
+    path = Path(os.path.abspath(new_path(path)))
     check_free(path)
     with work_folder(path, helps=not executor.is_main) as work:
         built = build_shards(documents, work, options, executor)
@@ -291,7 +295,8 @@ def _check_taken(work: Path, blocks: list[Block], taken: Callable[[list[str]], n
             raise DatastoreInputError(
                 f"The datastore has a document with the id {ids[found[0]]!r} already, and {len(found) - 1} more of the ids to "
                 "be added. Documents are found, excluded and deleted by id: delete the old ones first, or give the new ones "
-                "ids of their own (a text without an id is numbered from 0)."
+                "ids of their own (a text without an id is numbered from 0). If the same call was stopped before, it may have been "
+                "done: then all of them are there."
             )
 
 
@@ -309,8 +314,8 @@ def _tell_input(num_blocks: int, num_empty: int, reader: DocumentReader) -> None
     if reader.not_utf8:
         logger.warning(
             f"Not UTF-8: {len(reader.not_utf8):,} of {counted(len(reader.sources), 'file')}, such as {min(reader.not_utf8)!r}; "
-            "what cannot be read there became U+FFFD. Convert them with `iconv -f <encoding> -t utf-8 …`, where the "
-            "encoding is often latin1 or utf-16, and build again."
+            "what cannot be read there became U+FFFD. Take out what is no text, convert the rest with `iconv -f <encoding> -t "
+            "utf-8 …`, where the encoding is often latin1 or utf-16, and build again."
         )
 
 

@@ -17,7 +17,7 @@ from .chunks import token_dtype, vocabulary_size
 from .compatibility import load_tokenizer
 from .documents import document_ids
 from .executors import progress_bar
-from .manifest import MANIFEST_NAME, SHARD_FILES, DatastoreManifest, FileEntry, ShardEntry
+from .manifest import MANIFEST_NAME, SHARD_FILES, DatastoreManifest, FileEntry, ShardEntry, new_path
 from .policy import IndexOptions, parse_bytes
 from .shard import Shard, hash_of_id
 from .storage import NpyWriter, link_or_copy, new_folder
@@ -40,23 +40,11 @@ def save(datastore: RetroDatastore, path: str | os.PathLike[str]) -> None:
         datastore ([`RetroDatastore`]): the store, such as one that was downloaded.
         path (`str` or `Path`): the folder to make.
     """
-    with new_folder(_outside(path, datastore)) as folder:
+    with new_folder(new_path(path)) as folder:
         for entry in datastore.manifest.files:
             shutil.copyfile(datastore.path / entry.name, folder / entry.name)
         # The manifest last, as in a build.
         shutil.copyfile(datastore.path / MANIFEST_NAME, folder / MANIFEST_NAME)
-
-
-def _outside(path: str | os.PathLike[str], *sources: RetroDatastore) -> Path:
-    """The path of a new store, which must not lie inside one that it is made from."""
-    for source in sources:
-        if Path(path).resolve().is_relative_to(source.path.resolve()):
-            raise DatastoreInputError(
-                f"The new datastore cannot be written to {str(path)!r}: that is, or lies inside, the datastore "
-                f"{str(source.path)!r} that it is made from, whose folder holds what its manifest names and nothing else. "
-                "Choose a path outside of it."
-            )
-    return Path(path)
 
 
 def subset(
@@ -84,9 +72,9 @@ def subset(
     Returns:
         [`RetroDatastore`]: the new store.
     Raises:
-        DatastoreInputError: if an id is not in the store, nothing is left, or `path` lies inside the store.
+        DatastoreInputError: if an id is not in the store, nothing is left, or `path` lies inside a store.
     """
-    path = _outside(path, datastore)
+    path = new_path(path)
     keep = np.zeros(datastore.num_documents, dtype=bool)
     if (ids is None) == (fraction is None):
         raise DatastoreInputError("Give either the ids of the documents to take, or a fraction of them.")
@@ -166,7 +154,7 @@ def merge(datastores: Sequence[RetroDatastore], path: str | os.PathLike[str]) ->
         raise DatastoreInputError(
             f"{wrong!r} is of type {type(wrong).__name__}, not a RetroDatastore. Open it first: `RetroDatastore.load(path)`."
         )
-    path = _outside(path, *datastores)
+    path = new_path(path)
     first = datastores[0]
     for other in datastores[1:]:
         _check_alike(first, other)
@@ -254,7 +242,7 @@ def retokenize(
         DatastoreInputError: if a tokenizer does not know the places of its tokens in the text, or leaves a document
             without tokens.
     """
-    path = _outside(path, datastore)
+    path = new_path(path)
     tokenizer = load_tokenizer(tokenizer)
     for one in (datastore.tokenizer, tokenizer):
         if not one.is_fast:

@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import reprlib
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, field
 from itertools import chain
@@ -26,6 +27,7 @@ logger = logging.get_logger(__name__)
 _SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".parquet")
 _FIELDS = ("id", "title", "source", "text")
 _PARQUET_ROWS = 1024
+_NAMED_OTHERS = 5
 
 # What was read, where (for messages), and what its id, title and source are if it does not say.
 Record = tuple[Any, str, dict[str, str]]
@@ -55,8 +57,8 @@ class DocumentReader:
         total (`int`, *optional*): number of records where it is known beforehand.
         num_read (`int`): records met so far.
         num_empty (`int`): records without text met so far; they are skipped.
-        num_repaired (`int`): texts met so far with lone surrogates (half characters that JSON can smuggle in), which
-            became U+FFFD.
+        num_repaired (`int`): documents met so far with lone surrogates (half characters that JSON can smuggle in) in text,
+            title, source or id, which became U+FFFD.
         not_utf8 (`set[str]`): names of the text files met so far that are not UTF-8; what cannot be read became U+FFFD.
 
     Raises:
@@ -132,8 +134,9 @@ class DocumentReader:
         if text is None or not text.strip():
             return None
         texts = {name: _as_text(record.get(name), defaults.get(name, ""), name, where) for name in _FIELDS[:3]}
-        clean = {name: without_lone_surrogates(value) for name, value in (*texts.items(), ("text", text))}
-        self.num_repaired += clean["text"] != text
+        texts["text"] = text
+        clean = {name: without_lone_surrogates(value) for name, value in texts.items()}
+        self.num_repaired += clean != texts
         metadata = {str(key): value for key, value in record.items() if key not in _FIELDS}
         return Document(where=where, metadata=metadata, **clean)
 
@@ -144,7 +147,7 @@ class DocumentReader:
                     yield from self._read_file(file, name)
                 continue
             # A path that was written as a text; a dict says that the name itself is the document.
-            if isinstance(record, str) and record.endswith(_SUFFIXES) and os.path.isfile(record):
+            if isinstance(record, str) and _is_readable(record) and os.path.isfile(record):
                 raise DatastoreInputError(
                     f"Document {number} is the text {record!r}, which is the name of a file. For what the file holds, "
                     f"pass Path({record!r}), or the folder's path alone; for the name as a text, {{'text': {record!r}}}."
@@ -155,10 +158,11 @@ class DocumentReader:
         """Records of one file; `name` is its path as it is recorded, relative to what the user named."""
         self.sources.append({"name": name})
         defaults = {"source": name}
-        if file.name.endswith((".txt", ".md")):
+        suffix = file.suffix.lower()
+        if suffix in (".txt", ".md"):
             text = self._decode(file.read_bytes(), name).replace("\r\n", "\n").replace("\r", "\n")
             yield text, f"File {name!r}", {"id": name, "title": file.stem, **defaults}
-        elif file.name.endswith(".parquet"):
+        elif suffix == ".parquet":
             import pyarrow.parquet as pq
 
             try:
@@ -177,7 +181,7 @@ class DocumentReader:
 
     def _read_jsonl(self, file: Path, name: str, defaults: dict[str, str]) -> Iterator[Record]:
         number = 0
-        opened = gzip.open(file, "rb") if file.name.endswith(".gz") else file.open("rb")
+        opened = gzip.open(file, "rb") if file.suffix.lower() == ".gz" else file.open("rb")
         try:
             with opened as lines:
                 for number, line in enumerate(lines, start=1):
@@ -192,8 +196,9 @@ class DocumentReader:
                             "or remove the line."
                         ) from error
                     yield record, where, {"id": where, **defaults}
-        except (EOFError, gzip.BadGzipFile) as error:
-            what = f"breaks off after line {number}" if number else "is not a gzip file"
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            what = "breaks off" if isinstance(error, EOFError) else "is damaged, or goes on with something else,"
+            what = f"{what} after line {number}" if number else "is not a gzip file"
             raise DatastoreInputError(f"{name!r} {what} ({error}). Fetch or compress it again.") from error
 
     def _decode(self, content: bytes, name: str) -> str:
@@ -207,9 +212,14 @@ class DocumentReader:
 def _files_of(path: Path) -> list[tuple[Path, str]]:
     """The files under a path in a fixed order, each with its name relative to the path."""
     if path.is_file():
-        if not path.name.endswith(_SUFFIXES):
+        if not _is_readable(path.name):
             raise DatastoreInputError(f"{str(path)!r} is none of the readable kinds {', '.join(_SUFFIXES)}.")
         return [(path, path.name)]
+    if path.exists() and not path.is_dir():
+        raise DatastoreInputError(
+            f"{str(path)!r} is a pipe or a device, not a file. Write what comes from it to a file first: documents may be read "
+            "more than once."
+        )
     if not path.is_dir():
         raise DatastoreNotFoundError(
             f"There is no file or folder {str(path)!r} to read documents from. Check the path; in Python, texts themselves "
@@ -226,15 +236,23 @@ def _files_of(path: Path) -> list[tuple[Path, str]]:
     found = [
         (file, file.relative_to(path).as_posix())
         for file in path.rglob("*")
-        if file.name.endswith(_SUFFIXES) and stores.isdisjoint(file.parents)
+        if stores.isdisjoint(file.parents) and not any(part.startswith(".") for part in file.relative_to(path).parts)
     ]
-    files = sorted(
-        (pair for pair in found if pair[0].is_file() and not any(part.startswith(".") for part in pair[1].split("/"))),
-        key=lambda pair: pair[1],
-    )
+    found = sorted((pair for pair in found if pair[0].is_file()), key=lambda pair: pair[1])
+    files = [pair for pair in found if _is_readable(pair[1])]
     if not files:
         raise DatastoreInputError(f"The folder {str(path)!r} holds no {', '.join(_SUFFIXES)} file.")
+    others = [name for _, name in found if not _is_readable(name)]
+    if others:
+        more = ", …" if len(others) > _NAMED_OTHERS else ""
+        logger.warning(
+            f"Skipped {counted(len(others), 'file')} of other kinds: {', '.join(others[:_NAMED_OTHERS])}{more}"
+        )
     return files
+
+
+def _is_readable(name: str) -> bool:
+    return name.lower().endswith(_SUFFIXES)
 
 
 def _source_of(info: Any) -> dict[str, Any]:

@@ -18,11 +18,13 @@ from .storage import building_folder, write_file
 __all__ = [
     "FORMAT_VERSION",
     "MANIFEST_NAME",
+    "MAX_TOKENS",
     "SHARD_FILES",
     "DatastoreManifest",
     "FileEntry",
     "ShardEntry",
     "checked_path",
+    "new_path",
 ]
 
 FORMAT_VERSION = 2
@@ -32,7 +34,7 @@ METRIC = "inner_product"
 # Bounds keep a hostile manifest from asking for absurd amounts of memory before a single file has been looked at.
 _MAX_MANIFEST_BYTES = 16 << 20
 _MAX_COUNT = 1 << 48
-_MAX_TOKENS = 1 << 20
+MAX_TOKENS = 1 << 20
 _MAX_DIM = 1 << 16
 _MAX_FILES = 50_000
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
@@ -183,14 +185,14 @@ class DatastoreManifest:
         """
         folder = checked_path(folder)
         path = folder / MANIFEST_NAME
-        if not path.is_file():
-            if folder.is_file():
+        if not os.path.isfile(path):  # which, unlike the method, knows no error such as a name too long
+            if os.path.isfile(folder):
                 reason = "it is a file, and a datastore is a folder"
                 if (folder.parent / MANIFEST_NAME).is_file():
                     reason = f"it is a file of the datastore {str(folder.parent)!r}"
             else:
-                reason = f"it has no {MANIFEST_NAME}" if folder.is_dir() else "the folder does not exist"
-            if (unfinished := building_folder(folder)).is_dir():
+                reason = f"it has no {MANIFEST_NAME}" if os.path.isdir(folder) else "the folder does not exist"
+            if os.path.isdir(unfinished := building_folder(folder)):
                 raise DatastoreNotFoundError(
                     f"The datastore {str(folder)!r} is not finished: what has been done is kept in {str(unfinished)!r}. Make the "
                     "same call of `RetroDatastore.build(documents, path, ...)` again, and it goes on from there."
@@ -236,8 +238,8 @@ class DatastoreManifest:
 
     def _validate(self) -> None:
         content = vars(self)
-        _integer(content, "chunk_size", 1, _MAX_TOKENS)
-        _integer(content, "neighbor_size", self.chunk_size, _MAX_TOKENS)
+        _integer(content, "chunk_size", 1, MAX_TOKENS)
+        _integer(content, "neighbor_size", self.chunk_size, MAX_TOKENS)
         _integer(content, "generation", 1, _MAX_COUNT)
         _integer(content, "next_shard", 1, _MAX_COUNT)
         _integer(content, "num_empty_documents", 0, _MAX_COUNT)
@@ -346,4 +348,24 @@ def checked_path(path: Any) -> Path:
         raise DatastoreInputError(
             f"The path of the datastore is {path!r}, of type {type(path).__name__}. Pass its folder, as a text or a Path."
         )
+    if "\0" in str(path):
+        raise DatastoreInputError(
+            f"The path of the datastore is {str(path)!r}, but no name of a file has a NUL byte. Remove it."
+        )
     return Path(path)
+
+
+def new_path(path: Any) -> Path:
+    """The path that a user gave for a new datastore.
+
+    Raises:
+        DatastoreInputError: for what is no path, or lies inside another datastore.
+    """
+    path = checked_path(path)
+    for folder in path.resolve().parents:
+        if os.path.isfile(folder / MANIFEST_NAME):
+            raise DatastoreInputError(
+                f"The new datastore cannot be written to {str(path)!r}: that lies inside the datastore {str(folder)!r}, whose "
+                "folder holds what its manifest names and nothing else. Choose a path outside of it."
+            )
+    return path

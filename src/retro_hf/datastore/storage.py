@@ -102,8 +102,13 @@ def check_free(path: Path) -> None:
 
     Raises:
         DatastoreExistsError: if `path` is a file or a folder with content. It stays as it is.
+        DatastoreWriteError: if it cannot be looked at, such as a name that is too long.
     """
-    if path.is_symlink() or path.is_file() or (path.is_dir() and any(path.iterdir())):
+    try:
+        taken = path.is_symlink() or path.is_file() or (path.is_dir() and any(path.iterdir()))
+    except OSError as error:
+        raise not_written(path, error) from error
+    if taken:
         raise DatastoreExistsError(
             f"{str(path)!r} already exists. A datastore is never written over another: choose another path, remove the old "
             "one first, or add to it with `RetroDatastore.load(path).append(documents, ...)`."

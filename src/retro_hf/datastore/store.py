@@ -130,7 +130,7 @@ class RetroDatastore:
             shard_chunks=shard_chunks,
             show_progress=show_progress,
         )
-        build_datastore(documents, Path(path), options, as_executor(executor))
+        build_datastore(documents, path, options, as_executor(executor))
         datastore = cls.load(path)
         datastore._tokenizer = tokenizer
         return datastore

@@ -81,7 +81,9 @@ class DocumentTable:
     def _read(self, group: int, columns: tuple[str, ...]) -> pa.Table:
         try:
             # One small group: threads would cost more than they bring, and do not survive a fork.
-            return self._file.read_row_group(group, columns=list(columns), use_threads=False)
+            table = self._file.read_row_group(group, columns=list(columns), use_threads=False)
+            table.validate(full=True)  # texts that are not UTF-8
+            return table
         except (OSError, pa.ArrowException) as error:
             raise damaged(self._path, str(error)) from error
 

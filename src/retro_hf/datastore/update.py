@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from transformers.utils import logging
 
 from ..errors import DatastoreInputError
 from .build import BuildOptions, build_shards, library_version, work_folder
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from .store import RetroDatastore
 
 __all__ = ["append", "compact", "delete", "rewrite"]
+
+logger = logging.get_logger(__name__)
 
 _DELETED_NAME = "deleted-{:05d}.npy"
 
@@ -92,7 +95,7 @@ def append(
         )
 
 
-def delete(datastore: RetroDatastore, ids: Iterable[str]) -> None:
+def delete(datastore: RetroDatastore, ids: str | Iterable[str]) -> None:
     """Never return some documents again, as neighbors or by id.
 
     Their numbers and those of all other documents and chunks stay. Their content stays on the disk until [`compact`].
@@ -100,7 +103,7 @@ def delete(datastore: RetroDatastore, ids: Iterable[str]) -> None:
 
     Args:
         datastore ([`RetroDatastore`]): the store; refreshed at the end.
-        ids (`Iterable[str]`): of the documents.
+        ids (`str` or `Iterable[str]`): of one document, or of several.
     Raises:
         DatastoreInputError: if one is not in the store; nothing has changed.
     """
@@ -114,7 +117,7 @@ def delete(datastore: RetroDatastore, ids: Iterable[str]) -> None:
             )
             raise DatastoreInputError(
                 f"There is no document with the id {unknown[0]!r} in {str(datastore.path)!r}{others}. Nothing was deleted; leave "
-                "out what is not there."
+                "out what is not there. If the same call was stopped before, it may have been done."
             )
         if not ids:
             return
@@ -138,12 +141,13 @@ def compact(
 ) -> None:
     """Rewrite a datastore without its deleted documents and with as few shards as can be; nothing is embedded again.
 
-    Documents and chunks are numbered anew, so neighbors that were precomputed must be computed again. Needs room on the
+    One that is so already stays as it is, unless something is asked of its index. Documents and chunks are numbered anew, so neighbors that were precomputed must be computed again. Needs room on the
     disk for a second copy while it runs.
 
     Args:
         datastore ([`RetroDatastore`]): the store; refreshed at the end.
-        index, recall, memory_budget, shard_chunks, show_progress: as for [`RetroDatastore.build`].
+        index, recall, memory_budget, shard_chunks, show_progress: as for [`RetroDatastore.build`]; shards are joined up to
+            `shard_chunks`, but not divided.
     Raises:
         DatastoreInputError: if every document has been deleted; nothing has changed.
     """
@@ -154,6 +158,9 @@ def compact(
             raise DatastoreInputError(
                 f"All documents of {str(datastore.path)!r} have been deleted, and a datastore has at least one. Append the documents that are to be there first, or remove the folder."
             )
+        if options == IndexOptions() and _is_compact(datastore, shard_chunks):
+            logger.info(f"Nothing to do: {str(datastore.path)!r} is compact already.")
+            return
         keep = np.ones(datastore.num_documents, dtype=bool)
         keep[datastore.deleted_documents] = False
         shards = rewrite(datastore, keep, work, options, manifest.next_shard, shard_chunks, show_progress)
@@ -165,6 +172,22 @@ def compact(
             next_shard=manifest.next_shard + len(shards),
             num_deleted_documents=0,
         )
+
+
+def _is_compact(datastore: RetroDatastore, shard_chunks: int) -> bool:
+    """Whether nothing is deleted, no shards can be joined, and each has the index of its size."""
+    pieces: list[tuple[bool, Iterator[Piece], int]] = [
+        (shard.chunk_starts is not None, iter(()), shard.num_chunks) for shard in datastore.shards
+    ]
+    joined = len(list(_grouped(pieces, shard_chunks))) < len(pieces)
+    return (
+        not joined
+        and not datastore.num_deleted_documents
+        and all(
+            shard.entry.index["factory"] == plan_index(shard.num_chunks, shard.dim, IndexOptions()).factory
+            for shard in datastore.shards
+        )
+    )
 
 
 def rewrite(

@@ -9,14 +9,26 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import DatastoreInputError
+from ..errors import DatastoreInputError, counted
 from .exclusion import Deleted, checked_exclusion
 from .manifest import DatastoreManifest
 from .shard import Shard, hash_of_id
 from .storage import RESTORE, damaged, map_npy, sha256_of
 
 
-__all__ = ["RestrictedIndex", "View", "check_sizes", "checked_search", "merge_results", "verify_files"]
+__all__ = [
+    "RestrictedIndex",
+    "View",
+    "check_num_neighbors",
+    "check_sizes",
+    "checked_search",
+    "merge_results",
+    "verify_files",
+]
+
+
+# Neighbors that may be asked of a store with fewer chunks: what it lacks is filled with -1.
+_FILLED_NEIGHBORS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -271,19 +283,38 @@ def checked_search(
     Raises:
         DatastoreInputError: for arguments that do not fit the store; see [`RetroDatastore.search`].
     """
-    queries = np.ascontiguousarray(queries, dtype=np.float32)
+    try:
+        queries = np.ascontiguousarray(queries, dtype=np.float32)
+    except (TypeError, ValueError) as error:
+        raise DatastoreInputError(
+            f"The queries are of type {type(queries).__name__}, but vectors of shape (num_queries, {manifest.dim}) are expected. "
+            "To look up texts: `RetroRetriever(datastore, embedder=...).find(texts)`."
+        ) from error
     if queries.ndim != 2 or queries.shape[1] != manifest.dim:
         raise DatastoreInputError(
             f"The queries have shape {queries.shape}, but (num_queries, {manifest.dim}) is expected."
         )
     if not np.isfinite(queries).all():
         raise DatastoreInputError("The queries hold values that are not finite (NaN or infinity).")
-    if num_neighbors < 1:
-        raise DatastoreInputError(f"num_neighbors is {num_neighbors}, but it must be at least 1.")
+    check_num_neighbors(num_neighbors, manifest.num_chunks)
     excluded = None
     if exclude_documents is not None:
         excluded = checked_exclusion(exclude_documents, len(queries), manifest.num_documents)
     return queries, excluded
+
+
+def check_num_neighbors(num_neighbors: int, num_chunks: int) -> None:
+    """Refuse a number of neighbors below 1, or so far above the chunks of the store that it can only be a slip.
+
+    Raises:
+        DatastoreInputError: for such a number.
+    """
+    if num_neighbors < 1:
+        raise DatastoreInputError(f"num_neighbors is {num_neighbors}, but it must be at least 1.")
+    if num_neighbors > max(num_chunks, _FILLED_NEIGHBORS):
+        raise DatastoreInputError(
+            f"num_neighbors is {num_neighbors:,}, but the store has {counted(num_chunks, 'chunk')}. Ask for no more than that."
+        )
 
 
 def merge_results(parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:

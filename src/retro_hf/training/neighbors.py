@@ -36,7 +36,7 @@ from ..datastore import (
 )
 from ..datastore.chunks import ranges
 from ..datastore.executors import progress_bar
-from ..errors import DatasetError
+from ..errors import DatasetError, RetrieverError
 from ..retrieval_retro import RetroRetriever
 from .leakage import duplicates_in, excluded_documents, flattened
 
@@ -238,7 +238,12 @@ def precompute_neighbors(
     way = way_of(datastore if isinstance(retriever, RetroDatastore) else retriever.searcher)
     identity = f"{dataset._fingerprint} {source} {files} {id_column} {batch_size} {way} {exclude_near_duplicates}"
     if cache_dir is not None:
-        Path(cache_dir).mkdir(parents=True, exist_ok=True)
+        try:
+            Path(cache_dir).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DatasetError(
+                f"cache_dir {str(cache_dir)!r} cannot be made a folder: {error}. Name a folder that can be written to, or leave it out."
+            ) from error
     step, parts = batch_size * _BATCHES_PER_BLOCK, []
     with (
         progress_bar(show_progress, total=len(dataset), unit="row", desc="Finding neighbors") as progress,
@@ -287,7 +292,9 @@ def _without_bars_of_datasets() -> Iterator[None]:
 def wanted_neighbors(retriever: RetroRetriever | RetroDatastore | None, num_neighbors: int | None) -> int:
     """The number asked for, else the retriever's, else the paper's 2."""
     if num_neighbors is not None and num_neighbors < 1:
-        raise ValueError(f"num_neighbors is {num_neighbors}, but it must be at least 1.")
+        raise RetrieverError(
+            f"num_neighbors is {num_neighbors}, but it must be at least 1. Leave it out for the retriever's own number."
+        )
     return num_neighbors or (retriever.num_neighbors if isinstance(retriever, RetroRetriever) else 2)
 
 
