@@ -105,6 +105,7 @@ def sample_evaluation(folder: Path, **changes: object) -> Evaluation:
             "num_short": 2,
             "num_same_id": 3,
             "leaked": [{"id": HOSTILE, "stored_id": HOSTILE, "contained": 0.93, "same_id": False}],
+            "copies": [{"id": HOSTILE, "copy_of": HOSTILE, "contained": 0.97}],
         },
         "provenance": {
             "command": f"retro evaluate {HOSTILE}",

@@ -1,6 +1,7 @@
 """The evaluation on a tiny store: identities, sweeps, documents that must not be scored, and runs that are cut off."""
 
 import json
+import re
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -17,6 +18,7 @@ from retro_hf.errors import DatasetError, DatastoreMismatchError, RetrieverError
 from retro_hf.evaluation import Evaluation, bits_per_byte, evaluate
 from retro_hf.evaluation.kept import weights_digest
 from retro_hf.evaluation.modes import Chunks, oracle_neighbors, random_neighbors, shuffled_neighbors
+from retro_hf.evaluation.report import render_page
 from retro_hf.evaluation.scoring import read_documents
 
 
@@ -245,6 +247,56 @@ def test_documents_in_the_datastore_are_reported_and_not_scored(world, model, he
         measure(model, leaks[:2], world)
 
 
+def test_copies_are_reported_and_not_scored(world, model, held_out):
+    """The same text under the same id, under another, and without: no figure moves, no interval narrows."""
+    again = [held_out[0], {"id": "renamed", "text": held_out[1]["text"]}, held_out[2]["text"]]
+    result, alone = measure(model, [*held_out, *again], world), measure(model, held_out, world)
+    assert [(one.id, one.copy_of) for one in result.inputs.copies] == [
+        ("new-0", "new-0"),
+        ("renamed", "new-1"),
+        ("document 12", "new-2"),
+    ]
+    assert result.modes == alone.modes and result.on_minus_random == alone.on_minus_random
+    assert any(line.startswith("Copies: 3 of 13 documents") for line in result.verdict.details)
+    assert (
+        "COPIES: documents of which another one has the text, and therefore not scored: 3; new-0 (of new-0)"
+        in " ".join(str(result).split())
+    )
+    # One that is in the datastore besides is leakage.
+    stored = corpus()[0]["text"]
+    both = measure(model, [*held_out, stored, stored], world).inputs
+    assert (len(both.leaked), both.copies) == (2, [])
+
+
+def test_an_id_with_two_texts_is_refused(world, model, held_out):
+    """Parts of a document, or a mistake; ids of the wrong field, too."""
+    documents = [*held_out, {"id": "new-3", "text": corpus(40, seed=3)[0]["text"]}]
+    with pytest.raises(
+        DatasetError, match="have the id 'new-3', but other text: number 3 and number 10.*join their texts"
+    ):
+        measure(model, documents, world)
+
+
+def test_documents_that_read_nothing_are_in_no_interval(world, model, held_out):
+    """One that reads beside short ones is one document; what cannot differ does not pass for evidence."""
+    short = ["the river", "a king", "the harbor", "old bridge"]
+    long = [row for row in held_out if len(row["text"].split()) > 40][0]
+    lone = measure(model, [*short, long], world)
+    assert lone.verdict.outcome == "not_measured" and "only one goes beyond its first chunk" in lone.verdict.text
+    assert np.isnan(lone.mode("on").difference.low) and lone.inputs.num_short == 4
+    assert any(line.startswith("Short: 4 of 5 documents") for line in lone.verdict.details)
+    assert lone.to_dict()["modes"][1]["difference"]["low"] is None
+    for shown in (str(lone), render_page(lone)):
+        assert "one document" in shown and "nan" not in re.findall(r"[a-z]+", shown.lower())
+    # Bytes that cannot differ make differences smaller, all of them alike.
+    whole, mixed = measure(model, held_out, world), measure(model, [*held_out, *short], world)
+    share = whole.inputs.num_bytes / mixed.inputs.num_bytes
+    for name in ("on", "random"):
+        one, other = whole.mode(name).difference, mixed.mode(name).difference
+        assert share < 1 and other.value == pytest.approx(one.value * share)
+    assert mixed.mode("on").later_chunks_difference == whole.mode("on").later_chunks_difference
+
+
 def test_short_and_empty_documents_are_counted(world, model, held_out):
     """Nothing to score is left out; nothing to read is said."""
     short = "the river"
@@ -255,6 +307,7 @@ def test_short_and_empty_documents_are_counted(world, model, held_out):
     assert alone.verdict.outcome == "not_measured" and "first chunk of 8 tokens" in alone.verdict.text
     assert alone.mode("on").bits_per_byte == alone.mode("off").bits_per_byte
     assert not alone.leakage and alone.offsets is None and str(alone).startswith("Not measured")
+    assert "random" not in str(alone), "where all modes are OFF, one row is enough"
     with pytest.raises(DatasetError, match="no document of 2 has"):
         measure(model, ["", "a"], world)
 

@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from retro_hf.datastore.duplicates import stored_documents
-from retro_hf.evaluation.presence import leaked_documents
+from retro_hf.evaluation.presence import copied_documents, leaked_documents
 from retro_hf.evaluation.scoring import read_documents
 
 
@@ -65,3 +65,23 @@ def test_deleted_documents_are_no_leak(world, tmp_path):
     store.delete(["doc-1"])
     assert {one.stored_id for one in leaked_documents(documents, store, Bar()).values()} == {"doc-2"}
     assert not leaked_documents([], store, Bar())
+
+
+def test_copies_are_found_by_what_they_say(world):
+    """Of a copy, a part, and one with a word changed the longest is kept; of equal ones the first."""
+    texts = [row["text"] for row in corpus(40, seed=3) if len(row["text"].split()) > 60][:4]
+    words = texts[2].split()
+    inputs = [
+        " ".join(words[:40]),
+        *texts,
+        texts[0],
+        " ".join([*texts[1].split()[:-1], "lighthouse"]),
+        "the river",
+        "the river",
+        "a river",
+    ]
+    documents = list(read_documents(inputs, world.tokenizer))
+    names = [f"number {place}" for place in range(len(inputs))]
+    found = {place: one.copy_of for place, one in copied_documents(documents, names).items()}
+    assert found == {0: "number 3", 5: "number 1", 6: "number 2", 8: "number 7"}
+    assert not copied_documents(list(read_documents(texts, world.tokenizer)), names)

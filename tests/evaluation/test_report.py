@@ -98,9 +98,9 @@ def test_the_page_loads_nothing(page, html):
 def test_text_from_outside_is_escaped_wherever_it_stands(page, html):
     """Ids, titles, passages, tokens, the command: shown as they are, run nowhere."""
     assert page.count("script") == 1 and "<script>window" not in html
-    # Leaked document and the one it is found in, command, model; of the example: id, context, token, and the neighbor's id,
+    # Leaked document and the one it is found in, copy and what it is of, command, model; of the example: id, context, token, and the neighbor's id,
     # title, text and continuation; of the trace: title, id, token and a row of numbers; of its two neighbors: id, title, text.
-    assert page.text.count("window.pwned = 1</script>") >= 4 + 7 + 4 + 2 * 3
+    assert page.text.count("window.pwned = 1</script>") >= 6 + 7 + 4 + 2 * 3
     joined = "".join(page.texts)
     assert HOSTILE in joined
 
@@ -170,6 +170,7 @@ def test_inputs_and_provenance_are_at_the_end(page):
         "2 no longer than a chunk",
         "3 have the id",
         "1 lie in the datastore",
+        "1 are copies of another document",
     ):
         assert words in page.text
     assert page.text.index("seed 0") > page.text.index("3 have the id")
@@ -202,7 +203,7 @@ def test_an_evaluation_without_retrieval_has_a_page(tmp_path):
     assert (tmp_path / "report.html").exists() and not (tmp_path / "report.png").exists()
 
 
-def test_intervals_that_cannot_be_known_are_dashes(tmp_path):
+def test_intervals_that_cannot_be_known_are_said_to_be_none(tmp_path):
     """One document has none: NaN, which no chart may choke on."""
     unknown = {"value": -0.5, "low": None, "high": None}
     modes = [
@@ -218,7 +219,7 @@ def test_intervals_that_cannot_be_known_are_dashes(tmp_path):
         for name, difference in (("off", None), ("on", unknown))
     ]
     page = Page(render_page(sample_evaluation(tmp_path, **NO_CURVES | {"modes": modes})))
-    assert "−0.5000 – to –" in page.text and not re.search(r"\bnan\b", page.text.lower())
+    assert "−0.5000 no interval: one document" in page.text and not re.search(r"\bnan\b", page.text.lower())
 
 
 def test_without_matplotlib_the_error_says_what_to_install(tmp_path, monkeypatch):

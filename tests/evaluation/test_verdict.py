@@ -6,7 +6,7 @@ import pytest
 
 from retro_hf.evaluation import Interval
 from retro_hf.evaluation.result import Bucket, LeakageLevel, Mode, Similarity, SweepPoint
-from retro_hf.evaluation.verdict import give_verdict, sweep_warnings
+from retro_hf.evaluation.verdict import give_verdict, oracle_notes, sweep_warnings
 
 
 def around(value: float, half: float = 0.01) -> Interval:
@@ -78,7 +78,20 @@ def test_neighbors_that_never_reach_the_output_are_named():
 def test_one_document_decides_nothing_and_few_are_called_few():
     lone = Interval(-0.5, math.nan, math.nan)
     assert verdict(lone, lone, lone).outcome == "not_measured"
-    assert "rest on 7 documents" in verdict(around(-0.5), around(0.1), around(-0.6), documents=7).details[0]
+    few = verdict(around(-0.5), around(0.1), around(-0.6), documents=7)
+    assert few.text.startswith("Retrieval helps (only 7 documents, too few to trust an interval): 1.5000 bits/byte ON")
+    assert "rest on 7 documents" in few.details[0]
+    # Hurts, nothing measurable, no better than random; and broken.
+    for on, gap, words in ((0.2, -0.3, 0.3), (0.0, -0.5, 0.3), (0.0, 0.0, 0.3), (0.1, 0.0, -0.05)):
+        found = verdict(around(on), around(0.5), around(gap), words, documents=19)
+        assert "(only 19 documents, too few to trust an interval):" in found.text
+    assert "only" not in verdict(around(-0.5), around(0.1), around(-0.6), documents=20).text
+
+
+def test_intervals_are_shown_or_said_to_be_none():
+    assert Interval(-0.5, -0.75, -0.25).shown("+.1%") == "-50.0% [-75.0%, -25.0%]"
+    assert Interval(-0.5, math.nan, math.nan).shown() == "-0.5000, no interval: one document"
+    assert Interval(math.nan, math.nan, math.nan).shown() == "not known: no document"
 
 
 def test_few_documents_do_not_call_a_retriever_broken():
@@ -94,6 +107,12 @@ def test_few_documents_do_not_call_a_retriever_broken():
 def test_a_gain_that_random_neighbors_share_is_told_apart():
     found = verdict(around(-0.5), around(-0.2), around(-0.3))
     assert found.outcome == "helps" and any("40% of what ON gains" in line for line in found.details)
+
+
+def test_an_oracle_that_is_beaten_is_explained():
+    modes = {name: mode(name, bits, None) for name, bits in (("on", 1.5), ("oracle", 1.51))}
+    assert "which is no bound" in oracle_notes(modes)[0]
+    assert not oracle_notes({**modes, "oracle": mode("oracle", 1.4, None)}) and not oracle_notes({"on": modes["on"]})
 
 
 def test_sweeps_that_should_worry_do():

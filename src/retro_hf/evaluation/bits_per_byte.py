@@ -109,7 +109,8 @@ def bits_per_byte(
         model ([`RetroForCausalLM`], or for `modes=("off",)` any causal language model): it is put into eval mode while
             measuring.
         documents (iterable of `str`, or of `dict` with `text` and perhaps `id`, such as a `datasets.Dataset`): the
-            texts. They should not be in the datastore; a document whose id is in it gets no neighbors from there.
+            texts. They should not be in the datastore, nor copies of one another, which would make intervals too narrow:
+            [`evaluate`] looks for both. A document whose id is in the datastore gets no neighbors from there.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): the model's, a fast one.
         retriever ([`RetroRetriever`] or [`RetroDatastore`], *optional*): where neighbors come from; a datastore alone
             needs `neighbor_chunk_ids`.
@@ -150,7 +151,7 @@ def bits_per_byte(
         num_neighbors = max((len(row) for rows in neighbor_chunk_ids for row in rows), default=None)
     count = wanted_neighbors(retriever, num_neighbors)
     read = list(read_documents(documents, tokenizer))
-    kept = [number for number, document in enumerate(read) if document.num_scored]
+    kept = [number for number, document in enumerate(read) if document.num_bytes]
     if not kept:
         raise DatasetError(f"There is nothing to score: no document of {len(read):,} has two tokens.")
     chunk_ids: dict[str, list[np.ndarray]] = {}

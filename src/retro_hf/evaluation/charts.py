@@ -28,9 +28,7 @@ def _number(value: float | None, form: str = ".4f") -> str:
 
 
 def _interval(interval: Interval | None) -> str:
-    if interval is None:
-        return "–"
-    return f"{_number(interval.value, '+.4f')} [{_number(interval.low, '+.4f')}, {_number(interval.high, '+.4f')}]"
+    return "–" if interval is None or math.isnan(interval.value) else interval.shown()
 
 
 def _differences(result: Evaluation) -> Iterator[Chart]:

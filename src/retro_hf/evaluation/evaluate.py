@@ -20,9 +20,9 @@ from ..training.neighbors import wanted_neighbors
 from .kept import KeptBlocks
 from .measure import LEAKAGE_NEIGHBORS, make_table, score_runs
 from .modes import MODES, Chunks, Lookup, Run, oracle_neighbors, random_neighbors, shuffled_neighbors
-from .presence import leaked_documents
+from .presence import copied_documents, leaked_documents
 from .provenance import provenance, score_settings
-from .result import Evaluation, Inputs, LeakedDocument
+from .result import CopiedDocument, Evaluation, Inputs, LeakedDocument
 from .scoring import Document, checked_window, read_documents, reads_neighbors
 from .summary import summarize
 
@@ -58,11 +58,13 @@ def evaluate(
     The same tokens are scored with different neighbors: none (`off`), those found (`on`), as many chunks of the datastore
     drawn blindly (`random`), those of another chunk of the document (`shuffled`), and what is found for the very chunk to be
     predicted (`oracle`, which is cheating: what a perfect retriever might bring). Every token but the first of each document
-    is scored once, in windows that overlap; see [`bits_per_byte`], whose figures are the same. Everything else is arithmetic
+    is scored once, in windows that overlap; see [`bits_per_byte`], whose totals are the same. Everything else is arithmetic
     over the scores of these tokens: the leakage filter of section 2.6 of Borgeaud et al. (2022), the gain by overlap and by
     place in the chunk. Sweeps score again with other neighbors; the model is not trained.
 
-    Documents of which the datastore has at least 80 % (13-grams of tokens in one document) are reported, and not scored.
+    Documents of which the datastore has at least 80 % (13-grams of tokens in one document) are reported, and not scored; nor
+    are those of which another document to score has as much. Intervals draw only documents of which a token could read a
+    neighbor: those of [`bits_per_byte`], which draws what it is given, differ where there are others.
 
     Args:
         model ([`RetroForCausalLM`], or without a retriever any causal language model): it is put into eval mode while
@@ -83,7 +85,7 @@ def evaluate(
     Returns:
         [`Evaluation`]: its `verdict` first; `print` shows all of it.
     Raises:
-        DatasetError: if there is nothing to score, or every document is in the datastore.
+        DatasetError: if there is nothing to score, every document is in the datastore, or an id has two texts.
         DatastoreMismatchError: if the datastore is of another tokenizer or chunk size than the model.
         ValueError: for a model without retrieval, unknown modes, or settings out of range.
     *Determinism*: the same call gives the same numbers; a resumed one the same `tokens.parquet`, byte by byte.
@@ -103,7 +105,7 @@ def evaluate(
     kept = KeptBlocks(None if folder is None else folder / "blocks")
 
     read = list(read_documents(documents, tokenizer))
-    scored, leaked = _scorable(read, datastore, show_progress)
+    scored, copies, leaked = _scorable(read, datastore, show_progress)
     chunks = Chunks.of(scored, chunk_size)
     runs = {"off": Run("off", None)}
     nearest, given, num_same_id = None, None, 0
@@ -134,10 +136,11 @@ def evaluate(
         num_chunks=len(np.unique(table.chunk)),
         num_tokens=len(table.document),
         num_bytes=int(table.num_bytes.sum(dtype=np.int64)),
-        num_unscorable=len(read) - len(scored) - len(leaked),
+        num_unscorable=len(read) - len(scored) - len(copies) - len(leaked),
         num_short=0 if datastore is None else sum(len(one.input_ids) <= chunk_size for one in scored),
         num_same_id=num_same_id,
         leaked=leaked,
+        copies=copies,
     )
     origin = provenance(model, settings, datastore, read) | {
         "seed": seed,
@@ -203,24 +206,45 @@ def _check_sweeps(retriever: RetroRetriever | None, num_neighbors: Sequence[int]
 
 def _scorable(
     read: Sequence[Document], datastore: RetroDatastore | None, show_progress: bool | None
-) -> tuple[list[Document], list[LeakedDocument]]:
-    """The documents to score, and those of the rest that are in the datastore."""
-    usable = [document for document in read if document.num_scored]
-    if not usable:
-        raise DatasetError(f"There is nothing to score: no document of {len(read):,} has two tokens.")
-    if datastore is None:
-        return usable, []
-    with progress_bar(show_progress, total=datastore.num_documents, unit="doc", desc="Looking for leakage") as bar:
-        leaked = leaked_documents(usable, datastore, bar)
-    scored = [document for place, document in enumerate(usable) if place not in leaked]
-    if not scored:
-        first = leaked[0]
+) -> tuple[list[Document], list[CopiedDocument], list[LeakedDocument]]:
+    """The documents to score; of the rest the copies of others, and those that are in the datastore."""
+    numbers = [number for number, document in enumerate(read) if document.num_bytes]
+    if not numbers:
+        named = [f"{document.id!r} is the first. " for document in read[:1] if document.id is not None]
         raise DatasetError(
-            f"In the datastore there are all of {counted(len(usable), 'document')}, the first as {first.stored_id!r} ({first.contained:.0%} of it): "
+            f"There is nothing to score: no document of {len(read):,} has two tokens, the second of which could be predicted. "
+            f"{''.join(named)}Evaluate longer texts."
+        )
+    leaked: dict[int, LeakedDocument] = {}
+    if datastore is not None:
+        with progress_bar(show_progress, total=datastore.num_documents, unit="doc", desc="Looking for leakage") as bar:
+            leaked = leaked_documents([read[number] for number in numbers], datastore, bar)
+    if len(leaked) == len(numbers):
+        raise DatasetError(
+            f"In the datastore there are all of {counted(len(leaked), 'document')}, the first as {leaked[0].stored_id!r} ({leaked[0].contained:.0%} of it): "
             "their text would be looked up, not predicted. Evaluate on documents that were held out, or delete these from "
             "the datastore (`retro delete`)."
         )
-    return scored, [leaked[place] for place in sorted(leaked)]
+    numbers = [number for place, number in enumerate(numbers) if place not in leaked]
+    names = [f"document {number}" if read[number].id is None else str(read[number].id) for number in numbers]
+    copies = copied_documents([read[number] for number in numbers], names)
+    numbers = [number for place, number in enumerate(numbers) if place not in copies]
+    _check_ids(read, numbers)
+    scored = [read[number] for number in numbers]
+    return scored, [copies[place] for place in sorted(copies)], [leaked[place] for place in sorted(leaked)]
+
+
+def _check_ids(read: Sequence[Document], numbers: Sequence[int]) -> None:
+    """Other text under the same id is a part of a document, or another one by mistake; intervals draw whole documents."""
+    first: dict[str, int] = {}
+    for number in numbers:
+        id = read[number].id
+        if id is not None and first.setdefault(id, number) != number:
+            raise DatasetError(
+                f"Two documents have the id {id!r}, but other text: number {first[id]} and number {number}, counted from 0. "
+                "Intervals draw whole documents. If these are parts of one, join their texts; if not, make the ids unique, "
+                "or leave them out."
+            )
 
 
 def _runs(

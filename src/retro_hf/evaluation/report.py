@@ -23,6 +23,7 @@ from .trace import FULL_BITS, bits
 
 
 if TYPE_CHECKING:
+    from .bootstrap import Interval
     from .result import Evaluation
     from .trace import Trace
 
@@ -67,7 +68,8 @@ def render_page(result: Evaluation, traces: Sequence[Trace] = ()) -> str:
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
-    environment.filters |= {"bits": bits, "marked": _marked, "number": _number, "odds": _odds, "strength": _strength}
+    environment.filters |= {"bits": bits, "ends": _ends, "marked": _marked, "number": _number, "odds": _odds}
+    environment.filters["strength"] = _strength
     style, script = ((_TEMPLATES / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return environment.get_template("report.html").render(
@@ -91,6 +93,13 @@ def _number(value: float | None, form: str = ".4f") -> str:
         return "–"
     shown = format(value, form)
     return shown.replace("-", "−") if shown.strip("+-0.%") else shown.lstrip("+-")
+
+
+def _ends(interval: Interval) -> str:
+    """The 95 % interval, or why there is none."""
+    if math.isnan(interval.low):
+        return "no interval: one document"
+    return f"{_number(interval.low, '+.4f')} to {_number(interval.high, '+.4f')}"
 
 
 def _strength(gain: float) -> str:

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import types
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -17,6 +17,7 @@ from .bootstrap import Interval
 
 __all__ = [
     "Bucket",
+    "CopiedDocument",
     "Evaluation",
     "Example",
     "ExampleNeighbor",
@@ -175,16 +176,29 @@ class LeakedDocument:
 
 
 @dataclass(frozen=True)
+class CopiedDocument:
+    """A document that was not scored because another one has its text: `contained` is the share of its 13-grams found there.
+
+    `id` and `copy_of` are ids, or the document's number ("document 3", from 0) where it has none.
+    """
+
+    id: str
+    copy_of: str
+    contained: float
+
+
+@dataclass(frozen=True)
 class Inputs:
     """What was scored, and what was not.
 
     Attributes:
         num_documents, num_chunks, num_tokens, num_bytes (`int`): scored; a chunk is any that has a scored token.
-        num_unscorable (`int`): documents without two tokens, left out.
+        num_unscorable (`int`): documents with nothing to predict (empty, one token, one character), left out.
         num_short (`int`): documents that are scored although they end with their first chunk, so that none of their
-            tokens can read anything.
+            tokens can read anything. All modes agree on them, so no interval draws them.
         num_same_id (`int`): documents that are scored, but got no neighbors from the datastore's document of their id.
         leaked (`list[LeakedDocument]`): documents that are in the datastore, left out.
+        copies (`list[CopiedDocument]`): documents whose text another document has, left out.
     """
 
     num_documents: int
@@ -195,6 +209,7 @@ class Inputs:
     num_short: int
     num_same_id: int
     leaked: list[LeakedDocument]
+    copies: list[CopiedDocument] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -292,7 +307,8 @@ def _read(kind: Any, value: Any) -> Any:
         return None if value is None else _read(parts[0], value)
     if dataclasses.is_dataclass(kind):
         hints = get_type_hints(kind)
-        return kind(**{field.name: _read(hints[field.name], value[field.name]) for field in dataclasses.fields(kind)})  # type: ignore[operator]
+        # A field that a later version added has a default.
+        return kind(**{name: _read(hint, value[name]) for name, hint in hints.items() if name in value})  # type: ignore[operator]
     if origin is list:
         return [_read(parts[0], part) for part in value]
     if origin is dict and parts[1] is not Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..datastore import RetroDatastore
@@ -13,7 +13,7 @@ from .measure import similarity_of
 from .modes import MODES, Chunks, Run
 from .result import Evaluation, Inputs, Mode, SweepPoint
 from .tokens import TokenTable
-from .verdict import give_verdict, not_measured, sweep_warnings
+from .verdict import give_verdict, not_measured, oracle_notes, sweep_warnings
 
 
 if TYPE_CHECKING:
@@ -52,7 +52,9 @@ def summarize(
             f"no token could read a neighbor. No document goes beyond its first chunk of {table.chunk_size} tokens, or nothing "
             "was found. Evaluate longer documents."
         )
-        return Evaluation(verdict=not_measured(reason), **found)
+        verdict = not_measured(reason)
+        verdict.details.extend(_not_scored(inputs))
+        return Evaluation(verdict=verdict, **found)
 
     on, random = (runs[name].chunk_ids or [] for name in ("on", "random"))
     points = [_sweep_point(table, run, modes["on"]) for name, run in runs.items() if name not in MODES]
@@ -68,15 +70,34 @@ def summarize(
         "examples": choose_examples(table, documents, chunks, chunks.given(on), datastore, tokenizer),
     }
     verdict = give_verdict(
-        modes, found["on_minus_random"], found["similarity"], found["runs"], found["leakage"], inputs.num_documents
+        modes,
+        found["on_minus_random"],
+        found["similarity"],
+        found["runs"],
+        found["leakage"],
+        inputs.num_documents - inputs.num_short,
     )
+    verdict.details.extend(oracle_notes(modes))
     verdict.details.extend(sweep_warnings(found["num_neighbors_sweep"], found["fraction_sweep"]))
-    if inputs.leaked:
-        total = inputs.num_documents + len(inputs.leaked)
-        verdict.details.append(
-            f"Leakage: {len(inputs.leaked):,} of {counted(total, 'document')}, found in the datastore, were not scored."
-        )
+    verdict.details.extend(_not_scored(inputs))
     return Evaluation(verdict=verdict, **found)
+
+
+def _not_scored(inputs: Inputs) -> Iterator[str]:
+    """What the figures leave out, or hold although retrieval has no part in it."""
+    total = inputs.num_documents + len(inputs.leaked) + len(inputs.copies)
+    if inputs.leaked:
+        yield f"Leakage: {len(inputs.leaked):,} of {counted(total, 'document')}, found in the datastore, were not scored."
+    if inputs.copies:
+        yield (
+            f"Copies: {len(inputs.copies):,} of {counted(total, 'document')}, of which another one has the text, were not "
+            "scored: counted again, they would make intervals look narrower than they are."
+        )
+    if inputs.num_short:
+        yield (
+            f"Short: {inputs.num_short:,} of {counted(inputs.num_documents, 'document')} scored end with their first chunk and "
+            "can read nothing. Their bytes count in every mode; no interval draws them."
+        )
 
 
 def _mode(table: TokenTable, run: Run) -> Mode:

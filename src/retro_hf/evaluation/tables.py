@@ -64,7 +64,8 @@ def _tables(evaluation: Evaluation) -> Iterator[tuple[str, Table]]:
 def _modes(evaluation: Evaluation) -> Table:
     columns = ("k", "bits/byte", "minus off", "95 % interval", "relative", "perplexity", "later chunks")
     table = _table("retrieval", *columns)
-    for mode in evaluation.modes:
+    # Where no token could read a neighbor, every mode is OFF.
+    for mode in evaluation.modes if evaluation.on_minus_random else evaluation.modes[:1]:
         name = f"{mode.name} (cheating)" if mode.cheating else mode.name
         difference = _difference(mode.difference, evaluation.modes[0].bits_per_byte)
         count = str(mode.num_neighbors) if mode.num_neighbors else ""
@@ -127,12 +128,16 @@ def _scored(evaluation: Evaluation) -> Iterator[str]:
         names = ", ".join(f"{one.id or 'without id'} (as {one.stored_id})" for one in inputs.leaked[:3])
         more = ", …" if len(inputs.leaked) > 3 else ""
         yield f"LEAKAGE: documents found in the datastore, and therefore not scored: {len(inputs.leaked):,}; {names}{more}."
+    if inputs.copies:
+        names = ", ".join(f"{one.id} (of {one.copy_of})" for one in inputs.copies[:3])
+        more = ", …" if len(inputs.copies) > 3 else ""
+        yield f"COPIES: documents of which another one has the text, and therefore not scored: {len(inputs.copies):,}; {names}{more}."
     if inputs.num_same_id:
         yield f"Documents with the id of a stored one but other text, which gave them no neighbors: {inputs.num_same_id:,}."
     if inputs.num_short:
         yield f"Documents no longer than one chunk, for which nothing is retrieved in any mode: {inputs.num_short:,}."
     if inputs.num_unscorable:
-        yield f"Documents that are empty or a single token, left out: {inputs.num_unscorable:,}."
+        yield f"Documents that are empty, a single token or a single character, left out: {inputs.num_unscorable:,}."
 
 
 def _table(*columns: str) -> Table:
@@ -145,7 +150,7 @@ def _table(*columns: str) -> Table:
 def _difference(interval: Interval | None, off: float) -> tuple[str, str, str]:
     if interval is None or math.isnan(interval.value):
         return "", "", ""
-    ends = "" if math.isnan(interval.low) else f"[{interval.low:+.4f}, {interval.high:+.4f}]"
+    ends = "one document" if math.isnan(interval.low) else f"[{interval.low:+.4f}, {interval.high:+.4f}]"
     return f"{interval.value:+.4f}", ends, f"{interval.value / off:+.1%}"
 
 

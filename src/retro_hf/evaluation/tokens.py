@@ -67,11 +67,16 @@ class TokenTable:
         return self.bits(name, where) / size if size else math.nan
 
     def difference(self, name: str, other: str, where: np.ndarray | None = None) -> Interval:
-        """Bits per byte that one run takes more than another, with its interval over documents."""
+        """Bits per byte that one run takes more than another, with its interval over documents.
+
+        A document none of whose tokens can read a neighbor is the same in all runs and tells nothing about them: it is not
+        drawn, or its zero would pass for evidence. Its bytes count.
+        """
         bits = (self.nats[name].astype(np.float64) - self.nats[other]) / math.log(2)
-        return paired_interval(
-            self.by_document(bits, where), self.bytes_by_document(where), self.num_resamples, self.seed
-        )
+        sums, sizes = self.by_document(bits, where), self.bytes_by_document(where)
+        reads = self.by_document(self.later, where) > 0
+        constant = float(sizes[~reads].sum())
+        return paired_interval(sums[reads], sizes[reads], self.num_resamples, self.seed, constant)
 
     def by_document(self, values: np.ndarray, where: np.ndarray | None = None) -> np.ndarray:
         """Sums over the tokens of each document."""
