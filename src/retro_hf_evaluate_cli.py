@@ -43,16 +43,30 @@ def evaluate(
     modes: Annotated[str, typer.Option(help="What to measure.")] = "off,on,random,shuffled,oracle",
     sweep_k: Annotated[str, typer.Option(help="Numbers of neighbors to compare, such as 1,2,5,10.")] = "",
     fractions: Annotated[str, typer.Option(help="Shares of the datastore to compare, such as 0.1,0.5.")] = "",
-    window: Annotated[int | None, typer.Option(help="Tokens per row; by default what the model has room for.")] = None,
-    stride: Annotated[int | None, typer.Option(help="Tokens between two rows; by default half a window.")] = None,
+    window: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Tokens per row, two chunks or more, whole ones; by default what the model has room for."
+        ),
+    ] = None,
+    stride: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Tokens between two rows, whole chunks and less than a window; by default half of it."
+        ),
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per forward pass.")] = 8,
     dtype: Annotated[
         str, typer.Option(help="Of the weights: float32, bfloat16, or auto for the checkpoint's.")
     ] = "auto",
-    seed: Annotated[int, typer.Option(help="Of random neighbors, fractions and intervals.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of random neighbors, fractions and intervals.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Measure whether retrieval helps on held-out texts, by what, and whether it is copying."""
+    """Measure whether retrieval helps on held-out texts, by what, and whether it is copying.
+
+    The first line is the answer; --json has it as verdict.outcome: helps, nothing, hurts, broken or not_measured. Exit code 0:
+    there is an answer, whichever; 1: an error, explained in one line; 2: options that are not understood.
+    """
     if report and output is None:
         raise ValueError("--report writes into the folder of results, but there is none: add --output FOLDER.")
     if dtype not in ("auto", "float32", "bfloat16"):
@@ -65,14 +79,21 @@ def evaluate(
     import retro_hf_cli as commands
     from retro_hf.datastore.compatibility import load_tokenizer
     from retro_hf.datastore.documents import DocumentReader
+    from retro_hf.errors import DatasetError, DatastoreInputError
     from retro_hf.evaluation import evaluate as measure
     from retro_hf.evaluation import trace, write_report
     from retro_hf.evaluation.tables import WIDTH, layout
 
-    reader = DocumentReader(texts)
-    documents = [{"id": one.id, "title": one.title, "text": one.text} for one in reader]
+    try:
+        reader = DocumentReader(texts)
+        documents = [{"id": one.id, "title": one.title, "text": one.text} for one in reader]
+    except DatastoreInputError as error:
+        # The reader is that of datastores, but these documents are not to go into one.
+        raise DatasetError(str(error)) from error
+    reader.warn_of_repairs()
     longest = sorted(documents, key=lambda one: -len(one["text"]))[:_TRACED]
-    documents += [{"text": ""}] * reader.num_empty  # the reader skips them, but they are counted
+    # The reader skips those without text, but they are counted.
+    documents += [{"id": reader.first_empty or "", "text": ""}] * reader.num_empty
     loaded = commands._load_model(model)
     loaded.to("cuda" if torch.cuda.is_available() else "cpu")
     if dtype != "auto":

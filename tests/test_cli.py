@@ -230,14 +230,23 @@ def test_evaluate_reads_what_build_reads_and_names_a_broken_line(world, tmp_path
     (tmp_path / "one.txt").write_text("the king reads seven letters under the old bridge near the harbor today")
     assert "Scored: 1 document, " in retro("evaluate", world / "model", tmp_path, *options)
     (tmp_path / "two.jsonl").write_text('{"text": "fine"}\nnot JSON\n')
-    with pytest.raises(DatastoreInputError, match="two.jsonl:2 is not JSON"):
+    with pytest.raises(DatasetError, match="two.jsonl:2 is not JSON"):
         retro("evaluate", world / "model", tmp_path / "two.jsonl", *options)
+
+
+def test_evaluate_warns_of_what_is_not_utf8(world, tmp_path, caplog):
+    """As build does."""
+    (tmp_path / "latin.txt").write_bytes(
+        "the king reads seven letters in the café under the old bridge".encode("latin1")
+    )
+    retro("evaluate", world / "model", tmp_path / "latin.txt")
+    assert "Not UTF-8: 1 of 1 file, such as 'latin.txt'" in caplog.text
 
 
 def test_evaluate_counts_documents_without_text(world, tmp_path):
     """As the page says, and where there are no others."""
     (tmp_path / "one.jsonl").write_text('{"text": " "}\n')
-    with pytest.raises(DatasetError, match="no document of 1 has two tokens"):
+    with pytest.raises(DatasetError, match="no document of 1 has two tokens.*'one.jsonl:1' is the first"):
         retro("evaluate", world / "model", tmp_path / "one.jsonl")
     (tmp_path / "two.jsonl").write_text('{"text": ""}\n{"text": "the king reads seven letters"}\n')
     printed = retro("evaluate", world / "model", tmp_path / "two.jsonl", "--json")

@@ -206,9 +206,8 @@ class RetroRetriever:
                     f"exclude_documents has shape {excluded.shape}, but there are {len(rows)} chunks."
                 )
             if len(filled):
-                scores[filled], chunk_ids[filled] = self.searcher.search(
-                    self._texts(rows[filled], mask[filled]), wanted, exclude_documents=excluded[filled]
-                )
+                texts = self._texts(rows[filled], mask[filled])
+                scores[filled], chunk_ids[filled] = self._ask(texts, wanted, exclude_documents=excluded[filled])
             return RetrievalResult(scores, chunk_ids)
 
         names = [rows[row][mask[row]].tobytes() for row in filled]
@@ -216,7 +215,7 @@ class RetroRetriever:
         missing = {name: row for name, row in zip(names, filled, strict=True) if name not in results}
         if missing:
             places = np.fromiter(missing.values(), dtype=np.int64)
-            found = self.searcher.search(self._texts(rows[places], mask[places]), wanted)
+            found = self._ask(self._texts(rows[places], mask[places]), wanted)
             fresh = {name: (found[0][place], found[1][place]) for place, name in enumerate(missing)}
             self._remember(fresh)
             results |= fresh
@@ -263,7 +262,20 @@ class RetroRetriever:
                     f"Query {number} has no text: {query!r}. There is nothing to look up; leave it out."
                 )
         readable = [without_lone_surrogates(query) for query in queries]
-        return self._describe(RetrievalResult(*self.searcher.search(readable, wanted)))
+        return self._describe(RetrievalResult(*self._ask(readable, wanted)))
+
+    def _ask(self, texts: list[str], wanted: int, **options: Any) -> tuple[np.ndarray, np.ndarray]:
+        """What the searcher finds; one of a user's own may return anything, and numpy would stretch what is too small."""
+        found = self.searcher.search(texts, wanted, **options)
+        parts = [np.asarray(part) for part in found] if isinstance(found, (tuple, list)) else []
+        shape = (len(texts), wanted)
+        if [part.shape for part in parts] != [shape, shape] or not np.issubdtype(parts[1].dtype, np.integer):
+            returned = ", ".join(f"{part.dtype} of shape {part.shape}" for part in parts) or type(found).__name__
+            raise RetrieverError(
+                f"{type(self.searcher).__name__}.search returned {returned}, but for {len(texts)} texts and {wanted} neighbors it "
+                f"must return scores and chunk ids, two arrays of shape {shape}, the second of integers with -1 for none."
+            )
+        return parts[0], parts[1]
 
     def _describe(self, found: RetrievalResult) -> list[list[RetrievedNeighbor]]:
         tokens, mask = self.datastore.gather(found.chunk_ids)

@@ -246,8 +246,9 @@ def test_files_that_are_not_utf8_are_told_in_one_line(tmp_path, tokenizer, embed
         (tmp_path / f"{name}.txt").write_bytes(content.encode("latin1"))
     RetroDatastore.build(tmp_path, tmp_path / "store", tokenizer=tokenizer, embedder=embedder)
     assert [record.getMessage() for record in caplog.records] == [
-        "Not UTF-8: 3 of 4 files, such as 'b.txt'; what cannot be read there became U+FFFD. Take out what is no text, "
-        "convert the rest with `iconv -f <encoding> -t utf-8 …`, where the encoding is often latin1 or utf-16, and build again."
+        "Not UTF-8: 3 of 4 files, such as 'b.txt'; what cannot be read there became U+FFFD. Convert them with "
+        "`iconv -f <encoding> -t utf-8 …`, where the encoding is often latin1 or utf-16, and start again; what is "
+        "no text at all is better left out."
     ]
 
 

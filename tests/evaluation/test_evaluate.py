@@ -17,7 +17,7 @@ from retro_hf.datastore import LexicalSearcher
 from retro_hf.errors import DatasetError, DatastoreMismatchError, RetrieverError
 from retro_hf.evaluation import Evaluation, bits_per_byte, evaluate
 from retro_hf.evaluation.kept import weights_digest
-from retro_hf.evaluation.modes import Chunks, oracle_neighbors, random_neighbors, shuffled_neighbors
+from retro_hf.evaluation.modes import Chunks, as_many, oracle_neighbors, random_neighbors, shuffled_neighbors
 from retro_hf.evaluation.report import render_page
 from retro_hf.evaluation.scoring import read_documents
 
@@ -349,7 +349,56 @@ def test_any_retriever_is_asked_as_generation_asks_it(world, model, held_out, mo
 
     nothing = measure(model, held_out, world, retriever=Nothing(world.datastore, embedder=world.embedder))
     assert nothing.mode("on").bits_per_byte == nothing.mode("off").bits_per_byte
-    assert nothing.verdict.outcome == "not_measured" and "nothing was found" in nothing.verdict.text
+    assert nothing.verdict.outcome == "broken" and "it found nothing for any of" in nothing.verdict.text
+
+
+class Answers:
+    """A searcher that answers whatever it is told to."""
+
+    metric = "none"
+
+    def __init__(self, answer):
+        self.answer = answer
+
+    def search(self, texts, num_neighbors, *, exclude_documents=None):
+        return self.answer(len(texts), num_neighbors)
+
+
+def answering(answer, world) -> RetroRetriever:
+    return RetroRetriever(world.datastore, searcher=Answers(answer))
+
+
+def test_a_retriever_that_is_often_silent_does_not_pass_for_one_that_works(world, model, held_out):
+    """Reading random chunks half of the time harms half as much as the control, if that reads all of the time."""
+    generator = np.random.default_rng(0)
+
+    def sometimes(rows, k):
+        ids = generator.integers(world.datastore.num_chunks, size=(rows, k))
+        return np.zeros((rows, k)), np.where(generator.random((rows, 1)) < 0.5, -1, ids)
+
+    documents = [row["text"] for row in corpus(40, seed=7)]
+    result = measure(model, documents, world, retriever=answering(sometimes, world), modes=["off", "on", "random"])
+    assert result.verdict.outcome in ("broken", "nothing") and result.on_minus_random.low <= 0
+    assert any(line.startswith("Nothing was found for ") for line in result.verdict.details)
+    drawn, found = [np.array([[1, 2], [3, 4]])], [np.array([[7, -1], [-1, -1]])]
+    assert as_many(drawn, found)[0].tolist() == [[1, -1], [-1, -1]]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        lambda rows, k: (np.zeros((rows, 1)), np.zeros((rows, 1), dtype=int)),
+        lambda rows, k: (np.zeros((rows - 1, k)), np.zeros((rows - 1, k), dtype=int)),
+        lambda rows, k: (np.zeros((rows, k + 1)), np.zeros((rows, k + 1), dtype=int)),
+        lambda rows, k: (np.zeros((rows, k)), np.zeros((rows, k))),
+        lambda rows, k: np.zeros((rows, k), dtype=int),
+        lambda rows, k: None,
+    ],
+)
+def test_a_searcher_that_breaks_its_promise_is_named(world, model, held_out, answer):
+    """One neighbor is not stretched into several, nor a score taken for an id."""
+    with pytest.raises(RetrieverError, match="Answers.search returned .*two arrays of shape"):
+        measure(model, held_out, world, retriever=answering(answer, world))
 
 
 def test_results_come_back_from_their_file(kept, tmp_path):

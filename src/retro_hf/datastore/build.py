@@ -309,14 +309,7 @@ def _tell_input(num_blocks: int, num_empty: int, reader: DocumentReader) -> None
         )
     if num_empty:
         logger.warning(f"Skipped {num_empty:,} of {counted(reader.num_read, 'document')} for lack of text.")
-    if reader.num_repaired:
-        logger.warning(f"Replaced lone surrogates by U+FFFD in {counted(reader.num_repaired, 'document')}.")
-    if reader.not_utf8:
-        logger.warning(
-            f"Not UTF-8: {len(reader.not_utf8):,} of {counted(len(reader.sources), 'file')}, such as {min(reader.not_utf8)!r}; "
-            "what cannot be read there became U+FFFD. Take out what is no text, convert the rest with `iconv -f <encoding> -t "
-            "utf-8 …`, where the encoding is often latin1 or utf-16, and build again."
-        )
+    reader.warn_of_repairs()
 
 
 def _groups(

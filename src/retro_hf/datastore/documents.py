@@ -57,6 +57,7 @@ class DocumentReader:
         total (`int`, *optional*): number of records where it is known beforehand.
         num_read (`int`): records met so far.
         num_empty (`int`): records without text met so far; they are skipped.
+        first_empty (`str`, *optional*): where the first of them stands.
         num_repaired (`int`): documents met so far with lone surrogates (half characters that JSON can smuggle in) in text,
             title, source or id, which became U+FFFD.
         not_utf8 (`set[str]`): names of the text files met so far that are not UTF-8; what cannot be read became U+FFFD.
@@ -69,6 +70,7 @@ class DocumentReader:
     def __init__(self, documents: Any) -> None:
         self.num_read = 0
         self.num_empty = 0
+        self.first_empty: str | None = None
         self.num_repaired = 0
         self.not_utf8: set[str] = set()
         self.sources: list[dict[str, Any]] = []
@@ -111,8 +113,20 @@ class DocumentReader:
             document = self._document(record, where, {"id": str(number), **defaults})
             if document is None:
                 self.num_empty += 1
+                self.first_empty = self.first_empty or where
             else:
                 yield document
+
+    def warn_of_repairs(self) -> None:
+        """Say what could not be read as it is, once all has been read."""
+        if self.num_repaired:
+            logger.warning(f"Replaced lone surrogates by U+FFFD in {counted(self.num_repaired, 'document')}.")
+        if self.not_utf8:
+            logger.warning(
+                f"Not UTF-8: {len(self.not_utf8):,} of {counted(len(self.sources), 'file')}, such as {min(self.not_utf8)!r}; "
+                "what cannot be read there became U+FFFD. Convert them with `iconv -f <encoding> -t utf-8 …`, where the "
+                "encoding is often latin1 or utf-16, and start again; what is no text at all is better left out."
+            )
 
     def _document(self, record: Any, where: str, defaults: dict[str, str]) -> Document | None:
         if isinstance(record, str):
@@ -229,7 +243,7 @@ def _files_of(path: Path) -> list[tuple[Path, str]]:
     stores = {file.parent for file in path.rglob(MANIFEST_NAME)}
     if path in stores:
         raise DatastoreInputError(
-            f"{str(path)!r} is a datastore, not a folder of texts. Name the folder or file that it was built from."
+            f"{str(path)!r} is a datastore, not a folder of texts. Name a folder or file of texts, such as it was built from."
         )
     if stores:
         logger.warning(f"Left out {counted(len(stores), 'datastore')} among the texts, such as {str(min(stores))!r}.")

@@ -16,7 +16,7 @@ from ..retrieval_retro import RetroRetriever
 from ..training.leakage import document_numbers
 from ..training.neighbors import complete_chunks, nearest_chunks, wanted_neighbors
 from .bootstrap import paired_interval
-from .modes import random_neighbors
+from .modes import as_many, random_neighbors
 from .scoring import Document, checked_window, cut_windows, evaluating, read_documents, score_windows
 
 
@@ -221,5 +221,6 @@ def _find_neighbors(
                 )
             chunk_ids["on"].append(ids[:, :count])
     if "random" in modes:
-        chunk_ids["random"] = random_neighbors(datastore, counts, count, seed)
+        drawn = random_neighbors(datastore, counts, count, seed)
+        chunk_ids["random"] = as_many(drawn, chunk_ids["on"]) if "on" in chunk_ids else drawn
     return chunk_ids

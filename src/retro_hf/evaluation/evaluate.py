@@ -19,7 +19,7 @@ from ..retrieval_retro import RetroRetriever
 from ..training.neighbors import wanted_neighbors
 from .kept import KeptBlocks
 from .measure import LEAKAGE_NEIGHBORS, make_table, score_runs
-from .modes import MODES, Chunks, Lookup, Run, oracle_neighbors, random_neighbors, shuffled_neighbors
+from .modes import MODES, Chunks, Lookup, Run, as_many, oracle_neighbors, random_neighbors, shuffled_neighbors
 from .presence import copied_documents, leaked_documents
 from .provenance import provenance, score_settings
 from .result import CopiedDocument, Evaluation, Inputs, LeakedDocument
@@ -260,10 +260,11 @@ def _runs(
     chunks, datastore = lookup.chunks, lookup.retriever.datastore
     complete = chunks.complete_by_document(nearest)
     on = [ids[:, :count] for ids in complete]
+    random = random_neighbors(datastore, chunks.complete.tolist(), count, seed)
     by_mode = {
         "off": None,
         "on": on,
-        "random": random_neighbors(datastore, chunks.complete.tolist(), count, seed),
+        "random": as_many(random, on),
         "shuffled": shuffled_neighbors(on, seed),
         "oracle": oracle_neighbors(datastore, chunks.by_document(nearest[:, :count]), chunks.complete.tolist()),
     }

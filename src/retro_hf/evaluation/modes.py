@@ -20,7 +20,7 @@ from .scoring import Document, num_complete_chunks
 if TYPE_CHECKING:
     from ..datastore import VectorIndex
 
-__all__ = ["MODES", "Chunks", "Lookup", "Run", "oracle_neighbors", "random_neighbors", "shuffled_neighbors"]
+__all__ = ["MODES", "Chunks", "Lookup", "Run", "as_many", "oracle_neighbors", "random_neighbors", "shuffled_neighbors"]
 
 MODES = {
     "off": "no neighbors",
@@ -199,6 +199,14 @@ def random_neighbors(
         datastore.random_chunks(np.random.default_rng([seed, number]), (int(count), num_neighbors))
         for number, count in enumerate(counts)
     ]
+
+
+def as_many(drawn: Sequence[np.ndarray], found: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Of neighbors drawn blindly only as many as were found for each chunk.
+
+    A retriever that is silent for some chunks would else beat the control there by reading less.
+    """
+    return [np.where(ids < 0, -1, random[:, : ids.shape[1]]) for random, ids in zip(drawn, found, strict=True)]
 
 
 def shuffled_neighbors(found: Sequence[np.ndarray], seed: int) -> list[np.ndarray]:

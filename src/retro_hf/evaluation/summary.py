@@ -13,7 +13,7 @@ from .measure import similarity_of
 from .modes import MODES, Chunks, Run
 from .result import Evaluation, Inputs, Mode, SweepPoint
 from .tokens import TokenTable
-from .verdict import give_verdict, not_measured, oracle_notes, sweep_warnings
+from .verdict import give_verdict, not_measured, nothing_found, oracle_notes, sweep_warnings
 
 
 if TYPE_CHECKING:
@@ -48,15 +48,18 @@ def summarize(
     if datastore is None:
         return Evaluation(verdict=not_measured("without a retriever there is only OFF."), **found)
     if not (table.run >= 0).any():
-        reason = (
-            f"no token could read a neighbor. No document goes beyond its first chunk of {table.chunk_size} tokens, or nothing "
-            "was found. Evaluate longer documents."
-        )
-        verdict = not_measured(reason)
+        if inputs.num_short == inputs.num_documents:
+            verdict = not_measured(
+                f"no token could read a neighbor: no document goes beyond its first chunk of {table.chunk_size} tokens. Evaluate "
+                "longer documents."
+            )
+        else:
+            verdict = nothing_found(int((chunks.counts - 1).sum()))
         verdict.details.extend(_not_scored(inputs))
         return Evaluation(verdict=verdict, **found)
 
     on, random = (runs[name].chunk_ids or [] for name in ("on", "random"))
+    given = chunks.given(on)
     points = [_sweep_point(table, run, modes["on"]) for name, run in runs.items() if name not in MODES]
     found |= {
         "on_minus_random": table.difference("on", "random"),
@@ -67,7 +70,7 @@ def summarize(
         "offsets": table.offsets(list(modes)),
         "num_neighbors_sweep": [point for point in points if point.fraction is None],
         "fraction_sweep": [point for point in points if point.fraction is not None],
-        "examples": choose_examples(table, documents, chunks, chunks.given(on), datastore, tokenizer),
+        "examples": choose_examples(table, documents, chunks, given, datastore, tokenizer),
     }
     verdict = give_verdict(
         modes,
@@ -77,6 +80,11 @@ def summarize(
         found["leakage"],
         inputs.num_documents - inputs.num_short,
     )
+    num_reading, num_given = int((chunks.counts - 1).sum()), int((given >= 0).any(axis=1).sum())
+    if num_given < num_reading:
+        verdict.details.append(
+            f"Nothing was found for {num_reading - num_given:,} of {counted(num_reading, 'chunk')}; there ON is OFF."
+        )
     verdict.details.extend(oracle_notes(modes))
     verdict.details.extend(sweep_warnings(found["num_neighbors_sweep"], found["fraction_sweep"]))
     verdict.details.extend(_not_scored(inputs))

@@ -11,7 +11,7 @@ from .bootstrap import Interval
 from .result import Bucket, LeakageLevel, Mode, Similarity, SweepPoint, Verdict
 
 
-__all__ = ["give_verdict", "not_measured", "oracle_notes", "sweep_warnings"]
+__all__ = ["give_verdict", "not_measured", "nothing_found", "oracle_notes", "sweep_warnings"]
 
 # A token that ends a run of so many tokens from a neighbor counts as copied.
 _COPIED_RUN = 5
@@ -28,6 +28,13 @@ _WORSE_WITH_MORE = 0.005
 def not_measured(reason: str) -> Verdict:
     """The verdict where there is nothing to compare."""
     return Verdict("not_measured", None, f"Not measured: {reason}", [])
+
+
+def nothing_found(num_chunks: int) -> Verdict:
+    """The verdict on a retriever that has no neighbor for any chunk."""
+    text = f"The retriever looks broken: it found nothing for any of {counted(num_chunks, 'chunk')} that could read, so ON is OFF."
+    detail = 'Is there anything left in the datastore? Look at what it finds: `retro search STORE "some text"`.'
+    return Verdict("broken", None, text, [detail])
 
 
 def give_verdict(
