@@ -41,7 +41,9 @@ def evaluate(
         int | None, typer.Option("-k", min=1, help="Neighbors per chunk; by default the retriever's.")
     ] = None,
     modes: Annotated[str, typer.Option(help="What to measure.")] = "off,on,random,shuffled,oracle",
-    sweep_k: Annotated[str, typer.Option(help="Numbers of neighbors to compare, such as 1,2,5,10.")] = "",
+    num_neighbors_sweep: Annotated[
+        str, typer.Option("--sweep-k", help="Numbers of neighbors to compare, such as 1,2,5,10.")
+    ] = "",
     fractions: Annotated[str, typer.Option(help="Shares of the datastore to compare, such as 0.1,0.5.")] = "",
     window: Annotated[
         int | None,
@@ -71,7 +73,7 @@ def evaluate(
         raise ValueError("--report writes into the folder of results, but there is none: add --output FOLDER.")
     if dtype not in ("auto", "float32", "bfloat16"):
         raise ValueError(f"--dtype is {dtype!r}, but it is float32, bfloat16 or auto.")
-    numbers, shares = _parsed("--sweep-k", sweep_k, int), _parsed("--fractions", fractions, float)
+    numbers, shares = _parsed("--sweep-k", num_neighbors_sweep, int), _parsed("--fractions", fractions, float)
 
     import torch
     from rich.console import Console
@@ -139,5 +141,6 @@ def _parsed(option: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
         return [kind(part.strip()) for part in text.split(",") if part.strip()]
     except ValueError:
         raise ValueError(
-            f"{option} is {text!r}, but it lists numbers with commas between them, such as 1,2,5."
+            f"{option} is {text!r}, but it lists {'whole ' if kind is int else ''}numbers with commas between them, such as "
+            f"{'1,2,5' if kind is int else '0.1,0.5'}."
         ) from None

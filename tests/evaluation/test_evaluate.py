@@ -168,9 +168,30 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(world, model, held_ou
     victim.write_bytes(victim.read_bytes()[:40])
     measure(model, held_out, world, **options)
     assert len(calls) == total + 1
-    # Other weights are other work.
+    # Other weights are other work, for another folder; or for this one once its results are gone.
+    with pytest.raises(FileExistsError, match="an evaluation of another model. Choose another folder"):
+        measure(make_model(seed=1, scale=0.25), held_out, world, **options)
+    (tmp_path / "again/evaluation.json").unlink()
     measure(make_model(seed=1, scale=0.25), held_out, world, **options)
     assert len(calls) >= 2 * total - 5
+
+
+def test_nothing_of_others_is_written_over(world, model, held_out, kept, tmp_path):
+    """A file of the same name, a datastore, other texts; and what is no folder."""
+    _, folder = kept
+    for name in ("documents.parquet", "evaluation.json"):
+        (tmp_path / name).write_text("[1, 2]")
+        with pytest.raises(FileExistsError, match=f"has a file '{name}' that no evaluation wrote"):
+            measure(model, held_out, world, output=tmp_path)
+        assert [file.name for file in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == "[1, 2]"
+        (tmp_path / name).unlink()
+    with pytest.raises(FileExistsError, match="is a datastore"):
+        measure(model, held_out, world, output=world.datastore.path)
+    with pytest.raises(FileExistsError, match="an evaluation of another datastore, another set of documents"):
+        measure(model, held_out[1:], world, output=folder, retriever=None)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="cannot be made"):
+        measure(model, held_out, world, output=tmp_path / "file" / "results")
 
 
 def test_a_model_is_known_by_its_weights_wherever_it_comes_from(model, tmp_path):
@@ -457,10 +478,21 @@ def test_wrong_arguments_are_refused(world, model, held_out):
         measure(model, held_out, world, fractions=[0])
     with pytest.raises(ValueError, match="at least 1"):
         measure(model, held_out, world, num_neighbors_sweep=[0])
+    with pytest.raises(ValueError, match="window=4096 is more than the [0-9]+ positions"):
+        measure(model, held_out, world, window=4096)
     with pytest.raises(DatasetError, match="one string"):
         measure(model, "text", world)
     with pytest.raises(DatastoreMismatchError, match="chunk_size"):
         measure(make_model(chunk_size=4), held_out, world)
+
+
+def test_predictions_that_are_no_numbers_are_not_averaged(world, held_out):
+    """Damaged weights: an error, and no NaN in a table."""
+    broken = make_model(scale=0.25)
+    with torch.no_grad():
+        next(part for name, part in broken.named_parameters() if "encoder" in name).fill_(torch.nan)
+    with pytest.raises(ValueError, match="predictions are not numbers .'on'"):
+        measure(broken, held_out, world)
 
 
 def test_a_model_in_bfloat16_is_measured(world, model, held_out):

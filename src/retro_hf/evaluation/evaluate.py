@@ -17,6 +17,7 @@ from ..datastore.executors import progress_bar
 from ..errors import DatasetError, counted
 from ..retrieval_retro import RetroRetriever
 from ..training.neighbors import wanted_neighbors
+from .folder import BLOCKS, claim_folder
 from .kept import KeptBlocks
 from .measure import LEAKAGE_NEIGHBORS, make_table, score_runs
 from .modes import MODES, Chunks, Lookup, Run, as_many, oracle_neighbors, random_neighbors, shuffled_neighbors
@@ -79,7 +80,8 @@ def evaluate(
         fractions (`Sequence[float]`, *optional*): shares of the datastore's documents, above 0 and at most 1, to score `on`
             with. They are those of [`RetroDatastore.subset`] with the same seed: drawn by id, and nested.
         output (`str` or `Path`, *optional*): a folder for `evaluation.json`, `tokens.parquet` and `documents.parquet`, and
-            for finished work: the same call goes on where a killed one was, and one that asks for more computes only that.
+            for finished work: the same call goes on where a killed one was, and one that asks for more computes only that;
+            the files are then those of the last call.
         window, stride, batch_size, num_resamples, show_progress: as for [`bits_per_byte`].
         seed (`int`, defaults to 0): of random and shuffled neighbors, of fractions and of the bootstrap.
     Returns:
@@ -87,6 +89,7 @@ def evaluate(
     Raises:
         DatasetError: if there is nothing to score, every document is in the datastore, or an id has two texts.
         DatastoreMismatchError: if the datastore is of another tokenizer or chunk size than the model.
+        FileExistsError: if `output` has files of something else, or of another model, datastore or documents.
         ValueError: for a model without retrieval, unknown modes, or settings out of range.
     *Determinism*: the same call gives the same numbers; a resumed one the same `tokens.parquet`, byte by byte.
     *Disk*: 4 bytes per token and kind of neighbors, twice, and 4 bytes per chunk and dimension of the embedder.
@@ -102,9 +105,13 @@ def evaluate(
     count = wanted_neighbors(retriever, num_neighbors)
     _check_sweeps(retriever, num_neighbors_sweep, fractions)
     folder = None if output is None else Path(output)
-    kept = KeptBlocks(None if folder is None else folder / "blocks")
 
     read = list(read_documents(documents, tokenizer))
+    settings = score_settings(model, datastore)
+    origin = provenance(model, settings, datastore, read)
+    if folder is not None:
+        claim_folder(folder, origin)
+    kept = KeptBlocks(None if folder is None else folder / BLOCKS)
     scored, copies, leaked = _scorable(read, datastore, show_progress)
     chunks = Chunks.of(scored, chunk_size)
     runs = {"off": Run("off", None)}
@@ -117,7 +124,6 @@ def evaluate(
         runs = {run.name: run for run in _runs(lookup, nearest, names, count, num_neighbors_sweep, fractions, seed)}
         given = chunks.given(runs["on"].chunk_ids or [])
 
-    settings = score_settings(model, datastore)
     nats = score_runs(
         model,
         scored,
@@ -142,7 +148,7 @@ def evaluate(
         leaked=leaked,
         copies=copies,
     )
-    origin = provenance(model, settings, datastore, read) | {
+    origin |= {
         "seed": seed,
         "window": window,
         "stride": stride,
@@ -210,10 +216,10 @@ def _scorable(
     """The documents to score; of the rest the copies of others, and those that are in the datastore."""
     numbers = [number for number, document in enumerate(read) if document.num_bytes]
     if not numbers:
-        named = [f"{document.id!r} is the first. " for document in read[:1] if document.id is not None]
+        named = [f" The first is {document.id}." for document in read[:1] if document.id is not None]
         raise DatasetError(
-            f"There is nothing to score: no document of {len(read):,} has two tokens, the second of which could be predicted. "
-            f"{''.join(named)}Evaluate longer texts."
+            f"There is nothing to score: no document of {len(read):,} has two tokens, so that one could be predicted."
+            f"{''.join(named)} Evaluate longer texts."
         )
     leaked: dict[int, LeakedDocument] = {}
     if datastore is not None:

@@ -76,8 +76,16 @@ def score_runs(
                     for row in rows
                 ]
 
-                def score(rows: Sequence = rows, ids: list[np.ndarray] | None = ids) -> np.ndarray:
-                    return np.concatenate(score_windows(model, documents, rows, ids, datastore, size))
+                def score(
+                    rows: Sequence = rows, ids: list[np.ndarray] | None = ids, name: str = run.name
+                ) -> np.ndarray:
+                    scores = np.concatenate(score_windows(model, documents, rows, ids, datastore, size))
+                    if not np.isfinite(scores).all():
+                        raise ValueError(
+                            f"The model's predictions are not numbers ({name!r}, dtype {model.dtype}): its weights are "
+                            "damaged, or its numbers too large for the dtype. Try float32; else nothing can be measured."
+                        )
+                    return scores
 
                 digest = digest_of(settings, f"{run.num_neighbors}", *texts, *spans, *given)
                 nats[run.name][places] = kept.load_or_make("scores", digest, score)

@@ -118,6 +118,12 @@ def checked_window(model: PreTrainedModel, window: int | None, stride: int | Non
                 f"{name}={value} must be a multiple of the chunk size {chunk_size}, from {least} on, so that every window "
                 f"begins at a chunk border of its document. Use {near}."
             )
+    most = getattr(model.config, "max_position_embeddings", None) or window
+    if window > most:
+        raise ValueError(
+            f"window={window} is more than the {most} positions that the model has (max_position_embeddings). Use at most "
+            f"{most // chunk_size * chunk_size}."
+        )
     if stride >= window:
         raise ValueError(
             f"stride={stride} must be shorter than window={window}, so that the first token of a window has been scored "
