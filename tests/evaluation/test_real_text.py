@@ -59,8 +59,9 @@ def setting(tmp_path_factory):
 def measure(setting, searcher, datastore=None, **options):
     model, tokenizer, documents, own, folder, _ = setting
     retriever = RetroRetriever(datastore or own, searcher=searcher)
-    # One folder for all, so that what two have in common is scored once.
-    options = {"window": 256, "num_resamples": 500, "output": folder / "results", **options}
+    # One folder for all of a datastore, so that what two have in common is scored once.
+    output = folder / ("results" if datastore is None else "results_of_another")
+    options = {"window": 256, "num_resamples": 500, "output": output, **options}
     return evaluate(model, documents, tokenizer, retriever=retriever, **options)
 
 
