@@ -480,6 +480,17 @@ def test_wrong_arguments_are_refused(world, model, held_out):
         measure(model, held_out, world, num_neighbors_sweep=[0])
     with pytest.raises(ValueError, match="window=4096 is more than the [0-9]+ positions"):
         measure(model, held_out, world, window=4096)
+    for name in ("batch_size", "num_resamples", "seed", "window", "stride"):
+        for value in (-1, 0) if name != "seed" else (-1, 0.5):
+            with pytest.raises(ValueError, match=f"{name}(=| is ){value}.* must be"):
+                measure(model, held_out, world, **{name: value})
+    with pytest.raises(ValueError, match="has 2.5, but a number of neighbors is an integer"):
+        measure(model, held_out, world, num_neighbors_sweep=[2.5])
+    with pytest.raises(DatasetError, match="one mapping"):
+        measure(model, {"text": "the king"}, world)
+    for wrong in (None, 3, {"text": None}):
+        with pytest.raises(DatasetError, match="Document 1 has no text"):
+            measure(model, ["the king", wrong], world)
     with pytest.raises(DatasetError, match="one string"):
         measure(model, "text", world)
     with pytest.raises(DatastoreMismatchError, match="chunk_size"):

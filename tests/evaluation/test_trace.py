@@ -156,3 +156,14 @@ def test_wrong_input_is_refused(world, model, text):
             trace(model, text, world.tokenizer, retriever=other)
     with pytest.raises(DatastoreMismatchError, match="chunk_size"):
         tracing(make_model(chunk_size=4, neighbor_size=NEIGHBOR_SIZE), text, world)
+
+
+def test_wrong_numbers_and_models_are_refused(world, model, text):
+    """None of them reaches torch."""
+    for name, value in (("max_tokens", 1), ("max_tokens", -1), ("batch_size", 0), ("num_neighbors", -1)):
+        with pytest.raises(ValueError, match=f"{name} is {value}, but it must be an integer of at least"):
+            tracing(model, text, world, **{name: value})
+    with pytest.raises(ValueError, match="has no retrieval.*`retrofit`"):
+        tracing(model.model.backbone, text, world)
+    with pytest.raises(DatasetError, match="has no text"):
+        tracing(model, None, world)

@@ -17,7 +17,7 @@ from ..training.leakage import document_numbers
 from ..training.neighbors import complete_chunks, nearest_chunks, wanted_neighbors
 from .bootstrap import paired_interval
 from .modes import as_many, random_neighbors
-from .scoring import Document, checked_window, cut_windows, evaluating, read_documents, score_windows
+from .scoring import Document, check_numbers, checked_window, cut_windows, evaluating, read_documents, score_windows
 
 
 if TYPE_CHECKING:
@@ -135,6 +135,7 @@ def bits_per_byte(
         DatastoreMismatchError: if the datastore is of another tokenizer or chunk size than the model.
     *Determinism*: the same arguments give the same numbers; `batch_size` moves only the last bits.
     """
+    check_numbers(batch_size=(batch_size, 1), num_resamples=(num_resamples, 1), seed=(seed, 0))
     datastore = retriever.datastore if isinstance(retriever, RetroRetriever) else retriever
     modes = tuple(modes or (_MODES if retriever is not None else ("off",)))
     unknown = [mode for mode in modes if mode not in _MODES]

@@ -24,7 +24,7 @@ from .modes import MODES, Chunks, Lookup, Run, as_many, oracle_neighbors, random
 from .presence import copied_documents, leaked_documents
 from .provenance import provenance, score_settings
 from .result import CopiedDocument, Evaluation, Inputs, LeakedDocument
-from .scoring import Document, checked_window, read_documents, reads_neighbors
+from .scoring import Document, check_numbers, checked_window, read_documents, reads_neighbors
 from .summary import summarize
 
 
@@ -96,6 +96,7 @@ def evaluate(
     """
     begin = time.perf_counter()
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    check_numbers(batch_size=(batch_size, 1), num_resamples=(num_resamples, 1), seed=(seed, 0))
     names = _checked_modes(model, retriever, modes)
     datastore = None if retriever is None else retriever.datastore
     chunk_size = getattr(model.config, "chunk_size", None) or 1
@@ -201,8 +202,10 @@ def _check_sweeps(retriever: RetroRetriever | None, num_neighbors: Sequence[int]
     if retriever is None and (num_neighbors or fractions):
         raise ValueError("A sweep over neighbors or fractions needs neighbors: pass `retriever=`.")
     for number in num_neighbors:
-        if number < 1:
-            raise ValueError(f"num_neighbors_sweep has {number}, but a number of neighbors is at least 1.")
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            raise ValueError(
+                f"num_neighbors_sweep has {number!r}, but a number of neighbors is an integer of at least 1."
+            )
     for fraction in fractions:
         if not 0 < fraction <= 1:
             raise ValueError(

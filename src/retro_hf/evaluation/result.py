@@ -279,7 +279,7 @@ class Evaluation:
                 return _read(cls, content)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DatasetError(
-                f"{str(file)!r} is not an evaluation ({error!r}). Run `retro evaluate` again."
+                f"{str(file)!r} is not an evaluation ({type(error).__name__}: {error}). Run `retro evaluate` again."
             ) from error
         raise DatasetError(
             f"{str(file)!r} has format_version={version}, but this version of retro-hf reads {_FORMAT_VERSION}. Run `retro "

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Document",
     "Window",
+    "check_numbers",
     "checked_window",
     "cut_windows",
     "evaluating",
@@ -81,24 +82,38 @@ def read_documents(
     Raises:
         DatasetError: for a tokenizer that is not fast, or a document without a text.
     """
-    if isinstance(documents, str):
-        raise DatasetError("The documents are one string; give a list of texts: `[text]`.")
+    if isinstance(documents, (str, Mapping)):
+        what = "string" if isinstance(documents, str) else "mapping"
+        raise DatasetError(f"The documents are one {what}; give a list of texts, or of dicts with a 'text'.")
     if not tokenizer.is_fast:
         raise DatasetError("Counting bytes needs a fast tokenizer, one that knows which text each token stands for.")
     for number, record in enumerate(documents):
-        text = record if isinstance(record, str) else record.get("text")
+        text = record.get("text") if isinstance(record, Mapping) else record
         if not isinstance(text, str):
             raise DatasetError(f"Document {number} has no text: pass texts, or dicts with a 'text'.")
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ends = np.maximum.accumulate([0, *(end for _, end in encoded["offset_mapping"])])[1:]
         sizes = np.cumsum([0, *(len(letter.encode("utf-8", "surrogatepass")) for letter in text)])
-        id = None if isinstance(record, str) or record.get("id") is None else str(record["id"])
-        yield Document(id, text, np.array(encoded["input_ids"], dtype=np.int64), ends, sizes[ends])
+        id = record.get("id") if isinstance(record, Mapping) else None
+        yield Document(
+            None if id is None else str(id), text, np.array(encoded["input_ids"], dtype=np.int64), ends, sizes[ends]
+        )
 
 
 def num_complete_chunks(document: Document, chunk_size: int) -> int:
     """Chunks of a document for which neighbors are looked up; a short last one is never completed."""
     return len(document.input_ids) // chunk_size
+
+
+def check_numbers(**numbers: tuple[int, int]) -> None:
+    """Check that each number is an integer and not below its least value, the second of the pair.
+
+    Raises:
+        ValueError: for the first that is.
+    """
+    for name, (value, least) in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
+            raise ValueError(f"{name} is {value!r}, but it must be an integer of at least {least}.")
 
 
 def checked_window(model: PreTrainedModel, window: int | None, stride: int | None, chunk_size: int) -> tuple[int, int]:
@@ -108,8 +123,10 @@ def checked_window(model: PreTrainedModel, window: int | None, stride: int | Non
         ValueError: if a window would not begin at a chunk border, or with a token that was not scored before.
     """
     limit = getattr(model.config, "max_position_embeddings", None) or _DEFAULT_WINDOW
-    window = window or max(1, min(limit, _DEFAULT_WINDOW) // chunk_size) * chunk_size
-    stride = stride or max(1, window // 2 // chunk_size) * chunk_size
+    if window is None:
+        window = max(1, min(limit, _DEFAULT_WINDOW) // chunk_size) * chunk_size
+    if stride is None:
+        stride = max(1, window // 2 // chunk_size) * chunk_size
     for name, value, least in (("window", window, 2 * chunk_size), ("stride", stride, chunk_size)):
         below = max(least, value // chunk_size * chunk_size)
         if value != below:

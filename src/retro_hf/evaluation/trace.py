@@ -16,6 +16,7 @@ from ..errors import DatasetError
 from ..retrieval_retro import RetrievedNeighbor, RetroRetriever
 from ..training.leakage import document_numbers
 from ..training.neighbors import complete_chunks
+from .scoring import check_numbers, reads_neighbors
 
 
 if TYPE_CHECKING:
@@ -179,6 +180,7 @@ def trace(
         DatasetError: if the text has fewer than two tokens, or the tokenizer can't tell which text a token stands for;
             without a `RetroRetriever`.
         DatastoreMismatchError: if the datastore is of another tokenizer or chunk size than the model.
+        ValueError: for a model without retrieval, or numbers out of range.
     *Cost*: `2 + num_chunks * num_neighbors` rows of `max_tokens` tokens.
     """
     if not isinstance(retriever, RetroRetriever):
@@ -186,7 +188,15 @@ def trace(
             f"A trace shows what a retriever finds, but the retriever is a {type(retriever).__name__}: pass "
             "`retriever=RetroRetriever.from_pretrained(store, ...)`. `bits_per_byte` measures a model alone."
         )
-    fields = {"text": document} if isinstance(document, str) else document
+    if not reads_neighbors(model):
+        raise ValueError(
+            f"{type(model).__name__} has no retrieval: it takes no neighbors, so there is nothing to trace. Make a RETRO model of "
+            "it with `retrofit`."
+        )
+    check_numbers(max_tokens=(max_tokens, 2), batch_size=(batch_size, 1))
+    if num_neighbors is not None:
+        check_numbers(num_neighbors=(num_neighbors, 1))
+    fields = document if isinstance(document, Mapping) else {"text": document}
     size, datastore = model.config.chunk_size, retriever.datastore
     datastore.check_compatible(tokenizer=tokenizer, chunk_size=size)
     tokens, input_ids = _read(fields.get("text"), tokenizer)
