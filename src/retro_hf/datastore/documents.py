@@ -25,6 +25,7 @@ __all__ = ["Document", "DocumentReader", "document_ids", "without_lone_surrogate
 logger = logging.get_logger(__name__)
 
 _SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".parquet")
+_LONGEST_SUFFIX = max(map(len, _SUFFIXES))
 _FIELDS = ("id", "title", "source", "text")
 _PARQUET_ROWS = 1024
 _NAMED_OTHERS = 5
@@ -266,7 +267,7 @@ def _files_of(path: Path) -> list[tuple[Path, str]]:
 
 
 def _is_readable(name: str) -> bool:
-    return name.lower().endswith(_SUFFIXES)
+    return name[-_LONGEST_SUFFIX:].lower().endswith(_SUFFIXES)  # of a whole text, too, which is not to be copied
 
 
 def _source_of(info: Any) -> dict[str, Any]:
