@@ -8,8 +8,8 @@ are retrieved for a question; the questions and articles of the test are never i
 end the same weights answer some test questions with the retrieved passages, with those of another question, and with none;
 `benchmarks/real_questions.py` measures all of it.
 
-Everything is resumed: what lies in `--output` is not computed again, and training goes on from its last checkpoint; what is
-trained already lies in `model`. `--minutes` breaks off after so many minutes, to be continued by the same command.
+Everything is resumed: what lies in `--output` is not computed again, and training goes on from its last checkpoint; a model
+in `model` is not trained again. `--minutes` breaks off after so many minutes, to be continued by the same command.
 """
 
 import argparse
