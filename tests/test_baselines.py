@@ -22,7 +22,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model():
-    return tiny_backbone("llama", vocab_size=400)
+    return tiny_backbone("llama", vocab_size=400, max_position_embeddings=1024)
 
 
 @pytest.fixture

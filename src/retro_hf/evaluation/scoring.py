@@ -120,7 +120,8 @@ def checked_window(model: PreTrainedModel, window: int | None, stride: int | Non
     """Tokens per window and between the starts of two windows, by default what the model has room for, and half of it.
 
     Raises:
-        ValueError: if a window would not begin at a chunk border, or with a token that was not scored before.
+        ValueError: if a window is longer than the model has positions, or would not begin at a chunk border, or with a token
+            that was not scored before.
     """
     limit = getattr(model.config, "max_position_embeddings", None) or _DEFAULT_WINDOW
     if window is None:
