@@ -341,8 +341,6 @@ class RetroPreTrainedModel(PreTrainedModel):
     # Flash and flex attention serve the backbone; our own attention has a position bias and runs as sdpa then.
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
     _can_set_attn_implementation_cached_value = True
-    # Retrieval decides on the host when a chunk completes, so generate() must not compile the step by itself.
-    _can_compile_fullgraph = False
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -844,6 +842,12 @@ class RetroForCausalLM(RetroPreTrainedModel, GenerationMixin):
             "token_mask": attention_mask,  # the backbone's own may be 4-D, or as long as a static cache
         }
         return inputs | retro
+
+    def _valid_auto_compile_criteria(self, model_kwargs: dict[str, Any], generation_config: GenerationConfig) -> bool:
+        # Retrieval decides on the host when a chunk completes; transformers compiles the steps of a static cache on a GPU.
+        if generation_config.compile_config is not None:
+            logger.warning_once("`compile_config` is ignored: generation with retrieval is not compiled.")
+        return False
 
     def _get_candidate_generator(self, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any):
         # An assistant drafts without retrieval: it may be any model, and would reject our arguments.
