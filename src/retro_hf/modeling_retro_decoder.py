@@ -38,8 +38,9 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_retro import RetroDecoderConfig
 
 
-CAUSAL_BLOCK = 128
-"""Queries per block of causal attention, in tokens; measured on CPU: 2.5 times as fast as one block of 1024."""
+CAUSAL_BLOCK, GPU_CAUSAL_BLOCK = 128, 1024
+"""Queries per block of causal attention, in tokens. On a CPU 128 are 2.5 times as fast as 1024. On an H100 a training step of 8
+sequences of 2048 tokens (80 million parameters, bfloat16) takes 160 ms with 1024, 175 with 512, 340 to 520 with 128."""
 
 FEATURE_BLOCK = 256
 """Distances by which the table of their features grows in generation."""
@@ -222,7 +223,7 @@ class RetroAttention(nn.Module):
         """Attend to projected keys and values; the keys are `num_repeats` runs with the same distances; see `forward`."""
         query = self._split_heads(self.q_proj(hidden_states))
         batch_size, _, num_queries, _ = query.shape
-        in_blocks = self.is_causal and num_queries == key.shape[-2] and num_queries > CAUSAL_BLOCK
+        in_blocks = self.is_causal and num_queries == key.shape[-2] and num_queries > self._block_size(query)
         # trf-ignore: TRF051 (eager returns whole probabilities)
         if in_blocks and self.config._attn_implementation != "eager":
             return self.o_proj(self._attend_in_blocks(query, key, value, features, attention_mask, **kwargs)), None
@@ -244,6 +245,9 @@ class RetroAttention(nn.Module):
             **kwargs,
         )
         return self.o_proj(output.flatten(-2)), weights
+
+    def _block_size(self, query: torch.Tensor) -> int:
+        return CAUSAL_BLOCK if query.device.type == "cpu" else GPU_CAUSAL_BLOCK
 
     def _interface(self, query: torch.Tensor) -> Callable:
         # A bias that needs a gradient has no fused kernel on CPU: there sdpa would keep more matrices than we do. The mode
@@ -283,8 +287,9 @@ class RetroAttention(nn.Module):
             )[0]
 
         outputs = []
-        for start in range(0, query.shape[-2], CAUSAL_BLOCK):
-            end = min(start + CAUSAL_BLOCK, query.shape[-2])
+        block_size = self._block_size(query)
+        for start in range(0, query.shape[-2], block_size):
+            end = min(start + block_size, query.shape[-2])
             mask = None if attention_mask is None else attention_mask[:, :, start:end, :end]
             block = (query[:, :, start:end], key[:, :, :end], value[:, :, :end], table[..., -(end + 1) :], mask)
             recompute = torch.is_grad_enabled()
