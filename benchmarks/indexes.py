@@ -18,6 +18,7 @@ thread (`--threads`), since cores are shared. Writes benchmarks/results/indexes.
 """
 
 import argparse
+import importlib.metadata
 import json
 import os
 import platform
@@ -33,6 +34,7 @@ import numpy as np
 
 DIM, CHUNK, DOCUMENT, QUERIES, NEIGHBORS = 384, 64, 20, 1000, 2
 BATCHES = (1, 32, 1000)
+PACKAGES = ("faiss-cpu", "numpy", "datasets", "usearch", "autofaiss")
 CONTESTANTS = ("retro-hf", "faiss", "faiss, exact", "datasets", "usearch", "autofaiss")
 
 
@@ -285,6 +287,18 @@ def measure_gather(folder: Path) -> dict:
     return result
 
 
+def prepare(folder: Path, count: int) -> None:
+    """Make keys, held-out queries, their exact scores and the datastore."""
+    from retro_hf.datastore.index import exact_search
+
+    folder.mkdir(parents=True, exist_ok=True)
+    keys = make_keys(count // DOCUMENT * DOCUMENT, seed=1)
+    queries = make_keys(QUERIES, seed=2)
+    write_store(folder, keys)
+    np.save(folder / "queries.npy", queries)
+    np.save(folder / "exact.npy", exact_search(keys, queries.astype(np.float32), NEIGHBORS)[0][:, -1:])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chunks", type=int, nargs="+", default=[100_000, 1_000_000])
@@ -306,6 +320,15 @@ def main() -> None:
     environment |= {"HF_HUB_OFFLINE": "1"}
     # Sizes and contestants of earlier runs stay in the record.
     results: dict[str, dict] = json.loads(args.out.read_text())["results"] if args.out.exists() else {}
+    packages = {one.metadata["Name"]: one.version for one in importlib.metadata.distributions()}
+    record = {
+        "command": " ".join(["python", *sys.argv]),
+        "seed": 0,
+        "versions": {name: packages[name] for name in PACKAGES if name in packages},
+        "machine": f"{platform.processor() or platform.machine()}, {args.threads} thread(s) of {os.cpu_count()}",
+        "results": results,
+    }
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
         for count in args.chunks:
             folder = (args.folder or Path(temporary)) / str(count)
@@ -319,6 +342,7 @@ def main() -> None:
                 rows[who] = (
                     json.loads(line[6:]) if line else {"failed": (done.stderr.strip().splitlines() or ["?"])[-1]}
                 )
+                args.out.write_text(json.dumps(record, indent=1) + "\n")
                 print(count, who, rows[who], flush=True)
 
     for count, rows in results.items():
@@ -337,30 +361,6 @@ def main() -> None:
                 print(f"| {who} | {' | '.join(cells)} |")
             elif "failed" in row:
                 print(f"| {who} | {row['failed']} |")
-    import faiss
-    import torch
-
-    record = {
-        "command": " ".join(["python", *sys.argv]),
-        "seed": 0,
-        "versions": {"faiss": faiss.__version__, "numpy": np.__version__, "torch": torch.__version__},
-        "machine": f"{platform.processor() or platform.machine()}, {args.threads} thread(s) of {os.cpu_count()}",
-        "results": results,
-    }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(record, indent=1) + "\n")
-
-
-def prepare(folder: Path, count: int) -> None:
-    """Make keys, held-out queries, their exact scores and the datastore."""
-    from retro_hf.datastore.index import exact_search
-
-    folder.mkdir(parents=True, exist_ok=True)
-    keys = make_keys(count // DOCUMENT * DOCUMENT, seed=1)
-    queries = make_keys(QUERIES, seed=2)
-    write_store(folder, keys)
-    np.save(folder / "queries.npy", queries)
-    np.save(folder / "exact.npy", exact_search(keys, queries.astype(np.float32), NEIGHBORS)[0][:, -1:])
 
 
 if __name__ == "__main__":
