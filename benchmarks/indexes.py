@@ -12,7 +12,8 @@ thread (`--threads`), since cores are shared. Writes benchmarks/results/indexes.
 - `retro-hf`: `RetroDatastore.search`, the index that the policy chooses.
 - `faiss`: the same index file, read with `faiss.read_index` and searched with the same parameters: what retro-hf adds.
 - `faiss, exact`: `IndexFlatIP` with FAISS' own settings.
-- `datasets`: `Dataset.add_faiss_index`, with the factory string that retro-hf uses.
+- `datasets`: `Dataset.add_faiss_index`, with the factory string that retro-hf uses and its search
+  parameters.
 - `usearch`: HNSW in float16, its defaults.
 - `autofaiss`: the index that it chooses, where it can be imported.
 """
@@ -35,6 +36,7 @@ import numpy as np
 DIM, CHUNK, DOCUMENT, QUERIES, NEIGHBORS = 384, 64, 20, 1000, 2
 BATCHES = (1, 32, 1000)
 PACKAGES = ("faiss-cpu", "numpy", "datasets", "usearch", "autofaiss")
+TRAINING_ROWS = 200_000  # that `datasets` trains an index with
 CONTESTANTS = ("retro-hf", "faiss", "faiss, exact", "datasets", "usearch", "autofaiss")
 
 
@@ -158,14 +160,15 @@ def contestant(who: str, folder: Path):
     entry = store.shards[0].entry
     keys = store.shards[0].keys
     begin, start = time.process_time(), time.perf_counter()
+    params = None
+    if entry.index["search"]:
+        ivf = faiss.SearchParametersIVF(nprobe=int(entry.index["search"]["nprobe"]))
+        params = faiss.IndexRefineSearchParameters(
+            k_factor=float(entry.index["search"]["k_factor"]), base_index_params=ivf
+        )
     if who == "faiss":
         index = open_index(store_path / "index-00000.faiss", len(keys), DIM)
-        params = None
-        if entry.index["search"]:
-            ivf = faiss.SearchParametersIVF(nprobe=int(entry.index["search"]["nprobe"]))
-            params = faiss.IndexRefineSearchParameters(
-                k_factor=float(entry.index["search"]["k_factor"]), base_index_params=ivf
-            )
+        if params:
             return lambda q: index.search(q, NEIGHBORS, params=params)[1], None, time.perf_counter() - start, before
 
         def flat(q):
@@ -180,14 +183,22 @@ def contestant(who: str, folder: Path):
         return lambda q: index.search(q, NEIGHBORS)[1], time.process_time() - begin, None, before
     if who == "datasets":
         import datasets
+        import pyarrow as pa
 
-        dataset = datasets.Dataset.from_dict({"number": range(len(keys))})
-        factory = entry.index["factory"]
-        dataset.add_faiss_index_from_external_arrays(
-            keys.astype(np.float32), "key", string_factory=factory, metric_type=faiss.METRIC_INNER_PRODUCT
+        vectors = pa.FixedSizeListArray.from_arrays(pa.array(keys.astype(np.float32).ravel()), DIM)
+        dataset = datasets.Dataset(pa.table({"key": vectors}))
+        dataset.add_faiss_index(
+            "key",
+            string_factory=entry.index["factory"],
+            metric_type=faiss.METRIC_INNER_PRODUCT,
+            train_size=min(len(keys), TRAINING_ROWS),
         )
         index = dataset.get_index("key")
-        return lambda q: index.search_batch(q, NEIGHBORS).total_indices, time.process_time() - begin, None, before
+
+        def search_batch(q):
+            return index.search_batch(q, NEIGHBORS, params=params).total_indices
+
+        return search_batch, time.process_time() - begin, None, before
     if who == "usearch":
         from usearch.index import Index
 

@@ -1,7 +1,9 @@
 """BM25 over the chunks: exact, nothing hidden is found, in memory as from its folder, bound to its store."""
 
+import hashlib
 import json
 import math
+import os
 import pickle
 import re
 import shutil
@@ -143,6 +145,102 @@ def test_a_missing_or_damaged_index_of_words_is_told(datastore, tmp_path):
             LexicalSearcher.load(datastore, tmp_path / "words")
         (tmp_path / "words" / name).write_bytes(before)
     LexicalSearcher.load(datastore, tmp_path / "words")
+
+
+DATA, INDICES, INDPTR = (f"{name}.csc.index.npy" for name in ("data", "indices", "indptr"))
+
+
+def damage_by(change):
+    """Change the description of the files, `lexical.json`."""
+
+    def damage(folder):
+        content = json.loads((folder / "lexical.json").read_text())
+        change(content)
+        (folder / "lexical.json").write_text(json.dumps(content))
+
+    return damage
+
+
+def forge(name, make):
+    """Replace a file, and what is said of it, by another: all sums are right, and the content is not."""
+
+    def damage(folder):
+        make(folder / name)
+        digest = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+        entry = {"size": (folder / name).stat().st_size, "sha256": digest}
+        damage_by(lambda content: content["files"].update({name: entry}))(folder)
+
+    return damage
+
+
+DAMAGE = {
+    "file cut short": lambda folder: os.truncate(folder / DATA, 200),
+    "file grown": lambda folder: (folder / INDICES).open("ab").write(b"1234"),
+    "file missing": lambda folder: (folder / INDPTR).unlink(),
+    "files swapped": lambda folder: (folder / DATA).rename(folder / "x") and (folder / INDICES).rename(folder / DATA),
+    "word changed": lambda folder: flip(folder / "vocab.index.json", 3),
+    "setting changed": lambda folder: flip(folder / "params.index.json", 10),
+    "description of text": lambda folder: (folder / "lexical.json").write_text('"words"'),
+    "description without end": lambda folder: (folder / "lexical.json").write_text("[" * 100_000),
+    "description huge": lambda folder: os.truncate(folder / "lexical.json", 17 << 20),
+    "words negative": damage_by(lambda content: content.update(num_words=-1)),
+    "words true": damage_by(lambda content: content.update(num_words=True)),
+    "words huge": damage_by(lambda content: content.update(num_words=1 << 60)),
+    "entries of text": damage_by(lambda content: content.update(num_entries="many")),
+    "fewer entries": damage_by(lambda content: content.update(num_entries=content["num_entries"] - 1)),
+    "unknown field": damage_by(lambda content: content.update(code="import os")),
+    "unknown file": damage_by(lambda content: content["files"].update({"../../x": {"size": 1, "sha256": ""}})),
+    "files a list": damage_by(lambda content: content.update(files=[1])),
+    "entry a number": damage_by(lambda content: content["files"].update({DATA: 3})),
+    "pickle": forge(DATA, lambda path: path.write_bytes(pickle.dumps([1.0]))),
+    "array of objects": forge(DATA, lambda path: np.save(path, np.array([None, {}], dtype=object))),
+    "array of another type": forge(INDICES, lambda path: np.save(path, np.load(path).astype(np.int64))),
+    "lists backwards": forge(INDPTR, lambda path: np.save(path, np.load(path)[::-1])),
+    "a list before the first": forge(INDPTR, lambda path: np.save(path, np.r_[0, -5, np.load(path)[2:]])),
+    "a word beyond the last": forge("vocab.index.json", lambda path: path.write_text('{"king": 99999999}')),
+    "words of lists": forge("vocab.index.json", lambda path: path.write_text("[[0]]")),
+    "settings unknown": forge("params.index.json", lambda path: path.write_text('{"num_docs": 3, "code": "x"}')),
+    "settings a list": forge("params.index.json", lambda path: path.write_text("[]")),
+    "other number of chunks": forge(
+        "params.index.json", lambda path: path.write_text(path.read_text().replace('"num_docs": ', '"num_docs": 1'))
+    ),
+}
+
+
+def flip(path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damage_is_told_when_it_is_opened(datastore, tmp_path, kind):
+    LexicalSearcher.build(datastore, tmp_path / "words")
+    DAMAGE[kind](tmp_path / "words")
+    with pytest.raises(DatastoreCorruptError, match="Build it again"):
+        LexicalSearcher.load(datastore, tmp_path / "words")
+
+
+@pytest.mark.parametrize("name", [DATA, INDICES, INDPTR, "vocab.index.json", "params.index.json"])
+def test_verify_finds_a_flipped_bit_in_every_file(datastore, tmp_path, name):
+    searcher = LexicalSearcher.build(datastore, tmp_path / "words")
+    searcher.verify()
+    LexicalSearcher.load(datastore, tmp_path / "words", verify=True)
+    flip(tmp_path / "words" / name, (tmp_path / "words" / name).stat().st_size - 3)
+    with pytest.raises(DatastoreCorruptError, match=f"the content of {name} is not what was written"):
+        searcher.verify()
+    with pytest.raises(DatastoreCorruptError):
+        LexicalSearcher.load(datastore, tmp_path / "words", verify=True)
+
+
+def test_a_chunk_that_is_not_there_is_told(datastore, queries, tmp_path):
+    """Damage in the mapped lists that only a search sees."""
+    LexicalSearcher.build(datastore, tmp_path / "words")
+    places = np.load(tmp_path / "words" / INDICES)
+    np.save(tmp_path / "words" / INDICES, np.full_like(places, 1 << 30))
+    searcher = LexicalSearcher.load(datastore, tmp_path / "words")
+    with pytest.raises(DatastoreCorruptError, match="Build it again"):
+        searcher.search(queries, 2)
 
 
 def test_a_store_without_words_is_refused(tokenizer, embedder):

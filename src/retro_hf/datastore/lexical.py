@@ -18,16 +18,17 @@ from ..errors import (
     DatastoreMismatchError,
     DatastoreNotFoundError,
     MissingExtraError,
+    RetroError,
     counted,
 )
 from .chunks import chunk_texts, ranges
 from .exclusion import checked_exclusion
 from .executors import progress_bar
-from .storage import new_folder, write_file
+from .storage import map_npy, new_folder, sha256_of, write_file
 
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from .store import RetroDatastore
 
@@ -37,6 +38,15 @@ logger = logging.get_logger(__name__)
 
 _NAME = "lexical.json"
 _BLOCK_CHUNKS = 1 << 14
+_MAX_MANIFEST_BYTES = 16 << 20
+_MAX_COUNT = 1 << 48
+# What `bm25s` writes: read in whole when it is opened, or mapped.
+_READ = ("params.index.json", "vocab.index.json")
+_MAPPED: dict[str, tuple[str, np.dtype[Any]]] = {
+    "data": ("data.csc.index.npy", np.dtype(np.float32)),
+    "indices": ("indices.csc.index.npy", np.dtype(np.int32)),
+    "indptr": ("indptr.csc.index.npy", np.dtype(np.int64)),
+}
 
 
 def _import_bm25s() -> Any:
@@ -126,13 +136,17 @@ class LexicalSearcher:
         with new_folder(Path(path)) as folder:
             bm25.save(folder, show_progress=False)
             # Last, as the manifest of a datastore.
-            write_file(folder / _NAME, (json.dumps({"shards": searcher._shards}, indent=2) + "\n").encode())
+            write_file(folder / _NAME, (json.dumps(_describe(folder, searcher), indent=2) + "\n").encode())
         return cls.load(datastore, path)
 
     @classmethod
-    def load(cls, datastore: RetroDatastore, path: str | os.PathLike[str]) -> LexicalSearcher:
+    def load(cls, datastore: RetroDatastore, path: str | os.PathLike[str], *, verify: bool = False) -> LexicalSearcher:
         """Open an index that [`LexicalSearcher.build`] has written, through memory maps.
 
+        Args:
+            datastore ([`RetroDatastore`]): that it was built from.
+            path (`str` or `Path`): its folder.
+            verify (`bool`, defaults to `False`): also [`verify`](LexicalSearcher.verify) it.
         Raises:
             DatastoreNotFoundError: if there is none.
             DatastoreMismatchError: if it was built from other chunks than the datastore's.
@@ -145,18 +159,37 @@ class LexicalSearcher:
                 "`LexicalSearcher.build(datastore, path)`."
             )
         bm25s = _import_bm25s()
-        try:
-            shards = json.loads((path / _NAME).read_text())["shards"]
-            bm25 = bm25s.BM25.load(path, mmap=True, show_progress=False)
-            arrays = [bm25.scores[name] for name in ("data", "indices", "indptr")]
-            sound = len(arrays[0]) == len(arrays[1]) == arrays[2][-1] and len(arrays[2]) == len(bm25.vocab_dict) + 1
-        except (OSError, ValueError, KeyError, TypeError, IndexError, EOFError) as error:
-            raise _damaged(path, str(error)) from error
-        if shards != _shards_of(datastore):
+        content = _read_description(path)
+        if content["shards"] != _shards_of(datastore):
             raise _mismatch(datastore, path)
-        if not sound or bm25.scores["num_docs"] != datastore.num_chunks:
-            raise _damaged(path, "its files contradict each other")
-        return cls(datastore, bm25, path)
+        _check_bytes(path, content, _READ)
+        num_words, num_entries = content["num_words"], content["num_entries"]
+        lengths = {"data": num_entries, "indices": num_entries, "indptr": num_words + 1}
+        try:
+            arrays = {key: map_npy(path / name, dtype, lengths[key]) for key, (name, dtype) in _MAPPED.items()}
+            bm25 = bm25s.BM25.load(path, mmap=True, show_progress=False)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RetroError) as error:
+            raise _damaged(path, str(error)) from error
+        starts = arrays["indptr"]
+        sound = (starts[0], starts[-1]) == (0, num_entries) and bool((np.diff(starts) >= 0).all())
+        if not sound or sorted(bm25.vocab_dict.values()) != list(range(num_words)):
+            raise _damaged(path, "its words and their lists contradict each other")
+        if bm25.scores["num_docs"] != datastore.num_chunks:
+            raise _damaged(path, f"it has {bm25.scores['num_docs']} chunks, and the datastore {datastore.num_chunks}")
+        searcher = cls(datastore, bm25, path)
+        if verify:
+            searcher.verify()
+        return searcher
+
+    def verify(self) -> None:
+        """Compare every byte of the folder with its checksums; without a folder there is nothing to compare.
+
+        Raises:
+            DatastoreCorruptError: if a byte is not as it was written.
+        """
+        if self.path is not None:
+            content = _read_description(self.path)
+            _check_bytes(self.path, content, content["files"])
 
     def search(
         self, texts: Sequence[str], num_neighbors: int, *, exclude_documents: Any = None
@@ -165,6 +198,7 @@ class LexicalSearcher:
 
         Raises:
             DatastoreMismatchError: if the datastore has got other chunks since the index was built.
+            DatastoreCorruptError: if its lists name chunks that do not exist.
         """
         store = self.datastore
         if _shards_of(store) != self._shards:
@@ -178,7 +212,10 @@ class LexicalSearcher:
         scores = np.full((len(texts), num_neighbors), -np.inf, dtype=np.float32)
         ids = np.full((len(texts), num_neighbors), -1, dtype=np.int64)
         for row, words in enumerate(_words(texts)):
-            everything = self._bm25.get_scores_from_ids(self._bm25.get_tokens_ids(words))
+            try:
+                everything = self._bm25.get_scores_from_ids(self._bm25.get_tokens_ids(words))
+            except IndexError as error:
+                raise _damaged(Path(self.path or ""), f"it names a chunk that does not exist ({error})") from error
             everything[deleted] = 0
             everything[_chunks_of(store, excluded[row][excluded[row] >= 0])] = 0
             found = _best(everything, num_neighbors)
@@ -214,6 +251,50 @@ def _chunks_of(datastore: RetroDatastore, documents: np.ndarray) -> np.ndarray:
 def _shards_of(datastore: RetroDatastore) -> list[str]:
     """What the chunks and their numbers hang on: the token streams, in order."""
     return [entry.sha256 for kind in ("tokens", "doc_offsets") for entry in datastore.manifest.entries(kind)]
+
+
+def _describe(folder: Path, searcher: LexicalSearcher) -> dict[str, Any]:
+    """What is written beside the files of an index: what it was built from, and how to know them again."""
+    names = [*_READ, *(name for name, _ in _MAPPED.values())]
+    return {
+        "shards": searcher._shards,
+        "num_words": len(searcher._bm25.vocab_dict),
+        "num_entries": len(searcher._bm25.scores["data"]),
+        "files": {
+            name: {"size": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)} for name in names
+        },
+    }
+
+
+def _read_description(path: Path) -> dict[str, Any]:
+    """What [`_describe`] said, after checking its form and the size of every file."""
+    try:
+        if (size := (path / _NAME).stat().st_size) > _MAX_MANIFEST_BYTES:
+            raise ValueError(f"{_NAME} is {size:,} bytes long, more than {_MAX_MANIFEST_BYTES:,}")
+        content = json.loads((path / _NAME).read_bytes())
+        if sorted(content) != ["files", "num_entries", "num_words", "shards"]:
+            raise ValueError(f"{_NAME} has the fields {sorted(content)}")
+        if sorted(content["files"]) != sorted([*_READ, *(name for name, _ in _MAPPED.values())]):
+            raise ValueError(f"{_NAME} lists the files {sorted(content['files'])}")
+        for name in ("num_words", "num_entries"):
+            if type(content[name]) is not int or not 0 < content[name] < _MAX_COUNT:
+                raise ValueError(f"{name} is {content[name]!r}, not a positive integer below {_MAX_COUNT}")
+        for name, entry in content["files"].items():
+            if (found := (path / name).stat().st_size) != entry["size"]:
+                raise ValueError(f"{name} has {found:,} bytes, and was written with {entry['size']}")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise _damaged(path, str(error)) from error
+    return content
+
+
+def _check_bytes(path: Path, content: dict[str, Any], names: Iterable[str]) -> None:
+    for name in names:
+        try:
+            found = sha256_of(path / name)
+        except OSError as error:
+            raise _damaged(path, str(error)) from error
+        if found != content["files"][name].get("sha256"):
+            raise _damaged(path, f"the content of {name} is not what was written")
 
 
 def _mismatch(datastore: RetroDatastore, path: Path | None) -> DatastoreMismatchError:

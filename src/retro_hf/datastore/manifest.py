@@ -41,6 +41,10 @@ _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _SHARD_NAME = re.compile(r"[0-9]{5,10}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
+_FACTORY = re.compile(r"[A-Za-z0-9_,.()\[\]\-]{1,256}")
+# Far above what is ever tuned: reading all lists, and re-scoring or visiting more candidates than recall needs.
+_MAX_SEARCH = {"nprobe": 1 << 32, "k_factor": 1000, "efSearch": 1 << 16}
+
 # What a shard consists of, each kind in one file named after the shard; only a retokenized shard has `chunk_starts`.
 SHARD_FILES = {
     "tokens": "tokens-{}.npy",
@@ -282,11 +286,36 @@ class DatastoreManifest:
                 f"shard {shard.name} has {shard.num_chunks} chunks in a stream of {shard.stream_length} tokens"
             )
         _integer(content, "max_token_id", 0, (1 << 16 if self.token_dtype == "uint16" else 1 << 32) - 1)
-        index = _of_type(content, "index", dict)
-        _of_type(index, "factory", str)
-        for name, value in _of_type(index, "search", dict).items():
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= _MAX_COUNT:
-                raise ValueError(f"index.search.{name} is {value!r}, not a positive number")
+        self._validate_index(_of_type(content, "index", dict), shard.num_chunks)
+
+    def _validate_index(self, index: dict[str, Any], num_chunks: int) -> None:
+        if set(index) != {"factory", "search", "recall"}:
+            raise ValueError(f"index has the fields {sorted(index)}, not factory, recall and search")
+        if not _FACTORY.fullmatch(_of_type(index, "factory", str)):
+            raise ValueError(f"index.factory is {index['factory'][:100]!r}, not a factory string of FAISS")
+        search = _of_type(index, "search", dict)
+        if unknown := sorted(set(search) - set(_MAX_SEARCH)):
+            raise ValueError(f"index.search has {unknown}, but only {sorted(_MAX_SEARCH)} are known")
+        for name in search:
+            _integer(search, name, 1, _MAX_SEARCH[name])
+        kind = index["factory"]
+        needed = {
+            "nprobe": "IVF" in kind,
+            "efSearch": "HNSW" in kind and "IVF" not in kind,
+            "k_factor": "Refine" in kind,
+        }
+        if missing := [name for name, is_needed in needed.items() if is_needed and name not in search]:
+            raise ValueError(f"index.search lacks {missing}, without which an index {kind!r} would find less")
+        recall = index["recall"]
+        if recall is None:
+            return
+        if not isinstance(recall, dict) or set(recall) != {"at", "value", "queries"}:
+            raise ValueError(f"index.recall is {recall!r}, not an object of at, queries and value")
+        _integer(recall, "at", 0, num_chunks)
+        _integer(recall, "queries", 1, num_chunks)
+        value = recall["value"]
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+            raise ValueError(f"index.recall.value is {value!r}, not a number from 0 to 1")
 
     def _validate_files(self) -> None:
         if len(self.files) > _MAX_FILES:

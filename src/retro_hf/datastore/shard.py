@@ -14,7 +14,7 @@ import xxhash
 from ..errors import DatastoreNotFoundError
 from .chunks import document_of, gather_tokens, ranges
 from .exclusion import Deleted, search_excluding
-from .index import max_effort, open_index, search_index, search_parameters
+from .index import import_faiss, max_effort, open_index, search_index, search_parameters
 from .manifest import DatastoreManifest, ShardEntry
 from .storage import damaged, map_npy, map_tensor
 from .table import DocumentTable
@@ -78,7 +78,11 @@ class Shard:
     @cached_property
     def index(self) -> Any:
         """The FAISS index over the keys, opened on first use through a memory map."""
-        return open_index(self._present("index"), self.num_chunks, self.dim)
+        path, factory = self._present("index"), self.entry.index["factory"]
+        index = open_index(path, self.num_chunks, self.dim)
+        if (factory == "Flat") != isinstance(index, import_faiss().IndexFlat):
+            raise damaged(path, f"it is a {type(index).__name__}, but the manifest says {factory!r}")
+        return index
 
     @cached_property
     def documents(self) -> DocumentTable:
