@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import sys
+import unicodedata
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,6 +32,7 @@ Source = Annotated[Path, typer.Argument(callback=paths.source, help=TEXTS)]
 Embedder = Annotated[str | None, typer.Option(help="Encoder that built the datastore; needed if it was a folder.")]
 Workers = Annotated[int, typer.Option(min=1, help="Processes that share the cores.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+_INTERRUPTED = 130  # exit code, which typer gives to Ctrl-C
 DEFAULT_EMBEDDER = "sentence-transformers/all-MiniLM-L6-v2"
 
 
@@ -59,7 +61,9 @@ def build(
     chunk_size: Annotated[int, typer.Option(min=1, help="Tokens per chunk; the same as the model's.")] = 64,
     neighbor_size: Annotated[int, typer.Option(min=1, help="Tokens per neighbor: its chunk and what follows.")] = 128,
     index: Annotated[str, typer.Option(help="auto, by size, or a FAISS factory string such as Flat.")] = "auto",
-    recall: Annotated[float, typer.Option(help="Share of the two nearest neighbors to find; 1 is exact.")] = 0.95,
+    recall: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of the two nearest neighbors to find; 1 is exact.")
+    ] = 0.95,
     memory_budget: Annotated[str | None, typer.Option(help="Memory for the index in use, such as 4GB.")] = None,
     workers: Workers = 1,
 ) -> None:
@@ -150,8 +154,8 @@ def search(
         reason = f"all documents of {store} have been deleted" if gone else "no chunk has a word of the query"
         typer.echo(f"Nothing was found: {reason}.")
     for neighbor in found:
-        typer.echo(f"{neighbor.score:.3f}  {neighbor.document_id}  {neighbor.title}")
-        typer.echo(f"    {neighbor.text}\n  → {neighbor.continuation}\n")
+        typer.echo(f"{neighbor.score:.3f}  {_harmless(neighbor.document_id)}  {_harmless(neighbor.title)}")
+        typer.echo(f"    {_harmless(neighbor.text)}\n  → {_harmless(neighbor.continuation)}\n")
 
 
 @app.command(rich_help_panel=DATASTORE, epilog="retro inspect store --verify")
@@ -184,7 +188,7 @@ def inspect(
         "version": f"generation {manifest.generation}, format {manifest.format_version}, retro-hf {manifest.library_version}",
     }
     for name, value in lines.items():
-        typer.echo(f"{name:<10} {value}")
+        typer.echo(f"{name:<10} {_harmless(value)}")
     for file in manifest.files:
         typer.echo(f"  {file.size / 1e6:>12,.2f} MB  {file.name}")
     typer.echo("all checksums match" if verify else "sizes match; --verify checks the content, too")
@@ -264,6 +268,12 @@ def _readable(argument: str) -> str:
     return argument.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
+def _harmless(text: str) -> str:
+    """The text in one line, its control characters written out, which could move the cursor or colour the terminal."""
+    text = text.replace("\n", "⏎")
+    return "".join(repr(letter)[1:-1] if unicodedata.category(letter) == "Cc" else letter for letter in text)
+
+
 def _load_model(name: str) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -294,12 +304,20 @@ def _open_retriever(store: str, embedder: str | None, tokenizer: Any = None) -> 
 
 
 def main() -> None:
-    """Run the `retro` command; an error that can be explained is one line on stderr, exit code 1."""
+    """Run the `retro` command; an error that can be explained is one line on stderr, exit code 1; after Ctrl-C it is 130."""
     if not sys.stderr.isatty():
         # The switch of transformers and the Hub's client, whose bars would fill a log.
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         app()
+    except SystemExit as ended:
+        if ended.code == _INTERRUPTED:
+            typer.echo(
+                "Interrupted. A datastore is as it was before or as it was to become, never in between; the same `retro build` or "
+                "`retro evaluate -o` goes on where it was.",
+                err=True,
+            )
+        raise
     except Exception as error:
         package = sys.modules.get("retro_hf.errors")
         explained = (ValueError, OSError, RuntimeError, ImportError, *([package.RetroError] if package else ()))
@@ -312,7 +330,7 @@ def main() -> None:
             from retro_hf.errors import in_commands
 
             message = in_commands(message, typer.main.get_command(app))
-        typer.echo(f"{type(error).__name__}: {message}", err=True)
+        typer.echo(f"Error: {message}", err=True)
         raise SystemExit(1) from None
 
 

@@ -164,7 +164,7 @@ def test_an_error_is_one_explained_line(tmp_path):
     arguments = ["inspect", str(tmp_path / "nothing")]
     failed = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
     assert failed.returncode == 1
-    assert failed.stderr.startswith("FileNotFoundError: There is no datastore")
+    assert failed.stderr.startswith("Error: There is no datastore")
     assert "build one with `retro build`" in failed.stderr
     assert "Traceback" not in failed.stderr
     debug = subprocess.run([*command, "--debug", *arguments], capture_output=True, text=True, check=False)
@@ -361,14 +361,14 @@ def test_what_is_no_datastore_is_named(world, command, place, reason):
 
 
 SLIPS = {
-    "no datastore": (("inspect", "nothing"), "FileNotFoundError: There is no datastore at 'nothing'"),
-    "no documents": (("build", "nothing", "-o", "new", "--tokenizer", "t"), "FileNotFoundError: There is nothing at"),
+    "no datastore": (("inspect", "nothing"), "Error: There is no datastore at 'nothing'"),
+    "no documents": (("build", "nothing", "-o", "new", "--tokenizer", "t"), "Error: There is nothing at"),
     "built already": (
         ("build", "texts", "-o", "store", "--tokenizer", "t"),
-        "FileExistsError: 'store' already exists",
+        "Error: 'store' already exists",
     ),
-    "nothing to append": (("append", "store", "nothing"), "FileNotFoundError: There is nothing at 'nothing'"),
-    "nothing to evaluate": (("evaluate", "model", "nothing"), "FileNotFoundError: There is nothing at 'nothing'"),
+    "nothing to append": (("append", "store", "nothing"), "Error: There is nothing at 'nothing'"),
+    "nothing to evaluate": (("evaluate", "model", "nothing"), "Error: There is nothing at 'nothing'"),
 }
 
 
@@ -417,6 +417,35 @@ def test_inspect_says_with_which_queries_recall_was_measured(world, tmp_path):
     )
 
 
+def test_control_characters_are_shown_and_not_sent(world, tmp_path):
+    """Ids and texts of strangers must not move the cursor, colour the terminal or end a line; JSON has them as they are."""
+    row = {"id": "a\x1b[31m\x00b\nc", "title": "\x07bell", "text": "the frogs\x1b[2J came\nup and out"}
+    (tmp_path / "odd.jsonl").write_text(json.dumps(row))
+    options = ("--tokenizer", world / "model", "--embedder", world / "encoder", "--chunk-size", CHUNK_SIZE)
+    retro("build", tmp_path / "odd.jsonl", "-o", tmp_path / "store", *options)
+    printed = retro("search", tmp_path / "store", "frogs", "--bm25")
+    assert r"a\x1b[31m\x00b⏎c  \x07bell" in printed
+    assert not {"\x1b", "\x00", "\x07"} & set(printed)
+    assert json.loads(retro("search", tmp_path / "store", "frogs", "--bm25", "--json"))[0]["document_id"] == row["id"]
+
+
+def test_an_interrupt_says_what_became_of_the_datastore(monkeypatch, capsys):
+    """Whenever it comes: a change is whole or has not happened."""
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(retro_hf_cli, "_load_datastore", interrupted)
+    monkeypatch.setattr(sys, "argv", ["retro", "delete", ".", "doc-1"])
+    with pytest.raises(SystemExit, match="130"):
+        retro_hf_cli.main()
+    shown = capsys.readouterr().err
+    assert (
+        shown.startswith("Interrupted. A datastore is as it was before or as it was to become")
+        and shown.count("\n") == 1
+    )
+
+
 def test_every_error_of_the_package_is_one_line(monkeypatch, capsys):
     """Also those that are no ValueError, such as that of a worker which was killed."""
 
@@ -428,4 +457,4 @@ def test_every_error_of_the_package_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["retro", "build"])
     with pytest.raises(SystemExit, match="1"):
         retro_hf_cli.main()
-    assert capsys.readouterr().err == "RetroError: A worker process ended. `retro build` goes on from there.\n"
+    assert capsys.readouterr().err == "Error: A worker process ended. `retro build` goes on from there.\n"
