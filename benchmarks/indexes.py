@@ -14,7 +14,7 @@ thread (`--threads`), since cores are shared. Writes benchmarks/results/indexes.
 - `faiss, exact`: `IndexFlatIP` with FAISS' own settings.
 - `datasets`: `Dataset.add_faiss_index`, with the factory string that retro-hf uses and its search
   parameters.
-- `usearch`: HNSW in float16, its defaults.
+- `usearch`: HNSW in float16, its defaults; `expansion_search` doubled until recall reaches 0.95.
 - `autofaiss`: the index that it chooses, where it can be imported.
 """
 
@@ -36,6 +36,7 @@ import numpy as np
 DIM, CHUNK, DOCUMENT, QUERIES, NEIGHBORS = 384, 64, 20, 1000, 2
 BATCHES = (1, 32, 1000)
 PACKAGES = ("faiss-cpu", "numpy", "datasets", "usearch", "autofaiss")
+RECALL = 0.95  # that retro-hf is tuned for
 TRAINING_ROWS = 200_000  # that `datasets` trains an index with
 CONTESTANTS = ("retro-hf", "faiss", "faiss, exact", "datasets", "usearch", "autofaiss")
 
@@ -204,24 +205,34 @@ def contestant(who: str, folder: Path):
 
         index = Index(ndim=DIM, metric="ip", dtype="f16")
         index.add(np.arange(len(keys)), np.asarray(keys), threads=int(os.environ["OMP_NUM_THREADS"]))
-        return (
-            lambda q: np.atleast_2d(index.search(q, NEIGHBORS, threads=1).keys).astype(np.int64),
-            time.process_time() - begin,
-            None,
-            before,
-        )
+        built = time.process_time() - begin
+
+        def search_graph(q):
+            return np.atleast_2d(index.search(q, NEIGHBORS, threads=1).keys).astype(np.int64)
+
+        # Until it finds what retro-hf aims at, on the very queries that it is measured with.
+        while index.expansion_search < 4096 and recall_of(search_graph, folder) < RECALL:
+            index.expansion_search *= 2
+        return search_graph, built, None, before
     from autofaiss import build_index
 
     index, _ = build_index(keys.astype(np.float32), save_on_disk=False, metric_type="ip", verbose=40)
     return lambda q: index.search(q, NEIGHBORS)[1], time.process_time() - begin, None, before
 
 
+def recall_of(search, folder: Path) -> float:
+    """Share of the answers whose exact score reaches that of the last exact neighbor."""
+    queries = np.load(folder / "queries.npy").astype(np.float32)
+    keys = np.memmap(next((folder / "store").glob("keys-*")), dtype=np.float16, mode="r", offset=256).reshape(-1, DIM)
+    ids = search(queries)
+    scores = np.einsum("qd,qkd->qk", queries, keys[np.maximum(ids, 0)].astype(np.float32))
+    return float((np.where(ids >= 0, scores, -np.inf) >= np.load(folder / "exact.npy") - 1e-4).mean())
+
+
 def measure(who: str, folder: Path) -> dict:
     """Recall, CPU milliseconds per query by batch size, and memory of one contestant in this process."""
     queries = np.load(folder / "queries.npy").astype(np.float32)
-    exact = np.load(folder / "exact.npy")
     search, build_seconds, open_seconds, before = contestant(who, folder)
-    keys = np.memmap(next((folder / "store").glob("keys-*")), dtype=np.float16, mode="r", offset=256).reshape(-1, DIM)
     result = {"build_core_seconds": build_seconds, "open_ms": None if open_seconds is None else 1000 * open_seconds}
     for batch in BATCHES:
         search(queries[:batch])
@@ -237,9 +248,7 @@ def measure(who: str, folder: Path) -> dict:
         result[f"wall_ms_{batch}"] = 1000 * float(np.median(walls))
         if batch == 1:
             result["memory_mb"] = (resident_mb() - before).tolist()
-    ids = search(queries)
-    scores = np.einsum("qd,qkd->qk", queries, keys[np.maximum(ids, 0)].astype(np.float32))
-    result["recall"] = float((np.where(ids >= 0, scores, -np.inf) >= exact - 1e-4).mean())
+    result["recall"] = recall_of(search, folder)
     return result
 
 

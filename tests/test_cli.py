@@ -287,6 +287,8 @@ def test_arguments_that_are_not_utf8_are_read(world):
         ("neighbor_size=128 is below chunk_size=130.", "--neighbor-size 128 is below --chunk-size 130."),
         ("Use index='Flat', which", "Use --index 'Flat', which"),
         ("num_neighbors is 0", "-k is 0"),
+        ("fractions has 2.0, but a fraction", "--fractions has 2.0, but a fraction"),
+        ("the store has 3 chunks, and seed has no say", "the store has 3 chunks, and seed has no say"),
         ("with `RetroDatastore.build(documents, path, ...)`.", "with `retro build`."),
         ("with `RetroDatastore.load(path).append(documents, ...)`.", "with `retro append`."),
         ("with `RetroDatastore.push_to_hub`.", "with `retro push`."),

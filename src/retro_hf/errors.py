@@ -47,9 +47,11 @@ def in_commands(message: str, group: Any) -> str:
     def flag(found: re.Match[str]) -> str:
         name, equals = found.groups()
         # Words such as "index" are arguments only where a value follows.
-        return f"{flags[name]} " if equals else flags[name] if "_" in name else name
+        if equals == "=":
+            return f"{flags[name]} "
+        return flags[name] + equals if "_" in name or equals else name
 
-    return re.sub(rf"\b({'|'.join(flags)})\b(=?)", flag, message)
+    return re.sub(rf"\b({'|'.join(flags)})\b(=| has (?=[\d-])|)", flag, message)
 
 
 class RetroError(Exception):

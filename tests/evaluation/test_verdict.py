@@ -107,6 +107,9 @@ def test_few_documents_do_not_call_a_retriever_broken():
 def test_a_gain_that_random_neighbors_share_is_told_apart():
     found = verdict(around(-0.5), around(-0.2), around(-0.3))
     assert found.outcome == "helps" and any("40% of what ON gains" in line for line in found.details)
+    assert found.text.startswith("Retrieval helps: ")
+    found = verdict(around(-0.5), around(-0.4), around(-0.1))
+    assert found.text.startswith("Retrieval helps, but random neighbors bring 80% of the gain: ")
 
 
 def test_an_oracle_that_is_beaten_is_explained():

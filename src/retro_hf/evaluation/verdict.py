@@ -85,8 +85,11 @@ def give_verdict(
                 f"{_shares(similarity)}; {figures}. Score more documents."
             )
         return _no_better_than_random(figures, few, difference, on_minus_random, similarity, details)
+    blind = ""
     if random.difference is not None and random.difference.high < 0:
         part = random.difference.value / difference.value if difference.value < 0 else math.nan
+        if _MOSTLY < part:
+            blind = f", but random neighbors bring {part:.0%} of the gain"
         details.append(
             f"RANDOM neighbors beat OFF, too, by {-random.difference.value:.4f} bits/byte"
             + (f", {part:.0%} of what ON gains: that part owes nothing to what was retrieved." if part < 1 else ".")
@@ -106,7 +109,7 @@ def give_verdict(
     copied = sum(bucket.share or 0.0 for bucket in runs if bucket.low >= _COPIED_RUN)
     copying = copied > _MOSTLY
     text = (
-        f"Retrieval helps{few}: {figures}. {'Mostly' if copying else 'Partly'} copying: {copied:.0%} of the gain is on tokens "
+        f"Retrieval helps{blind}{few}: {figures}. {'Mostly' if copying else 'Partly'} copying: {copied:.0%} of the gain is on tokens "
         f"that end a run of {_COPIED_RUN} or more tokens which a neighbor has word for word."
     )
     details.append(_leakage_sentence(leakage[0]))
