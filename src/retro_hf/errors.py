@@ -46,12 +46,11 @@ def in_commands(message: str, group: Any) -> str:
 
     def flag(found: re.Match[str]) -> str:
         name, equals = found.groups()
-        # Words such as "index" are arguments only where a value follows.
-        if equals == "=":
-            return f"{flags[name]} "
-        return flags[name] + equals if "_" in name or equals else name
+        # Words such as "index" are arguments only where a value follows, or where they are what is spoken of.
+        return f"{flags[name]} " if equals else flags[name] if "_" in name else name
 
-    return re.sub(rf"\b({'|'.join(flags)})\b(=| has (?=[\d-])|)", flag, message)
+    message = re.sub(rf"^({'|'.join(flags)})(?= (?:has|is) )", lambda found: flags[found[1]], message)
+    return re.sub(rf"(?<!-)\b({'|'.join(flags)})\b(=?)", flag, message)
 
 
 class RetroError(Exception):

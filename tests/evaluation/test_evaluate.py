@@ -486,6 +486,19 @@ def test_wrong_arguments_are_refused(world, model, held_out):
                 measure(model, held_out, world, **{name: value})
     with pytest.raises(ValueError, match="has 2.5, but a number of neighbors is an integer"):
         measure(model, held_out, world, num_neighbors_sweep=[2.5])
+    for wrong in ({"window": "x"}, {"stride": 8.0}, {"num_neighbors": 2.5}, {"modes": "on"}, {"fractions": 0.5}):
+        with pytest.raises((ValueError, RetrieverError), match="^(window|stride|num_neighbors|modes|fractions) is "):
+            measure(model, held_out, world, **wrong)
+    with pytest.raises(ValueError, match="fractions has 'half', but"):
+        measure(model, held_out, world, fractions=["half"])
+    with pytest.raises(ValueError, match="num_neighbors_sweep is 3, but it must be a list"):
+        measure(model, held_out, world, num_neighbors_sweep=3)
+    with pytest.raises(DatasetError, match="of type NoneType; give a list"):
+        measure(model, None, world)
+    with pytest.raises(DatasetError, match="needs a fast tokenizer"):
+        evaluate(model, held_out, None)
+    with pytest.raises(FileNotFoundError, match="There is no evaluation at 'nowhere'.*make one"):
+        Evaluation.load("nowhere")
     with pytest.raises(DatasetError, match="one mapping"):
         measure(model, {"text": "the king"}, world)
     for wrong in (None, 3, {"text": None}):

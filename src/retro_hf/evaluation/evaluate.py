@@ -169,6 +169,8 @@ def _checked_modes(
     model: PreTrainedModel, retriever: RetroRetriever | None, modes: Sequence[str] | None
 ) -> tuple[str, ...]:
     """The modes to measure, OFF first."""
+    if isinstance(modes, str):
+        raise ValueError(f"modes is the text {modes!r}; give a list of {list(MODES)}.")
     unknown = [mode for mode in modes or () if mode not in MODES]
     if unknown:
         raise ValueError(f"Unknown modes {unknown}; there are {list(MODES)}.")
@@ -201,15 +203,18 @@ def _checked_modes(
 def _check_sweeps(retriever: RetroRetriever | None, num_neighbors: Sequence[int], fractions: Sequence[float]) -> None:
     if retriever is None and (num_neighbors or fractions):
         raise ValueError("A sweep over neighbors or fractions needs neighbors: pass `retriever=`.")
+    for name, given in (("num_neighbors_sweep", num_neighbors), ("fractions", fractions)):
+        if isinstance(given, str) or not isinstance(given, Iterable):
+            raise ValueError(f"{name} is {given!r}, but it must be a list of numbers.")
     for number in num_neighbors:
         if isinstance(number, bool) or not isinstance(number, int) or number < 1:
             raise ValueError(
                 f"num_neighbors_sweep has {number!r}, but a number of neighbors is an integer of at least 1."
             )
     for fraction in fractions:
-        if not 0 < fraction <= 1:
+        if not isinstance(fraction, (int, float)) or not 0 < fraction <= 1:
             raise ValueError(
-                f"fractions has {fraction}, but a fraction is above 0 and at most 1; 0 is the mode 'off'."
+                f"fractions has {fraction!r}, but a fraction is above 0 and at most 1; 0 is the mode 'off'."
             )
 
 

@@ -272,6 +272,10 @@ class Evaluation:
             DatasetError: if it is damaged, or of another format.
         """
         file = Path(path) / _FILE if Path(path).is_dir() else Path(path)
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"There is no evaluation at {str(file)!r}. Check the path, or make one with `evaluate(..., output=folder)`."
+            )
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
             version = content["format_version"]

@@ -85,7 +85,11 @@ def read_documents(
     if isinstance(documents, (str, Mapping)):
         what = "string" if isinstance(documents, str) else "mapping"
         raise DatasetError(f"The documents are one {what}; give a list of texts, or of dicts with a 'text'.")
-    if not tokenizer.is_fast:
+    if not isinstance(documents, Iterable):
+        raise DatasetError(
+            f"The documents are of type {type(documents).__name__}; give a list of texts, or of dicts with a 'text'."
+        )
+    if not getattr(tokenizer, "is_fast", False):
         raise DatasetError("Counting bytes needs a fast tokenizer, one that knows which text each token stands for.")
     for number, record in enumerate(documents):
         text = record.get("text") if isinstance(record, Mapping) else record
@@ -123,6 +127,9 @@ def checked_window(model: PreTrainedModel, window: int | None, stride: int | Non
         ValueError: if a window is longer than the model has positions, or would not begin at a chunk border, or with a token
             that was not scored before.
     """
+    for name, value in (("window", window), ("stride", stride)):
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer, type(None))):
+            raise ValueError(f"{name} is {value!r}, but it must be a whole number of tokens.")
     limit = getattr(model.config, "max_position_embeddings", None) or _DEFAULT_WINDOW
     if window is None:
         window = max(1, min(limit, _DEFAULT_WINDOW) // chunk_size) * chunk_size

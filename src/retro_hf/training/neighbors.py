@@ -291,9 +291,9 @@ def _without_bars_of_datasets() -> Iterator[None]:
 
 def wanted_neighbors(retriever: RetroRetriever | RetroDatastore | None, num_neighbors: int | None) -> int:
     """The number asked for, else the retriever's, else the paper's 2."""
-    if num_neighbors is not None and num_neighbors < 1:
+    if num_neighbors is not None and (not isinstance(num_neighbors, (int, np.integer)) or num_neighbors < 1):
         raise RetrieverError(
-            f"num_neighbors is {num_neighbors}, but it must be at least 1. Leave it out for the retriever's own number."
+            f"num_neighbors is {num_neighbors!r}, but it must be an integer of at least 1. Leave it out for the retriever's own."
         )
     return num_neighbors or (retriever.num_neighbors if isinstance(retriever, RetroRetriever) else 2)
 
