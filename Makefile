@@ -11,7 +11,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo demo-train test test-slow test-gpu check style bench clean
+.PHONY: help install demo demo-train test test-slow check style bench clean
 
 RUN       := $(VENV)/bin
 STAMP     := $(VENV)/.installed
@@ -53,9 +53,6 @@ test: $(STAMP) ## Run the tests (20 minutes at most on 2 cores)
 test-slow: $(STAMP) ## Run the tests marked slow; they want Chromium, and install what quantizes
 	$(INSTALL) -e ".[quantization]"
 	$(RUN)/python -m pytest -m slow --timeout 3600 $(PYTEST)
-
-test-gpu: $(STAMP) ## Run the tests that need a CUDA GPU; VENV= names an environment with PyTorch for it
-	$(RUN)/python -m pytest -m gpu $(PYTEST)
 
 check: $(STAMP) ## Check format, lint, types, layers and the rules for model files
 	$(RUN)/ruff format --check .

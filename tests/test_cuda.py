@@ -1,6 +1,6 @@
 """On a GPU: the numbers of the CPU, off is the base bit for bit, cached is full, and everything that takes a device works.
 
-    make test-gpu
+    pytest -m gpu          # in an environment whose PyTorch is one for CUDA, with `pip install -e ".[test]"`
 
 The default run leaves these out, since most machines have no GPU; asked for without one, they fail.
 """
