@@ -1,6 +1,7 @@
 """The report in a real browser: nothing is loaded, chunks open by mouse and keyboard, both themes are readable."""
 
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,15 @@ def browser(tmp_path_factory):
 
 def is_open(browser: Browser, chunk: str) -> bool:
     return browser.evaluate(f"document.querySelector('{chunk}').open")
+
+
+def opens(browser: Browser, chunk: str) -> bool:
+    """Following a link is an event of its own, which comes after the click."""
+    for _ in range(100):
+        if is_open(browser, chunk):
+            return True
+        time.sleep(0.05)
+    return False
 
 
 def luminance(color: tuple[float, ...]) -> float:
@@ -100,7 +110,7 @@ def test_a_link_opens_the_chunk_it_names(browser, path):
     browser.open(path, "trace-1-chunk-1")
     assert is_open(browser, "#trace-1-chunk-1") and not is_open(browser, "#trace-1-chunk-0")
     top = browser.evaluate("document.querySelector('#trace-1-chunk-1').getBoundingClientRect().top")
-    assert 0 <= top < 900
+    assert -1 < top < 900  # scrolled to, within a pixel
 
 
 def test_the_keyboard_is_enough(browser, path):
@@ -129,7 +139,7 @@ def test_all_chunks_open_at_once_and_tokens_tell_their_numbers(browser, path):
     assert browser.evaluate("document.querySelectorAll('.trace .chunk[open]').length") == 0
     browser.click("#trace-1-chunk-1 > summary")
     browser.click("#trace-1-chunk-1 .found a")
-    assert is_open(browser, "#trace-1-chunk-0")
+    assert opens(browser, "#trace-1-chunk-0")
     browser.click("#trace-1-chunk-1 .token:nth-child(2)")
     assert "bits saved" in browser.evaluate("document.getElementById('readout').innerText")
 
