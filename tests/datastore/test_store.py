@@ -18,8 +18,9 @@ import safetensors.numpy
 from transformers import AutoTokenizer
 
 from retro_hf import RetroRetriever
-from retro_hf.datastore import ChunkEmbedder, RetroDatastore, chunk_texts
+from retro_hf.datastore import ChunkEmbedder, RetroDatastore, chunk_texts, shard
 from retro_hf.errors import (
+    DatastoreCorruptError,
     DatastoreExistsError,
     DatastoreInputError,
     DatastoreMismatchError,
@@ -399,3 +400,17 @@ def test_help_shows_every_option(kind):
             seen += 1
     assert seen == sum(key.startswith(kind.__name__) for key in behind)
     assert {"index", "recall", "memory_budget", "executor"} < set(inspect.signature(RetroDatastore.append).parameters)
+
+
+def test_an_index_that_names_chunks_that_are_not_there_is_refused(built, monkeypatch):
+    """By the file's name, and not by an error from deep inside; results that are missing are none."""
+    store = RetroDatastore.load(built)
+    query, found = store.keys_of([0]).astype(np.float32), np.array([[store.num_chunks, 0]])
+    monkeypatch.setattr(shard, "search_index", lambda *_: (np.ones((1, 2), dtype=np.float32), found))
+    with pytest.raises(
+        DatastoreCorruptError, match=r"index-00000\.faiss' is damaged: it returns chunks that the shard"
+    ):
+        store.search(query, 2)
+    found[:] = [[5, -1]]
+    scores, ids = store.search(query, 2)
+    assert ids.tolist() == [[5, -1]] and scores.tolist() == [[1.0, -np.inf]]

@@ -20,7 +20,6 @@ import numpy as np
 from transformers.utils import logging
 
 from ..errors import DatastoreCorruptError, DatastoreInputError, DatastoreWriteError, MissingExtraError, counted
-from .storage import RESTORE
 
 
 __all__ = [
@@ -339,25 +338,15 @@ def max_effort(index: Any, search: dict[str, Any]) -> int:
 def search_index(
     index: Any, queries: np.ndarray, num_neighbors: int, parameters: Any
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Nearest keys of each query: float32 scores (best first, -inf where none) and int64 ids (negative where none).
+    """Nearest keys of each query: float32 scores, best first, and int64 ids, negative where there is none.
 
     `parameters` are what [`search_parameters`] returns.
-
-    Raises:
-        DatastoreCorruptError: if the index names vectors that it does not have.
     """
     if isinstance(index, import_faiss().IndexFlat):
         with _blas_from_three_queries(index.d):
             scores, ids = index.search(queries, num_neighbors)
     else:
         scores, ids = index.search(queries, num_neighbors, params=parameters)
-    # Once over the ids where all is well: as unsigned numbers, negative ones are beyond the last vector, too.
-    if ids.size and ids.view(np.uint64).max() >= index.ntotal:
-        if ids.max() >= index.ntotal:
-            raise DatastoreCorruptError(
-                f"The index is damaged: it returns vector {ids.max():,}, but it has {index.ntotal:,}. {RESTORE}"
-            )
-        scores[ids < 0] = -np.inf
     return scores, ids
 
 

@@ -217,6 +217,11 @@ class Shard:
         if not len(queries):
             return np.empty((0, count), dtype=np.float32), np.empty((0, count), dtype=np.int64)
         scores, ids = search_index(self.index, queries, min(count, self.num_chunks), self._parameters[key])
+        # One look where all is well: as unsigned numbers, the negative ones of missing results are beyond the last, too.
+        if ids.view(np.uint64).max() >= self.num_chunks:
+            if ids.max() >= self.num_chunks:
+                raise damaged(self._files["index"], "it returns chunks that the shard does not have")
+            scores[ids < 0] = -np.inf
         if count > self.num_chunks:
             missing = ((0, 0), (0, count - self.num_chunks))
             scores = np.pad(scores, missing, constant_values=-np.inf)
