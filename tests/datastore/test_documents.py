@@ -4,6 +4,7 @@ import gzip
 import json
 import math
 import os
+import sys
 from pathlib import Path
 
 import datasets
@@ -135,6 +136,16 @@ def test_lone_surrogates_are_replaced_and_pairs_joined(tmp_path):
     assert read(["\ud83d\ude00"])[0].text == "\U0001f600"
     reader = DocumentReader([{"id": "\ud800", "text": "a"}, {"title": "\ud800", "text": "a"}, "a"])
     assert [d.id for d in reader] == ["\ufffd", "1", "2"] and reader.num_repaired == 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are Unicode there")
+def test_a_name_that_is_not_utf8_becomes_one_in_all_that_is_recorded(tmp_path):
+    (tmp_path / os.fsdecode(b"caf\xe9.txt")).write_text("a cup")
+    reader = DocumentReader(tmp_path)
+    (document,) = reader
+    name = "caf\ufffd.txt"
+    assert (document.id, document.source, document.title) == (name, name, "caf\ufffd")
+    assert reader.sources == [{"name": name}]
 
 
 def test_files_that_are_not_utf8_are_counted_and_readable_ones_keep_their_lines(tmp_path):

@@ -150,16 +150,33 @@ HOSTILE = {
     "generation": setter("generation", 0),
     "unknown field": setter("trust_remote_code", True),
     "sources": setter("sources", "wiki"),
+    "source a text": setter("sources", ["wiki"]),
+    "source without a name": setter("sources", [{"license": "mit"}]),
+    "source of other fields": setter("sources", [{"name": "wiki", "script": "import os"}]),
+    "source with half a character": setter("sources", [{"name": "caf\udce9"}]),
+    "license a list": setter("sources", [{"name": "wiki", "license": ["mit"]}]),
+    "tokenizer of other fields": setter("tokenizer", "trust_remote_code", True),
+    "tokenizer without a revision": lambda content: content["tokenizer"].pop("revision"),
+    "revision a number": setter("tokenizer", "revision", 3),
+    "name of the encoder huge": setter("embedder", "name", "x" * (1 << 17)),
+    "pooling a number": setter("embedder", "pooling", 3),
+    "prompt a list": setter("embedder", "prompt", ["query: "]),
+    "encoder of queries a text": setter("embedder", "query", "dpr"),
+    "encoder of queries without a fingerprint": setter(
+        "embedder", "query", {"name": None, "revision": None, "prompt": ""}
+    ),
+    "library version": setter("library_version", 1.0),
 }
 
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_manifest_with_a_right_checksum_is_refused(copy, name):
     rewrite(copy, HOSTILE[name])
-    with pytest.raises(DatastoreCorruptError):
+    with pytest.raises(DatastoreCorruptError) as refusal:
         # Whatever opening lets through because it looks at no key yet, using it does not.
         store = RetroDatastore.load(copy)
         _ = store.shards[0].keys, store.shards[0].index
+    assert len(str(refusal.value)) < 2000
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ from .blocks import (
     tokenizer_identity,
 )
 from .chunks import token_dtype, tokenizer_fingerprint, vocabulary_size
-from .documents import DocumentReader
+from .documents import DocumentReader, without_lone_surrogates
 from .executors import Call, Executor, progress_bar, run_stage
 from .manifest import MAX_TOKENS, DatastoreManifest, new_path
 from .policy import IndexOptions, check_factory, plan_index, tell_plan
@@ -402,8 +402,8 @@ def describe_embedder(embedder: ChunkEmbedder) -> dict[str, Any]:
 def portable_name(name_or_path: str) -> str:
     """A Hub name as it is; of a local folder only its last part, since a datastore travels."""
     if os.path.isabs(name_or_path) or os.path.exists(name_or_path):
-        return os.path.basename(os.path.normpath(name_or_path))
-    return name_or_path
+        name_or_path = os.path.basename(os.path.normpath(name_or_path))
+    return without_lone_surrogates(name_or_path)
 
 
 def library_version() -> str:

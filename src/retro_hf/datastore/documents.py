@@ -74,7 +74,7 @@ class DocumentReader:
         self.first_empty: str | None = None
         self.num_repaired = 0
         self.not_utf8: set[str] = set()
-        self.sources: list[dict[str, Any]] = []
+        self.sources: list[dict[str, str]] = []
         self.total: int | None = None
         if isinstance(documents, (str, os.PathLike)):
             files = _files_of(Path(documents))
@@ -171,7 +171,7 @@ class DocumentReader:
 
     def _read_file(self, file: Path, name: str) -> Iterator[Record]:
         """Records of one file; `name` is its path as it is recorded, relative to what the user named."""
-        self.sources.append({"name": name})
+        self.sources.append({"name": without_lone_surrogates(name)})
         defaults = {"source": name}
         suffix = file.suffix.lower()
         if suffix in (".txt", ".md"):
@@ -270,7 +270,7 @@ def _is_readable(name: str) -> bool:
     return name[-_LONGEST_SUFFIX:].lower().endswith(_SUFFIXES)  # of a whole text, too, which is not to be copied
 
 
-def _source_of(info: Any) -> dict[str, Any]:
+def _source_of(info: Any) -> dict[str, str]:
     """Name, revision and license of a `datasets.Dataset`, as far as it knows them."""
     known = {
         "name": getattr(info, "dataset_name", None) or "dataset",
@@ -278,7 +278,7 @@ def _source_of(info: Any) -> dict[str, Any]:
         "revision": str(info.version) if getattr(info, "version", None) else None,
         "license": getattr(info, "license", None),
     }
-    return {key: value for key, value in known.items() if value}
+    return {key: without_lone_surrogates(str(value)) for key, value in known.items() if value}
 
 
 def _as_text(value: Any, default: str, name: str, where: str) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DatastoreCorruptError, DatastoreInputError, DatastoreNotFoundError
+from .fields import integer, object_of, of_type, sha256, text
 from .storage import building_folder, write_file
 
 
@@ -39,8 +40,7 @@ _MAX_DIM = 1 << 16
 _MAX_FILES = 50_000
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _SHARD_NAME = re.compile(r"[0-9]{5,10}")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-
+_MAX_REASON = 500
 _FACTORY = re.compile(r"[A-Za-z0-9_,.()\[\]\-]{1,256}")
 # Far above what is ever tuned: reading all lists, and re-scoring or visiting more candidates than recall needs.
 _MAX_SEARCH = {"nprobe": 1 << 32, "k_factor": 1000, "efSearch": 1 << 16}
@@ -57,6 +57,9 @@ SHARD_FILES = {
     "chunk_starts": "chunk_starts-{}.npy",
 }
 _OPTIONAL = ("chunk_starts",)
+# What is known of where a tokenizer, an encoder and the documents come from.
+_ORIGIN = ("name", "revision", "fingerprint")
+_SOURCE = ("config", "revision", "license")
 _STORE_KINDS = ("tokenizer", "deleted")
 
 
@@ -234,32 +237,25 @@ class DatastoreManifest:
         checksum = content.pop("checksum")
         if checksum != _checksum(content):
             raise ValueError("its checksum does not match its content")
-        content["files"] = tuple(FileEntry(**entry) for entry in _of_type(content, "files", list))
-        content["shards"] = tuple(ShardEntry(**entry) for entry in _of_type(content, "shards", list))
+        content["files"] = tuple(FileEntry(**entry) for entry in of_type(content, "files", list))
+        content["shards"] = tuple(ShardEntry(**entry) for entry in of_type(content, "shards", list))
         manifest = cls(**content)
         manifest._validate()
         return manifest
 
     def _validate(self) -> None:
         content = vars(self)
-        _integer(content, "chunk_size", 1, MAX_TOKENS)
-        _integer(content, "neighbor_size", self.chunk_size, MAX_TOKENS)
-        _integer(content, "generation", 1, _MAX_COUNT)
-        _integer(content, "next_shard", 1, _MAX_COUNT)
-        _integer(content, "num_empty_documents", 0, _MAX_COUNT)
+        integer(content, "chunk_size", 1, MAX_TOKENS)
+        integer(content, "neighbor_size", self.chunk_size, MAX_TOKENS)
+        integer(content, "generation", 1, _MAX_COUNT)
+        integer(content, "next_shard", 1, _MAX_COUNT)
+        integer(content, "num_empty_documents", 0, _MAX_COUNT)
         if self.token_dtype not in ("uint16", "uint32"):
             raise ValueError(f"token_dtype is {self.token_dtype!r}, not 'uint16' or 'uint32'")
         if self.metric != METRIC:
             raise ValueError(f"metric is {self.metric!r}, not {METRIC!r}")
-        _of_type(content, "library_version", str)
-        _of_type(content, "sources", list)
-        for name in ("tokenizer", "embedder"):
-            part = _of_type(content, name, dict)
-            _of_type(part, "name", str)
-            if not _SHA256.fullmatch(_of_type(part, "fingerprint", str)):
-                raise ValueError(f"the fingerprint of the {name} is not a sha256")
-        _integer(self.tokenizer, "vocab_size", 1, 1 << 32)
-        _integer(self.embedder, "dim", 1, _MAX_DIM)
+        text(content, "library_version")
+        self._validate_origins()
         if not self.shards:
             raise ValueError("it lists no shards")
         retokenized = {entry.shard for entry in self.files if entry.kind == "chunk_starts"}
@@ -270,34 +266,55 @@ class DatastoreManifest:
             raise ValueError(
                 f"the shards are named {names}, but each name is used once and the next is {self.next_shard}"
             )
-        _integer(content, "num_deleted_documents", 0, self.num_documents)
+        integer(content, "num_deleted_documents", 0, self.num_documents)
         self._validate_files()
+
+    def _validate_origins(self) -> None:
+        tokenizer = object_of(vars(self), "tokenizer", (*_ORIGIN, "vocab_size"))
+        embedder = object_of(vars(self), "embedder", (*_ORIGIN, "dim", "pooling", "dtype"), ("prompt", "query"))
+        for part in (tokenizer, embedder):
+            text(part, "name")
+            text(part, "revision", optional=True)
+            sha256(part, "fingerprint")
+        integer(tokenizer, "vocab_size", 1, 1 << 32)
+        integer(embedder, "dim", 1, _MAX_DIM)
+        text(embedder, "pooling")
+        text(embedder, "dtype")
+        text(embedder, "prompt", optional=True)
+        if "query" in embedder:
+            query = object_of(embedder, "query", (*_ORIGIN, "prompt"))
+            text(query, "name", optional=True)
+            text(query, "revision", optional=True)
+            sha256(query, "fingerprint")
+            text(query, "prompt")
+        for number, source in enumerate(of_type(vars(self), "sources", list)):
+            source = object_of({f"source {number}": source}, f"source {number}", ("name",), _SOURCE)
+            for name in source:
+                text(source, name)
 
     def _validate_shard(self, shard: ShardEntry, retokenized: bool) -> None:
         content = vars(shard)
         if not isinstance(shard.name, str) or not _SHARD_NAME.fullmatch(shard.name):
             raise ValueError(f"a shard is named {shard.name!r}, not with five to ten digits")
-        _integer(content, "num_chunks", 1, _MAX_COUNT)
-        _integer(content, "num_documents", 1, shard.num_chunks)
-        _integer(content, "num_tokens", shard.num_documents, _MAX_COUNT)
-        _integer(content, "stream_length", shard.num_tokens, _MAX_COUNT)
+        integer(content, "num_chunks", 1, _MAX_COUNT)
+        integer(content, "num_documents", 1, shard.num_chunks)
+        integer(content, "num_tokens", shard.num_documents, _MAX_COUNT)
+        integer(content, "stream_length", shard.num_tokens, _MAX_COUNT)
         if not retokenized and shard.stream_length != shard.num_chunks * self.chunk_size:
             raise ValueError(
                 f"shard {shard.name} has {shard.num_chunks} chunks in a stream of {shard.stream_length} tokens"
             )
-        _integer(content, "max_token_id", 0, (1 << 16 if self.token_dtype == "uint16" else 1 << 32) - 1)
-        self._validate_index(_of_type(content, "index", dict), shard.num_chunks)
+        integer(content, "max_token_id", 0, (1 << 16 if self.token_dtype == "uint16" else 1 << 32) - 1)
+        self._validate_index(object_of(content, "index", ("factory", "search", "recall")), shard.num_chunks)
 
     def _validate_index(self, index: dict[str, Any], num_chunks: int) -> None:
-        if set(index) != {"factory", "search", "recall"}:
-            raise ValueError(f"index has the fields {sorted(index)}, not factory, recall and search")
-        if not _FACTORY.fullmatch(_of_type(index, "factory", str)):
-            raise ValueError(f"index.factory is {index['factory'][:100]!r}, not a factory string of FAISS")
-        search = _of_type(index, "search", dict)
+        if not _FACTORY.fullmatch(of_type(index, "factory", str)):
+            raise ValueError(f"index.factory is {index['factory']!r}, not a factory string of FAISS")
+        search = of_type(index, "search", dict)
         if unknown := sorted(set(search) - set(_MAX_SEARCH)):
             raise ValueError(f"index.search has {unknown}, but only {sorted(_MAX_SEARCH)} are known")
         for name in search:
-            _integer(search, name, 1, _MAX_SEARCH[name])
+            integer(search, name, 1, _MAX_SEARCH[name])
         kind = index["factory"]
         needed = {
             "nprobe": "IVF" in kind,
@@ -306,13 +323,11 @@ class DatastoreManifest:
         }
         if missing := [name for name, is_needed in needed.items() if is_needed and name not in search]:
             raise ValueError(f"index.search lacks {missing}, without which an index {kind!r} would find less")
-        recall = index["recall"]
-        if recall is None:
+        if index["recall"] is None:
             return
-        if not isinstance(recall, dict) or set(recall) != {"at", "value", "queries"}:
-            raise ValueError(f"index.recall is {recall!r}, not an object of at, queries and value")
-        _integer(recall, "at", 0, num_chunks)
-        _integer(recall, "queries", 1, num_chunks)
+        recall = object_of(index, "recall", ("at", "value", "queries"))
+        integer(recall, "at", 0, num_chunks)
+        integer(recall, "queries", 1, num_chunks)
         value = recall["value"]
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
             raise ValueError(f"index.recall.value is {value!r}, not a number from 0 to 1")
@@ -325,9 +340,8 @@ class DatastoreManifest:
                 raise ValueError(f"{entry.name!r} is not a plain file name")
             if entry.kind not in (_STORE_KINDS if entry.shard is None else SHARD_FILES):
                 raise ValueError(f"file {entry.name!r} is of unknown kind {entry.kind!r}")
-            _integer(vars(entry), "size", 0, 1 << 56)
-            if not isinstance(entry.sha256, str) or not _SHA256.fullmatch(entry.sha256):
-                raise ValueError(f"the checksum of {entry.name!r} is not a sha256")
+            integer(vars(entry), "size", 0, 1 << 56)
+            sha256(vars(entry), "sha256")
         names = [entry.name for entry in self.files]
         if len(set(names)) != len(names):
             raise ValueError("it lists a file twice")
@@ -347,24 +361,12 @@ def _checksum(content: dict[str, Any]) -> str:
 
 
 def _corrupt(path: Path, reason: str) -> DatastoreCorruptError:
+    if len(reason) > _MAX_REASON:  # a hostile one may hold names of any length
+        reason = f"{reason[:_MAX_REASON]}…"
     return DatastoreCorruptError(
         f"The manifest {str(path)!r} cannot be used: {reason}. Restore the folder from a copy, or build the datastore "
         "again."
     )
-
-
-def _of_type(content: dict[str, Any], name: str, kind: type) -> Any:
-    value = content.get(name)
-    if not isinstance(value, kind):
-        raise ValueError(f"{name} is {value!r}, not of type {kind.__name__}")
-    return value
-
-
-def _integer(content: dict[str, Any], name: str, lowest: int, highest: int) -> int:
-    value = content.get(name)
-    if isinstance(value, bool) or not isinstance(value, int) or not lowest <= value <= highest:
-        raise ValueError(f"{name} is {value!r}, not an integer from {lowest} to {highest}")
-    return value
 
 
 def checked_path(path: Any) -> Path:
