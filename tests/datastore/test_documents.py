@@ -182,6 +182,7 @@ def test_files_that_are_not_utf8_are_counted_and_readable_ones_keep_their_lines(
         ),
         (pa.Table.from_pylist(ROWS), r"documents are a table \(Table\). Pass its rows"),
         (7, r"documents are of type int"),
+        ("", r"path of the documents is empty. Name a folder"),
     ],
 )
 def test_what_is_no_document_is_named(documents, message):

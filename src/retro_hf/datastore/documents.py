@@ -77,6 +77,10 @@ class DocumentReader:
         self.sources: list[dict[str, str]] = []
         self.total: int | None = None
         if isinstance(documents, (str, os.PathLike)):
+            if documents == "":  # to Python the current folder, but most often a variable that was not set
+                raise DatastoreInputError(
+                    "The path of the documents is empty. Name a folder or file; the current folder is '.'."
+                )
             files = _files_of(Path(documents))
             self._records: Iterator[Record] = chain.from_iterable(self._read_file(file, name) for file, name in files)
         elif isinstance(documents, Mapping):
