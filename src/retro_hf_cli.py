@@ -182,9 +182,8 @@ def inspect(
         "tokenizer": f"{tokenizer['name']}, vocabulary {tokenizer['vocab_size']:,}, fingerprint {tokenizer['fingerprint'][:12]}",
         "embedder": f"{embedder['name']}, {embedder['dim']} numbers per key, {embedder['pooling']} pooling, "
         f"{embedder['dtype']}, fingerprint {embedder['fingerprint'][:12]}",
-        "index": "; ".join(_index_of(shard) for shard in manifest.shards),
-        "sources": "; ".join(" ".join(str(value) for value in one.values()) for one in manifest.sources)
-        or "not known",
+        "index": _first([_index_of(shard) for shard in manifest.shards]),
+        "sources": _first([" ".join(one.values()) for one in manifest.sources]) or "not known",
         "version": f"generation {manifest.generation}, format {manifest.format_version}, retro-hf {manifest.library_version}",
     }
     for name, value in lines.items():
@@ -266,6 +265,12 @@ def _index_of(shard: Any) -> str:
 def _readable(argument: str) -> str:
     """The argument with U+FFFD for bytes that are not UTF-8, which Python keeps as half characters no tokenizer takes."""
     return argument.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def _first(texts: list[str]) -> str:
+    """The first five of them, and how many more there are."""
+    more = [f"and {len(texts) - 5:,} more (all with --json)"] if len(texts) > 5 else []
+    return "; ".join([*texts[:5], *more])
 
 
 def _harmless(text: str) -> str:

@@ -410,6 +410,17 @@ def test_inspect_speaks_to_people(world):
     assert "{" not in printed and "None" not in printed
 
 
+def test_inspect_does_not_print_all_files_of_a_folder(world, tmp_path):
+    (tmp_path / "texts").mkdir()
+    for number in range(30):
+        (tmp_path / "texts" / f"{number:02d}.txt").write_text("the king sat")
+    options = ("--tokenizer", world / "model", "--embedder", world / "encoder", "--chunk-size", CHUNK_SIZE)
+    retro("build", tmp_path / "texts", "-o", tmp_path / "store", *options)
+    sources = "00.txt; 01.txt; 02.txt; 03.txt; 04.txt; and 25 more (all with --json)"
+    assert f"sources    {sources}\n" in retro("inspect", tmp_path / "store")
+    assert len(json.loads(retro("inspect", tmp_path / "store", "--json"))["sources"]) == 30
+
+
 def test_inspect_says_with_which_queries_recall_was_measured(world, tmp_path):
     """The store's own chunks: a user's queries may find less."""
     options = ("--tokenizer", world / "model", "--embedder", world / "encoder", "--chunk-size", CHUNK_SIZE)

@@ -16,7 +16,7 @@ import torch
 
 from .datastore import ChunkEmbedder, EmbeddingSearcher, RetroDatastore, Searcher, chunk_texts
 from .datastore.compatibility import load_tokenizer
-from .datastore.documents import without_lone_surrogates
+from .datastore.fields import without_lone_surrogates
 from .datastore.hub import local_folder, push
 from .datastore.storage import write_file
 from .datastore.view import check_num_neighbors

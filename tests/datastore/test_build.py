@@ -13,6 +13,8 @@ import pytest
 from retro_hf.datastore import ChunkEmbedder, RetroDatastore
 from retro_hf.datastore import blocks as blocks_module
 from retro_hf.datastore import build as build_module
+from retro_hf.datastore import manifest as manifest_module
+from retro_hf.datastore import origins as origins_module
 from retro_hf.datastore.executors import RankExecutor
 from retro_hf.errors import (
     DatastoreExistsError,
@@ -293,6 +295,59 @@ def test_what_cannot_be_built_is_refused_with_a_reason(tmp_path, tokenizer, embe
     with pytest.raises(error, match=message):
         RetroDatastore.build(corpus(), tmp_path / path, tokenizer=tokenizer, embedder=embedder, **options)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_of_somebody_else_is_not_taken_for_unfinished_work(tmp_path, tokenizer, embedder):
+    """It would be removed with what is in it when the build is done."""
+    other = tmp_path / ".store.building"
+    other.mkdir()
+    (other / "precious").write_text("thesis")
+    with pytest.raises(
+        DatastoreExistsError, match=r"unfinished work.*holds 'precious', which is no part of any. Move it"
+    ):
+        build(tmp_path / "store", tokenizer, embedder)
+    assert (other / "precious").read_text() == "thesis"
+    (tmp_path / ".one.building").write_text("thesis")
+    with pytest.raises(DatastoreExistsError, match="it is no folder. Move it elsewhere, or choose another path"):
+        build(tmp_path / "one", tokenizer, embedder)
+    assert (tmp_path / ".one.building").read_text() == "thesis"
+
+
+def test_more_shards_than_a_manifest_holds_are_refused_before_they_are_made(
+    tmp_path, tokenizer, embedder, monkeypatch
+):
+    """A manifest has a bound when it is read, so what would be beyond it is not written."""
+    monkeypatch.setattr(manifest_module, "_MAX_SHARDS", 3)
+    with (
+        monkeypatch.context() as patched,
+        pytest.raises(DatastoreInputError, match=r"shards, but a manifest holds 3.*larger"),
+    ):
+        patched.setattr(ChunkEmbedder, "embed", None)
+        build(tmp_path / "store", tokenizer, embedder, shard_chunks=20)
+    store = build(tmp_path / "store", tokenizer, embedder)
+    for number in range(2):
+        store.append([{"id": f"new {number}", "text": "the king"}], embedder=embedder, show_progress=False)
+    with pytest.raises(DatastoreInputError, match=r"would have 4 shards.*joined by `compact\(\)`"):
+        store.append([{"id": "new 2", "text": "the king"}], embedder=embedder, show_progress=False)
+    assert RetroDatastore.load(tmp_path / "store", verify=True).num_documents == 42
+    store.compact(show_progress=False)
+    store.append([{"id": "new 2", "text": "the king"}], embedder=embedder, show_progress=False)
+    assert store.num_documents == 43
+
+
+def test_a_manifest_names_so_many_sources_and_says_that_there_are_more(tmp_path, tokenizer, embedder, monkeypatch):
+    """Of a million files it would be longer than what is read of a manifest."""
+    monkeypatch.setattr(origins_module, "_MAX_SOURCES", 3)
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        for number in range(4):
+            (tmp_path / name / f"{number} of {name}.txt").write_text("the king")
+    store = build(tmp_path / "store", tokenizer, embedder, tmp_path / "first")
+    store.append(tmp_path / "second", embedder=embedder, show_progress=False)
+    names = [source["name"] for source in RetroDatastore.load(tmp_path / "store").manifest.sources]
+    more = "and more, which the table of documents names"
+    assert names == ["0 of first.txt", "1 of first.txt", "2 of first.txt", more]
+    assert store.document(7)["source"] == "3 of second.txt"
 
 
 def test_a_path_that_cannot_be_is_no_datastore():

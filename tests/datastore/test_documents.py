@@ -88,6 +88,25 @@ def test_suffixes_may_be_in_upper_case_and_what_is_skipped_is_told(tmp_path, cap
     assert caplog.messages[-1] == "Skipped 11 files of other kinds: c.png, e.PDF, h0.log, h1.log, h2.log, …"
 
 
+def test_links_to_files_are_read_and_other_links_are_told(tmp_path, caplog):
+    """A corpus on a disk that is not there would shrink unnoticed."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "b.txt").write_text("text of b")
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    (corpus / "a.txt").write_text("text of a")
+    (corpus / "c.txt").symlink_to(tmp_path / "elsewhere" / "b.txt")
+    assert [d.text for d in read(corpus)] == ["text of a", "text of b"]
+    assert not caplog.records
+    (corpus / "folder").symlink_to(tmp_path / "elsewhere")
+    (corpus / "gone.txt").symlink_to("nowhere")
+    (corpus / "round.txt").symlink_to("round.txt")
+    assert [d.text for d in read(corpus)] == ["text of a", "text of b"]
+    assert caplog.messages == [
+        "Left out 3 links to folders, or to nothing, such as 'folder'. Pass a linked folder itself, or copy it."
+    ]
+
+
 def test_a_pipe_is_told_from_a_path_that_is_wrong(tmp_path):
     os.mkfifo(tmp_path / "pipe.jsonl")
     with pytest.raises(
@@ -182,6 +201,7 @@ def test_files_that_are_not_utf8_are_counted_and_readable_ones_keep_their_lines(
         ),
         (pa.Table.from_pylist(ROWS), r"documents are a table \(Table\). Pass its rows"),
         (7, r"documents are of type int"),
+        (b"texts", r"documents are bytes. Decode them"),
         ("", r"path of the documents is empty. Name a folder"),
     ],
 )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -37,10 +37,11 @@ from .blocks import (
     read_token_block,
     tokenizer_identity,
 )
-from .chunks import token_dtype, tokenizer_fingerprint, vocabulary_size
-from .documents import DocumentReader, without_lone_surrogates
+from .chunks import token_dtype, vocabulary_size
+from .documents import DocumentReader
 from .executors import Call, Executor, progress_bar, run_stage
-from .manifest import MAX_TOKENS, DatastoreManifest, new_path
+from .manifest import MAX_TOKENS, DatastoreManifest, check_num_shards, new_path
+from .origins import describe_embedder, describe_tokenizer, library_version, unique_sources
 from .policy import IndexOptions, check_factory, plan_index, tell_plan
 from .storage import building_folder, check_free, new_folder, not_written
 from .writer import BuiltShard, ShardWriter, describe_file
@@ -56,6 +57,8 @@ __all__ = ["BuildOptions", "build_datastore", "build_shards", "work_folder"]
 logger = logging.get_logger(__name__)
 
 _POLL_SECONDS = 0.1
+# Names in a folder of unfinished work: blocks, shards, and what is hidden, such as the lock.
+_WORK = re.compile(r"\.|(tokens|documents|keys|shard)-")
 
 
 @dataclass(frozen=True)
@@ -101,9 +104,14 @@ def work_folder(path: Path, *, helps: bool = False) -> Iterator[Path]:
     Bad input leaves nothing behind unless keys have been computed; whatever else stops the work leaves all of it.
 
     Raises:
-        DatastoreExistsError: if another process is at work there.
+        DatastoreExistsError: if another process is at work there, or something else lies there, which stays.
     """
     folder = building_folder(path)
+    if os.path.lexists(folder) and (strange := _not_work(folder)):
+        raise DatastoreExistsError(
+            f"{str(folder)!r} is where unfinished work on the datastore {str(path)!r} is kept, and removed in the end, but {strange}. "
+            "Move it elsewhere, or choose another path for the datastore."
+        )
     lock = FileLock(folder / ".lock", timeout=0)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -135,6 +143,14 @@ def work_folder(path: Path, *, helps: bool = False) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
     finally:
         lock.release()
+
+
+def _not_work(folder: Path) -> str:
+    """What of a folder is no unfinished work, in words."""
+    if not folder.is_dir():
+        return "it is no folder"
+    others = sorted(file.name for file in folder.iterdir() if not _WORK.match(file.name))
+    return f"it holds {others[0]!r}, which is no part of any" if others else ""
 
 
 def build_datastore(documents: Any, path: str | os.PathLike[str], options: BuildOptions, executor: Executor) -> None:
@@ -175,7 +191,7 @@ def _finish(
             files=(*(file for shard in shards for file in shard.files), *shared),
             next_shard=len(shards),
             num_empty_documents=num_empty,
-            sources=sources,
+            sources=unique_sources(sources),
             library_version=library_version(),
         ).write(folder)
 
@@ -225,6 +241,7 @@ def build_shards(
         if taken is not None:
             _check_taken(work, blocks, taken)
         groups, sizes = _groups(blocks, counts, options.shard_chunks)
+        check_num_shards(len(groups))
         total = sum(sizes)
         # Planned before the long part of the work, so that what cannot be built is refused first.
         plans = [plan_index(size, embedder.dim, options.index, total) for size in sizes]
@@ -364,51 +381,3 @@ class WriteShard:
             for part in parts:
                 writer.add(self.embed.piece(part))
             writer.finish(factory, self.recall)
-
-
-def describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """What a manifest says of a tokenizer."""
-    return {
-        "name": portable_name(tokenizer.name_or_path),
-        "revision": getattr(tokenizer, "init_kwargs", {}).get("revision"),
-        "fingerprint": tokenizer_fingerprint(tokenizer),
-        "vocab_size": vocabulary_size(tokenizer),
-    }
-
-
-def describe_embedder(embedder: ChunkEmbedder) -> dict[str, Any]:
-    """What a manifest says of an embedder; of prompts and queries only where there is something to say."""
-    content: dict[str, Any] = {
-        "name": portable_name(embedder.name_or_path),
-        "revision": embedder.revision,
-        "fingerprint": embedder.fingerprint,
-        "dim": embedder.dim,
-        "pooling": embedder.pooling,
-        "dtype": str(embedder.dtype).removeprefix("torch."),
-    }
-    if embedder.prompt:
-        content["prompt"] = embedder.prompt
-    if not embedder.symmetric:
-        other = embedder.query_encoder
-        content["query"] = {
-            "name": portable_name(other.name_or_path) if other else None,
-            "revision": other.revision if other else None,
-            "fingerprint": embedder.query_fingerprint,
-            "prompt": embedder.query_prompt,
-        }
-    return content
-
-
-def portable_name(name_or_path: str) -> str:
-    """A Hub name as it is; of a local folder only its last part, since a datastore travels."""
-    if os.path.isabs(name_or_path) or os.path.exists(name_or_path):
-        name_or_path = os.path.basename(os.path.normpath(name_or_path))
-    return without_lone_surrogates(name_or_path)
-
-
-def library_version() -> str:
-    """The version of this package, for manifests."""
-    try:
-        return importlib.metadata.version("retro-hf")
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import DatastoreInputError, DatastoreMismatchError, counted
-from .build import describe_tokenizer, library_version, work_folder
+from .build import work_folder
 from .chunks import token_dtype, vocabulary_size
 from .compatibility import load_tokenizer
 from .documents import document_ids
 from .executors import progress_bar
 from .manifest import MANIFEST_NAME, SHARD_FILES, DatastoreManifest, FileEntry, ShardEntry, new_path
+from .origins import describe_tokenizer, library_version, unique_sources
 from .policy import IndexOptions, parse_bytes
 from .shard import Shard, hash_of_id
 from .storage import NpyWriter, link_or_copy, new_folder
@@ -176,7 +177,6 @@ def merge(datastores: Sequence[RetroDatastore], path: str | os.PathLike[str]) ->
             with NpyWriter(folder / "deleted-00001.npy", np.dtype(np.int64)) as file:
                 file.append(numbers)
             files.append(describe_file(folder / "deleted-00001.npy", "deleted"))
-        sources = [source for store in datastores for source in store.manifest.sources]
         _write_manifest(
             folder,
             first,
@@ -185,7 +185,7 @@ def merge(datastores: Sequence[RetroDatastore], path: str | os.PathLike[str]) ->
             next_shard=len(shards),
             num_deleted_documents=len(numbers),
             num_empty_documents=sum(store.manifest.num_empty_documents for store in datastores),
-            sources=[source for number, source in enumerate(sources) if source not in sources[:number]],
+            sources=unique_sources(source for store in datastores for source in store.manifest.sources),
         )
     return type(first).load(path)
 

@@ -17,10 +17,11 @@ from typing import Any
 from transformers.utils import logging
 
 from ..errors import DatastoreInputError, DatastoreNotFoundError, counted
+from .fields import without_lone_surrogates
 from .manifest import MANIFEST_NAME
 
 
-__all__ = ["Document", "DocumentReader", "document_ids", "without_lone_surrogates"]
+__all__ = ["Document", "DocumentReader", "document_ids"]
 
 logger = logging.get_logger(__name__)
 
@@ -94,6 +95,10 @@ class DocumentReader:
             raise DatastoreInputError(
                 f"The documents are a table ({type(documents).__name__}). Pass its rows: of pandas "
                 "`df.to_dict(\"records\")`, or `datasets.Dataset.from_pandas(df)`, with a column 'text'."
+            )
+        elif isinstance(documents, (bytes, bytearray)):
+            raise DatastoreInputError(
+                "The documents are bytes. Decode them, or pass a path as a text: `os.fsdecode(path)`."
             )
         elif isinstance(documents, Iterable):
             columns = getattr(documents, "column_names", None)
@@ -257,6 +262,12 @@ def _files_of(path: Path) -> list[tuple[Path, str]]:
         for file in path.rglob("*")
         if stores.isdisjoint(file.parents) and not any(part.startswith(".") for part in file.relative_to(path).parts)
     ]
+    # A link to a folder may lead around in a circle, and one that leads nowhere may be a disk that is not there.
+    if links := sorted(name for file, name in found if file.is_symlink() and not file.is_file()):
+        logger.warning(
+            f"Left out {counted(len(links), 'link')} to folders, or to nothing, such as {links[0]!r}. Pass a linked folder itself, "
+            "or copy it."
+        )
     found = sorted((pair for pair in found if pair[0].is_file()), key=lambda pair: pair[1])
     files = [pair for pair in found if _is_readable(pair[1])]
     if not files:
@@ -326,12 +337,3 @@ def document_ids(ids: Any) -> list[str]:
             )
         texts.append(without_lone_surrogates(text))
     return texts
-
-
-def without_lone_surrogates(text: str) -> str:
-    """Text that UTF-8 can hold: surrogate pairs joined, lone surrogates replaced by U+FFFD."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-    return text

@@ -1,4 +1,4 @@
-"""What a field of a manifest may hold. Errors quote a bounded part of it, whatever it is."""
+"""Fields of a manifest and of documents: texts that UTF-8 can hold, numbers with bounds. Errors quote a bounded part."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import reprlib
 from typing import Any
 
 
-__all__ = ["integer", "object_of", "of_type", "sha256", "text"]
+__all__ = ["integer", "object_of", "of_type", "sha256", "text", "without_lone_surrogates"]
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _MAX_TEXT = 1 << 16
@@ -58,3 +58,12 @@ def object_of(
     if unknown or missing:
         raise ValueError(f"{name} has unknown fields {reprlib.repr(unknown)}, and lacks {missing}")
     return value
+
+
+def without_lone_surrogates(text: str) -> str:
+    """Text that UTF-8 can hold: surrogate pairs joined, lone surrogates replaced by U+FFFD."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text

@@ -13,6 +13,7 @@ from typing import Any
 
 from ..errors import DatastoreCorruptError, DatastoreInputError, DatastoreNotFoundError
 from .fields import integer, object_of, of_type, sha256, text
+from .origins import check_origins
 from .storage import building_folder, write_file
 
 
@@ -24,6 +25,7 @@ __all__ = [
     "DatastoreManifest",
     "FileEntry",
     "ShardEntry",
+    "check_num_shards",
     "checked_path",
     "new_path",
 ]
@@ -36,8 +38,8 @@ METRIC = "inner_product"
 _MAX_MANIFEST_BYTES = 16 << 20
 _MAX_COUNT = 1 << 48
 MAX_TOKENS = 1 << 20
-_MAX_DIM = 1 << 16
 _MAX_FILES = 50_000
+_MAX_SHARDS = 5_000
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _SHARD_NAME = re.compile(r"[0-9]{5,10}")
 _MAX_REASON = 500
@@ -57,9 +59,6 @@ SHARD_FILES = {
     "chunk_starts": "chunk_starts-{}.npy",
 }
 _OPTIONAL = ("chunk_starts",)
-# What is known of where a tokenizer, an encoder and the documents come from.
-_ORIGIN = ("name", "revision", "fingerprint")
-_SOURCE = ("config", "revision", "license")
 _STORE_KINDS = ("tokenizer", "deleted")
 
 
@@ -114,7 +113,7 @@ class DatastoreManifest:
         next_shard: number of the shard that is written next.
         num_deleted_documents: documents that are no longer returned, but still counted until [`RetroDatastore.compact`].
         num_empty_documents: documents of the input without text, which were skipped.
-        sources: one entry per source of documents: `name`, and `revision` and `license` where known.
+        sources: where the documents come from, at most 1,000 by name: `name`, and `config`, `revision` and `license` where known.
     """
 
     chunk_size: int
@@ -179,7 +178,8 @@ class DatastoreManifest:
         return text.encode()
 
     def write(self, folder: Path) -> None:
-        """Write `datastore.json` into `folder`, atomically."""
+        """Write `datastore.json` into `folder`, atomically; DatastoreInputError for more shards than `read` accepts."""
+        check_num_shards(len(self.shards))
         write_file(folder / MANIFEST_NAME, self.to_bytes())
 
     @classmethod
@@ -255,7 +255,7 @@ class DatastoreManifest:
         if self.metric != METRIC:
             raise ValueError(f"metric is {self.metric!r}, not {METRIC!r}")
         text(content, "library_version")
-        self._validate_origins()
+        check_origins(content)
         if not self.shards:
             raise ValueError("it lists no shards")
         retokenized = {entry.shard for entry in self.files if entry.kind == "chunk_starts"}
@@ -268,29 +268,6 @@ class DatastoreManifest:
             )
         integer(content, "num_deleted_documents", 0, self.num_documents)
         self._validate_files()
-
-    def _validate_origins(self) -> None:
-        tokenizer = object_of(vars(self), "tokenizer", (*_ORIGIN, "vocab_size"))
-        embedder = object_of(vars(self), "embedder", (*_ORIGIN, "dim", "pooling", "dtype"), ("prompt", "query"))
-        for part in (tokenizer, embedder):
-            text(part, "name")
-            text(part, "revision", optional=True)
-            sha256(part, "fingerprint")
-        integer(tokenizer, "vocab_size", 1, 1 << 32)
-        integer(embedder, "dim", 1, _MAX_DIM)
-        text(embedder, "pooling")
-        text(embedder, "dtype")
-        text(embedder, "prompt", optional=True)
-        if "query" in embedder:
-            query = object_of(embedder, "query", (*_ORIGIN, "prompt"))
-            text(query, "name", optional=True)
-            text(query, "revision", optional=True)
-            sha256(query, "fingerprint")
-            text(query, "prompt")
-        for number, source in enumerate(of_type(vars(self), "sources", list)):
-            source = object_of({f"source {number}": source}, f"source {number}", ("name",), _SOURCE)
-            for name in source:
-                text(source, name)
 
     def _validate_shard(self, shard: ShardEntry, retokenized: bool) -> None:
         content = vars(shard)
@@ -367,6 +344,15 @@ def _corrupt(path: Path, reason: str) -> DatastoreCorruptError:
         f"The manifest {str(path)!r} cannot be used: {reason}. Restore the folder from a copy, or build the datastore "
         "again."
     )
+
+
+def check_num_shards(number: int) -> None:
+    """Raise DatastoreInputError for more shards than a manifest holds, before one is written that could not be read."""
+    if number > _MAX_SHARDS:
+        raise DatastoreInputError(
+            f"The datastore would have {number:,} shards, but a manifest holds {_MAX_SHARDS:,}. Choose a larger `shard_chunks`; "
+            "shards that are there already are joined by `compact()`."
+        )
 
 
 def checked_path(path: Any) -> Path:

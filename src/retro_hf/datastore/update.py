@@ -16,11 +16,12 @@ import numpy as np
 from transformers.utils import logging
 
 from ..errors import DatastoreInputError
-from .build import BuildOptions, build_shards, library_version, work_folder
+from .build import BuildOptions, build_shards, work_folder
 from .documents import document_ids
 from .embedder import ChunkEmbedder
 from .executors import Executor, as_executor, progress_bar
 from .manifest import MANIFEST_NAME, SHARD_FILES, DatastoreManifest, FileEntry
+from .origins import library_version, unique_sources
 from .policy import DEFAULT_SHARD_CHUNKS, IndexOptions, parse_bytes, plan_index
 from .storage import NpyWriter, complete_file
 from .writer import BuiltShard, Piece, ShardWriter, describe_file
@@ -91,7 +92,7 @@ def append(
             files=(*manifest.files, *_placed(datastore.path, shards)),
             next_shard=manifest.next_shard + len(shards),
             num_empty_documents=manifest.num_empty_documents + num_empty,
-            sources=[*manifest.sources, *(source for source in sources if source not in manifest.sources)],
+            sources=unique_sources([*manifest.sources, *sources]),
         )
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from datasets import Dataset, List, Value
 
 from ..datastore import RetroDatastore, chunk_texts
-from ..datastore.documents import without_lone_surrogates
+from ..datastore.fields import without_lone_surrogates
 from ..errors import DatasetError
 from ..retrieval_retro import RetroRetriever
 from .neighbors import way_of
