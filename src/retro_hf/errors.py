@@ -54,7 +54,7 @@ def in_commands(message: str, group: Any) -> str:
 
 
 class RetroError(Exception):
-    """Base of all errors that retro-hf raises on purpose; `except RetroError` catches every one of them."""
+    """Base of the errors below. A wrong argument of a model or an evaluation is a plain ValueError, as in transformers."""
 
 
 class DatasetError(RetroError, ValueError):
