@@ -224,6 +224,17 @@ def test_a_full_disk_loses_nothing(tmp_path, tokenizer, embedder, monkeypatch):
     assert content_of(build(tmp_path / "store", tokenizer, embedder).path) == content_of(whole.path)
 
 
+def test_a_disk_that_takes_a_part_is_named_where_numpy_only_counts(tmp_path, tokenizer, embedder, monkeypatch):
+    def full(*_):
+        raise OSError("616096 requested and 450496 written")
+
+    monkeypatch.setattr(blocks_module.np, "save", full)
+    with pytest.raises(
+        DatastoreWriteError, match=r"the disk took a part only \(616096 requested and 450496 written\)"
+    ):
+        build(tmp_path / "store", tokenizer, embedder)
+
+
 def test_shards_are_of_about_the_same_size_and_searched_as_one(built, tmp_path, tokenizer, embedder):
     store = build(tmp_path / "store", tokenizer, embedder, shard_chunks=120)
     one = build(tmp_path / "one", tokenizer, embedder)

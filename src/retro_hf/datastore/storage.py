@@ -117,8 +117,10 @@ def check_free(path: Path) -> None:
 
 def not_written(path: Path, error: OSError) -> DatastoreWriteError:
     """The error for a disk that did not take what was to be written to `path`."""
+    # numpy counts what a full disk has taken, and says no more.
+    reason = error if error.errno else f"the disk took a part only ({error})"
     return DatastoreWriteError(
-        f"{str(path)!r} could not be written: {error}. What was there before is unharmed. Make room on the disk, or allow "
+        f"{str(path)!r} could not be written: {reason}. What was there before is unharmed. Make room on the disk, or allow "
         "writing, and make the same call again; or choose another path."
     )
 
