@@ -290,6 +290,8 @@ def main() -> None:
             )
             store.append(more()[:4], embedder=embedder)
             stores.append((store.path, answers(store.path, verify=True)))
+        # Afresh: how many children were done before they could be killed is a matter of time, and damage is not.
+        chance = random.Random(args.seed)
         outcomes: dict[str, dict[str, collections.Counter]] = {"verified": {}, "plain": {}}
         for number in range(args.mutations):
             kind = KINDS[number % len(KINDS)]
