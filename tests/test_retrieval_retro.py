@@ -330,6 +330,8 @@ def test_a_retriever_takes_either_an_embedder_or_a_searcher_of_its_own_store(par
     for options in ({}, {"embedder": embedder, "searcher": lexical}):
         with pytest.raises(RetrieverError, match="either the embedder.*or a searcher"):
             RetroRetriever(store, **options)
+    with pytest.raises(RetrieverError, match="The searcher is a int without metric and search. It needs"):
+        RetroRetriever(store, searcher=5)
     store.save(tmp_path / "copy")
     with pytest.raises(RetrieverError, match="The searcher finds chunks of"):
         RetroRetriever(RetroDatastore.load(tmp_path / "copy"), searcher=lexical)

@@ -108,6 +108,11 @@ class RetroRetriever:
             if isinstance(embedder, (str, os.PathLike)):
                 embedder = ChunkEmbedder.from_pretrained(embedder)
             searcher = EmbeddingSearcher(datastore, embedder)
+        if missing := [name for name in ("metric", "search") if not hasattr(searcher, name)]:
+            raise RetrieverError(
+                f"The searcher is a {type(searcher).__name__} without {' and '.join(missing)}. It needs a `metric` (a text, what a score "
+                "is) and `search(texts, num_neighbors, *, exclude_documents=None)`, which returns scores and chunk ids."
+            )
         other = getattr(searcher, "datastore", datastore)
         if other.path != datastore.path:
             raise RetrieverError(
