@@ -11,8 +11,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from retro_hf import RetroConfig, RetroForCausalLM
-from retro_hf.backbone_retro import find_branch_end, find_decoder_layers
 from retro_hf.errors import UnsupportedBackboneError
+from retro_hf.model.backbone_retro import find_branch_end, find_decoder_layers
 
 from .tiny import (
     ENCODER,

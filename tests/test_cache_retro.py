@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers.cache_utils import DynamicCache, StaticCache
 
-from retro_hf import cache_retro, modeling_retro_decoder
-from retro_hf.cache_retro import ROOM, RetroCacheMixin, RetroState, attach_state
+from retro_hf.model import cache_retro, modeling_retro_decoder
+from retro_hf.model.cache_retro import ROOM, RetroCacheMixin, RetroState, attach_state
 
 from .tiny import CHUNK_SIZE, hash_retriever, neighbors_from, random_ids, tiny_retro
 

@@ -18,11 +18,11 @@ from tiny_training import CHUNK_SIZE, make_model, make_world
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-import retro_hf_cli
 from retro_hf import RetroDatastore
 from retro_hf.errors import DatasetError, DatastoreInputError, PretrainedNotFoundError, RetroError, in_commands
 from retro_hf.evaluation import Evaluation
-from retro_hf_cli import app
+from retro_hf_cli import main as command_line
+from retro_hf_cli.main import app
 
 
 @pytest.fixture(autouse=True)
@@ -448,10 +448,10 @@ def test_an_interrupt_says_what_became_of_the_datastore(monkeypatch, capsys):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(retro_hf_cli, "_load_datastore", interrupted)
+    monkeypatch.setattr(command_line, "_load_datastore", interrupted)
     monkeypatch.setattr(sys, "argv", ["retro", "delete", ".", "doc-1"])
     with pytest.raises(SystemExit, match="130"):
-        retro_hf_cli.main()
+        command_line.main()
     shown = capsys.readouterr().err
     assert (
         shown.startswith("Interrupted. A datastore is as it was before or as it was to become")
@@ -465,9 +465,9 @@ def test_every_error_of_the_package_is_one_line(monkeypatch, capsys):
     def build() -> None:
         raise RetroError("A worker process ended. `RetroDatastore.build(...)` goes on from there.")
 
-    monkeypatch.setattr(retro_hf_cli, "app", build)
+    monkeypatch.setattr(command_line, "app", build)
     monkeypatch.setattr(typer.main, "get_command", lambda _: typer.main.get_group(app))
     monkeypatch.setattr(sys, "argv", ["retro", "build"])
     with pytest.raises(SystemExit, match="1"):
-        retro_hf_cli.main()
+        command_line.main()
     assert capsys.readouterr().err == "Error: A worker process ended. `retro build` goes on from there.\n"

@@ -6,7 +6,7 @@ Every test first runs its check on the model as it is, then makes one mistake, a
 import pytest
 import torch
 
-from retro_hf import grid_retro, modeling_retro, modeling_retro_decoder
+from retro_hf.model import chunking_retro, modeling_retro, modeling_retro_decoder
 
 from . import contracts
 from .contracts import oracle_model
@@ -28,7 +28,7 @@ def shift_attending_chunks(by: int):
     """Attending chunks that begin `by` tokens early."""
 
     def mutate(model, monkeypatch):
-        original = grid_retro.GridPass.__init__
+        original = chunking_retro.GridPass.__init__
 
         def init(self, reader, embed, config, positions, *args, **kwargs):
             original(self, reader, embed, config, positions, *args, **kwargs)
@@ -36,9 +36,9 @@ def shift_attending_chunks(by: int):
             cells = positions + 1 + by - (0 if self.state is not None else config.chunk_size)
             inside = (positions >= 0) & (cells >= 0) & (cells < num_cells)
             self.cells = torch.where(inside, cells, num_cells)
-            self.queries = grid_retro._invert(self.cells, num_cells)
+            self.queries = chunking_retro._invert(self.cells, num_cells)
 
-        monkeypatch.setattr(grid_retro.GridPass, "__init__", init)
+        monkeypatch.setattr(chunking_retro.GridPass, "__init__", init)
 
     return mutate
 
@@ -183,7 +183,7 @@ def change_call(call):
         def wrapped(self, layer_idx, hidden_states):
             return call(self, layer_idx, hidden_states, layer_idx == self.config.cross_attention_layers[0])
 
-        monkeypatch.setattr(grid_retro.RetroPass, "__call__", wrapped)
+        monkeypatch.setattr(chunking_retro.RetroPass, "__call__", wrapped)
 
     return mutate
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retro_hf import modeling_retro_decoder
+from retro_hf.model import modeling_retro_decoder
 
 from . import contracts
 from .contracts import oracle_model

@@ -9,7 +9,7 @@ import torch
 
 from retro_hf.datastore import ChunkEmbedder, EmbeddingSearcher, HybridSearcher, LexicalSearcher, RetroDatastore
 from retro_hf.errors import DatastoreMismatchError, PretrainedNotFoundError, RetrieverError
-from retro_hf.retrieval_retro import RetroRetriever
+from retro_hf.retriever import RetroRetriever
 
 from .datastore.fixtures import corpus, make_encoder, make_tokenizer, one_thread
 

@@ -14,8 +14,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig,
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from retro_hf import RetroForCausalLM, retrofit
-from retro_hf.backbone_retro import accepted_arguments, find_decoder_layers
-from retro_hf.grid_retro import RetroPass
+from retro_hf.model.backbone_retro import accepted_arguments, find_decoder_layers
+from retro_hf.model.chunking_retro import RetroPass
 
 from .tiny import (
     CHUNK_SIZE,

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from .configuration_retro import RetroConfig, RetroDecoderConfig, RetroEncoderConfig
-from .modeling_retro import RetroForCausalLM, RetroModel, RetroPreTrainedModel
-from .modeling_retro_decoder import RetroDecoderForCausalLM, RetroDecoderModel
+from .model.configuration_retro import RetroConfig, RetroDecoderConfig, RetroEncoderConfig
+from .model.modeling_retro import RetroForCausalLM, RetroModel, RetroPreTrainedModel
+from .model.modeling_retro_decoder import RetroDecoderForCausalLM, RetroDecoderModel
 
 # A function named like its module: bound here, before anything else can bind the module to the name.
 from .retrofit import retrofit
@@ -17,7 +17,7 @@ from .retrofit import retrofit
 if TYPE_CHECKING:
     from .datastore import ChunkEmbedder, RetroDatastore
     from .errors import RetroError
-    from .retrieval_retro import RetrievedNeighbor, RetroRetriever
+    from .retriever import RetrievedNeighbor, RetroRetriever
     from .training import RetroDataCollator, precompute_neighbors
 
 
@@ -26,11 +26,11 @@ __version__ = "0.1.0"
 # The model needs torch and transformers alone; what needs faiss or datasets is imported when it is first used.
 _LAZY = {
     "ChunkEmbedder": "datastore",
-    "RetrievedNeighbor": "retrieval_retro",
+    "RetrievedNeighbor": "retriever",
     "RetroDataCollator": "training",
     "RetroDatastore": "datastore",
     "RetroError": "errors",
-    "RetroRetriever": "retrieval_retro",
+    "RetroRetriever": "retriever",
     "precompute_neighbors": "training",
 }
 

@@ -21,10 +21,10 @@ from typing import Any
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from .backbone_retro import find_decoder_layers, fingerprint, placement
-from .configuration_retro import RetroConfig, RetroEncoderConfig
 from .errors import PretrainedNotFoundError, UnsupportedBackboneError
-from .modeling_retro import RetroForCausalLM
+from .model.backbone_retro import find_decoder_layers, fingerprint, placement
+from .model.configuration_retro import RetroConfig, RetroEncoderConfig
+from .model.modeling_retro import RetroForCausalLM
 
 
 logger = logging.get_logger(__name__)

@@ -26,7 +26,7 @@ from retro_hf.datastore import ChunkEmbedder, RetroDatastore
 from retro_hf.datastore import embedder as embedder_module
 from retro_hf.datastore.embedder import _default_dtype
 from retro_hf.errors import DatastoreMismatchError, PretrainedNotFoundError, UnsupportedEmbedderError
-from retro_hf.retrieval_retro import RetroRetriever
+from retro_hf.retriever import RetroRetriever
 
 from .fixtures import corpus, make_encoder, sentence
 

@@ -23,7 +23,7 @@ from retro_hf import RetroDatastore, RetroRetriever
 from retro_hf.datastore.card import render_card
 from retro_hf.datastore.manifest import DatastoreManifest
 from retro_hf.errors import DatastoreCorruptError, DatastoreInputError, DatastoreNotFoundError
-from retro_hf_cli import app
+from retro_hf_cli.main import app
 
 
 REPO = "me/store"

@@ -5,7 +5,7 @@ import pytest
 
 from retro_hf.datastore import ChunkEmbedder, EmbeddingSearcher, HybridSearcher, LexicalSearcher, RetroDatastore
 from retro_hf.errors import DatastoreMismatchError, RetrieverError
-from retro_hf.retrieval_retro import RetroRetriever
+from retro_hf.retriever import RetroRetriever
 
 from .fixtures import make_encoder
 

@@ -24,7 +24,7 @@ from retro_hf.errors import (
     DatastoreNotFoundError,
     DatastoreWriteError,
 )
-from retro_hf.retrieval_retro import RetroRetriever
+from retro_hf.retriever import RetroRetriever
 
 from .fixtures import corpus, make_encoder
 from .test_store import content_of

@@ -6,7 +6,7 @@ from tiny import ENCODER, random_ids, random_neighbors, tiny_backbone
 from tiny_training import CHUNK_SIZE, NEIGHBOR_SIZE, make_trainer
 
 from retro_hf import retrofit
-from retro_hf.backbone_retro import find_decoder_layers
+from retro_hf.model.backbone_retro import find_decoder_layers
 
 
 def saved_tensors_by_layer(model, inputs) -> tuple[list[int], list[bool]]:

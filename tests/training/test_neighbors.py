@@ -10,7 +10,7 @@ from datastore.fixtures import corpus
 
 from retro_hf.datastore import ChunkEmbedder, EmbeddingSearcher, HybridSearcher, LexicalSearcher, RetroDatastore
 from retro_hf.errors import DatasetError, DatastoreMismatchError, RetrieverError
-from retro_hf.retrieval_retro import RetroRetriever
+from retro_hf.retriever import RetroRetriever
 from retro_hf.training import precompute_neighbors, tokenize_documents
 
 

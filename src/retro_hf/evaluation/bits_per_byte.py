@@ -12,7 +12,7 @@ import numpy as np
 from ..datastore import RetroDatastore
 from ..datastore.executors import progress_bar
 from ..errors import DatasetError, counted
-from ..retrieval_retro import RetroRetriever
+from ..retriever import RetroRetriever
 from ..training.leakage import document_numbers
 from ..training.neighbors import complete_chunks, nearest_chunks, wanted_neighbors
 from .bootstrap import paired_interval

@@ -15,7 +15,7 @@ from ..datastore import RetroDatastore
 from ..datastore.derive import drawn_documents
 from ..datastore.executors import progress_bar
 from ..errors import DatasetError, counted
-from ..retrieval_retro import RetroRetriever
+from ..retriever import RetroRetriever
 from ..training.neighbors import wanted_neighbors
 from .folder import BLOCKS, claim_folder
 from .kept import KeptBlocks

@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..errors import MissingExtraError
-from ..retrieval_retro import RetroRetriever
+from ..retriever import RetroRetriever
 
 
 try:

@@ -11,7 +11,7 @@ import torch
 
 from ..datastore import EmbeddingSearcher, RetroDatastore, chunk_texts
 from ..errors import RetrieverError
-from ..retrieval_retro import RetroRetriever
+from ..retriever import RetroRetriever
 from ..training.leakage import document_numbers
 from .kept import KeptBlocks, digest_of
 from .scoring import Document, num_complete_chunks

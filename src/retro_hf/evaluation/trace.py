@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ..errors import DatasetError
-from ..retrieval_retro import RetrievedNeighbor, RetroRetriever
+from ..retriever import RetrievedNeighbor, RetroRetriever
 from ..training.leakage import document_numbers
 from ..training.neighbors import complete_chunks
 from .scoring import check_numbers, reads_neighbors

@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from ..datastore import RetroDatastore
 from ..errors import DatasetError, DatastoreMismatchError
-from ..retrieval_retro import RetroRetriever
+from ..retriever import RetroRetriever
 from .leakage import document_numbers
 from .neighbors import (
     ID_COLUMN,

@@ -37,7 +37,7 @@ from ..datastore import (
 from ..datastore.chunks import ranges
 from ..datastore.executors import progress_bar
 from ..errors import DatasetError, RetrieverError
-from ..retrieval_retro import RetroRetriever
+from ..retriever import RetroRetriever
 from .leakage import duplicates_in, excluded_documents, flattened
 
 

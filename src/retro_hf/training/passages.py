@@ -11,7 +11,7 @@ from datasets import Dataset, List, Value
 from ..datastore import RetroDatastore, chunk_texts
 from ..datastore.fields import without_lone_surrogates
 from ..errors import DatasetError
-from ..retrieval_retro import RetroRetriever
+from ..retriever import RetroRetriever
 from .neighbors import way_of
 from .questions import check_columns, checked_text
 

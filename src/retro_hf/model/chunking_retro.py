@@ -26,8 +26,8 @@ from transformers.cache_utils import Cache
 
 from .cache_retro import RetroState, attach_state, pad_to, per_row
 from .configuration_retro import RetroConfig
-from .lookup_retro import RetroLookup
 from .modeling_retro_decoder import position_features
+from .retriever_protocol_retro import RetroLookup
 
 
 Neighbors = tuple[torch.Tensor, torch.Tensor]

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-import retro_hf_paths_cli as paths
+from . import paths
 
 
 # Documents that a report shows token by token.
@@ -78,13 +78,14 @@ def evaluate(
     import torch
     from rich.console import Console
 
-    import retro_hf_cli as commands
     from retro_hf.datastore.compatibility import load_tokenizer
     from retro_hf.datastore.documents import DocumentReader
     from retro_hf.errors import DatasetError, DatastoreInputError
     from retro_hf.evaluation import evaluate as measure
     from retro_hf.evaluation import trace, write_report
     from retro_hf.evaluation.tables import WIDTH, layout
+
+    from . import main as commands
 
     try:
         reader = DocumentReader(texts)

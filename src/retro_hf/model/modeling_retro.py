@@ -52,9 +52,8 @@ from transformers.utils.output_capturing import CompileableContextVar
 
 from .backbone_retro import accepted_arguments, find_branch_end, find_decoder_layers, fingerprint, placement
 from .cache_retro import RetroState, pad_to
+from .chunking_retro import Planner, chunk_offsets, real_tokens, state_of
 from .configuration_retro import RetroConfig, RetroDecoderConfig, RetroEncoderConfig
-from .grid_retro import Planner, chunk_offsets, real_tokens, state_of
-from .lookup_retro import Retriever, RetroLookup, check_neighbors, check_retriever
 from .modeling_retro_decoder import (
     RetroAttention,
     RetroDecoderForCausalLM,
@@ -63,6 +62,7 @@ from .modeling_retro_decoder import (
     RetroRMSNorm,
     position_features,
 )
+from .retriever_protocol_retro import Retriever, RetroLookup, check_neighbors, check_retriever
 
 
 logger = logging.get_logger(__name__)
@@ -206,7 +206,7 @@ class RetroChunkedCrossAttention(nn.Module):
 
     One softmax runs over the tokens of all neighbors; the position table is the same for each of them (Listing 1), so
     their order does not matter. The shift by m - 1 that makes a chunk an *attending* chunk is the caller's
-    (`grid_retro.py`).
+    (`chunking_retro.py`).
     """
 
     def __init__(self, config: RetroConfig):

@@ -12,8 +12,8 @@ from typing import Annotated, Any
 
 import typer
 
-import retro_hf_paths_cli as paths
-from retro_hf_evaluate_cli import evaluate
+from . import paths
+from .evaluate import evaluate
 
 
 app = typer.Typer(
