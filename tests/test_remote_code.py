@@ -12,6 +12,7 @@ from .tiny import ENCODER, random_ids, random_neighbors, randomize, tiny_retro
 
 
 MODEL_FILES = {
+    "adapter_retro.py",
     "backbone_retro.py",
     "cache_retro.py",
     "configuration_retro.py",
