@@ -56,10 +56,3 @@ def test_a_wrong_name_says_what_was_looked_for_and_how_to_go_on(tmp_path):
 )
 def test_one_is_not_a_plural(count, said):
     assert errors.counted(count, "chunk") == said
-
-
-def test_a_missing_extra_says_how_to_install_it():
-    error = errors.MissingExtraError.for_package("faiss-cpu", "datastore", "The index of a datastore")
-    assert str(error) == (
-        'The index of a datastore needs the package `faiss-cpu`. Install it with `pip install "retro-hf[datastore]"`.'
-    )

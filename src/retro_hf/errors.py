@@ -116,9 +116,4 @@ class RetrieverError(RetroError, ValueError):
 
 
 class MissingExtraError(RetroError, ImportError):
-    """An optional dependency is not installed. The message holds the `pip install` line that brings it."""
-
-    @classmethod
-    def for_package(cls, package: str, extra: str, purpose: str) -> MissingExtraError:
-        """The error for a missing `package` that the extra `extra` installs; `purpose` says what needs it."""
-        return cls(f'{purpose} needs the package `{package}`. Install it with `pip install "retro-hf[{extra}]"`.')
+    """An optional package is not installed. The message has the `pip install` line that installs it."""

@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from transformers.utils import logging
 
-from ..errors import DatastoreInputError, DatastoreNotFoundError, MissingExtraError, RetroError
+from .. import extras
+from ..errors import DatastoreInputError, DatastoreNotFoundError, RetroError
 from .executors import Call, Run, Task
 
 
@@ -36,11 +37,7 @@ _POLL_SECONDS = 0.1
 
 def import_ray() -> Any:
     """The module `ray`, imported when it is first needed; raises `MissingExtraError` without it."""
-    try:
-        import ray
-    except ImportError as error:
-        raise MissingExtraError.for_package("ray", "ray", "A cluster of several machines") from error
-    return ray
+    return extras.load("ray", "A cluster of several machines")
 
 
 @contextmanager

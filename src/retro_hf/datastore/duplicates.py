@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import DatastoreInputError, MissingExtraError
+from .. import extras
+from ..errors import DatastoreInputError
 from .chunks import ranges
 from .executors import progress_bar
 
@@ -60,20 +61,16 @@ def near_duplicates(
             f"threshold={threshold}, ngram={ngram}, num_perm={num_perm}, but a threshold is above 0 and at most 1, ngram at "
             "least 1 and num_perm at least 2."
         )
-    try:
-        from datasketch import MinHash, MinHashLSH
-    except ImportError as error:
-        raise MissingExtraError.for_package("datasketch", "dedup", "Finding near-duplicates") from error
+    datasketch = extras.load("datasketch", "Finding near-duplicates")
+    blank = datasketch.MinHash(num_perm=num_perm, hashfunc=int)
 
-    blank = MinHash(num_perm=num_perm, hashfunc=int)
-
-    def minhash(shingles: np.ndarray) -> MinHash:
+    def minhash(shingles: np.ndarray) -> Any:
         result = blank.copy()
         for start in range(0, len(shingles), _BATCH_SHINGLES):
             result.update_batch(shingles[start : start + _BATCH_SHINGLES].tolist())
         return result
 
-    lsh = MinHashLSH(num_perm=num_perm, params=_bands(threshold, num_perm))
+    lsh = datasketch.MinHashLSH(num_perm=num_perm, params=_bands(threshold, num_perm))
     sets: list[np.ndarray] = []
     found: list[list[str]] = [[] for _ in documents]
     total = len(documents) + datastore.num_documents

@@ -14,7 +14,8 @@ from huggingface_hub import constants
 from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
-from ..errors import DatastoreMismatchError, MissingExtraError, PretrainedNotFoundError, UnsupportedEmbedderError
+from .. import extras
+from ..errors import DatastoreMismatchError, PretrainedNotFoundError, UnsupportedEmbedderError
 from .chunks import tokenizer_fingerprint
 
 
@@ -258,15 +259,9 @@ class ChunkEmbedder:
         self._freeze(model, self._requested_dtype or _default_dtype(self.device))
 
     def _load_sentence_transformer(self) -> None:
-        try:
-            from sentence_transformers import SentenceTransformer
-        except ImportError as error:
-            raise MissingExtraError.for_package(
-                "sentence-transformers", "datastore", f"The embedder {self.name_or_path!r}"
-            ) from error
-
+        library = extras.load("sentence_transformers", f"The embedder {self.name_or_path!r}, which is no plain mean,")
         self.pooling = "sentence-transformers"
-        recipe = SentenceTransformer(self.name_or_path, revision=self.revision, device=str(self.device))
+        recipe = library.SentenceTransformer(self.name_or_path, revision=self.revision, device=str(self.device))
         self._tokenizer = recipe.tokenizer
         self._max_length = int(recipe.max_seq_length or 0)
         self._identify(recipe, recipe.prompts, routed=any(type(module).__name__ == "Router" for module in recipe))

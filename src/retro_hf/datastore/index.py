@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from transformers.utils import logging
 
-from ..errors import DatastoreCorruptError, DatastoreInputError, DatastoreWriteError, MissingExtraError, counted
+from ..errors import DatastoreCorruptError, DatastoreInputError, DatastoreWriteError, counted
 
 
 __all__ = [
@@ -58,11 +58,9 @@ _blas_default = 0
 
 
 def import_faiss() -> Any:
-    """The module `faiss`, imported when it is first needed; raises `MissingExtraError` without it."""
-    try:
-        import faiss
-    except ImportError as error:
-        raise MissingExtraError.for_package("faiss-cpu", "datastore", "The index of a datastore") from error
+    """The module `faiss`, imported when it is first needed."""
+    import faiss
+
     return faiss
 
 

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from transformers.utils import logging
 
+from .. import extras
 from ..errors import (
     DatastoreCorruptError,
     DatastoreInputError,
     DatastoreMismatchError,
     DatastoreNotFoundError,
-    MissingExtraError,
     RetroError,
     counted,
 )
@@ -50,11 +50,7 @@ _MAPPED: dict[str, tuple[str, np.dtype[Any]]] = {
 
 
 def _import_bm25s() -> Any:
-    try:
-        import bm25s
-    except ImportError as error:
-        raise MissingExtraError.for_package("bm25s", "bm25", "Search by words") from error
-    return bm25s
+    return extras.load("bm25s", "Search by words")
 
 
 def _words(texts: Sequence[str]) -> list[list[str]]:

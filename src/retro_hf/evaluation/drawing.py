@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..errors import MissingExtraError
+from .. import extras
 
 
 if TYPE_CHECKING:
@@ -112,16 +112,13 @@ def to_png(charts: Sequence[Chart], heading: str | None = None) -> bytes:
 
 
 def _figure(charts: Sequence[Chart], *, title: bool = True, heading: str | None = None) -> Any:
-    try:
-        from matplotlib import style
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtraError.for_package("matplotlib", "plot", "The report") from error
+    style = extras.load("matplotlib.style", "The report")
+    figures = extras.load("matplotlib.figure", "The report")
     columns = min(3, len(charts))
     rows = math.ceil(len(charts) / max(columns, 1))
     # Not in the style that its user has set up for plots.
     with style.context(["default", _STYLE]):
-        figure = Figure(figsize=(_SIZE[0] * columns, _SIZE[1] * rows), layout="constrained")
+        figure = figures.Figure(figsize=(_SIZE[0] * columns, _SIZE[1] * rows), layout="constrained")
         for number, chart in enumerate(charts, start=1):
             axes = figure.add_subplot(rows, columns, number)
             if title:

@@ -15,15 +15,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..errors import MissingExtraError
+from .. import extras
 from ..retriever import RetroRetriever
 
 
-try:
-    from lm_eval.api.registry import register_model
-    from lm_eval.models.huggingface import HFLM
-except ModuleNotFoundError as error:
-    raise MissingExtraError.for_package("lm_eval", "lm-eval", "Evaluation in the lm-evaluation-harness") from error
+extras.load("lm_eval", "Evaluation in the lm-evaluation-harness")
+from lm_eval.api.registry import register_model  # noqa: E402
+from lm_eval.models.huggingface import HFLM  # noqa: E402
+
 
 __all__ = ["RetroLM"]
 

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .. import extras
 from ..datastore.executors import progress_bar
-from ..errors import DatasetError, MissingExtraError
+from ..errors import DatasetError
 from ..training.question_trainer import decode_answers, generate_answers
 from ..training.questions import QuestionCollator, check_columns, check_same_tokenizer, list_lengths
 
@@ -237,10 +238,7 @@ def score_answers(predictions: Sequence[str], answers: Sequence[Sequence[str]]) 
 
 def _scorer() -> Callable[[Sequence[str], Sequence[Sequence[str]]], tuple[np.ndarray, np.ndarray]]:
     """`score_answers`, after the import that it needs: what is missing shows before any work is spent."""
-    try:
-        from torchmetrics.functional.text import squad
-    except ImportError as error:
-        raise MissingExtraError.for_package("torchmetrics", "qa", "Scoring answers") from error
+    squad = extras.load("torchmetrics.functional.text", "Scoring answers").squad
 
     def score(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> tuple[np.ndarray, np.ndarray]:
         if len(predictions) != len(answers):

@@ -14,18 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import (
-    Dataset,
-    Features,
-    List,
-    Value,
-    are_progress_bars_disabled,
-    concatenate_datasets,
-    disable_progress_bars,
-    enable_progress_bars,
-)
 from transformers.utils import logging
 
+from .. import extras
 from ..datastore import (
     EmbeddingSearcher,
     HybridSearcher,
@@ -42,6 +33,7 @@ from .leakage import duplicates_in, excluded_documents, flattened
 
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
 __all__ = [
@@ -123,14 +115,19 @@ def tokenize_documents(
                 windows[START_COLUMN].append(start)
         return windows
 
+    datasets = extras.load("datasets", "Training")
     return dataset.map(
         cut,
         batched=True,
         batch_size=batch_size,
         with_indices=True,
         remove_columns=dataset.column_names,
-        features=Features(
-            {"input_ids": List(Value("int32")), ID_COLUMN: Value("string"), START_COLUMN: Value("int64")}
+        features=datasets.Features(
+            {
+                "input_ids": datasets.List(datasets.Value("int32")),
+                ID_COLUMN: datasets.Value("string"),
+                START_COLUMN: datasets.Value("int64"),
+            }
         ),
         desc="Tokenizing documents",
     )
@@ -185,7 +182,8 @@ def precompute_neighbors(
     *Determinism*: the same dataset, datastore and batch size give the same column.
     *Disk*: `8 * num_neighbors` bytes per chunk; `datasets` keeps the result and finds it again under its fingerprint.
     """
-    if not isinstance(dataset, Dataset):
+    datasets = extras.load("datasets", "Training")
+    if not isinstance(dataset, datasets.Dataset):
         raise DatasetError(
             f"The dataset is of type {type(dataset).__name__}, not datasets.Dataset. Of a DatasetDict pass one split; "
             "from a list make one with `Dataset.from_list(...)`."
@@ -232,7 +230,12 @@ def precompute_neighbors(
         return batch.append_column(SOURCE_COLUMN, pa.repeat(source, len(batch)))
 
     features = dataset.features.copy()
-    features.update({NEIGHBORS_COLUMN: List(List(Value("int64"))), SOURCE_COLUMN: Value("string")})
+    features.update(
+        {
+            NEIGHBORS_COLUMN: datasets.List(datasets.List(datasets.Value("int64"))),
+            SOURCE_COLUMN: datasets.Value("string"),
+        }
+    )
     # The fingerprint `datasets` would make hashes the pickled retriever, which only knows paths.
     files = [entry.sha256 for entry in datastore.manifest.files]
     way = way_of(datastore if isinstance(retriever, RetroDatastore) else retriever.searcher)
@@ -266,7 +269,7 @@ def precompute_neighbors(
                 )
             )
             progress.update(len(block))
-    result = concatenate_datasets(parts)
+    result = datasets.concatenate_datasets(parts)
     form = dataset.format
     shown = None
     if len(form["columns"]) < len(dataset.column_names):
@@ -279,14 +282,15 @@ def precompute_neighbors(
 @contextmanager
 def _without_bars_of_datasets() -> Iterator[None]:
     """One bar for the whole, instead of one for each block."""
-    if are_progress_bars_disabled():
+    datasets = extras.load("datasets", "Training")
+    if datasets.are_progress_bars_disabled():
         yield
         return
-    disable_progress_bars()
+    datasets.disable_progress_bars()
     try:
         yield
     finally:
-        enable_progress_bars()
+        datasets.enable_progress_bars()
 
 
 def wanted_neighbors(retriever: RetroRetriever | RetroDatastore | None, num_neighbors: int | None) -> int:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from datasets import Dataset, List, Value
 
+from .. import extras
 from ..datastore import RetroDatastore, chunk_texts
 from ..datastore.fields import without_lone_surrogates
 from ..errors import DatasetError
@@ -15,6 +15,9 @@ from ..retriever import RetroRetriever
 from .neighbors import way_of
 from .questions import check_columns, checked_text
 
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 __all__ = ["retrieve_passages"]
 
@@ -83,7 +86,9 @@ def retrieve_passages(
         }
 
     features = dataset.features.copy()
-    features["passages"] = List({"title": Value("string"), "text": Value("string")})
+    datasets = extras.load("datasets", "Looking passages up")
+    text = datasets.Value("string")
+    features["passages"] = datasets.List({"title": text, "text": text})
     # The fingerprint `datasets` would make hashes the pickled retriever, which only knows paths.
     files = [entry.sha256 for entry in datastore.manifest.files]
     identity = f"{dataset._fingerprint} {files} {way_of(retriever.searcher)} {num_passages} {batch_size}"

@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from datasets import Dataset, List, Value
 from transformers.utils import logging
 
+from .. import extras
 from ..errors import DatasetError
 from .collator import checked_shares, padding_id
 from .leakage import flattened
 
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
 __all__ = [
@@ -135,9 +136,11 @@ def tokenize_questions(
     features = dataset.features.copy()
     for name in dropped:
         del features[name]
-    features.update({_PROMPT_COLUMN: List(Value("int32")), _PASSAGES_COLUMN: List(List(Value("int32")))})
+    datasets = extras.load("datasets", "Training on questions")
+    token_ids = datasets.List(datasets.Value("int32"))
+    features.update({_PROMPT_COLUMN: token_ids, _PASSAGES_COLUMN: datasets.List(token_ids)})
     if with_answers:
-        features[_ANSWER_COLUMN] = List(Value("int32"))
+        features[_ANSWER_COLUMN] = token_ids
     result = dataset.map(
         convert,
         batched=True,
@@ -321,7 +324,7 @@ def check_columns(dataset: Dataset, names: Sequence[str]) -> None:
     Raises:
         DatasetError: for another type, and for the first column that is missing.
     """
-    if not isinstance(dataset, Dataset):
+    if not isinstance(dataset, extras.load("datasets", "Training on questions").Dataset):
         raise DatasetError(
             f"The dataset is of type {type(dataset).__name__}, not datasets.Dataset. Of a DatasetDict pass one split; "
             "from a list make one with `Dataset.from_list(...)`."

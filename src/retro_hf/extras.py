@@ -1,0 +1,46 @@
+"""Optional packages: which extra installs each, and an import that says so where one is missing."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from .errors import MissingExtraError
+
+
+__all__ = ["EXTRAS", "load"]
+
+# The name under which a package is imported, and the extra of pyproject.toml that installs it.
+EXTRAS = {
+    "bm25s": "bm25",
+    "datasets": "train",
+    "datasketch": "dedup",
+    "lm_eval": "lm-eval",
+    "matplotlib": "plot",
+    "ray": "ray",
+    "sentence_transformers": "sentence-transformers",
+    "torchmetrics": "qa",
+}
+
+
+def load(module: str, purpose: str) -> Any:
+    """Import a module of an optional package when it is first needed.
+
+    Args:
+        module (`str`): a package of `EXTRAS`, or a module inside one, such as `"matplotlib.figure"`.
+        purpose (`str`): what needs it; the error message begins with it.
+    Returns:
+        The module.
+    Raises:
+        MissingExtraError: if the package is not installed.
+    """
+    package = module.partition(".")[0]
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        # Another name is a package that the optional one lacks; its extra would not bring that.
+        if (error.name or "").partition(".")[0] != package:
+            raise
+        raise MissingExtraError(
+            f'{purpose} needs the package `{package}`. Install it with `pip install "retro-hf[{EXTRAS[package]}]"`.'
+        ) from error
