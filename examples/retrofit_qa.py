@@ -24,7 +24,7 @@ from datasets import Dataset
 from demo_data import minilm_path
 from retrofit_smollm2 import load_base, load_reader
 from train_demo import train_on
-from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoTokenizer, DynamicCache, Trainer, TrainerCallback, TrainingArguments
 from wiki_questions import gaps, load_articles, part_of, questions
 
 from retro_hf import ChunkEmbedder, RetroDatastore, RetroForCausalLM, RetroRetriever
@@ -101,11 +101,10 @@ def answer_loss(model: RetroForCausalLM, batch: dict[str, torch.Tensor]) -> torc
     none = {name: value[:, :0] for name, value in neighbors.items()}
     common = {"chunk_offset": batch.get("chunk_offset"), "use_cache": True}
     with torch.no_grad():  # and no head
-        cache = model.model(
-            **before, attention_mask=batch["attention_mask"][:, :start], **none, **common
-        ).past_key_values
+        cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+        model.model(**before, attention_mask=batch["attention_mask"][:, :start], cache=cache, **none, **common)
     after["labels"] = batch["labels"][:, start:]
-    return model(**after, attention_mask=batch["attention_mask"], past_key_values=cache, **neighbors, **common).loss
+    return model(**after, attention_mask=batch["attention_mask"], cache=cache, **neighbors, **common).loss
 
 
 class AnswerTrainer(Trainer):

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from retro_hf import RetroConfig, RetroForCausalLM
 from retro_hf.errors import UnsupportedBackboneError
 from retro_hf.model.backbone_retro import find_branch_end, find_decoder_layers
+from retro_hf.model.compatibility_retro import CACHE_NAME
 
 from .tiny import (
     ENCODER,
@@ -68,7 +69,7 @@ class TestEveryFamily:
             cache, pieces = None, []
             for piece in ids.split(splits, dim=1):
                 out = model(piece, past_key_values=cache, use_cache=True, retriever=hash_retriever())
-                cache = out.past_key_values
+                cache = out[CACHE_NAME]
                 pieces.append(out.logits)
             torch.testing.assert_close(torch.cat(pieces, dim=1), full, atol=2e-5, rtol=1e-4)
 

@@ -9,6 +9,7 @@ from transformers.cache_utils import DynamicCache, StaticCache
 
 from retro_hf.model import cache_retro, modeling_retro_decoder
 from retro_hf.model.cache_retro import ROOM, RetroCacheMixin, RetroState, attach_state
+from retro_hf.model.compatibility_retro import CACHE_NAME
 
 from .tiny import CHUNK_SIZE, hash_retriever, neighbors_from, random_ids, tiny_retro
 
@@ -50,7 +51,7 @@ def test_rows_can_be_selected(model, length):
     """Selected and reordered rows, also fewer or more than before, continue as their own."""
     ids = random_ids(3, length)
     for rows in ([2, 0, 1], [1], [0, 0, 2, 2]):
-        cache = feed(model, ids).past_key_values
+        cache = feed(model, ids)[CACHE_NAME]
         cache.batch_select_indices(torch.tensor(rows))
         assert_continues(model, cache, ids[rows])
 
@@ -59,7 +60,7 @@ def test_rows_can_be_selected(model, length):
 def test_rows_can_be_repeated_and_reordered(model, length):
     """What beam search does."""
     ids = random_ids(2, length)
-    cache = feed(model, ids).past_key_values
+    cache = feed(model, ids)[CACHE_NAME]
     cache.batch_repeat_interleave(2)
     cache.reorder_cache(torch.tensor([1, 0, 3, 3]))
     assert_continues(model, cache, ids[[0, 0, 1, 1]])
@@ -69,7 +70,7 @@ def test_ragged_rows_can_be_reordered(model):
     """Rows at different places of their chunks take these places along."""
     ids, mask = random_ids(2, 9), torch.ones(2, 9).long()
     mask[0, :4] = 0
-    cache = feed(model, ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0)).past_key_values
+    cache = feed(model, ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0))[CACHE_NAME]
     assert cache.retro.lengths == [5, 9]
     cache.reorder_cache(torch.tensor([1, 0]))
     assert cache.retro.lengths == [9, 5]
@@ -80,7 +81,7 @@ def test_ragged_rows_can_be_reordered(model):
 def test_up_to_a_chunk_can_be_taken_back(model, length, number):
     """Crop to every place, also across a border, after which other tokens follow."""
     ids = random_ids(2, length)
-    cache = feed(model, ids[:, :3]).past_key_values
+    cache = feed(model, ids[:, :3])[CACHE_NAME]
     feed(model, ids[:, 3:], cache)
     cache.crop(-number)
     assert_continues(model, cache, ids[:, : length - number])
@@ -89,7 +90,7 @@ def test_up_to_a_chunk_can_be_taken_back(model, length, number):
 def test_taking_back_step_by_step(model):
     """Tokens fed one by one, taken back and replaced again and again."""
     ids = random_ids(1, 6)
-    cache = feed(model, ids).past_key_values
+    cache = feed(model, ids)[CACHE_NAME]
     for seed in range(4):
         for token in random_ids(1, 4, seed=seed).split(1, dim=1):
             feed(model, token, cache)
@@ -101,16 +102,24 @@ def test_taking_back_step_by_step(model):
 def test_more_than_a_chunk_cannot_be_taken_back(model):
     """The error says how much is kept, and the cache is as before."""
     ids = random_ids(2, 11)
-    cache = feed(model, ids).past_key_values
+    cache = feed(model, ids)[CACHE_NAME]
     with pytest.raises(ValueError, match=r"take back 5 tokens.*keeps one chunk of 4"):
         cache.crop(-5)
     assert_continues(model, cache, ids)
 
 
+def test_a_positive_number_of_tokens_cannot_be_taken_back(model):
+    """Some releases of transformers take it for the length to keep."""
+    cache = feed(model, random_ids(2, 7))[CACHE_NAME]
+    with pytest.raises(ValueError, match="negative"):
+        cache.crop(5)
+    assert int(cache.get_seq_length()) == cache.retro.num_columns == 7
+
+
 def test_failed_retrieval_leaves_the_cache_as_it_was(model):
     """After an error of the retriever the same step can be tried again."""
     ids = random_ids(2, 7)
-    cache = feed(model, ids).past_key_values
+    cache = feed(model, ids)[CACHE_NAME]
 
     def broken(ids, mask):
         raise ConnectionError("no route to the store")
@@ -128,7 +137,7 @@ def test_any_cache_is_upgraded_in_place(model, kind):
     config = model.config.text_config
     cache = DynamicCache(config=config) if kind == "dynamic" else StaticCache(config=config, max_cache_len=20)
     before = type(cache)
-    assert feed(model, random_ids(2, 6), cache).past_key_values is cache
+    assert feed(model, random_ids(2, 6), cache)[CACHE_NAME] is cache
     assert isinstance(cache, before)
     assert isinstance(cache, RetroCacheMixin)
     assert int(cache.get_seq_length()) == 6
@@ -149,7 +158,7 @@ def test_reset_forgets_everything(model):
 def test_caches_can_be_copied_and_pickled(model):
     """A prompt's cache is computed once and kept, in memory or on disk."""
     ids = random_ids(2, 9)
-    cache = feed(model, ids).past_key_values
+    cache = feed(model, ids)[CACHE_NAME]
     for twin in (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):
         assert isinstance(twin, DynamicCache)
         assert_continues(model, twin, ids)
@@ -175,7 +184,7 @@ def test_state_of_another_length_is_told():
 
 def test_new_keys_are_written_behind_the_old_ones(model):
     """A step copies one token: the buffers of the backbone's keys and values stay where they are, with little room."""
-    cache = feed(model, random_ids(2, 6)).past_key_values
+    cache = feed(model, random_ids(2, 6))[CACHE_NAME]
     before = [layer.keys.data_ptr() for layer in cache.layers]
     for token in random_ids(2, 5, seed=1).split(1, dim=1):
         feed(model, token, cache)
@@ -191,7 +200,7 @@ def test_keys_and_distances_outgrow_their_buffers(family, monkeypatch):
     monkeypatch.setattr(cache_retro, "ROOM", 4)
     monkeypatch.setattr(modeling_retro_decoder, "FEATURE_BLOCK", 4)
     model, ids = tiny_retro(family, scale=0.3), random_ids(2, 3)
-    cache = feed(model, ids).past_key_values
+    cache = feed(model, ids)[CACHE_NAME]
     assert_continues(model, cache, ids)
     cache.crop(-4)
     assert_continues(model, cache, torch.cat([ids, random_ids(2, CHUNK_SIZE + 2, seed=9)[:, :2]], dim=1), seed=3)
@@ -203,7 +212,7 @@ def test_inference_mode_may_begin_or_end(family, first):
     """A cache that was made in inference mode can be continued outside of it, and the other way round."""
     model, ids = tiny_retro(family, scale=0.3), random_ids(2, 6)
     with torch.inference_mode(first), torch.no_grad():
-        cache = feed(model, ids).past_key_values
+        cache = feed(model, ids)[CACHE_NAME]
     with torch.inference_mode(not first), torch.no_grad():
         assert_continues(model, cache, ids)
 
@@ -223,7 +232,7 @@ def test_gradients_flow_through_a_cache(family):
         cache, pieces = None, []
         for piece in ids.split([5, 1, 1, 1, 1, 2], dim=1):
             out = feed(model, piece, cache)
-            cache = out.past_key_values
+            cache = out[CACHE_NAME]
             pieces.append(out.logits)
         found = gradients(torch.cat(pieces, dim=1))
     assert found.keys() == expected.keys()
@@ -234,7 +243,7 @@ def test_gradients_flow_through_a_cache(family):
 def test_a_step_compiles_as_one_graph(model):
     """Between chunk borders nothing that the state does breaks the graph."""
     ids = random_ids(2, 6)
-    cache, twin = (feed(model, ids).past_key_values for _ in range(2))
+    cache, twin = (feed(model, ids)[CACHE_NAME] for _ in range(2))
     neighbors = neighbors_from(hash_retriever(), ids)
     step = dict(input_ids=random_ids(2, 1, seed=1), use_cache=True, **neighbors)
     compiled = torch.compile(model, backend="eager", fullgraph=True)

@@ -322,6 +322,18 @@ def test_bars_are_drawn_on_a_terminal_and_nowhere_else(world, tmp_path):
     assert b"Embedding: 100%" in drawn and b"Loading weights: 100%" in drawn
 
 
+@pytest.mark.parametrize("command", ["search", "inspect", "evaluate"])
+def test_json_is_all_that_stands_on_standard_output(world, command):
+    """In a process of its own: what a library prints while it is imported would be there, too."""
+    arguments = {
+        "search": (world / "store", "the king", "--embedder", world / "encoder"),
+        "inspect": (world / "store",),
+        "evaluate": (world / "model", world / "texts.jsonl"),
+    }[command]
+    command_line = [sys.executable, "-m", "retro_hf_cli", command, *map(str, arguments), "--json"]
+    json.loads(subprocess.run(command_line, capture_output=True, text=True, check=True).stdout)
+
+
 def test_one_is_not_a_plural(world, tmp_path):
     """Neither of documents nor of chunks."""
     (tmp_path / "one.txt").write_text("a single line")

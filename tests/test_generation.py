@@ -19,6 +19,8 @@ from transformers.generation import (
 )
 from transformers.generation.streamers import BaseStreamer
 
+from retro_hf.model.compatibility_retro import CACHE_NAME
+
 from .tiny import CHUNK_SIZE, hash_retriever, neighbors_from, random_ids, random_neighbors, tiny_backbone, tiny_retro
 
 
@@ -196,9 +198,7 @@ class TestSameAsAFullForwardPass:
             given = {"cache_implementation": cache}
         else:
             config = model.config.text_config
-            given = {
-                "past_key_values": cache(config=config, **({"max_cache_len": 20} if cache is StaticCache else {}))
-            }
+            given = {CACHE_NAME: cache(config=config, **({"max_cache_len": 20} if cache is StaticCache else {}))}
         assert torch.equal(model.generate(**inputs, **given, **options), expected)
 
     def test_steps_are_not_compiled(self, llama, monkeypatch, caplog):
@@ -226,7 +226,7 @@ class TestSameAsAFullForwardPass:
         cache, pieces = None, []
         for piece in ids.split(splits, dim=1):
             out = model(piece, past_key_values=cache, use_cache=True, retriever=hash_retriever())
-            cache = out.past_key_values
+            cache = out[CACHE_NAME]
             pieces.append(out.logits)
         full = model(ids, use_cache=False, **neighbors_from(hash_retriever(), ids)).logits
         torch.testing.assert_close(torch.cat(pieces, dim=1), full, atol=2e-5, rtol=1e-4)
@@ -236,11 +236,11 @@ class TestSameAsAFullForwardPass:
         retriever = hash_retriever()
         options = dict(max_new_tokens=6, return_dict_in_generate=True, retriever=retriever, **GREEDY)
         first = model.generate(random_ids(2, 7), **options)
-        kept = copy.deepcopy(first.past_key_values)
-        for seed, cache in ((1, first.past_key_values), (2, kept)):
+        kept = copy.deepcopy(first[CACHE_NAME])
+        for seed, cache in ((1, first[CACHE_NAME]), (2, kept)):
             prompt = torch.cat([first.sequences, random_ids(2, 5, seed=seed)], dim=1)
             known = len(retriever.calls)
-            turn = model.generate(prompt, past_key_values=cache, **options)
+            turn = model.generate(prompt, **{CACHE_NAME: cache}, **options)
             assert torch.equal(turn.sequences, full_greedy(model, prompt, 6, hash_retriever()))
             looked_up = [tuple(row) for call in retriever.calls[known:] for row in call.tolist()]
             assert not set(looked_up) & set(chunks_of(first.sequences[0, :-1].tolist()))
@@ -614,7 +614,7 @@ class TestTrace:
         options = dict(retriever=hash_retriever(), max_new_tokens=6, return_dict_in_generate=True, **GREEDY)
         first = llama.generate(random_ids(1, 6), chunk_offset=3, **options)
         prompt = torch.cat([first.sequences, random_ids(1, 3, seed=1)], dim=1)
-        second = llama.generate(prompt, past_key_values=first.past_key_values, **options)
+        second = llama.generate(prompt, **{CACHE_NAME: first[CACHE_NAME]}, **options)
         whole = self.expected(second.sequences[0].tolist(), 3)
         assert first.retrieval_trace[0] + second.retrieval_trace[0] == whole
 
@@ -731,7 +731,7 @@ class TestCost:
 
         def reads_of_a_step(model, **retrieval):
             cache = DynamicCache(config=llama.config.text_config)
-            model(**inputs, past_key_values=cache, use_cache=True, **retrieval)
+            model(**inputs, **{CACHE_NAME: cache}, use_cache=True, **retrieval)
             step = {"input_ids": random_ids(2, 1), "position_ids": torch.tensor(lengths)[:, None]}
             if "attention_mask" in inputs:
                 step["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones(2, 1).long()], dim=1)
@@ -740,7 +740,7 @@ class TestCost:
                 for name in ("tolist", "numpy"):
                     plain = getattr(torch.Tensor, name)
                     patch.setattr(torch.Tensor, name, lambda t, f=plain: (listed.append("list"), f(t))[1])
-                model(**step, past_key_values=cache, use_cache=True, **retrieval)
+                model(**step, **{CACHE_NAME: cache}, use_cache=True, **retrieval)
             return mode.reads + listed
 
         retriever = hash_retriever()
@@ -760,7 +760,7 @@ class TestCost:
                 return_dict_in_generate=True,
                 **GREEDY,
             )
-            state = out.past_key_values.retro
+            state = out[CACHE_NAME].retro
             tensors = [state.input_ids, state.hidden_states, state.neighbor_mask]
             tensors += [tensor for pair in state.key_values.values() for tensor in pair]
             assert state.lengths == [num_chunks * CHUNK_SIZE + 3] * 2

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retro_hf.model import modeling_retro_decoder
+from retro_hf.model.compatibility_retro import CACHE_NAME
 
 from . import contracts
 from .contracts import oracle_model
@@ -49,7 +50,7 @@ def test_logits_of_a_sequence_in_pieces_agree(splits, chunk_offset):
                 chunk_offset=chunk_offset,
                 **neighbors,
             )
-            cache, start = output.past_key_values, start + length
+            cache, start = output[CACHE_NAME], start + length
             pieces.append(output.logits)
     torch.testing.assert_close(torch.cat(pieces, dim=1), expected, atol=1e-5, rtol=0)
 

@@ -55,6 +55,12 @@ def test_import_needs_no_faiss_and_no_datasets():
     assert run_python(code) == "[]"
 
 
+def test_import_prints_nothing():
+    """Standard output belongs to whoever imports it: `retro inspect --json` must print JSON alone."""
+    code = "import retro_hf, retro_hf.datastore, retro_hf.retriever, retro_hf.training, retro_hf.evaluation, retro_hf_cli.main"
+    assert run_python(code) == ""
+
+
 def test_bare_import_registers_with_the_auto_classes():
     code = (
         "import retro_hf; from transformers import AutoConfig, AutoModelForCausalLM;"

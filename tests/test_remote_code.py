@@ -15,6 +15,7 @@ MODEL_FILES = {
     "adapter_retro.py",
     "backbone_retro.py",
     "cache_retro.py",
+    "compatibility_retro.py",
     "configuration_retro.py",
     "chunking_retro.py",
     "retriever_protocol_retro.py",

@@ -16,6 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from retro_hf import RetroForCausalLM, retrofit
 from retro_hf.model.backbone_retro import accepted_arguments, find_decoder_layers
 from retro_hf.model.chunking_retro import RetroPass
+from retro_hf.model.compatibility_retro import CACHE_NAME
 
 from .tiny import (
     CHUNK_SIZE,
@@ -359,7 +360,7 @@ def check_cached_is_full(case: Case) -> None:
 def _cached(model: PreTrainedModel, retriever: Callable | None) -> float:
     prompt = random_ids(2, 6)
     out = _generate(model, retriever, prompt)
-    assert retriever is None or out.past_key_values.retro.num_columns == 16, "generation did not use a cache"
+    assert retriever is None or out[CACHE_NAME].retro.num_columns == 16, "generation did not use a cache"
     full = _logits(model, retriever, out.sequences[:, :-1])
     return _difference(torch.stack(out.logits, dim=1), full[:, prompt.shape[1] - 1 :])
 

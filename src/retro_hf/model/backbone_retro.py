@@ -23,6 +23,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .compatibility_retro import CACHE_NAME
+
 
 # What mixes tokens in a layer: self-attention, or what stands in its place in some layers of a hybrid.
 _ATTENTION = re.compile(r"Attention\d*$")
@@ -152,10 +154,10 @@ def _check_backbone(backbone: PreTrainedModel) -> None:
             "with `AutoModelForCausalLM`."
         )
     own_cache = not getattr(backbone, "_supports_default_dynamic_cache", lambda: True)()
-    if own_cache or "past_key_values" not in accepted_arguments(backbone):
+    if own_cache or CACHE_NAME not in accepted_arguments(backbone):
         raise ValueError(
             f"'{family}' remembers tokens in a state of its own, not in a `DynamicCache` given to {type(backbone).__name__} "
-            "as `past_key_values`; what RETRO remembers rides on that cache. Choose a backbone that has it."
+            f"as `{CACHE_NAME}`; what RETRO remembers rides on that cache. Choose a backbone that has it."
         )
 
 

@@ -207,9 +207,15 @@ class RetroCacheMixin:
             self.retro.select(beam_idx)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take tokens back, as assisted decoding does."""
+        """Take the last `-tokens_to_remove` tokens back, as assisted decoding does.
+
+        Raises:
+            ValueError: for a positive number: some releases of transformers take it for the length to keep.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"`crop` takes the negative number of tokens to remove, got {tokens_to_remove}.")
         if self.retro is not None and tokens_to_remove:
-            self.retro.crop(abs(tokens_to_remove))
+            self.retro.crop(-tokens_to_remove)
         super().crop(tokens_to_remove)
 
     def batch_repeat_interleave(self, repeats: int) -> None:

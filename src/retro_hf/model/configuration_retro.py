@@ -18,8 +18,9 @@ from difflib import get_close_matches
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
-from transformers.configuration_utils import SubConfigSpec
 from transformers.utils import auto_docstring
+
+from .compatibility_retro import CACHE_NAMES, SubConfigSpec
 
 
 # What peers call our fields, so that their spelling gets an answer instead of being stored and ignored.
@@ -140,7 +141,7 @@ class RetroDecoderConfig(PreTrainedConfig):
 
     model_type = "retro_decoder"
     base_config_key = "text_config"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = list(CACHE_NAMES)
 
     vocab_size: int = 128000
     hidden_size: int = 896
@@ -267,12 +268,10 @@ class RetroConfig(PreTrainedConfig):
     """
 
     model_type = "retro"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = list(CACHE_NAMES)
     # A dict of another family is turned into its class in `__post_init__`; the class here is only the default.
-    sub_configs_defaults = {
-        "text_config": SubConfigSpec(config_class=RetroDecoderConfig),
-        "neighbor_encoder_config": SubConfigSpec(config_class=RetroEncoderConfig),
-    }
+    sub_configs = {"text_config": RetroDecoderConfig, "neighbor_encoder_config": RetroEncoderConfig}
+    sub_configs_defaults = {name: SubConfigSpec(config_class=part) for name, part in sub_configs.items()}
 
     text_config: dict | PreTrainedConfig | None = None
     neighbor_encoder_config: dict | PreTrainedConfig | None = None
@@ -302,7 +301,9 @@ class RetroConfig(PreTrainedConfig):
         _reject_backbone_fields(kwargs)
         for name, family in (("text_config", None), ("neighbor_encoder_config", RetroEncoderConfig.model_type)):
             self._check_family(name, family)
-        if isinstance(self.text_config, dict):
+        if self.text_config is None:
+            self.text_config = RetroDecoderConfig()
+        elif isinstance(self.text_config, dict):
             family = self.text_config.get("model_type", RetroDecoderConfig.model_type)
             if family == RetroDecoderConfig.model_type:
                 self.text_config = RetroDecoderConfig(**self.text_config)
@@ -310,10 +311,11 @@ class RetroConfig(PreTrainedConfig):
                 self.text_config = AutoConfig.for_model(
                     family, **{k: v for k, v in self.text_config.items() if k != "model_type"}
                 )
+        if not isinstance(self.neighbor_encoder_config, PreTrainedConfig):
+            self.neighbor_encoder_config = RetroEncoderConfig(**(self.neighbor_encoder_config or {}))
         # The base class sets the attention of every sub-config anew; that of a live backbone must stay, or it would
         # attend without its causal mask.
-        live = self.text_config if isinstance(self.text_config, PreTrainedConfig) else None
-        kept = [] if live is None else _implementations(live)
+        kept = _implementations(self.text_config)
         super().__post_init__(**kwargs)
         if "attn_implementation" not in kwargs:
             for part, attention, experts in kept:

@@ -42,6 +42,7 @@ from .adapter_retro import RetroAdapterMixin
 from .backbone_retro import accepted_arguments, find_branch_end, find_decoder_layers
 from .cache_retro import RetroState, pad_to
 from .chunking_retro import Planner, chunk_offsets, real_tokens, state_of
+from .compatibility_retro import CACHE_NAME, CACHE_NAMES, accept_cache_by_any_name
 from .configuration_retro import RetroConfig, RetroDecoderConfig, RetroEncoderConfig
 from .modeling_retro_decoder import (
     RetroAttention,
@@ -323,7 +324,7 @@ class RetroPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["RetroEncoderLayer", "RetroChunkedCrossAttention"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = list(CACHE_NAMES)
     # Flash and flex attention serve the backbone; our own attention has a position bias and runs as sdpa then.
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
     _can_set_attn_implementation_cached_value = True
@@ -452,6 +453,7 @@ class RetroModel(RetroPreTrainedModel):
         return self._retriever.value
 
     @auto_docstring
+    @accept_cache_by_any_name
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -535,7 +537,7 @@ class RetroModel(RetroPreTrainedModel):
         is_whole = past_key_values is None and not use_cache
         given = self._given_neighbors(neighbor_input_ids, neighbor_attention_mask, tokens, state, is_whole)
         if given is None and retriever is None and state is None:
-            return module(**inputs, past_key_values=past_key_values, use_cache=use_cache, **kwargs)
+            return module(**inputs, **{CACHE_NAME: past_key_values}, use_cache=use_cache, **kwargs)
 
         if 0 in tokens.shape[:2]:
             raise ValueError(f"The input has no tokens: its shape is {tuple(tokens.shape[:2])} (batch, tokens).")
@@ -558,7 +560,7 @@ class RetroModel(RetroPreTrainedModel):
         retro_pass = planner.plan(tokens, real, chunk_offset)
         token = _active_pass.set(retro_pass)
         try:
-            outputs = module(**inputs, past_key_values=past_key_values, use_cache=use_cache, **kwargs)
+            outputs = module(**inputs, **{CACHE_NAME: past_key_values}, use_cache=use_cache, **kwargs)
         finally:
             _active_pass.reset(token)
         if state is not None:
@@ -681,6 +683,7 @@ class RetroForCausalLM(RetroAdapterMixin, RetroPreTrainedModel, GenerationMixin)
         return self.model.retriever
 
     @auto_docstring
+    @accept_cache_by_any_name
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -787,7 +790,7 @@ class RetroForCausalLM(RetroAdapterMixin, RetroPreTrainedModel, GenerationMixin)
         if lookup.padding_mask is not None:
             mask = lookup.padding_mask.bool().to(real.device)
             real[:, : mask.shape[1]] &= mask[_prompt_rows(len(mask), len(sequences))]
-        state = getattr(outputs.get("past_key_values"), "retro", None)
+        state = getattr(outputs.get(CACHE_NAME), "retro", None)
         if state is None:
             num_rows = len(chunk_offset) if isinstance(chunk_offset, (list, torch.Tensor)) else 1
             offsets = chunk_offsets(chunk_offset, num_rows, self.config.chunk_size)
@@ -814,7 +817,7 @@ class RetroForCausalLM(RetroAdapterMixin, RetroPreTrainedModel, GenerationMixin)
         )
         if isinstance(retriever, RetroLookup):
             retriever.padding_mask = attention_mask
-        if neighbor_input_ids is not None and kwargs.get("past_key_values") is None:
+        if neighbor_input_ids is not None and kwargs.get(CACHE_NAME) is None:
             num_chunks = input_ids.shape[1] // self.config.chunk_size + 1  # without a cache only those of this pass
             neighbor_input_ids = neighbor_input_ids[:, :num_chunks]
             if neighbor_attention_mask is not None:

@@ -29,12 +29,13 @@ from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .compatibility_retro import CACHE_NAME, CACHE_NAMES, accept_cache_by_any_name, slice_logits_to_keep
 from .configuration_retro import RetroDecoderConfig
 
 
@@ -355,6 +356,7 @@ class RetroDecoderLayer(GradientCheckpointingLayer):
         self.mlp_norm = RetroRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = RetroMLP(config.hidden_size, config.intermediate_size, config.hidden_act)
 
+    @accept_cache_by_any_name
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -381,7 +383,7 @@ class RetroDecoderPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["RetroDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = list(CACHE_NAMES)
     _supports_sdpa = True
     _can_record_outputs = {"hidden_states": RetroDecoderLayer, "attentions": RetroAttention}
 
@@ -421,6 +423,7 @@ class RetroDecoderModel(RetroDecoderPreTrainedModel):
     @merge_with_config_defaults
     @capture_outputs
     @auto_docstring
+    @accept_cache_by_any_name
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -444,8 +447,8 @@ class RetroDecoderModel(RetroDecoderPreTrainedModel):
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             position_ids=position_ids,
+            **{CACHE_NAME: past_key_values},
         )
         # Only differences count, so columns serve as positions: padding shifts a query and its keys alike. One negative
         # distance is enough, keys further ahead are masked.
@@ -455,9 +458,9 @@ class RetroDecoderModel(RetroDecoderPreTrainedModel):
         hidden_states = inputs_embeds
         for layer in self.layers:
             hidden_states = layer(
-                hidden_states, causal_mask, features, past_key_values=past_key_values, use_cache=use_cache, **kwargs
+                hidden_states, causal_mask, features, **{CACHE_NAME: past_key_values}, use_cache=use_cache, **kwargs
             )
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE_NAME: past_key_values})
 
 
 @auto_docstring(
@@ -474,6 +477,7 @@ class RetroDecoderForCausalLM(RetroDecoderPreTrainedModel, GenerationMixin):
 
     @can_return_tuple
     @auto_docstring
+    @accept_cache_by_any_name
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -502,9 +506,9 @@ class RetroDecoderForCausalLM(RetroDecoderPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE_NAME: outputs.get(CACHE_NAME)},
         )
 
 
