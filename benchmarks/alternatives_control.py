@@ -19,7 +19,7 @@ from baselines import knn_lm
 from baselines.rows import batches, cut, token_ids
 
 from retro_hf.evaluation import bits_per_byte
-from retro_hf.training.leakage import document_numbers
+from retro_hf.training.exclusion import document_numbers
 
 
 class Recorder:

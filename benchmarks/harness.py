@@ -36,7 +36,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 from retro_hf import ChunkEmbedder, RetroDatastore, RetroRetriever, __version__  # noqa: E402
 from retro_hf.evaluation import bits_per_byte  # noqa: E402
-from retro_hf.evaluation.harness import RetroLM  # noqa: E402
+from retro_hf.evaluation.lm_eval import RetroLM  # noqa: E402
 
 
 MODEL = ROOT / "hub_configs" / "retro-bible"

@@ -14,7 +14,6 @@ import sys
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
@@ -24,7 +23,6 @@ from demo_data import load_corpus, minilm_path, split  # noqa: E402
 
 from retro_hf import ChunkEmbedder, RetroDatastore, RetroRetriever  # noqa: E402
 from retro_hf.evaluation import evaluate, trace, write_report  # noqa: E402
-from retro_hf.evaluation.tables import WIDTH, layout  # noqa: E402
 
 
 MODEL = ROOT / "hub_configs" / "retro-bible"
@@ -66,7 +64,7 @@ def main() -> None:
     )
     traced = [document for document in heldout if document["id"] in ("web/exodus/8.1", "web/exodus/20.1")]
     page = write_report(result, results, traces=[trace(model, one, tokenizer, retriever=retriever) for one in traced])
-    Console(width=WIDTH, highlight=False).print(layout(result))
+    print(result)
     print(f"\nReport: {page}")
     if args.publish:
         shutil.copy(results / "evaluation.json", ROOT / "benchmarks" / "results" / "redundant_text.json")

@@ -22,7 +22,6 @@ import zipfile
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from transformers import AutoTokenizer
 
 
@@ -34,7 +33,6 @@ from wiki_questions import load_articles, part_of  # noqa: E402
 
 from retro_hf import ChunkEmbedder, RetroDatastore, RetroForCausalLM, RetroRetriever  # noqa: E402
 from retro_hf.evaluation import evaluate, write_report  # noqa: E402
-from retro_hf.evaluation.tables import WIDTH, layout  # noqa: E402
 
 
 MODEL = ROOT / "hub_configs" / "retro-smollm2-135m"
@@ -117,7 +115,7 @@ def main() -> None:
             window=512,
             output=results,
         )
-        Console(width=WIDTH, highlight=False).print(layout(result))
+        print(result)
         print(f"\nReport: {write_report(result, results)}\n", flush=True)
         whole = json.loads((results / "evaluation.json").read_text())
         published[name] = {key: whole[key] for key in PUBLISHED}

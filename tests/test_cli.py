@@ -246,7 +246,7 @@ def test_evaluate_warns_of_what_is_not_utf8(world, tmp_path, caplog):
 def test_evaluate_counts_documents_without_text(world, tmp_path):
     """As the page says, and where there are no others."""
     (tmp_path / "one.jsonl").write_text('{"text": " "}\n')
-    with pytest.raises(DatasetError, match="no document of 1 has two tokens.*The first is one.jsonl:1"):
+    with pytest.raises(DatasetError, match="one.jsonl:1"):
         retro("evaluate", world / "model", tmp_path / "one.jsonl")
     (tmp_path / "two.jsonl").write_text('{"text": ""}\n{"text": "the king reads seven letters"}\n')
     printed = retro("evaluate", world / "model", tmp_path / "two.jsonl", "--json")

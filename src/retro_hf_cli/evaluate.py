@@ -83,7 +83,6 @@ def evaluate(
     from retro_hf.errors import DatasetError, DatastoreInputError
     from retro_hf.evaluation import evaluate as measure
     from retro_hf.evaluation import trace, write_report
-    from retro_hf.evaluation.tables import WIDTH, layout
 
     from . import main as commands
 
@@ -129,7 +128,10 @@ def evaluate(
     if as_json:
         typer.echo(json.dumps(result.to_dict(), ensure_ascii=False))
         return
-    Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False).print(layout(result))
+    if sys.stdout.isatty():
+        Console(highlight=False).print(result)
+    else:
+        typer.echo(str(result))
     if output is not None:
         typer.echo(f"\nKept in {output}: evaluation.json, tokens.parquet, documents.parquet")
     if page is not None:

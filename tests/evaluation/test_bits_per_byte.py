@@ -45,7 +45,7 @@ def nats_by_hand(model, ids: list[int], retriever, window: int, stride: int) -> 
 
 
 @pytest.mark.parametrize(("window", "stride"), [(32, 16), (32, 24), (64, 8)])
-def test_sums_are_those_of_a_live_retriever_window_by_window(world, model, held_out, window, stride):
+def test_sums_equal_a_live_retriever_window_by_window(world, model, held_out, window, stride):
     """Every token but the first of each document is scored once, with the neighbors generation would use."""
     result = measure(model, held_out, world, window=window, stride=stride, modes=("on", "off"), batch_size=3)
     for number, text in enumerate(held_out):
@@ -72,7 +72,7 @@ def test_totals_are_sums_over_documents(world, model, held_out):
 @pytest.mark.parametrize(
     "text", ["naïve café – 東京の川 🚲🚲", "été " * 9, "🏳️‍🌈 e\u0301e\u0301", "  \n\tthe river  \n", "aéa"]
 )
-def test_bytes_are_those_of_the_scored_text(world, model, text):
+def test_bytes_are_counted_for_the_scored_text_only(world, model, text):
     """Also where a character is many tokens: all bytes but those of the first token's characters."""
     result = measure(model, [text], world, modes=("off",))
     ids = world.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -82,7 +82,7 @@ def test_bytes_are_those_of_the_scored_text(world, model, text):
     assert decoded == text
 
 
-def test_batch_size_and_order_of_windows_do_not_matter(world, model, held_out):
+def test_batch_size_changes_nothing(world, model, held_out):
     """Padding is no context, and random neighbors belong to the document."""
     one = measure(model, held_out, world, batch_size=1)
     many = measure(model, held_out, world, batch_size=16)
@@ -90,7 +90,7 @@ def test_batch_size_and_order_of_windows_do_not_matter(world, model, held_out):
         np.testing.assert_allclose(one.nats[mode], many.nats[mode], rtol=1e-5)
 
 
-def test_random_neighbors_follow_the_seed(world, model, held_out):
+def test_random_neighbors_depend_on_the_seed(world, model, held_out):
     """The same seed the same, another seed other neighbors; ON and OFF never change."""
     first, again, other = (measure(model, held_out, world, seed=seed) for seed in (0, 0, 1))
     for mode in ("on", "off", "random"):
@@ -98,7 +98,7 @@ def test_random_neighbors_follow_the_seed(world, model, held_out):
         assert np.array_equal(first.nats[mode], other.nats[mode]) is (mode != "random")
 
 
-def test_a_document_gets_no_neighbors_from_itself(world, model):
+def test_document_gets_no_neighbors_from_itself(world, model):
     """Documents of the store are scored as if they weren't in it, when they have their id."""
     documents = corpus()[:6]
     named = measure(model, Dataset.from_list(documents), world, modes=("on",))
@@ -141,7 +141,7 @@ def test_precomputed_neighbors_need_no_embedder(world, model, held_out):
     np.testing.assert_allclose(nothing.nats["on"], live.nats["off"], rtol=1e-5)
 
 
-def test_a_baseline_without_retrieval_is_measured_the_same_way(world, model, held_out):
+def test_model_without_retrieval_is_measured_the_same_way(world, model, held_out):
     """Any causal language model has an OFF: RETRO's is its backbone's."""
     plain = bits_per_byte(tiny_backbone("gpt2", vocab_size=400), held_out, world.tokenizer, window=32)
     assert plain.bits_per_byte.keys() == {"off"} and not plain.differences
@@ -150,7 +150,7 @@ def test_a_baseline_without_retrieval_is_measured_the_same_way(world, model, hel
     np.testing.assert_allclose(backbone.nats["off"], retro.nats["off"], rtol=1e-6)
 
 
-def test_off_is_off_even_with_a_retriever_attached(world, held_out):
+def test_off_ignores_an_attached_retriever(world, held_out):
     """And measuring leaves the model as it was."""
     model = make_model(scale=0.25)
     expected = measure(model, held_out, world, modes=("off",))
@@ -162,7 +162,7 @@ def test_off_is_off_even_with_a_retriever_attached(world, held_out):
 
 def test_the_interval_covers_a_known_difference(world):
     """Of 100 draws of documents with a true difference, about 95 intervals hold it."""
-    from retro_hf.evaluation.bootstrap import paired_interval
+    from retro_hf.evaluation.interval import paired_interval
 
     generator = np.random.default_rng(0)
     held = 0
@@ -174,7 +174,7 @@ def test_the_interval_covers_a_known_difference(world):
     assert 88 <= held <= 100
 
 
-def test_the_table_and_the_json_hold_the_numbers(world, model, held_out):
+def test_table_and_json_have_the_numbers(world, model, held_out):
     """What a reader sees, and what `results.json` needs."""
     result = measure(model, held_out, world)
     table = str(result)
@@ -186,7 +186,7 @@ def test_the_table_and_the_json_hold_the_numbers(world, model, held_out):
     assert content["num_documents"] == 10 and content["num_neighbors"] == 2
 
 
-def test_one_document_has_no_interval(world, model):
+def test_single_document_has_no_interval(world, model):
     """Nothing to draw from: NaN rather than a false zero width."""
     result = measure(model, ["the river runs over the old bridge today"], world)
     assert all(math.isnan(end) for end in result.differences["on"][1:])
@@ -196,31 +196,40 @@ def test_documents_with_nothing_to_score_are_left_out(world, model):
     """Empty and one-token documents don't count; if there is nothing else, that is an error."""
     result = measure(model, ["", "a", "the river runs", "a"], world)
     assert len(result.num_tokens) == 1
-    with pytest.raises(DatasetError, match="no document of 2 has"):
+    with pytest.raises(DatasetError):
         measure(model, ["", "a"], world)
 
 
-def test_wrong_input_is_refused(world, model, held_out, tmp_path):
-    """Modes, windows, missing stores and stores of another chunk size."""
-    with pytest.raises(ValueError, match="Unknown modes.*onn"):
-        measure(model, held_out, world, modes=("onn",))
-    with pytest.raises(ValueError, match="pass `retriever=`"):
-        measure(model, held_out, world, retriever=None, modes=("on",))
-    for options, message in (
-        ({"window": 20}, "^window=20 .* multiple of the chunk size 8.* Use 16 or 24"),
-        ({"stride": 12}, "^stride=12 .* multiple of the chunk size 8.* Use 8 or 16"),
-        ({"stride": -8}, "^stride=-8 .* Use 8"),
-        ({"window": 8}, "^window=8 .* from 16 on.* Use 16"),
-        ({"window": 24, "stride": 24}, "^stride=24 .* shorter than window=24.* Use at most 16"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            measure(model, held_out, world, **options)
-    with pytest.raises(DatasetError, match="Document 0 has no text"):
+@pytest.mark.parametrize(
+    ("options", "suggested"),
+    [
+        ({"window": 20}, 16),
+        ({"stride": 12}, 8),
+        ({"window": 8}, 16),
+        ({"window": 24, "stride": 24}, 16),
+    ],
+)
+def test_window_off_the_chunk_grid_is_an_error_that_suggests_another(world, model, held_out, options, suggested):
+    with pytest.raises(ValueError, match=f"Use (at most )?{suggested}"):
+        measure(model, held_out, world, **options)
+
+
+@pytest.mark.parametrize("options", [{"modes": ("onn",)}, {"retriever": None, "modes": ("on",)}, {"stride": -8}])
+def test_option_out_of_range_is_an_error(world, model, held_out, options):
+    with pytest.raises(ValueError):
+        measure(model, held_out, world, **options)
+
+
+def test_neighbors_must_be_available_for_every_document(world, model, held_out):
+    with pytest.raises(DatasetError):
         measure(model, [{"body": "x"}], world)
-    with pytest.raises(DatasetError, match="10 documents, but neighbor_chunk_ids of 1"):
+    with pytest.raises(DatasetError):
         measure(model, held_out, world, neighbor_chunk_ids=[[]])
-    with pytest.raises(DatasetError, match="Pass a RetroRetriever"):
+    with pytest.raises(DatasetError, match="RetroRetriever"):
         measure(model, held_out, world, retriever=world.datastore)
+
+
+def test_datastore_with_other_chunks_is_an_error(world, model, held_out, tmp_path):
     coarse = RetroDatastore.build(
         corpus(4),
         tmp_path / "coarse",
@@ -229,5 +238,5 @@ def test_wrong_input_is_refused(world, model, held_out, tmp_path):
         chunk_size=16,
         neighbor_size=16,
     )
-    with pytest.raises(DatastoreMismatchError, match="chunk_size"):
+    with pytest.raises(DatastoreMismatchError):
         measure(model, held_out, world, retriever=coarse)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retro_hf.evaluation.overlap import common_runs, overlaps
+from retro_hf.evaluation.leakage import common_runs, overlaps
 
 
 def run_by_hand(row: list[int], place: int, neighbors: list[list[int]]) -> int:
@@ -46,7 +46,7 @@ texts = st.lists(st.integers(0, 3), max_size=9)
         max_size=4,
     )
 )
-def test_runs_are_those_of_the_definition(rows):
+def test_runs_follow_the_definition(rows):
     """Any rows and neighbors, some short, some empty."""
     tokens, mask = padded([row for row, _ in rows], 7)
     pairs = [padded(neighbors, 9) for _, neighbors in rows]
@@ -59,18 +59,18 @@ def test_runs_are_those_of_the_definition(rows):
         assert shares[place] == pytest.approx(longest_by_hand(row, texts) / len(row))
 
 
-def test_blocks_change_nothing(monkeypatch):
+def test_block_size_changes_nothing(monkeypatch):
     """Many rows are compared a few at a time."""
     generator = np.random.default_rng(0)
     rows, neighbors = generator.integers(4, size=(50, 8)), generator.integers(4, size=(50, 2, 16))
     mask = generator.random(neighbors.shape) < 0.9
     whole = common_runs(rows, neighbors, mask)
-    monkeypatch.setattr("retro_hf.evaluation.overlap._MAX_CELLS", 100)
+    monkeypatch.setattr("retro_hf.evaluation.leakage._MAX_CELLS", 100)
     assert np.array_equal(common_runs(rows, neighbors, mask), whole)
     assert whole.max() > 2
 
 
-def test_nothing_to_compare_has_no_overlap():
+def test_nothing_to_compare_gives_no_overlap():
     """No rows, and rows without neighbors."""
     assert common_runs(np.empty((0, 8), dtype=int), np.empty((0, 2, 4), dtype=int), np.empty((0, 2, 4))).shape == (
         0,

@@ -84,7 +84,7 @@ phrases = st.lists(
 
 
 @given(prediction=phrases, answers=st.lists(phrases, min_size=1, max_size=3))
-def test_scores_are_those_of_a_naive_transcription(prediction, answers):
+def test_scores_equal_a_naive_transcription(prediction, answers):
     """Whatever words, marks and white space."""
     exact_match, f1 = score_answers([prediction], [answers])
     exact, similar = naive_scores(prediction, answers)
@@ -107,16 +107,14 @@ def test_known_scores(prediction, answers, exact_match, f1):
     assert [float(part[0]) for part in score_answers([prediction], [answers])] == [exact_match, pytest.approx(f1)]
 
 
-def test_scores_that_cannot_be_computed_are_refused():
+def test_answers_that_cannot_be_scored_are_an_error():
     """A question without a right answer, a text for a list, other numbers."""
-    for answers in ([[]], ["Paris"]):
-        with pytest.raises(DatasetError, match="must be a list of texts"):
-            score_answers(["Paris"], answers)
-    with pytest.raises(DatasetError, match="2 predictions for 1 questions"):
-        score_answers(["a", "b"], [["a"]])
+    for predictions, answers in ((["Paris"], [[]]), (["Paris"], ["Paris"]), (["a", "b"], [["a"]])):
+        with pytest.raises(DatasetError):
+            score_answers(predictions, answers)
 
 
-def test_the_extra_is_named_before_any_work(monkeypatch, tokenizer, questions):
+def test_missing_package_is_an_error_before_any_work(monkeypatch, tokenizer, questions):
     """`pip install` line and all."""
     monkeypatch.setitem(sys.modules, "torchmetrics.functional.text", None)
     with pytest.raises(MissingExtraError, match=r'pip install "retro-hf\[qa\]"'):
@@ -128,7 +126,7 @@ def test_the_extra_is_named_before_any_work(monkeypatch, tokenizer, questions):
 # ── answers ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_answers_are_those_of_each_question_alone(model, tokenizer, questions):
+def test_answers_in_a_batch_equal_those_of_each_question_alone(model, tokenizer, questions):
     """On, off and random; in the order of the dataset, whatever the batches."""
     result = ask(model, questions, tokenizer, batch_size=3)
     collator = QuestionCollator(tokenizer, chunk_size=CHUNK_SIZE)
@@ -155,7 +153,7 @@ def test_answers_are_those_of_each_question_alone(model, tokenizer, questions):
     assert other_seed.predictions["random"] != result.predictions["random"]
 
 
-def test_fewer_passages_and_one_in_the_prompt(model, tokenizer, questions):
+def test_number_of_passages_and_one_in_the_prompt(model, tokenizer, questions):
     """`num_passages=1` is a dataset with one; off has none in the prompt, either."""
     one = ask(model, questions, tokenizer, num_passages=1, modes=("on",))
     cut = tokenized(tokenizer, make_questions(7), num_passages=1)
@@ -165,7 +163,7 @@ def test_fewer_passages_and_one_in_the_prompt(model, tokenizer, questions):
     assert plus.predictions["off"] == plain.predictions["off"] and plus.predictions["on"] != plain.predictions["on"]
 
 
-def test_a_plain_language_model_answers_too(tokenizer, questions):
+def test_plain_language_model_answers(tokenizer, questions):
     """Closed book, and with a passage in its prompt; it is left in the mode it was in."""
     plain = tiny_backbone("gpt2", vocab_size=400, n_positions=256).train()
     closed = ask(plain, questions, tokenizer, modes=("off",))
@@ -174,7 +172,7 @@ def test_a_plain_language_model_answers_too(tokenizer, questions):
     assert prompted.predictions["off"] == closed.predictions["off"] and prompted.num_passages == 1
 
 
-def test_the_table_and_the_json_hold_the_numbers(model, tokenizer, questions):
+def test_table_and_json_have_the_numbers(model, tokenizer, questions):
     """Means over questions, with intervals around them; differences are paired."""
     result = ask(model, questions, tokenizer)
     for score, values in (("exact_match", result.exact_match), ("f1", result.f1)):
@@ -193,55 +191,55 @@ def test_the_table_and_the_json_hold_the_numbers(model, tokenizer, questions):
     assert content["exact_match_minus_off"].keys() == {"on", "random"}
 
 
-def test_one_question_has_no_interval(model, tokenizer, questions):
+def test_single_question_has_no_interval(model, tokenizer, questions):
     """Nothing to draw from."""
     result = ask(model, questions.select([0]), tokenizer, modes=("on", "off"))
     assert all(math.isnan(end) for end in result.intervals["f1"]["on"][1:])
 
 
-def test_wrong_input_is_refused(model, tokenizer, questions):
+def test_questions_that_a_mode_cannot_use_are_an_error(model, tokenizer, questions):
     """Modes, missing passages, missing answers, nothing at all."""
-    with pytest.raises(ValueError, match="Unknown modes.*onn"):
+    with pytest.raises(ValueError, match="onn"):
         ask(model, questions, tokenizer, modes=("onn",))
     closed = tokenized(tokenizer, num_passages=0)
     assert ask(model, closed, tokenizer).predictions.keys() == {"off"}
-    with pytest.raises(DatasetError, match="need passages, but the dataset has none"):
+    with pytest.raises(DatasetError, match="retrieve_passages"):
         ask(model, closed, tokenizer, modes=("on",))
-    with pytest.raises(DatasetError, match="only one"):
+    with pytest.raises(DatasetError):
         ask(model, questions.select([0]), tokenizer)
-    with pytest.raises(DatasetError, match="no column 'answers'"):
+    with pytest.raises(DatasetError):
         ask(model, questions.remove_columns("answers"), tokenizer)
-    with pytest.raises(DatasetError, match="no column 'prompt_input_ids'.* `tokenize_questions"):
+    with pytest.raises(DatasetError):
         ask(model, make_questions(), tokenizer)
-    with pytest.raises(DatasetError, match="the dataset is empty"):
+    with pytest.raises(DatasetError):
         ask(model, questions.select([]), tokenizer)
 
 
-def test_another_tokenizer_than_the_datasets_is_refused(model, tokenizer, questions):
+def test_dataset_of_another_tokenizer_is_an_error(model, tokenizer, questions):
     """Its answers would all be wrong, without a word; a question that can't be spelled is no reason."""
     words = ["<end>", "<unk>", *(f"word{number}" for number in range(398))]
     backend = Tokenizer(models.WordLevel({word: id for id, word in enumerate(words)}, unk_token="<unk>"))
     other = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", unk_token="<unk>")
     for refused in (lambda: ask(model, questions, other), lambda: answer_metrics(other, questions)):
-        with pytest.raises(DatasetError, match="made with another tokenizer .* Pass the tokenizer of the model"):
+        with pytest.raises(DatasetError):
             refused()
     rows = [{**row, "question": row["question"] + " 東京\u0301"} for row in make_questions(2)]
     ask(model, tokenized(tokenizer, Dataset.from_list(rows)), tokenizer, modes=("off",))
 
 
-def test_a_question_longer_than_the_context_is_refused(tokenizer, questions):
+def test_question_longer_than_the_context_is_an_error(tokenizer, questions):
     """Whatever the positions: what was never trained answers nothing. Padding does not count."""
     model = tiny_backbone("llama", vocab_size=400, max_position_embeddings=64)
     longest = max(len(row["prompt_input_ids"]) for row in questions)
     ask(model, questions, tokenizer, modes=("off",), max_new_tokens=64 - longest)
-    with pytest.raises(DatasetError, match=rf"has {longest} tokens and may get {65 - longest} more.* 64"):
+    with pytest.raises(DatasetError, match=f"{longest} tokens"):
         ask(model, questions, tokenizer, modes=("off",), max_new_tokens=65 - longest)
 
 
 # ── it works ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_tiny_model_learns_answers_that_stand_only_in_the_passages(tokenizer):
+def test_tiny_model_learns_answers_that_are_only_in_the_passages(tokenizer):
     """20 times the same question: without passages one answer is as good as another, with another's passages it is wrong."""
     words = list(dict.fromkeys(word for word in WORDS if len(tokenizer.encode(" " + word)) == 1))[:20]
     rows = [

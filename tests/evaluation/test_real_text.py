@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from retro_hf import RetroDatastore, RetroRetriever
 from retro_hf.datastore import ChunkEmbedder, LexicalSearcher
 from retro_hf.evaluation import evaluate, trace
-from retro_hf.evaluation.report import render_page
+from retro_hf.evaluation.report.page import render_page
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -95,7 +95,7 @@ def test_gain_grows_with_overlap(good):
     assert relative[0] > relative[-1]
 
 
-def test_a_trace_shows_what_retrieval_saves(setting):
+def test_trace_shows_what_retrieval_saves(setting):
     """Of the tokens that can read something most gain, and what is retrieved is the same passage in other words."""
     model, tokenizer, documents, datastore, *_ = setting
     retriever = RetroRetriever(datastore, searcher=LexicalSearcher.build(datastore))
@@ -107,7 +107,7 @@ def test_a_trace_shows_what_retrieval_saves(setting):
     assert sum(sum(neighbor.gains) for chunk in seen.chunks for neighbor in chunk.neighbors) > 0
 
 
-def test_every_place_of_a_chunk_reads(good):
+def test_every_position_of_a_chunk_gains(good):
     """Also the first token of a chunk, which an error of one place would leave without neighbors (experiment E1)."""
     offsets = good.offsets.bits_per_token
     gain = np.array(offsets["off"]) - np.array(offsets["on"])
@@ -116,7 +116,7 @@ def test_every_place_of_a_chunk_reads(good):
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_a_retriever_that_returns_random_chunks_is_caught(setting, seed):
+def test_retriever_that_returns_random_chunks_is_called_broken(setting, seed):
     """By the first line of the report, although every tensor has its shape and the model runs."""
     result = measure(setting, RandomSearcher(setting[3], seed), modes=["off", "on", "random"])
     assert result.verdict.outcome == "broken"
@@ -125,7 +125,7 @@ def test_a_retriever_that_returns_random_chunks_is_caught(setting, seed):
     assert page.strip().startswith("The retriever looks broken")
 
 
-def test_a_datastore_of_another_domain_is_no_help_and_that_is_said(setting):
+def test_datastore_of_another_domain_does_not_help(setting):
     """Sentences of random words: found by their words, and worse than nothing."""
     other = setting[-1]("other", corpus(30))
     result = measure(setting, LexicalSearcher.build(other), datastore=other, modes=["off", "on", "random"])

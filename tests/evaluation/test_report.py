@@ -11,7 +11,7 @@ from evaluation.samples import HOSTILE, NO_CURVES, VERDICT, sample_evaluation, s
 
 from retro_hf.errors import MissingExtraError
 from retro_hf.evaluation import write_report
-from retro_hf.evaluation.report import render_page
+from retro_hf.evaluation.report.page import render_page
 
 
 CHARTS = ["modes", "leakage", "overlap", "runs", "offsets", "neighbors", "fractions"]
@@ -95,7 +95,7 @@ def test_the_page_loads_nothing(page, html):
     assert policy.startswith("default-src 'none'") and "script-src 'sha256-" in policy
 
 
-def test_text_from_outside_is_escaped_wherever_it_stands(page, html):
+def test_every_text_from_outside_is_escaped(page, html):
     """Ids, titles, passages, tokens, the command: shown as they are, run nowhere."""
     assert page.count("script") == 1 and "<script>window" not in html
     # Leaked document and the one it is found in, copy and what it is of, command, model; of the example: id, context, token, and the neighbor's id,
@@ -105,7 +105,7 @@ def test_text_from_outside_is_escaped_wherever_it_stands(page, html):
     assert HOSTILE in joined
 
 
-def test_names_within_the_page_are_unique(page, html):
+def test_ids_in_the_page_are_unique(page, html):
     """Also those of the charts, which matplotlib names alike."""
     ids = [found["id"] for _, found in page.tags if "id" in found]
     assert len(ids) == len(set(ids))
@@ -113,7 +113,7 @@ def test_names_within_the_page_are_unique(page, html):
         assert name in ids
 
 
-def test_the_table_holds_every_mode(page):
+def test_table_has_every_mode(page):
     """With its interval; the oracle is called what it is."""
     assert page.count("tr", **{"class": "mode"}) == 5
     assert "1.1900 −0.5154 −0.5354 to −0.4954 −30.2%" in page.text
@@ -122,7 +122,7 @@ def test_the_table_holds_every_mode(page):
 
 
 @pytest.mark.parametrize("name", CHARTS)
-def test_each_chart_is_drawn_and_its_numbers_are_readable(page, html, name):
+def test_each_chart_is_drawn_and_has_its_numbers(page, html, name):
     """An SVG in the page's own colours, for a dark page, too; and a table below it."""
     figure = html[html.index(f'id="chart-{name}"') :]
     figure = figure[: figure.index("</figure>")]
@@ -132,7 +132,7 @@ def test_each_chart_is_drawn_and_its_numbers_are_readable(page, html, name):
     assert figure.count("<tr>") >= 3 and not re.search(r"\bnan\b", figure.lower())
 
 
-def test_traces_show_chunks_neighbors_and_what_each_brings(page, html):
+def test_trace_shows_chunks_and_the_gain_of_each_neighbor(page, html):
     """Chunks are disclosures that work without a script; tokens keep their white space."""
     assert page.count("details", **{"class": "chunk"}) == 3
     assert page.count("section", **{"class": "neighbor"}) == 2 + 1
@@ -155,7 +155,7 @@ def test_traces_show_chunks_neighbors_and_what_each_brings(page, html):
     assert "off 2.47% → on 36.79%, +3.90 bits saved" in titles
 
 
-def test_examples_show_copied_runs(page):
+def test_example_underlines_copied_runs(page):
     """Tokens in a run of five or more that a neighbor has are underlined."""
     assert page.count("details", **{"class": "chunk example"}) == 1
     assert page.count("span", **{"class": "token up run"}) == 1
@@ -169,7 +169,7 @@ def test_inputs_and_provenance_are_at_the_end(page):
         "1 left out",
         "2 no longer than a chunk",
         "3 have the id",
-        "1 lie in the datastore",
+        "1 are in the datastore",
         "1 are copies of another document",
     ):
         assert words in page.text
@@ -177,7 +177,7 @@ def test_inputs_and_provenance_are_at_the_end(page):
     assert "versions torch 2.13.0" in page.text and "revision" not in page.text
 
 
-def test_files(tmp_path):
+def test_report_writes_a_page_and_a_png_of_each_chart(tmp_path):
     """The page, all curves, and each of them; the same evaluation gives the same page, whatever its user's plots look like."""
     result = sample_evaluation(tmp_path)
     page = write_report(result, tmp_path / "report", traces=[sample_trace()])
@@ -193,7 +193,7 @@ def test_files(tmp_path):
     assert "\ud800" in again and page.read_text() == again.replace("\ud800", "?")
 
 
-def test_an_evaluation_without_retrieval_has_a_page(tmp_path):
+def test_evaluation_without_retrieval_has_a_page(tmp_path):
     """OFF alone: a table of one row, no curves, nothing that fails."""
     nothing = dict.fromkeys(("on_minus_random", "similarity"))
     result = sample_evaluation(tmp_path, **NO_CURVES, **nothing)
@@ -203,7 +203,7 @@ def test_an_evaluation_without_retrieval_has_a_page(tmp_path):
     assert (tmp_path / "report.html").exists() and not (tmp_path / "report.png").exists()
 
 
-def test_intervals_that_cannot_be_known_are_said_to_be_none(tmp_path):
+def test_unknown_interval_is_not_shown_as_nan(tmp_path):
     """One document has none: NaN, which no chart may choke on."""
     unknown = {"value": -0.5, "low": None, "high": None}
     modes = [
@@ -222,7 +222,7 @@ def test_intervals_that_cannot_be_known_are_said_to_be_none(tmp_path):
     assert "−0.5000 no interval: one document" in page.text and not re.search(r"\bnan\b", page.text.lower())
 
 
-def test_without_matplotlib_the_error_says_what_to_install(tmp_path, monkeypatch):
+def test_missing_matplotlib_is_an_error_that_names_the_extra(tmp_path, monkeypatch):
     """An extra, so that measuring needs no plots."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(MissingExtraError, match=r"retro-hf\[plot\]"):

@@ -35,7 +35,7 @@ def verdict(
     runs = [Bucket(0, 4, 100, 0.1, 1 - copied), Bucket(5, None, 100, 0.1, copied)]
     leakage = [LeakageLevel(0.125, 5, 50, 200, {"off": 2.1, "on": 2.0}, {"on": around(-0.1)})]
     similarity = Similarity(0.1 + words, 0.1, around(words, half))
-    return give_verdict(modes, gap, similarity, runs, leakage, documents)
+    return give_verdict(modes, gap, similarity, runs, leakage, num_documents=documents)
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def verdict(
     [
         (around(-0.5), around(0.1), around(-0.6), 0.3, "helps", "Retrieval helps: 1.5000 bits/byte ON, 2.0000 OFF"),
         (around(0.2), around(0.5), around(-0.3), 0.3, "hurts", "Retrieval hurts"),
-        (around(0.0), around(0.5), around(-0.5), 0.3, "nothing", "the interval holds 0"),
+        (around(0.0), around(0.5), around(-0.5), 0.3, "nothing", "the interval includes 0"),
         # No better than random: the retriever, if words say so, else the model or the datastore.
         (around(0.1), around(0.1), around(0.0), 0.0, "broken", "The retriever looks broken"),
         (around(-0.1), around(-0.1), around(0.0), 0.0, "broken", "no nearer to the text than random"),
@@ -56,7 +56,7 @@ def verdict(
         (around(-0.5), around(0.1), around(-0.6), 0.0, "helps", "Retrieval helps"),
     ],
 )  # fmt: skip
-def test_outcomes(on, random, gap, words, outcome, says):
+def test_figures_give_the_right_outcome(on, random, gap, words, outcome, says):
     found = verdict(on, random, gap, words)
     assert (found.outcome, says in found.text) == (outcome, True), found.text
 
@@ -68,14 +68,14 @@ def test_copying_is_more_than_half_of_the_gain():
         assert ("Mostly copying" in found.text) is copying and f"{share:.0%} of the gain" in found.text
 
 
-def test_neighbors_that_never_reach_the_output_are_named():
+def test_neighbors_without_any_effect_are_reported():
     """A fresh RETROfit: all the same, to the last bit."""
     zero = Interval(0.0, 0.0, 0.0)
     found = verdict(zero, zero, zero)
     assert found.outcome == "nothing" and "to the last bit" in found.text
 
 
-def test_one_document_decides_nothing_and_few_are_called_few():
+def test_single_document_gives_no_verdict_and_few_are_called_few():
     lone = Interval(-0.5, math.nan, math.nan)
     assert verdict(lone, lone, lone).outcome == "not_measured"
     few = verdict(around(-0.5), around(0.1), around(-0.6), documents=7)
@@ -88,13 +88,13 @@ def test_one_document_decides_nothing_and_few_are_called_few():
     assert "only" not in verdict(around(-0.5), around(0.1), around(-0.6), documents=20).text
 
 
-def test_intervals_are_shown_or_said_to_be_none():
+def test_interval_is_shown_or_said_to_be_unknown():
     assert Interval(-0.5, -0.75, -0.25).shown("+.1%") == "-50.0% [-75.0%, -25.0%]"
     assert Interval(-0.5, math.nan, math.nan).shown() == "-0.5000, no interval: one document"
     assert Interval(math.nan, math.nan, math.nan).shown() == "not known: no document"
 
 
-def test_few_documents_do_not_call_a_retriever_broken():
+def test_few_documents_do_not_make_a_retriever_broken():
     """Where their interval holds both: neighbors that are nearer, and neighbors that are not."""
     same = (around(-0.1), around(-0.1), around(0.0))
     found = verdict(*same, words=0.12, documents=4, half=0.15)
@@ -104,7 +104,7 @@ def test_few_documents_do_not_call_a_retriever_broken():
     assert verdict(*same, words=-0.05, documents=4).outcome == "broken"
 
 
-def test_a_gain_that_random_neighbors_share_is_told_apart():
+def test_gain_that_random_neighbors_also_bring_is_reported():
     found = verdict(around(-0.5), around(-0.2), around(-0.3))
     assert found.outcome == "helps" and any("40% of what ON gains" in line for line in found.details)
     assert found.text.startswith("Retrieval helps: ")
@@ -112,13 +112,13 @@ def test_a_gain_that_random_neighbors_share_is_told_apart():
     assert found.text.startswith("Retrieval helps, but random neighbors bring 80% of the gain: ")
 
 
-def test_an_oracle_that_is_beaten_is_explained():
+def test_on_better_than_the_oracle_is_explained():
     modes = {name: mode(name, bits, None) for name, bits in (("on", 1.5), ("oracle", 1.51))}
-    assert "which is no bound" in oracle_notes(modes)[0]
+    assert "not a bound" in oracle_notes(modes)[0]
     assert not oracle_notes({**modes, "oracle": mode("oracle", 1.4, None)}) and not oracle_notes({"on": modes["on"]})
 
 
-def test_sweeps_that_should_worry_do():
+def test_suspicious_sweeps_give_a_warning():
     def point(number: int, bits: float, fraction: float | None = None, share: float | None = None) -> SweepPoint:
         return SweepPoint(number, fraction, 10, 100, bits, around(-0.1), share)
 

@@ -1,9 +1,9 @@
-"""Evaluation: whether retrieval helps, measured on the same tokens and questions with and without it."""
+"""Evaluation: whether retrieval helps, measured with and without it on the same tokens and questions."""
 
 from .bits_per_byte import BitsPerByte, bits_per_byte
-from .bootstrap import Interval
 from .evaluate import evaluate
-from .modes import MODES
+from .interval import Interval
+from .neighbors import MODES
 from .questions import QuestionAnswers, answer_metrics, answer_questions, score_answers
 from .report import write_report
 from .result import Evaluation

@@ -1,4 +1,4 @@
-"""Bits per byte of a language model with real, random and no neighbors, on the same tokens of the same documents."""
+"""Bits per byte of a language model with found, random and no neighbors, on the same tokens of the same documents."""
 
 from __future__ import annotations
 
@@ -10,14 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..datastore import RetroDatastore
-from ..datastore.executors import progress_bar
 from ..errors import DatasetError, counted
 from ..retriever import RetroRetriever
-from ..training.leakage import document_numbers
-from ..training.neighbors import complete_chunks, nearest_chunks, wanted_neighbors
-from .bootstrap import paired_interval
-from .modes import as_many, random_neighbors
-from .scoring import Document, check_numbers, checked_window, cut_windows, evaluating, read_documents, score_windows
+from ..training.neighbors import wanted_neighbors
+from .interval import paired_interval
+from .neighbors import Chunks, NeighborSearch, Run, check_modes, random_neighbors
+from .scoring import ScoringOptions, check_numbers, chunk_size_of, read_documents, score_runs
 
 
 if TYPE_CHECKING:
@@ -26,7 +24,6 @@ if TYPE_CHECKING:
 __all__ = ["BitsPerByte", "bits_per_byte"]
 
 _MODES = ("on", "off", "random")
-_SEARCH_BLOCK = 4096
 
 
 @dataclass(frozen=True)
@@ -34,14 +31,15 @@ class BitsPerByte:
     """What [`bits_per_byte`] measured; `print` shows it as a table.
 
     Attributes:
-        nats (`dict[str, np.ndarray]`): per mode the negative log-likelihood of each document's scored tokens.
+        nats (`dict[str, np.ndarray]`): per mode the negative log-likelihood of each document's scored tokens, float64 of
+            shape `(num_documents,)`.
         num_tokens, num_bytes (`np.ndarray` of int64 and shape `(num_documents,)`): scored tokens of each document, and
             the UTF-8 bytes of their text; the same for all modes.
         num_neighbors (`int`): neighbors per chunk.
         bits_per_byte (`dict[str, float]`): per mode, over all documents.
-        differences (`dict[str, tuple[float, float, float]]`): for each mode but `off`, the bits per byte it has more
-            than `off` (negative is better) and the ends of the 95 % interval, from a paired bootstrap over documents;
-            NaN for fewer than two documents.
+        differences (`dict[str, tuple[float, float, float]]`): for each mode but `off`, its bits per byte minus those of
+            `off` (negative is better) and the ends of the 95 % interval, from a paired bootstrap over documents; NaN for
+            fewer than two documents.
     """
 
     nats: dict[str, np.ndarray]
@@ -53,11 +51,11 @@ class BitsPerByte:
 
     def to_dict(self) -> dict[str, Any]:
         """The totals as plain numbers, for JSON."""
+        names = ("difference", "low", "high")
         return {
             "bits_per_byte": dict(self.bits_per_byte),
             "difference_to_off": {
-                mode: {"difference": difference, "low": low, "high": high}
-                for mode, (difference, low, high) in self.differences.items()
+                mode: dict(zip(names, values, strict=True)) for mode, values in self.differences.items()
             },
             "num_documents": len(self.num_bytes),
             "num_tokens": int(self.num_tokens.sum()),
@@ -98,130 +96,112 @@ def bits_per_byte(
     num_resamples: int = 2000,
     show_progress: bool | None = None,
 ) -> BitsPerByte:
-    """Measure bits per byte with retrieval on, off and random, over the very same tokens.
+    """Measure bits per byte with retrieval on, off and random, over the same tokens.
 
-    Every token of every document is scored except its first, for which there is no prediction. Long documents are read
-    in windows that overlap, each scoring only tokens that no window before it has scored. Neighbors belong to the chunks
-    of the document, so windows begin at chunk borders and a chunk has the same neighbors in every window. What is read
-    and scored is the same for all modes; only the neighbors differ.
+    Every token of every document is scored except its first, which nothing predicts. Long documents are read in
+    overlapping windows, each of which scores only tokens that no window before it has scored. Neighbors belong to the
+    chunks of the document, so windows begin at chunk borders and a chunk has the same neighbors in every window. All modes
+    read and score the same tokens; only the neighbors differ.
 
     Args:
-        model ([`RetroForCausalLM`], or for `modes=("off",)` any causal language model): it is put into eval mode while
-            measuring.
-        documents (iterable of `str`, or of `dict` with `text` and perhaps `id`, such as a `datasets.Dataset`): the
-            texts. They should not be in the datastore, nor copies of one another, which would make intervals too narrow:
-            [`evaluate`] looks for both. A document whose id is in the datastore gets no neighbors from there.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): the model's, a fast one.
-        retriever ([`RetroRetriever`] or [`RetroDatastore`], *optional*): where neighbors come from; a datastore alone
-            needs `neighbor_chunk_ids`.
+        model ([`RetroForCausalLM`], or for `modes=("off",)` any causal language model): put into eval mode while measuring.
+        documents (iterable of `str`, or of `dict` with `text` and optionally `id`, such as a `datasets.Dataset`): the
+            texts. They should not be in the datastore, nor copies of one another, which would make intervals too narrow;
+            [`evaluate`] checks both. A document whose id is in the datastore gets no neighbors from there.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): the model's fast tokenizer.
+        retriever ([`RetroRetriever`] or [`RetroDatastore`], *optional*): finds the neighbors. A datastore alone needs
+            `neighbor_chunk_ids`.
         neighbor_chunk_ids (sequence of arrays of shape `(num_chunks, num_neighbors)`, *optional*): chunk ids for the
-            complete chunks of each document, to use instead of a search.
-        num_neighbors (`int`, *optional*): neighbors per chunk; as many as `neighbor_chunk_ids` has, or the retriever's
-            number, by default.
-        modes (`Sequence[str]`, *optional*): of `"on"` (retrieved), `"off"` (none) and `"random"` (drawn uniformly from
-            the datastore); all three by default, `("off",)` without a retriever.
-        window (`int`, *optional*): tokens per row, a multiple of the chunk size; by default what the model has
-            positions for, at most 2048.
+            complete chunks of each document, instead of a search.
+        num_neighbors (`int`, *optional*): neighbors per chunk; by default as many as `neighbor_chunk_ids` has, or the
+            retriever's number.
+        modes (`Sequence[str]`, *optional*): of `"on"` (found), `"off"` (none) and `"random"` (random chunks of the
+            datastore); by default all three, or `("off",)` without a retriever.
+        window (`int`, *optional*): tokens per row, a multiple of the chunk size; by default the model's context, at most
+            2048.
         stride (`int`, *optional*): tokens between the starts of two windows, a multiple of the chunk size and shorter
-            than the window; half a window by default, as in the paper.
+            than the window; by default half a window, as in the paper.
         batch_size (`int`, defaults to 8): windows per forward pass.
-        seed (`int`, defaults to 0): of random neighbors and of the bootstrap.
-        num_resamples (`int`, defaults to 2000): of the bootstrap.
-        show_progress (`bool`, *optional*): a progress bar; by default on a terminal only.
+        seed (`int`, defaults to 0): seed of random neighbors and of the bootstrap.
+        num_resamples (`int`, defaults to 2000): draws of the bootstrap.
+        show_progress (`bool`, *optional*): whether to show progress bars; by default only on a terminal.
     Returns:
         [`BitsPerByte`]: totals, sums per document, and paired intervals.
     Raises:
         DatasetError: if no document has two tokens, or `neighbor_chunk_ids` does not fit the documents.
-        DatastoreMismatchError: if the datastore is of another tokenizer or chunk size than the model.
+        DatastoreMismatchError: if the datastore has another tokenizer or chunk size than the model.
+        ValueError: for unknown modes, or settings out of range.
     *Determinism*: the same arguments give the same numbers; `batch_size` moves only the last bits.
     """
     check_numbers(batch_size=(batch_size, 1), num_resamples=(num_resamples, 1), seed=(seed, 0))
     datastore = retriever.datastore if isinstance(retriever, RetroRetriever) else retriever
-    modes = tuple(modes or (_MODES if retriever is not None else ("off",)))
-    unknown = [mode for mode in modes if mode not in _MODES]
-    if unknown:
-        raise ValueError(f"Unknown modes {unknown}; there are {list(_MODES)}.")
-    if datastore is None and modes != ("off",):
-        raise ValueError(f"The modes {list(modes)} need neighbors: pass `retriever=`, or measure `modes=('off',)`.")
-    chunk_size = getattr(model.config, "chunk_size", None) or (1 if datastore is None else datastore.chunk_size)
+    modes = tuple(modes or (("off",) if retriever is None else _MODES))
+    check_modes(modes, _MODES, has_neighbors=retriever is not None)
+    chunk_size = chunk_size_of(model, datastore)
     if datastore is not None:
         datastore.check_compatible(tokenizer=tokenizer, chunk_size=chunk_size)
-    window, stride = checked_window(model, window, stride, chunk_size)
-
+    options = ScoringOptions.checked(
+        model, chunk_size, window, stride, batch_size=batch_size, show_progress=show_progress
+    )
     if neighbor_chunk_ids is not None and num_neighbors is None:
         num_neighbors = max((len(row) for rows in neighbor_chunk_ids for row in rows), default=None)
     count = wanted_neighbors(retriever, num_neighbors)
+
     read = list(read_documents(documents, tokenizer))
     kept = [number for number, document in enumerate(read) if document.num_bytes]
     if not kept:
-        raise DatasetError(f"There is nothing to score: no document of {len(read):,} has two tokens.")
-    chunk_ids: dict[str, list[np.ndarray]] = {}
-    if retriever is not None:
-        found = _find_neighbors(read, retriever, modes, neighbor_chunk_ids, count, seed)
-        chunk_ids = {mode: [ids[number] for number in kept] for mode, ids in found.items()}
+        raise DatasetError(f"There is nothing to score: none of {counted(len(read), 'document')} has two tokens.")
     scored = [read[number] for number in kept]
+    given: dict[str, list[np.ndarray] | None] = {"off": None}
+    if datastore is not None:
+        chunks = Chunks.of(scored, chunk_size)
+        # Without ON there is nothing to search, and RANDOM fills every place.
+        found = [np.zeros((num_chunks, count), dtype=np.int64) for num_chunks in chunks.complete]
+        if neighbor_chunk_ids is not None:
+            if len(neighbor_chunk_ids) != len(read):
+                raise DatasetError(
+                    f"There are {len(read)} documents, but neighbor_chunk_ids has {len(neighbor_chunk_ids)}."
+                )
+            found = [
+                _checked(neighbor_chunk_ids[number], len(rows), count)
+                for number, rows in zip(kept, found, strict=True)
+            ]
+        elif "on" in modes:
+            if not isinstance(retriever, RetroRetriever):
+                raise DatasetError(
+                    "A datastore alone cannot search for text. Pass a RetroRetriever, or `neighbor_chunk_ids=`."
+                )
+            search = NeighborSearch(retriever, scored, chunks, show_progress=show_progress)
+            found = chunks.complete_by_document(search.nearest(count))
+        given |= {"on": found, "random": random_neighbors(datastore, found, seed)}
 
-    windows = cut_windows(scored, window, stride)
-    nats = {mode: np.zeros(len(scored)) for mode in modes}
-    with (
-        progress_bar(show_progress, total=len(windows) * len(modes), unit="window", desc="Scoring") as bar,
-        evaluating(model),
-    ):
-        for first in range(0, len(windows), batch_size):
-            rows = windows[first : first + batch_size]
-            for mode in modes:
-                scores = score_windows(model, scored, rows, chunk_ids.get(mode), datastore, chunk_size)
-                sums = [values.sum(dtype=np.float64) for values in scores]
-                np.add.at(nats[mode], [row.document for row in rows], sums)
-                bar.update(len(rows))
+    nats = score_runs(model, scored, [Run(mode, given[mode], count) for mode in modes], datastore, options)
+    num_tokens = np.array([document.num_scored for document in scored])
+    owners = np.repeat(np.arange(len(scored)), num_tokens)
+    sums = {mode: np.bincount(owners, weights=nats[mode].astype(np.float64)) for mode in modes}
     num_bytes = np.array([document.num_bytes for document in scored])
     differences = {}
     for mode in modes:
         if mode != "off" and "off" in modes:
-            bits = (nats[mode] - nats["off"]) / math.log(2)
+            bits = (sums[mode] - sums["off"]) / math.log(2)
             differences[mode] = astuple(paired_interval(bits, num_bytes, num_resamples, seed))
     return BitsPerByte(
-        nats=nats,
-        num_tokens=np.array([document.num_scored for document in scored]),
+        nats=sums,
+        num_tokens=num_tokens,
         num_bytes=num_bytes,
         num_neighbors=0 if datastore is None else count,
-        bits_per_byte={mode: float(nats[mode].sum() / num_bytes.sum() / math.log(2)) for mode in modes},
+        bits_per_byte={mode: float(sums[mode].sum() / num_bytes.sum() / math.log(2)) for mode in modes},
         differences=differences,
     )
 
 
-def _find_neighbors(
-    read: Sequence[Document],
-    retriever: RetroRetriever | RetroDatastore,
-    modes: Sequence[str],
-    given: Sequence[Any] | None,
-    count: int,
-    seed: int,
-) -> dict[str, list[np.ndarray]]:
-    """The chunk ids of each mode and document, `(num_complete_chunks, num_neighbors)` each."""
-    if given is not None and len(given) != len(read):
-        raise DatasetError(f"There are {len(read)} documents, but neighbor_chunk_ids of {len(given)}.")
-    datastore = retriever if isinstance(retriever, RetroDatastore) else retriever.datastore
-    chunks = [complete_chunks(document.input_ids, datastore.chunk_size) for document in read]
-    counts = [len(rows) for rows in chunks]
-    if "on" in modes and given is None:
-        own = np.repeat(document_numbers(datastore, [document.id for document in read]), counts, axis=0)
-        rows = np.concatenate(chunks)
-        blocks = [slice(first, first + _SEARCH_BLOCK) for first in range(0, len(rows), _SEARCH_BLOCK)]
-        found = [nearest_chunks(retriever, rows[block], count, exclude_documents=own[block]) for block in blocks]
-        given = np.split(np.concatenate([*found, np.empty((0, count), dtype=np.int64)]), np.cumsum(counts)[:-1])
-    chunk_ids: dict[str, list[np.ndarray]] = {}
-    if given is not None and "on" in modes:
-        chunk_ids["on"] = []
-        for number, rows in enumerate(given):
-            # A list of nothing has lost its second axis.
-            ids = np.asarray(rows, dtype=np.int64) if len(rows) else np.empty((0, count), np.int64)
-            if len(ids) != counts[number]:
-                raise DatasetError(
-                    f"Document {number} has {counts[number]} complete chunks, but neighbor_chunk_ids of {len(ids)}."
-                )
-            chunk_ids["on"].append(ids[:, :count])
-    if "random" in modes:
-        drawn = random_neighbors(datastore, counts, count, seed)
-        chunk_ids["random"] = as_many(drawn, chunk_ids["on"]) if "on" in chunk_ids else drawn
-    return chunk_ids
+def _checked(rows: Any, num_chunks: int, num_neighbors: int) -> np.ndarray:
+    """Given chunk ids of a document as int64 of shape `(num_chunks, num_neighbors)`."""
+    if len(rows) != num_chunks:
+        raise DatasetError(
+            f"A document has {num_chunks} complete chunks, but neighbor_chunk_ids has {len(rows)} rows for it."
+        )
+    # An empty list has lost its second axis.
+    return (
+        np.asarray(rows, dtype=np.int64)[:, :num_neighbors] if num_chunks else np.empty((0, num_neighbors), np.int64)
+    )

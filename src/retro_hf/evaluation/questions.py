@@ -1,10 +1,10 @@
-"""Exact match and F1 of answers, with given passages, those of other questions, and none."""
+"""Exact match and F1 of answers, with the question's own passages, those of another question, and none."""
 
 from __future__ import annotations
 
-import math
+import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +14,9 @@ from ..datastore.executors import progress_bar
 from ..errors import DatasetError
 from ..training.question_trainer import decode_answers, generate_answers
 from ..training.questions import QuestionCollator, check_columns, check_same_tokenizer, list_lengths
+from .interval import paired_interval
+from .neighbors import check_modes
+from .scoring import evaluating
 
 
 if TYPE_CHECKING:
@@ -23,8 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["QuestionAnswers", "answer_metrics", "answer_questions", "score_answers"]
 
 _MODES = ("on", "off", "random")
-
-Interval = tuple[float, float, float]
+_MeanAndEnds = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
@@ -35,24 +37,24 @@ class QuestionAnswers:
         predictions (`dict[str, list[str]]`): per mode the answer to each question.
         exact_match, f1 (`dict[str, np.ndarray]` of float64 and shape `(num_questions,)`): per mode the score of each
             answer, in percent.
-        num_passages (`int`): passages per question at most.
-        intervals (`dict[str, dict[str, Interval]]`): by score and mode the mean and the ends of its 95 % interval, from a
-            bootstrap over questions; NaN for a single question.
-        differences (`dict[str, dict[str, Interval]]`): by score, for each mode but `off`, what it has more than `off`, the
-            same questions drawn for both.
+        num_passages (`int`): largest number of passages per question.
+        intervals (`dict[str, dict[str, tuple[float, float, float]]]`): by score and mode the mean and the ends of its 95 %
+            interval, from a bootstrap over questions; NaN for a single question.
+        differences (`dict[str, dict[str, tuple[float, float, float]]]`): by score, for each mode but `off`, the score minus
+            that of `off`, with the same questions drawn for both.
     """
 
     predictions: dict[str, list[str]]
     exact_match: dict[str, np.ndarray]
     f1: dict[str, np.ndarray]
     num_passages: int
-    intervals: dict[str, dict[str, Interval]]
-    differences: dict[str, dict[str, Interval]]
+    intervals: dict[str, dict[str, _MeanAndEnds]]
+    differences: dict[str, dict[str, _MeanAndEnds]]
 
     def to_dict(self) -> dict[str, Any]:
         """The means and intervals as plain numbers, for JSON."""
 
-        def plain(intervals: dict[str, Interval]) -> dict[str, dict[str, float]]:
+        def plain(intervals: dict[str, _MeanAndEnds]) -> dict[str, dict[str, float]]:
             names = ("mean", "low", "high")
             return {mode: dict(zip(names, values, strict=True)) for mode, values in intervals.items()}
 
@@ -97,27 +99,26 @@ def answer_questions(
     """Answer questions with their passages, with none, and with those of other questions, and score the answers.
 
     Args:
-        model ([`RetroForCausalLM`], or any causal language model for `modes=("off",)` or `num_passages=0`): it is put into
-            eval mode while answering. A retriever that is attached to it is not asked.
+        model ([`RetroForCausalLM`], or any causal language model for `modes=("off",)` or `num_passages=0`): put into eval
+            mode while answering. A retriever attached to it is not used.
         dataset (`datasets.Dataset`): from [`tokenize_questions`], with its column `answers`.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): of the model.
-        num_passages (`int`, *optional*): passages that the encoder reads, also more or fewer than in training; all that
-            the dataset has by default.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): the model's tokenizer.
+        num_passages (`int`, *optional*): passages that the encoder reads, more or fewer than in training if you like; by
+            default all that the dataset has.
         passages_in_prompt (`int`, defaults to 0): passages that the decoder reads before the question; 1 is RETRO++.
-        modes (`Sequence[str]`, *optional*): of `"on"` (the question's own passages), `"off"` (none, in the prompt
-            neither) and `"random"` (those of another question); by default all three, or those that the dataset has the
-            passages for.
+        modes (`Sequence[str]`, *optional*): of `"on"` (the question's own passages), `"off"` (none, also not in the prompt)
+            and `"random"` (those of another question); by default all that the dataset has passages for.
         batch_size (`int`, defaults to 8): questions per call of `generate`.
-        max_new_tokens (`int`, defaults to 32): tokens of an answer at most.
-        seed (`int`, defaults to 0): of the random passages and of the bootstrap.
-        num_resamples (`int`, defaults to 2000): of the bootstrap.
-        show_progress (`bool`, *optional*): a progress bar; by default on a terminal only.
-        options: of `generate`, such as `num_beams`; greedy by default.
+        max_new_tokens (`int`, defaults to 32): longest answer, in tokens.
+        seed (`int`, defaults to 0): seed of the random passages and of the bootstrap.
+        num_resamples (`int`, defaults to 2000): draws of the bootstrap.
+        show_progress (`bool`, *optional*): whether to show a progress bar; by default only on a terminal.
+        options: options of `generate`, such as `num_beams`; greedy by default.
     Returns:
         [`QuestionAnswers`]: answers, exact match and F1 per question, means with intervals.
     Raises:
-        DatasetError: for questions that are not tokenized, or with another tokenizer, or whose answers are not known; for
-            modes that need passages, where there are none; for questions longer than the model's context.
+        DatasetError: for questions that are not tokenized, were tokenized with another tokenizer, have no answers, lack
+            the passages that a mode needs, or are longer than the model's context.
         MissingExtraError: without `retro-hf[qa]`.
     *Determinism*: the same arguments give the same answers; `batch_size` moves only the last bits of the logits.
     """
@@ -127,12 +128,21 @@ def answer_questions(
     check_same_tokenizer(dataset, tokenizer)
     most = int(list_lengths(dataset, "passage_input_ids").max())
     modes = tuple(modes or [mode for mode in _MODES if most or mode == "off"])
-    _check_modes(modes, most, len(dataset))
+    check_modes(modes, _MODES, has_neighbors=True)
+    if not most and set(modes) != {"off"}:
+        raise DatasetError(
+            f"The modes {list(modes)} need passages, but the dataset has none. Look them up with `retrieve_passages(dataset, "
+            "retriever)` before tokenizing, or answer with `modes=('off',)`."
+        )
+    if "random" in modes and len(dataset) == 1:
+        raise DatasetError(
+            "The mode 'random' needs the passages of another question, but there is only one. Leave it out."
+        )
     score = _scorer()
     generator = np.random.default_rng(seed)
     order = generator.permutation(len(dataset))
     others = np.empty_like(order)
-    others[order] = np.roll(order, 1)  # nobody's own
+    others[order] = np.roll(order, 1)  # never the question itself
 
     wanted = most if num_passages is None else min(num_passages, most)
     chunk_size = getattr(model.config, "chunk_size", 1)
@@ -140,45 +150,43 @@ def answer_questions(
         tokenizer, chunk_size=chunk_size, num_passages=wanted, passages_in_prompt=passages_in_prompt
     )
     closed = QuestionCollator(tokenizer, chunk_size=chunk_size, num_passages=0)
-    # Rows of one length need little padding; the longest come first, where running out of memory costs least.
+    # Sorted by length, because rows of similar length need little padding; the longest first, so that running out of
+    # memory shows at once.
     lengths = list_lengths(dataset, "prompt_input_ids")
     batches = np.array_split(np.argsort(-lengths, kind="stable"), range(batch_size, len(lengths), batch_size))
     predictions = {mode: [""] * len(dataset) for mode in modes}
-    was_training = model.training
-    model.eval()
-    try:
-        with progress_bar(
-            show_progress, total=len(dataset) * len(modes), unit="question", desc="Answering"
-        ) as progress:
-            for numbers in batches:
-                for mode in modes:
-                    rows = [dataset[int(number)] for number in numbers]
-                    if mode == "random":
-                        for row, number in zip(rows, numbers, strict=True):
-                            row["passage_input_ids"] = dataset[int(others[number])]["passage_input_ids"]
-                    batch = (closed if mode == "off" else reading)(rows)
-                    answers = generate_answers(model, batch, tokenizer, max_new_tokens=max_new_tokens, **options)
-                    for number, answer in zip(numbers.tolist(), answers, strict=True):
-                        predictions[mode][number] = answer
-                    progress.update(len(rows))
-    finally:
-        model.train(was_training)
+    total = len(dataset) * len(modes)
+    with (
+        progress_bar(show_progress, total=total, unit="question", desc="Answering") as progress,
+        evaluating(model),
+    ):
+        for numbers in batches:
+            for mode in modes:
+                rows = [dataset[int(number)] for number in numbers]
+                if mode == "random":
+                    for row, number in zip(rows, numbers, strict=True):
+                        row["passage_input_ids"] = dataset[int(others[number])]["passage_input_ids"]
+                batch = (closed if mode == "off" else reading)(rows)
+                answers = generate_answers(model, batch, tokenizer, max_new_tokens=max_new_tokens, **options)
+                for number, answer in zip(numbers.tolist(), answers, strict=True):
+                    predictions[mode][number] = answer
+                progress.update(len(rows))
     scores: dict[str, dict[str, np.ndarray]] = {"exact_match": {}, "f1": {}}
     for mode, texts in predictions.items():
         scores["exact_match"][mode], scores["f1"][mode] = score(texts, dataset["answers"])
-    drawn = [generator.integers(len(dataset), size=len(dataset)) for _ in range(num_resamples)]
+
+    def interval(values: np.ndarray) -> _MeanAndEnds:
+        # A copy of the generator, so that the same questions are drawn for every score and mode.
+        return astuple(paired_interval(values, np.ones(len(values)), num_resamples, copy.deepcopy(generator)))
+
     return QuestionAnswers(
         predictions=predictions,
         exact_match=scores["exact_match"],
         f1=scores["f1"],
         num_passages=max(wanted, min(passages_in_prompt, most)),
-        intervals={name: {mode: _interval(row, drawn) for mode, row in rows.items()} for name, rows in scores.items()},
+        intervals={name: {mode: interval(row) for mode, row in rows.items()} for name, rows in scores.items()},
         differences={
-            name: {
-                mode: _interval(row - rows["off"], drawn)
-                for mode, row in rows.items()
-                if mode != "off" and "off" in rows
-            }
+            name: {mode: interval(row - rows["off"]) for mode, row in rows.items() if mode != "off" and "off" in rows}
             for name, rows in scores.items()
         },
     )
@@ -190,13 +198,13 @@ def answer_metrics(
     """The `compute_metrics` of a [`QuestionTrainer`]: exact match and F1 in percent.
 
     Args:
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): of the model.
-        dataset (`datasets.Dataset`): the evaluation set, tokenized; its `answers` are compared with what is generated.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): the model's tokenizer.
+        dataset (`datasets.Dataset`): the tokenized evaluation set, with `answers`.
     Returns:
         `Callable`: takes generated tokens and labels, both of shape `(num_questions, any)` and -100 at padding, and returns
-        `exact_match` and `f1`. It raises a DatasetError if the questions it gets are not those of `dataset`, in order.
+        `exact_match` and `f1`. It raises a DatasetError for other questions than those of `dataset`, or another order.
     Raises:
-        DatasetError: for a dataset without answers, or not tokenized, or with another tokenizer.
+        DatasetError: for a dataset that has no answers, is not tokenized, or was tokenized with another tokenizer.
         MissingExtraError: without `retro-hf[qa]`.
     """
     check_columns(dataset, ["answers", "prompt_input_ids", "answer_input_ids"])
@@ -207,9 +215,9 @@ def answer_metrics(
         labels = [[token for token in row if token >= 0] for row in np.asarray(prediction.label_ids).tolist()]
         if labels != list(dataset["answer_input_ids"]):
             raise DatasetError(
-                f"The trainer evaluated {len(labels)} questions that are not, or not in this order, the {len(dataset)} of the "
-                "dataset that answer_metrics was given, so their answers are others. Give it the `eval_dataset`, and leave "
-                "`train_sampling_strategy` at 'random'."
+                f"The trainer evaluated {len(labels)} questions that are not the {len(dataset)} questions given to "
+                "`answer_metrics`, in the same order. Give it the `eval_dataset`, and leave `train_sampling_strategy` at "
+                "'random'."
             )
         answers = decode_answers(tokenizer, np.asarray(prediction.predictions).tolist())
         exact_match, f1 = score(answers, dataset["answers"])
@@ -221,12 +229,12 @@ def answer_metrics(
 def score_answers(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> tuple[np.ndarray, np.ndarray]:
     """Exact match and F1 of each answer, by the rules of SQuAD (Rajpurkar et al., 2016).
 
-    Case, punctuation, articles and white space do not count; of several right answers the most similar one does. F1 is that
-    of the words.
+    Case, punctuation, articles and white space do not count. Of several right answers the most similar one counts. F1 is
+    over words.
 
     Args:
-        predictions (`Sequence[str]`): given answers.
-        answers (sequence of sequences of `str`): for each the right answers, at least one.
+        predictions (`Sequence[str]`): the answers to score.
+        answers (sequence of sequences of `str`): the right answers to each question, at least one.
     Returns:
         `(exact_match, f1)`, both `np.ndarray` of float64 and shape `(num_answers,)`, in percent.
     Raises:
@@ -237,7 +245,7 @@ def score_answers(predictions: Sequence[str], answers: Sequence[Sequence[str]]) 
 
 
 def _scorer() -> Callable[[Sequence[str], Sequence[Sequence[str]]], tuple[np.ndarray, np.ndarray]]:
-    """`score_answers`, after the import that it needs: what is missing shows before any work is spent."""
+    """`score_answers`, with its import done, so that a missing package shows before any work."""
     squad = extras.load("torchmetrics.functional.text", "Scoring answers").squad
 
     def score(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> tuple[np.ndarray, np.ndarray]:
@@ -257,27 +265,3 @@ def _scorer() -> Callable[[Sequence[str], Sequence[Sequence[str]]], tuple[np.nda
         return scores[0], scores[1]
 
     return score
-
-
-def _check_modes(modes: Sequence[str], most: int, num_questions: int) -> None:
-    unknown = [mode for mode in modes if mode not in _MODES]
-    if unknown:
-        raise ValueError(f"Unknown modes {unknown}; there are {list(_MODES)}.")
-    if not most and set(modes) != {"off"}:
-        raise DatasetError(
-            f"The modes {list(modes)} need passages, but the dataset has none. Look them up with `retrieve_passages(dataset, "
-            "retriever)` before tokenizing, or answer with `modes=('off',)`."
-        )
-    if "random" in modes and num_questions == 1:
-        raise DatasetError(
-            "The mode 'random' takes the passages of another question, but there is only one. Leave it out: "
-            "`modes=('on', 'off')`."
-        )
-
-
-def _interval(values: np.ndarray, drawn: Sequence[np.ndarray]) -> Interval:
-    """Mean, and the ends of its 95 % interval over the rows that were drawn with replacement."""
-    if len(values) < 2:
-        return float(values.mean()), math.nan, math.nan
-    low, high = np.quantile([values[rows].mean() for rows in drawn], (0.025, 0.975))
-    return float(values.mean()), float(low), float(high)

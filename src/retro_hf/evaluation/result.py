@@ -1,4 +1,4 @@
-"""What `evaluate` found: plain data that goes to JSON and comes back."""
+"""What `evaluate` found: plain data that is saved as JSON and loaded again."""
 
 from __future__ import annotations
 
@@ -6,14 +6,18 @@ import dataclasses
 import json
 import math
 import types
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
 
 from ..datastore.storage import write_file
 from ..errors import DatasetError
-from .bootstrap import Interval
+from .interval import Interval
 
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 __all__ = [
     "Bucket",
@@ -44,7 +48,7 @@ class Verdict:
             to the text than random ones) or `"not_measured"`.
         copying (`bool`, *optional*): whether most of the gain is copied word for word; `None` without a gain.
         text (`str`): one line.
-        details (`list[str]`): sentences that explain it, and what to do.
+        details (`list[str]`): sentences that explain it and say what to do.
     """
 
     outcome: str
@@ -55,14 +59,14 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Mode:
-    """The totals of one way to give neighbors.
+    """The totals of one mode.
 
     Attributes:
         name (`str`): a key of [`MODES`].
         cheating (`bool`): whether the neighbors were chosen by the answer.
-        num_neighbors (`int`): per chunk; 0 for off.
+        num_neighbors (`int`): neighbors per chunk; 0 for off.
         bits_per_byte, bits_per_token, perplexity (`float`): of all scored tokens; perplexity is per token.
-        difference ([`Interval`], *optional*): bits per byte more than off; negative is better.
+        difference ([`Interval`], *optional*): bits per byte minus those of off; negative is better.
         later_chunks_bits_per_byte (`float`, *optional*): without the first chunk of each document, which reads nothing.
         later_chunks_difference ([`Interval`], *optional*): the same for the difference.
     """
@@ -92,9 +96,9 @@ class LeakageLevel:
 
 @dataclass(frozen=True)
 class Bucket:
-    """The tokens whose overlap is from `low` to `high` (`None`: and more), and what retrieval gains on them.
+    """The tokens whose overlap or run is between `low` and `high` (`None`: no limit), and what retrieval saves on them.
 
-    `gain` is in bits per token, OFF minus ON; `share` is of the whole gain, and `None` where there is none.
+    `gain` is in bits per token, OFF minus ON. `share` is the share of the whole gain, `None` without a gain.
     """
 
     low: float
@@ -106,7 +110,7 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Offsets:
-    """Bits per token by the place in the chunk, `chunk_size` values each; without the first chunks of documents."""
+    """Bits per token by position in the chunk, `chunk_size` values each, without the first chunks of documents."""
 
     num_tokens: list[int]
     bits_per_token: dict[str, list[float | None]]
@@ -114,9 +118,9 @@ class Offsets:
 
 @dataclass(frozen=True)
 class SweepPoint:
-    """ON with another number of neighbors, or another fraction of the datastore's documents.
+    """ON with another number of neighbors, or with a fraction of the datastore's documents.
 
-    `gain_share` is its gain over OFF as a share of the gain of the mode ON, `None` where that one has none.
+    `gain_share` is its gain over OFF as a share of the gain of the mode ON, `None` if that one has none.
     """
 
     num_neighbors: int
@@ -130,7 +134,7 @@ class SweepPoint:
 
 @dataclass(frozen=True)
 class Similarity:
-    """The share of a chunk's tokens that its neighbors have, retrieved and random, and the difference of both."""
+    """The share of a chunk's tokens that its neighbors have, found and random, and the difference of both."""
 
     on: float
     random: float
@@ -139,7 +143,7 @@ class Similarity:
 
 @dataclass(frozen=True)
 class ExampleNeighbor:
-    """A neighbor in words."""
+    """A neighbor as text."""
 
     document_id: str
     title: str
@@ -149,9 +153,9 @@ class ExampleNeighbor:
 
 @dataclass(frozen=True)
 class Example:
-    """One chunk, token by token: `gain` in bits, `run` as in [`common_runs`]; and what the model read for it.
+    """One chunk token by token, with `gain` in bits and `run` as in [`common_runs`], and the neighbors it read.
 
-    `kind` is `"gain"`, `"typical"` or `"loss"`; `context` is the chunk before, which was looked up.
+    `kind` is `"gain"`, `"typical"` or `"loss"`; `context` is the chunk before, for which the neighbors were found.
     """
 
     document_id: str | None
@@ -167,7 +171,7 @@ class Example:
 
 @dataclass(frozen=True)
 class LeakedDocument:
-    """A document that was not scored because the datastore has it: `contained` is the share of its 13-grams found there."""
+    """A document that was not scored because the datastore has it; `contained` is the share of its 13-grams found there."""
 
     id: str | None
     stored_id: str
@@ -177,9 +181,9 @@ class LeakedDocument:
 
 @dataclass(frozen=True)
 class CopiedDocument:
-    """A document that was not scored because another one has its text: `contained` is the share of its 13-grams found there.
+    """A document that was not scored because another has its text; `contained` is the share of its 13-grams found there.
 
-    `id` and `copy_of` are ids, or the document's number ("document 3", from 0) where it has none.
+    `id` and `copy_of` are ids, or the number of the document ("document 3", from 0) if it has none.
     """
 
     id: str
@@ -192,11 +196,11 @@ class Inputs:
     """What was scored, and what was not.
 
     Attributes:
-        num_documents, num_chunks, num_tokens, num_bytes (`int`): scored; a chunk is any that has a scored token.
+        num_documents, num_chunks, num_tokens, num_bytes (`int`): scored; a chunk counts if it has a scored token.
         num_unscorable (`int`): documents with nothing to predict (empty, one token, one character), left out.
-        num_short (`int`): documents that are scored although they end with their first chunk, so that none of their
-            tokens can read anything. All modes agree on them, so no interval draws them.
-        num_same_id (`int`): documents that are scored, but got no neighbors from the datastore's document of their id.
+        num_short (`int`): scored documents that are no longer than a chunk, so that none of their tokens reads anything.
+            They are the same in all modes, so intervals leave them out.
+        num_same_id (`int`): scored documents that got no neighbors from the datastore's document of the same id.
         leaked (`list[LeakedDocument]`): documents that are in the datastore, left out.
         copies (`list[CopiedDocument]`): documents whose text another document has, left out.
     """
@@ -212,9 +216,9 @@ class Inputs:
     copies: list[CopiedDocument] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Whether retrieval helps, and by what: the result of [`evaluate`]. `print` shows it as tables.
+    """What [`evaluate`] found. `print` shows it as text, and `rich.print` fits it to the terminal.
 
     Attributes:
         verdict ([`Verdict`]): the answer in words.
@@ -222,13 +226,13 @@ class Evaluation:
         on_minus_random ([`Interval`], *optional*): bits per byte.
         similarity ([`Similarity`], *optional*): whether neighbors are nearer to their chunks than random ones.
         leakage (`list[LeakageLevel]`): bits per byte below each level of overlap.
-        overlap (`list[Bucket]`): gain by r(C), the overlap of a chunk with its 10 nearest neighbors; `low` does not belong
-            to a bucket, but to the first.
-        runs (`list[Bucket]`): gain by the number of tokens in a row, up to the predicted one, that a neighbor has which the
-            model was given for it; only tokens that could read some.
-        offsets ([`Offsets`], *optional*): bits by the place in the chunk.
+        overlap (`list[Bucket]`): gain by r(C), the overlap of a chunk with its 10 nearest neighbors. A bucket excludes
+            `low`, except the first one.
+        runs (`list[Bucket]`): gain by the length of the run of tokens, ending with the predicted one, that is also in a
+            neighbor which the model read; only tokens that could read some.
+        offsets ([`Offsets`], *optional*): bits by position in the chunk.
         num_neighbors_sweep, fraction_sweep (`list[SweepPoint]`): as asked for.
-        examples (`list[Example]`): chunks with the most, a typical and the least gain.
+        examples (`list[Example]`): chunks with the largest, a typical and the smallest gain.
         inputs ([`Inputs`]): what was scored.
         provenance (`dict`): command, seed, versions, model, datastore, and settings.
         format_version (`int`): of the JSON.
@@ -236,15 +240,15 @@ class Evaluation:
 
     verdict: Verdict
     modes: list[Mode]
-    on_minus_random: Interval | None
-    similarity: Similarity | None
-    leakage: list[LeakageLevel]
-    overlap: list[Bucket]
-    runs: list[Bucket]
-    offsets: Offsets | None
-    num_neighbors_sweep: list[SweepPoint]
-    fraction_sweep: list[SweepPoint]
-    examples: list[Example]
+    on_minus_random: Interval | None = None
+    similarity: Similarity | None = None
+    leakage: list[LeakageLevel] = field(default_factory=list)
+    overlap: list[Bucket] = field(default_factory=list)
+    runs: list[Bucket] = field(default_factory=list)
+    offsets: Offsets | None = None
+    num_neighbors_sweep: list[SweepPoint] = field(default_factory=list)
+    fraction_sweep: list[SweepPoint] = field(default_factory=list)
+    examples: list[Example] = field(default_factory=list)
     inputs: Inputs
     provenance: dict[str, Any]
     format_version: int = _FORMAT_VERSION
@@ -254,46 +258,49 @@ class Evaluation:
         return {mode.name: mode for mode in self.modes}[name]
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain values for JSON; numbers that are not finite as `None`."""
+        """Everything as plain values for JSON; numbers that are not finite become `None`."""
         return _plain(dataclasses.asdict(self))
 
     def save(self, folder: str | Path) -> None:
-        """Write `evaluation.json` into a folder, in one step."""
+        """Write `evaluation.json` into a folder, atomically."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         content = json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)
         write_file(Path(folder) / _FILE, (content + "\n").encode("utf-8", "replace"))
 
     @classmethod
     def load(cls, path: str | Path) -> Evaluation:
-        """Read a saved evaluation: its folder, or the JSON file.
+        """Load a saved evaluation from its folder or its JSON file.
 
         Raises:
             FileNotFoundError: if there is none.
-            DatasetError: if it is damaged, or of another format.
+            DatasetError: if it is damaged, or has another format.
         """
         file = Path(path) / _FILE if Path(path).is_dir() else Path(path)
         if not file.is_file():
             raise FileNotFoundError(
-                f"There is no evaluation at {str(file)!r}. Check the path, or make one with `evaluate(..., output=folder)`."
+                f"There is no evaluation at {str(file)!r}. Make one with `evaluate(..., output=folder)`."
             )
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
-            version = content["format_version"]
-            if version == _FORMAT_VERSION:
-                return _read(cls, content)
+            if content["format_version"] != _FORMAT_VERSION:
+                raise ValueError(
+                    f"format_version={content['format_version']}, but this version reads {_FORMAT_VERSION}"
+                )
+            return _read(cls, content)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DatasetError(
                 f"{str(file)!r} is not an evaluation ({type(error).__name__}: {error}). Run `retro evaluate` again."
             ) from error
-        raise DatasetError(
-            f"{str(file)!r} has format_version={version}, but this version of retro-hf reads {_FORMAT_VERSION}. Run `retro "
-            "evaluate` again."
-        )
 
     def __str__(self) -> str:
-        from .tables import render
+        from .report.text import plain_text
 
-        return render(self)
+        return plain_text(self)
+
+    def __rich_console__(self, *_: Any) -> Iterator[RenderableType]:
+        from .report.text import layout
+
+        yield layout(self)
 
 
 def _plain(value: Any) -> Any:
@@ -311,7 +318,7 @@ def _read(kind: Any, value: Any) -> Any:
         return None if value is None else _read(parts[0], value)
     if dataclasses.is_dataclass(kind):
         hints = get_type_hints(kind)
-        # A field that a later version added has a default.
+        # A field that an older version did not write has a default.
         return kind(**{name: _read(hint, value[name]) for name, hint in hints.items() if name in value})  # type: ignore[operator]
     if origin is list:
         return [_read(parts[0], part) for part in value]

@@ -1,34 +1,39 @@
-"""What a model makes of each token of some documents: reading them, cutting them into windows, the forward passes."""
+"""Scoring documents with a model: reading them, cutting them into windows, and the loop of forward passes."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from ..datastore import RetroDatastore
+from ..datastore.blocks import digest_of
+from ..datastore.executors import progress_bar
 from ..errors import DatasetError
+from .cache import ArrayCache
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from .neighbors import Run
+
 __all__ = [
     "Document",
-    "Window",
+    "ScoringOptions",
+    "accepts",
     "check_numbers",
-    "checked_window",
-    "cut_windows",
+    "chunk_size_of",
     "evaluating",
-    "num_complete_chunks",
     "read_documents",
-    "reads_neighbors",
-    "score_windows",
+    "score_runs",
+    "token_nats",
 ]
 
 _DEFAULT_WINDOW = 2048
@@ -41,10 +46,10 @@ class Document:
     Attributes:
         id (`str`, *optional*): as given.
         text (`str`): as given.
-        input_ids (`np.ndarray` of int64 and shape `(num_tokens,)`): without special tokens.
-        char_ends, byte_ends (`np.ndarray` of int64 and shape `(num_tokens,)`): how far into the text, in characters and in
-            UTF-8 bytes, the document reaches with each token. White space that a tokenizer drops counts to the token
-            after it, and a character of several tokens to the first of them.
+        input_ids (`np.ndarray` of int64 and shape `(num_tokens,)`): token ids, without special tokens.
+        char_ends, byte_ends (`np.ndarray` of int64 and shape `(num_tokens,)`): end of each token in the text, in
+            characters and in UTF-8 bytes. White space that the tokenizer drops belongs to the token after it. A
+            character made of several tokens belongs to the first of them.
     """
 
     id: str | None
@@ -55,18 +60,79 @@ class Document:
 
     @property
     def num_scored(self) -> int:
-        """Tokens that are scored: all but the first, for which there is no prediction."""
+        """Number of scored tokens: all but the first, which nothing predicts."""
         return max(len(self.input_ids) - 1, 0)
 
     @property
     def num_bytes(self) -> int:
-        """Bytes that the scored tokens stand for."""
+        """Number of UTF-8 bytes of the scored tokens."""
         return int(self.byte_ends[-1] - self.byte_ends[0]) if self.num_scored else 0
+
+    @property
+    def token_texts(self) -> list[str]:
+        """The part of the text that each token covers. A token decoded on its own could lose a space or half a letter."""
+        starts = [0, *self.char_ends.tolist()]
+        return [self.text[start:end] for start, end in zip(starts, self.char_ends.tolist(), strict=False)]
 
 
 @dataclass(frozen=True)
-class Window:
-    """A stretch of a document in one row; tokens before `scored_from` are context. Places count from the document's start."""
+class ScoringOptions:
+    """How documents are scored.
+
+    Attributes:
+        window, stride (`int`): tokens per row, and tokens between the starts of two rows of a document.
+        batch_size (`int`): rows per forward pass.
+        show_progress (`bool`, *optional*): whether to show a progress bar; by default only on a terminal.
+        cache ([`ArrayCache`]): where the scores of each batch are kept.
+        identity (`str`): everything that scores depend on, except token ids and chunk ids.
+    """
+
+    window: int
+    stride: int
+    batch_size: int
+    show_progress: bool | None = None
+    cache: ArrayCache = field(default_factory=ArrayCache)
+    identity: str = ""
+
+    @classmethod
+    def checked(
+        cls, model: PreTrainedModel, chunk_size: int, window: int | None, stride: int | None, **options: Any
+    ) -> ScoringOptions:
+        """Options with defaults filled in: the window that the model has room for, and half of it as the stride.
+
+        Raises:
+            ValueError: if the window is longer than the model's context, or windows would not begin at chunk borders, or
+                the first token of a window would not have been scored before.
+        """
+        limit = getattr(model.config, "max_position_embeddings", None)
+        if window is None:
+            window = max(1, min(limit or _DEFAULT_WINDOW, _DEFAULT_WINDOW) // chunk_size) * chunk_size
+        check_numbers(window=(window, 1))
+        if stride is None:
+            stride = max(1, window // 2 // chunk_size) * chunk_size
+        check_numbers(stride=(stride, 1))
+        for name, value, least in (("window", window, 2 * chunk_size), ("stride", stride, chunk_size)):
+            if value % chunk_size or value < least:
+                raise ValueError(
+                    f"{name} is {value}, but it must be a multiple of the chunk size {chunk_size} and at least {least}, so "
+                    f"that every window begins at a chunk border. Use {max(least, value // chunk_size * chunk_size)}."
+                )
+        if limit and window > limit:
+            raise ValueError(
+                f"window is {window}, but the model has only {limit} positions (max_position_embeddings). Use at most "
+                f"{limit // chunk_size * chunk_size}."
+            )
+        if stride >= window:
+            raise ValueError(
+                f"stride is {stride}, but it must be shorter than window={window}, so that the first token of a window has "
+                f"been scored before. Use at most {window - chunk_size}."
+            )
+        return cls(window, stride, **options)
+
+
+@dataclass(frozen=True)
+class _Window:
+    """Tokens `start` to `end` of a document in one row; those before `scored_from` are context only."""
 
     document: int
     start: int
@@ -77,162 +143,199 @@ class Window:
 def read_documents(
     documents: Iterable[str | Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[Document]:
-    """Tokenize texts, or dicts with a `text` and perhaps an `id`.
+    """Tokenize documents and find the text of each token.
 
+    Args:
+        documents (iterable of `str`, or of `dict` with `text` and optionally `id`): the texts.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): a fast tokenizer.
     Raises:
-        DatasetError: for a tokenizer that is not fast, or a document without a text.
+        DatasetError: if the tokenizer cannot map tokens to text, or a document has no text.
     """
-    if isinstance(documents, (str, Mapping)):
-        what = "string" if isinstance(documents, str) else "mapping"
-        raise DatasetError(f"The documents are one {what}; give a list of texts, or of dicts with a 'text'.")
-    if not isinstance(documents, Iterable):
+    if isinstance(documents, (str, Mapping)) or not isinstance(documents, Iterable):
         raise DatasetError(
-            f"The documents are of type {type(documents).__name__}; give a list of texts, or of dicts with a 'text'."
+            f"The documents are of type {type(documents).__name__}, but they must be a list of texts or of dicts with a "
+            "'text'. Put a single document into a list."
         )
     if not getattr(tokenizer, "is_fast", False):
-        raise DatasetError("Counting bytes needs a fast tokenizer, one that knows which text each token stands for.")
+        raise DatasetError(
+            "Only a fast tokenizer can tell which text a token stands for. Pass one with `is_fast=True`."
+        )
     for number, record in enumerate(documents):
-        text = record.get("text") if isinstance(record, Mapping) else record
+        fields = record if isinstance(record, Mapping) else {"text": record}
+        text, id = fields.get("text"), fields.get("id")
         if not isinstance(text, str):
-            raise DatasetError(f"Document {number} has no text: pass texts, or dicts with a 'text'.")
+            raise DatasetError(f"Document {number} has no text. Pass texts, or dicts with a 'text'.")
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ends = np.maximum.accumulate([0, *(end for _, end in encoded["offset_mapping"])])[1:]
         sizes = np.cumsum([0, *(len(letter.encode("utf-8", "surrogatepass")) for letter in text)])
-        id = record.get("id") if isinstance(record, Mapping) else None
-        yield Document(
-            None if id is None else str(id), text, np.array(encoded["input_ids"], dtype=np.int64), ends, sizes[ends]
-        )
+        input_ids = np.array(encoded["input_ids"], dtype=np.int64)
+        yield Document(None if id is None else str(id), text, input_ids, ends, sizes[ends])
 
 
-def num_complete_chunks(document: Document, chunk_size: int) -> int:
-    """Chunks of a document for which neighbors are looked up; a short last one is never completed."""
-    return len(document.input_ids) // chunk_size
-
-
-def check_numbers(**numbers: tuple[int, int]) -> None:
-    """Check that each number is an integer and not below its least value, the second of the pair.
+def check_numbers(**numbers: tuple[Any, int]) -> None:
+    """Check that each number is an integer of at least the second value of its pair.
 
     Raises:
-        ValueError: for the first that is.
+        ValueError: for the first number that is not.
     """
     for name, (value, least) in numbers.items():
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
             raise ValueError(f"{name} is {value!r}, but it must be an integer of at least {least}.")
 
 
-def checked_window(model: PreTrainedModel, window: int | None, stride: int | None, chunk_size: int) -> tuple[int, int]:
-    """Tokens per window and between the starts of two windows, by default what the model has room for, and half of it.
+def accepts(model: PreTrainedModel, argument: str) -> bool:
+    """Whether the forward pass of a model has an argument of this name."""
+    return argument in inspect.signature(model.forward).parameters
 
-    Raises:
-        ValueError: if a window is longer than the model has positions, or would not begin at a chunk border, or with a token
-            that was not scored before.
+
+def chunk_size_of(model: PreTrainedModel, datastore: RetroDatastore | None = None) -> int:
+    """Tokens per chunk of a RETRO model. Any other model is scored in the datastore's chunks, or without chunks."""
+    return getattr(model.config, "chunk_size", None) or (1 if datastore is None else datastore.chunk_size)
+
+
+@contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Put a model into eval mode without gradients, and restore its mode afterwards."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def token_nats(
+    model: PreTrainedModel, inputs: Mapping[str, np.ndarray], spans: Sequence[tuple[int, int]]
+) -> list[np.ndarray]:
+    """Negative log-likelihood of some tokens of each row, in nats, from one forward pass.
+
+    Args:
+        inputs (`dict` of `np.ndarray`): arguments of the forward pass, with `input_ids` of shape `(num_rows, length)`.
+        spans (`Sequence[tuple[int, int]]`): for each row the first token to score, at least 1, and the end.
+    Returns:
+        `list` of float32 arrays of shape `(end - first,)`.
     """
-    for name, value in (("window", window), ("stride", stride)):
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer, type(None))):
-            raise ValueError(f"{name} is {value!r}, but it must be a whole number of tokens.")
-    limit = getattr(model.config, "max_position_embeddings", None) or _DEFAULT_WINDOW
-    if window is None:
-        window = max(1, min(limit, _DEFAULT_WINDOW) // chunk_size) * chunk_size
-    if stride is None:
-        stride = max(1, window // 2 // chunk_size) * chunk_size
-    for name, value, least in (("window", window, 2 * chunk_size), ("stride", stride, chunk_size)):
-        below = max(least, value // chunk_size * chunk_size)
-        if value != below:
-            near = f"{below} or {below + chunk_size}" if below < value else f"{below}"
-            raise ValueError(
-                f"{name}={value} must be a multiple of the chunk size {chunk_size}, from {least} on, so that every window "
-                f"begins at a chunk border of its document. Use {near}."
-            )
-    most = getattr(model.config, "max_position_embeddings", None) or window
-    if window > most:
-        raise ValueError(
-            f"window={window} is more than the {most} positions that the model has (max_position_embeddings). Use at most "
-            f"{most // chunk_size * chunk_size}."
+    tensors: dict[str, Any] = {name: torch.from_numpy(values).to(model.device) for name, values in inputs.items()}
+    ids = tensors["input_ids"]
+    if accepts(model, "retriever"):
+        # An attached retriever must not add neighbors of its own.
+        tensors["retriever"] = None
+    logits = model(**tensors, use_cache=False).logits
+    # Row by row, because float32 copies of the logits of a whole batch may not fit into memory.
+    rows = [
+        torch.nn.functional.cross_entropy(
+            logits[row, first - 1 : end - 1].float(), ids[row, first:end], reduction="none"
         )
-    if stride >= window:
-        raise ValueError(
-            f"stride={stride} must be shorter than window={window}, so that the first token of a window has been scored "
-            f"before. Use at most {window - chunk_size}."
-        )
-    return window, stride
+        for row, (first, end) in enumerate(spans)
+    ]
+    return [row.cpu().numpy() for row in rows]
 
 
-def cut_windows(documents: Sequence[Document], window: int, stride: int) -> list[Window]:
-    """The windows that score every token of every document but its first exactly once.
+def score_runs(
+    model: PreTrainedModel,
+    documents: Sequence[Document],
+    runs: Sequence[Run],
+    datastore: RetroDatastore | None,
+    options: ScoringOptions,
+) -> dict[str, np.ndarray]:
+    """Negative log-likelihood of every scored token in every run, in nats.
 
-    Rows of one length need no padding, so they come sorted; the longest first, where running out of memory costs least.
+    Args:
+        documents (`Sequence[Document]`): the documents to score.
+        runs (`Sequence[Run]`): the neighbors to score them with.
+        datastore ([`RetroDatastore`], *optional*): the datastore that the chunk ids of the runs refer to.
+        options ([`ScoringOptions`]): windows, batch size, cache.
+    Returns:
+        `dict[str, np.ndarray]`: for each run float32 of shape `(num_tokens,)`, document after document.
+    Raises:
+        ValueError: if a prediction is not a finite number.
+    """
+    # Two runs with the same neighbors, such as `on` and a point of a sweep, are scored once.
+    same = {
+        run.name: digest_of(*(b"%d " % ids.shape[1] + ids.tobytes() for ids in run.chunk_ids or ())) for run in runs
+    }
+    first_of = {digest: name for name, digest in reversed(same.items())}
+    distinct = [run for run in runs if first_of[same[run.name]] == run.name]
+    size = 1 if datastore is None else datastore.chunk_size
+    starts = np.cumsum([0, *(document.num_scored for document in documents)])
+    nats = {run.name: np.zeros(starts[-1], dtype=np.float32) for run in distinct}
+    windows = _cut_windows(documents, options.window, options.stride)
+    total = len(windows) * len(distinct)
+    with (
+        progress_bar(options.show_progress, total=total, unit="window", desc="Scoring") as bar,
+        evaluating(model),
+    ):
+        for first in range(0, len(windows), options.batch_size):
+            rows = windows[first : first + options.batch_size]
+            places = np.concatenate([np.arange(row.scored_from, row.end) + starts[row.document] - 1 for row in rows])
+            texts = [documents[row.document].input_ids[row.start : row.end] for row in rows]
+            spans = [(row.scored_from - row.start, row.end - row.start) for row in rows]
+            sources: list[str | bytes] = [*(text.tobytes() for text in texts), *(f"{first}" for first, _ in spans)]
+            for run in distinct:
+                ids = run.chunk_ids
+                # Windows begin at chunk borders, so a chunk has the same neighbors in every window.
+                given = (
+                    None if ids is None else [ids[row.document][row.start // size : row.end // size] for row in rows]
+                )
+                key: list[str | bytes] = [options.identity, f"{run.num_neighbors}", *sources]
+                key += [b""] * len(rows) if given is None else [part.tobytes() for part in given]
+                score = partial(_score_batch, model, run.name, texts, spans, given, datastore)
+                nats[run.name][places] = options.cache.load_or_compute("scores", key, score)
+                bar.update(len(rows))
+    return {run.name: nats[first_of[same[run.name]]] for run in runs}
+
+
+def _cut_windows(documents: Sequence[Document], window: int, stride: int) -> list[_Window]:
+    """Windows that score every token of every document, except its first, exactly once.
+
+    Sorted by length, because rows of one length need no padding; the longest first, so that running out of memory shows
+    at once.
     """
     windows = []
     for number, document in enumerate(documents):
         length, scored, start = len(document.input_ids), 1, 0
         while scored < length:
             end = min(start + window, length)
-            windows.append(Window(number, start, end, scored))
+            windows.append(_Window(number, start, end, scored))
             scored, start = end, start + stride
     return sorted(windows, key=lambda part: part.start - part.end)
 
 
-def reads_neighbors(model: PreTrainedModel) -> bool:
-    """Whether a model has an input for neighbors."""
-    return "neighbor_input_ids" in inspect.signature(model.forward).parameters
-
-
-@contextmanager
-def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Put a model into eval mode, and back."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
-
-
-@torch.inference_mode()
-def score_windows(
+def _score_batch(
     model: PreTrainedModel,
-    documents: Sequence[Document],
-    rows: Sequence[Window],
+    name: str,
+    texts: Sequence[np.ndarray],
+    spans: Sequence[tuple[int, int]],
     chunk_ids: Sequence[np.ndarray] | None,
     datastore: RetroDatastore | None,
-    chunk_size: int,
-) -> list[np.ndarray]:
-    """Negative log-likelihood of the scored tokens of each window, in nats.
+) -> np.ndarray:
+    """Nats of the scored tokens of some rows, one row after another.
 
     Args:
-        documents (`Sequence[Document]`): that the windows refer to.
-        rows (`Sequence[Window]`): windows of one forward pass.
-        chunk_ids (`Sequence` of int64 arrays of shape `(num_complete_chunks, num_neighbors)`, *optional*): for each document
-            the neighbors of its chunks, -1 for none; without them retrieval is off.
-        datastore ([`RetroDatastore`], *optional*): that the chunk ids belong to.
-        chunk_size (`int`): of the model.
-    Returns:
-        `list` of float32 arrays: one value per scored token of each window.
+        name (`str`): of the run, for error messages.
+        texts (`Sequence` of int64 arrays of shape `(length,)`): token ids of each row.
+        spans (`Sequence[tuple[int, int]]`): first token to score and end of each row.
+        chunk_ids (`Sequence` of int64 arrays of shape `(num_chunks, num_neighbors)`, *optional*): neighbors of the
+            complete chunks of each row, -1 for none; without them retrieval is off.
     """
-    length = max(row.end - row.start for row in rows)
-    input_ids = np.zeros((len(rows), length), dtype=np.int64)
+    length = max(map(len, texts))
+    input_ids = np.zeros((len(texts), length), dtype=np.int64)
     attention_mask = np.zeros_like(input_ids)
-    for place, row in enumerate(rows):
-        input_ids[place, : row.end - row.start] = documents[row.document].input_ids[row.start : row.end]
-        attention_mask[place, : row.end - row.start] = 1
-    tensors = {"input_ids": input_ids, "attention_mask": attention_mask}
-    if chunk_ids is not None and datastore is not None and length >= chunk_size:
-        found = [chunk_ids[row.document][row.start // chunk_size : row.end // chunk_size] for row in rows]
-        padded = np.full((len(rows), length // chunk_size, found[0].shape[1]), -1, dtype=np.int64)
-        for place, ids in enumerate(found):
-            padded[place, : len(ids)] = ids
-        tensors["neighbor_input_ids"], tensors["neighbor_attention_mask"] = datastore.gather(padded)
-    inputs: dict[str, Any] = {name: torch.from_numpy(values).to(model.device) for name, values in tensors.items()}
-    if "retriever" in inspect.signature(model.forward).parameters:
-        # One that is attached must not supply neighbors where none are meant.
-        inputs["retriever"] = None
-    logits = model(**inputs, use_cache=False).logits
-    scores = []
-    for place, row in enumerate(rows):
-        first, last = row.scored_from - row.start, row.end - row.start
-        # Row by row: float32 copies of the logits of a whole batch may not fit.
-        loss = torch.nn.functional.cross_entropy(
-            logits[place, first - 1 : last - 1].float(), inputs["input_ids"][place, first:last], reduction="none"
+    for row, text in enumerate(texts):
+        input_ids[row, : len(text)] = text
+        attention_mask[row, : len(text)] = 1
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+    if chunk_ids is not None and datastore is not None and length >= datastore.chunk_size:
+        shape = (len(texts), length // datastore.chunk_size, chunk_ids[0].shape[1])
+        padded = np.full(shape, -1, dtype=np.int64)
+        for row, ids in enumerate(chunk_ids):
+            padded[row, : len(ids)] = ids
+        inputs["neighbor_input_ids"], inputs["neighbor_attention_mask"] = datastore.gather(padded)
+    scores = np.concatenate(token_nats(model, inputs, spans))
+    if not np.isfinite(scores).all():
+        raise ValueError(
+            f"The model's predictions in the run {name!r} are not finite numbers ({model.dtype}). Load the model in "
+            "float32; if that does not help, its weights are damaged."
         )
-        scores.append(loss.cpu().numpy())
     return scores

@@ -3,109 +3,99 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..datastore import RetroDatastore
+import numpy as np
+
+from ..datastore import RetroDatastore, chunk_texts
 from ..errors import counted
-from .examples import choose_examples
-from .measure import similarity_of
-from .modes import MODES, Chunks, Run
-from .result import Evaluation, Inputs, Mode, SweepPoint
-from .tokens import TokenTable
+from .leakage import shared_tokens
+from .neighbors import MODES, Chunks, Run
+from .result import Evaluation, Example, ExampleNeighbor, Inputs, Mode, Similarity, SweepPoint
+from .scoring import Document
+from .token_table import TokenTable
 from .verdict import give_verdict, not_measured, nothing_found, oracle_notes, sweep_warnings
 
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from transformers import PreTrainedTokenizerBase
 
-    from .scoring import Document
+__all__ = ["Measured", "summarize"]
 
-__all__ = ["summarize"]
+_EXAMPLES_PER_KIND = 3
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured, before any summary of it.
+
+    Attributes:
+        table ([`TokenTable`]): the scored tokens.
+        runs (`dict[str, Run]`): modes and points of sweeps, by name.
+        documents (`list[Document]`), chunks ([`Chunks`]): what was scored.
+        datastore ([`RetroDatastore`], *optional*): where neighbors come from.
+        read (`np.ndarray` of int64 and shape `(num_chunks, num_neighbors)`, *optional*): what the tokens of each chunk
+            read in the mode `on`.
+    """
+
+    table: TokenTable
+    runs: Mapping[str, Run]
+    documents: Sequence[Document]
+    chunks: Chunks
+    datastore: RetroDatastore | None
+    read: np.ndarray | None
 
 
 def summarize(
-    table: TokenTable,
-    runs: Mapping[str, Run],
-    documents: Sequence[Document],
-    chunks: Chunks,
-    datastore: RetroDatastore | None,
-    tokenizer: PreTrainedTokenizerBase,
-    inputs: Inputs,
-    provenance: dict[str, Any],
+    measured: Measured, tokenizer: PreTrainedTokenizerBase, inputs: Inputs, provenance: dict[str, Any]
 ) -> Evaluation:
-    """Everything that is reported: arithmetic over the table."""
-    modes = {name: _mode(table, run) for name, run in runs.items() if name in MODES}
-    found: dict[str, Any] = {
-        "modes": list(modes.values()),
-        **dict.fromkeys(("on_minus_random", "similarity", "offsets")),
-        **{name: [] for name in ("leakage", "overlap", "runs", "num_neighbors_sweep", "fraction_sweep", "examples")},
-        "inputs": inputs,
-        "provenance": provenance,
-    }
-    if datastore is None:
-        return Evaluation(verdict=not_measured("without a retriever there is only OFF."), **found)
+    """Compute everything that is reported; this is arithmetic over the table."""
+    table, chunks, datastore = measured.table, measured.chunks, measured.datastore
+    modes = {name: _mode(table, run) for name, run in measured.runs.items() if name in MODES}
+    common: dict[str, Any] = {"modes": list(modes.values()), "inputs": inputs, "provenance": provenance}
+    if datastore is None or measured.read is None:
+        return Evaluation(verdict=not_measured("without a retriever there is only OFF."), **common)
+    num_reading = int((chunks.counts - 1).sum())
     if not (table.run >= 0).any():
         if inputs.num_short == inputs.num_documents:
             verdict = not_measured(
-                f"no token could read a neighbor: no document goes beyond its first chunk of {table.chunk_size} tokens. Evaluate "
-                "longer documents."
+                f"no token could read a neighbor: no document goes beyond its first chunk of {table.chunk_size} tokens. "
+                "Evaluate longer documents."
             )
         else:
-            verdict = nothing_found(int((chunks.counts - 1).sum()))
+            verdict = nothing_found(num_reading)
         verdict.details.extend(_not_scored(inputs))
-        return Evaluation(verdict=verdict, **found)
+        return Evaluation(verdict=verdict, **common)
 
-    on, random = (runs[name].chunk_ids or [] for name in ("on", "random"))
-    given = chunks.given(on)
-    points = [_sweep_point(table, run, modes["on"]) for name, run in runs.items() if name not in MODES]
-    found |= {
-        "on_minus_random": table.difference("on", "random"),
-        "similarity": similarity_of(chunks, on, random, datastore, table.num_resamples, table.seed),
-        "leakage": table.leakage(list(modes)),
-        "overlap": table.gain_by_overlap(),
-        "runs": table.gain_by_run(),
-        "offsets": table.offsets(list(modes)),
-        "num_neighbors_sweep": [point for point in points if point.fraction is None],
-        "fraction_sweep": [point for point in points if point.fraction is not None],
-        "examples": choose_examples(table, documents, chunks, given, datastore, tokenizer),
-    }
-    verdict = give_verdict(
-        modes,
-        found["on_minus_random"],
-        found["similarity"],
-        found["runs"],
-        found["leakage"],
-        inputs.num_documents - inputs.num_short,
-    )
-    num_reading, num_given = int((chunks.counts - 1).sum()), int((given >= 0).any(axis=1).sum())
+    on_minus_random = table.difference("on", "random")
+    similarity = _similarity(measured, datastore)
+    leakage, runs = table.leakage(list(modes)), table.gain_by_run()
+    points = [_sweep_point(table, run, modes["on"]) for name, run in measured.runs.items() if name not in MODES]
+    by_neighbors = [point for point in points if point.fraction is None]
+    by_fraction = [point for point in points if point.fraction is not None]
+    num_drawn = inputs.num_documents - inputs.num_short
+    verdict = give_verdict(modes, on_minus_random, similarity, runs, leakage, num_documents=num_drawn)
+    num_given = int((measured.read >= 0).any(axis=1).sum())
     if num_given < num_reading:
         verdict.details.append(
             f"Nothing was found for {num_reading - num_given:,} of {counted(num_reading, 'chunk')}; there ON is OFF."
         )
-    verdict.details.extend(oracle_notes(modes))
-    verdict.details.extend(sweep_warnings(found["num_neighbors_sweep"], found["fraction_sweep"]))
-    verdict.details.extend(_not_scored(inputs))
-    return Evaluation(verdict=verdict, **found)
-
-
-def _not_scored(inputs: Inputs) -> Iterator[str]:
-    """What the figures leave out, or hold although retrieval has no part in it."""
-    total = inputs.num_documents + len(inputs.leaked) + len(inputs.copies)
-    if inputs.leaked:
-        yield f"Leakage: {len(inputs.leaked):,} of {counted(total, 'document')}, found in the datastore, were not scored."
-    if inputs.copies:
-        yield (
-            f"Copies: {len(inputs.copies):,} of {counted(total, 'document')}, of which another one has the text, were not "
-            "scored: counted again, they would make intervals look narrower than they are."
-        )
-    if inputs.num_short:
-        yield (
-            f"Short: {inputs.num_short:,} of {counted(inputs.num_documents, 'document')} scored end with their first chunk and "
-            "can read nothing. Their bytes count in every mode; no interval draws them."
-        )
+    verdict.details.extend([*oracle_notes(modes), *sweep_warnings(by_neighbors, by_fraction), *_not_scored(inputs)])
+    return Evaluation(
+        verdict=verdict,
+        on_minus_random=on_minus_random,
+        similarity=similarity,
+        leakage=leakage,
+        overlap=table.gain_by_overlap(),
+        runs=runs,
+        offsets=table.offsets(list(modes)),
+        num_neighbors_sweep=by_neighbors,
+        fraction_sweep=by_fraction,
+        examples=_examples(measured, datastore, tokenizer),
+        **common,
+    )
 
 
 def _mode(table: TokenTable, run: Run) -> Mode:
@@ -136,4 +126,78 @@ def _sweep_point(table: TokenTable, run: Run, on: Mode) -> SweepPoint:
         bits_per_byte=table.bits_per_byte(run.name),
         difference=difference,
         gain_share=difference.value / gain if gain < 0 else None,
+    )
+
+
+def _similarity(measured: Measured, datastore: RetroDatastore) -> Similarity:
+    """How many tokens of a chunk its neighbors have, found and random: a check of the retriever without the model."""
+    chunks = measured.chunks
+    on, random = (shared_tokens(datastore, chunks, measured.runs[name].chunk_ids or []) for name in ("on", "random"))
+    owners = np.repeat(np.arange(len(chunks.counts)), chunks.complete)
+    difference = np.bincount(owners, weights=on - random, minlength=len(chunks.counts))
+    interval = measured.table.resampling.interval(difference, chunks.complete)
+    return Similarity(float(on.mean()), float(random.mean()), interval)
+
+
+def _not_scored(inputs: Inputs) -> Iterator[str]:
+    """What the figures leave out, or include although it reads nothing."""
+    total = inputs.num_documents + len(inputs.leaked) + len(inputs.copies)
+    if inputs.leaked:
+        yield f"Leakage: {len(inputs.leaked):,} of {counted(total, 'document')}, found in the datastore, were not scored."
+    if inputs.copies:
+        yield (
+            f"Copies: {len(inputs.copies):,} of {counted(total, 'document')} have the text of another one and were not "
+            "scored: counted again, they would make intervals look narrower than they are."
+        )
+    if inputs.num_short:
+        yield (
+            f"Short: {inputs.num_short:,} of {counted(inputs.num_documents, 'document')} scored are no longer than a chunk "
+            "and read nothing. Their bytes count in every mode; the intervals leave them out."
+        )
+
+
+def _examples(measured: Measured, datastore: RetroDatastore, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+    """Chunks with the largest, a typical and the smallest gain, at most three of each."""
+    table = measured.table
+    read = np.flatnonzero(table.run >= 0)
+    numbers, inverse = np.unique(table.chunk[read], return_inverse=True)
+    order = numbers[np.argsort(-np.bincount(inverse, weights=table.gain()[read]), kind="stable")].tolist()
+    middle = max(len(order) // 2 - _EXAMPLES_PER_KIND // 2, 0)
+    kinds = {"gain": order, "typical": order[middle:], "loss": order[::-1]}
+    chosen: dict[int, str] = {}
+    for kind, ranked in kinds.items():
+        for number in ranked[:_EXAMPLES_PER_KIND]:
+            chosen.setdefault(number, kind)
+    return [_example(measured, kind, number, datastore, tokenizer) for number, kind in chosen.items()]
+
+
+def _example(
+    measured: Measured, kind: str, number: int, datastore: RetroDatastore, tokenizer: PreTrainedTokenizerBase
+) -> Example:
+    """One chunk by its number, as it was read."""
+    table, chunks = measured.table, measured.chunks
+    rows = np.flatnonzero(table.chunk == number)
+    place = int(table.document[rows[0]])
+    document = measured.documents[place]
+    texts = document.token_texts
+    known = measured.read[number] if measured.read is not None else np.empty(0, dtype=np.int64)
+    known = known[known >= 0]
+    found, mask = datastore.gather(known)
+    size = datastore.chunk_size
+    parts = zip(
+        (datastore.document(int(owner)) for owner in datastore.document_of(known)),
+        chunk_texts(tokenizer, found[:, :size], mask[:, :size]),
+        chunk_texts(tokenizer, found[:, size:], mask[:, size:]),
+        strict=True,
+    )
+    return Example(
+        document_id=document.id,
+        document=place,
+        chunk=number - int(chunks.starts[place]),
+        kind=kind,
+        context=chunk_texts(tokenizer, chunks.rows[number - 1 : number], chunks.mask[number - 1 : number])[0],
+        tokens=[texts[position] for position in table.position[rows].tolist()],
+        gain=[round(value, 4) for value in table.gain()[rows].tolist()],
+        run=table.run[rows].tolist(),
+        neighbors=[ExampleNeighbor(owner["id"], owner["title"] or "", text, rest) for owner, text, rest in parts],
     )

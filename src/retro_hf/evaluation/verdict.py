@@ -7,26 +7,26 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 from ..errors import counted
-from .bootstrap import Interval
+from .interval import Interval
 from .result import Bucket, LeakageLevel, Mode, Similarity, SweepPoint, Verdict
 
 
 __all__ = ["give_verdict", "not_measured", "nothing_found", "oracle_notes", "sweep_warnings"]
 
-# A token that ends a run of so many tokens from a neighbor counts as copied.
+# A token that ends a run of this many tokens from a neighbor counts as copied.
 _COPIED_RUN = 5
 _MOSTLY = 0.5
-# Percentile intervals of n documents hold the truth less often than 95 % of the time: of normal differences 51 % (n = 2),
-# 84 % (5), 91 % (10), 92 % (20), 94 % (30); of skewed, exponential ones 45, 79, 87, 90 and 92 % (2,000 trials). From 20 on
-# an interval that misses 0 can be taken at its word.
+# Percentile intervals of few documents are too narrow. In 2,000 trials they held the truth 51 % of the time with 2
+# documents, 84 % with 5, 91 % with 10, 92 % with 20 and 94 % with 30 (normal differences); 45, 79, 87, 90 and 92 % with
+# skewed ones. From 20 documents on, an interval that excludes 0 can be trusted.
 _FEW_DOCUMENTS = 20
-# Of experiments E3 and E4: what a small part of a datastore, and one neighbor, should not do.
+# A tenth of a datastore should not bring 80 % of the gain, and more neighbors should not be worse than one.
 _SMALL_FRACTION, _LARGE_SHARE = 0.1, 0.8
 _WORSE_WITH_MORE = 0.005
 
 
 def not_measured(reason: str) -> Verdict:
-    """The verdict where there is nothing to compare."""
+    """The verdict if there is nothing to compare."""
     return Verdict("not_measured", None, f"Not measured: {reason}", [])
 
 
@@ -43,96 +43,103 @@ def give_verdict(
     similarity: Similarity,
     runs: Sequence[Bucket],
     leakage: Sequence[LeakageLevel],
+    *,
     num_documents: int,
 ) -> Verdict:
-    """Weigh OFF, ON and RANDOM; `num_documents` are those of which a token could read a neighbor, which intervals draw.
+    """Compare OFF, ON and RANDOM.
 
-    Two signs must agree before ON is called better than random: the model predicts better with the neighbors, and they
-    share more tokens with the text. A retriever that returns chunks at random shows neither; each is by chance once in 40
-    times. Where words cannot agree (another language), a difference far outside its interval is enough.
+    Two signs must agree before ON is called better than random: the model predicts better with the neighbors, and the
+    neighbors share more tokens with the text. A retriever that returns random chunks shows neither; each happens by
+    chance once in 40 times. Where words cannot agree (another language), a difference far outside its interval is enough.
+
+    Args:
+        modes (`dict[str, Mode]`): with `off`, `on` and `random`.
+        num_documents (`int`): documents of which a token could read a neighbor, which intervals draw.
     """
     off, on, random = (modes[name] for name in ("off", "on", "random"))
-    difference = on.difference
-    assert difference is not None  # noqa: S101 - of every mode but off
+    # Every mode but off has a difference.
+    difference = on.difference or Interval(math.nan, math.nan, math.nan)
+    cost = random.difference or Interval(math.nan, math.nan, math.nan)
     figures = (
         f"{on.bits_per_byte:.4f} bits/byte ON, {off.bits_per_byte:.4f} OFF ({_relative(difference, off)}), "
         f"{random.bits_per_byte:.4f} RANDOM"
     )
     if math.isnan(difference.low):
         return not_measured(
-            f"of the documents only one goes beyond its first chunk, where reading begins, and one gives no interval ({figures}). "
-            "Score more documents."
+            "of the documents only one goes beyond its first chunk, where reading begins, and one gives no interval "
+            f"({figures}). Score more documents."
         )
     details, few = [], ""
     if num_documents < _FEW_DOCUMENTS:
         few = f" (only {counted(num_documents, 'document')}, too few to trust an interval)"
         details.append(
-            f"The intervals rest on {counted(num_documents, 'document')}, and those of few are too narrow: of 5 documents they "
-            f"hold the truth about 4 times in 5. Score {_FEW_DOCUMENTS} or more that are longer than a chunk."
+            f"The intervals rest on {counted(num_documents, 'document')}, and those of few are too narrow: with 5 documents "
+            f"they hold the truth about 4 times in 5. Score {_FEW_DOCUMENTS} or more that are longer than a chunk."
         )
-    reads = on_minus_random.high < 0
-    surely = on_minus_random.high < on_minus_random.low - on_minus_random.high
-    if difference == random.difference == Interval(0.0, 0.0, 0.0):
+    if difference == cost == Interval(0.0, 0.0, 0.0):
         text = f"Retrieval does nothing{few}: ON, OFF and RANDOM are the same to the last bit ({figures})."
         details.append(
             "What is retrieved does not reach the output. A fresh RETROfit is like that until it is trained."
         )
         return Verdict("nothing", None, text, details)
-    if not surely and not (reads and similarity.difference.low > 0):
+    model_says = on_minus_random.high < 0
+    beyond_doubt = on_minus_random.high < on_minus_random.low - on_minus_random.high
+    if not beyond_doubt and not (model_says and similarity.difference.low > 0):
         if num_documents < _FEW_DOCUMENTS and similarity.difference.low <= 0 < similarity.difference.high:
             return not_measured(
                 f"{counted(num_documents, 'document')} are too few to tell whether the retriever works. Its neighbors "
                 f"{_shares(similarity)}; {figures}. Score more documents."
             )
-        return _no_better_than_random(figures, few, difference, on_minus_random, similarity, details)
+        gap = f"ON minus RANDOM {on_minus_random.shown()}"
+        outcome, text, detail = _no_better_than_random(difference, gap, similarity, few, figures)
+        return Verdict(outcome, None, text, [*details, detail])
     blind = ""
-    if random.difference is not None and random.difference.high < 0:
-        part = random.difference.value / difference.value if difference.value < 0 else math.nan
+    if cost.high < 0:
+        part = cost.value / difference.value if difference.value < 0 else math.nan
         if _MOSTLY < part:
             blind = f", but random neighbors bring {part:.0%} of the gain"
         details.append(
-            f"RANDOM neighbors beat OFF, too, by {-random.difference.value:.4f} bits/byte"
+            f"RANDOM neighbors beat OFF, too, by {-cost.value:.4f} bits/byte"
             + (f", {part:.0%} of what ON gains: that part owes nothing to what was retrieved." if part < 1 else ".")
         )
     if difference.low > 0:
-        text = f"Retrieval hurts{few}: {figures}."
         details.append(
             "The retriever works (ON beats RANDOM), but the model predicts better without: the datastore may be of another "
             "domain than these documents, or the model has learned to trust whatever it reads (train with "
             "`random_neighbor_probability`)."
         )
-        return Verdict("hurts", None, text, details)
+        return Verdict("hurts", None, f"Retrieval hurts{few}: {figures}.", details)
     if difference.high >= 0:
-        text = f"Retrieval does nothing measurable{few}: {figures}; the interval holds 0."
         details.append("The retriever works (ON beats RANDOM). More documents make the interval narrower.")
+        text = f"Retrieval does nothing measurable{few}: {figures}; the interval includes 0."
         return Verdict("nothing", None, text, details)
     copied = sum(bucket.share or 0.0 for bucket in runs if bucket.low >= _COPIED_RUN)
     copying = copied > _MOSTLY
     text = (
-        f"Retrieval helps{blind}{few}: {figures}. {'Mostly' if copying else 'Partly'} copying: {copied:.0%} of the gain is on tokens "
-        f"that end a run of {_COPIED_RUN} or more tokens which a neighbor has word for word."
+        f"Retrieval helps{blind}{few}: {figures}. {'Mostly' if copying else 'Partly'} copying: {copied:.0%} of the gain is on "
+        f"tokens that end a run of {_COPIED_RUN} or more tokens which a neighbor has word for word."
     )
-    details.append(_leakage_sentence(leakage[0]))
-    if random.difference is not None and random.difference.low > 0:
+    details.append(_little_overlap(leakage[0]))
+    if cost.low > 0:
         details.append(
-            f"RANDOM neighbors cost {random.difference.value:.4f} bits/byte against OFF: the model trusts what it reads, so "
-            "a bad retriever would do harm."
+            f"RANDOM neighbors cost {cost.value:.4f} bits/byte against OFF: the model trusts what it reads, so a bad "
+            "retriever would do harm."
         )
     return Verdict("helps", copying, text, details)
 
 
 def oracle_notes(modes: Mapping[str, Mode]) -> list[str]:
-    """What an oracle that is no better than ON means, where it is not."""
+    """What it means that ON is better than the oracle, if it is."""
     if "oracle" not in modes or modes["on"].bits_per_byte >= modes["oracle"].bits_per_byte:
         return []
     return [
-        "ON is better than the oracle, which is no bound: it looks up the answer instead of the question, and the chunks most "
-        "like an answer are not always those that help most to predict it."
+        "ON is better than the oracle, which is not a bound: it looks up the answer instead of the question, and the chunks "
+        "most like an answer are not always those that help most to predict it."
     ]
 
 
 def sweep_warnings(num_neighbors: Sequence[SweepPoint], fractions: Sequence[SweepPoint]) -> list[str]:
-    """What sweeps should not show, if they do."""
+    """Warnings about what sweeps should not show, if they do."""
     found = []
     for fewer, more in pairwise(sorted(num_neighbors, key=lambda point: point.num_neighbors)):
         if fewer.num_neighbors == 1 and more.bits_per_byte > fewer.bits_per_byte + _WORSE_WITH_MORE:
@@ -150,23 +157,17 @@ def sweep_warnings(num_neighbors: Sequence[SweepPoint], fractions: Sequence[Swee
 
 
 def _no_better_than_random(
-    figures: str,
-    few: str,
-    difference: Interval,
-    on_minus_random: Interval,
-    similarity: Similarity,
-    details: list[str],
-) -> Verdict:
-    gap = f"ON minus RANDOM {on_minus_random.shown()}"
+    difference: Interval, gap: str, similarity: Similarity, few: str, figures: str
+) -> tuple[str, str, str]:
+    """Outcome, text and detail if ON is not better than RANDOM: is it the retriever or the model?"""
     words = f"they {_shares(similarity)}"
     if similarity.difference.low <= 0:
         level = "worse than" if difference.low > 0 else "better than" if difference.high < 0 else "level with"
         text = (
-            f"The retriever looks broken, or the datastore is of another domain{few}: its neighbors are no nearer to the text than "
-            f"random chunks ({words}). ON is {level} OFF: {figures}."
+            f"The retriever looks broken, or the datastore is of another domain{few}: its neighbors are no nearer to the text "
+            f"than random chunks ({words}). ON is {level} OFF: {figures}."
         )
-        details.append(f'{gap} bits/byte. Look at what it finds: `retro search STORE "some text"`.')
-        return Verdict("broken", None, text, details)
+        return "broken", text, f'{gap} bits/byte. Look at what it finds: `retro search STORE "some text"`.'
     outcome, effect = "nothing", "does nothing measurable"
     if difference.low > 0:
         outcome, effect = "hurts", "hurts"
@@ -175,11 +176,11 @@ def _no_better_than_random(
     text = (
         f"Retrieval {effect}{few}: the neighbors are worth no more to the model than random ones ({gap}). {figures}."
     )
-    details.append(
+    detail = (
         f"The retriever does find nearer chunks ({words}), so either the model does not use what it reads (an untrained or "
         "broken path), or the datastore has nothing to say on these documents (another domain)."
     )
-    return Verdict(outcome, None, text, details)
+    return outcome, text, detail
 
 
 def _shares(similarity: Similarity) -> str:
@@ -191,16 +192,17 @@ def _shares(similarity: Similarity) -> str:
 
 def _relative(difference: Interval, off: Mode) -> str:
     value, low, high = (part / off.bits_per_byte for part in (difference.value, difference.low, difference.high))
-    if math.isnan(low):
-        return f"{value:+.1%}"
-    return f"{value:+.1%}, 95 % interval {low:+.1%} to {high:+.1%}"
+    return f"{value:+.1%}" if math.isnan(low) else f"{value:+.1%}, 95 % interval {low:+.1%} to {high:+.1%}"
 
 
-def _leakage_sentence(level: LeakageLevel) -> str:
+def _little_overlap(level: LeakageLevel) -> str:
     on, off = level.bits_per_byte["on"], level.bits_per_byte["off"]
     if not on or not off:
-        return f"No chunk shares as little as {level.alpha:.1%} of its length with the datastore: this text is redundant with it."
+        return (
+            f"No chunk shares as little as {level.alpha:.1%} of its length with the datastore: this text repeats it."
+        )
     return (
-        f"Where a chunk shares at most {level.alpha:.1%} of its length with its nearest neighbors ({counted(level.num_chunks, 'chunk')}), "
-        f"ON is {on:.4f} and OFF {off:.4f} bits/byte ({level.difference['on'].shown()})."
+        f"Where a chunk shares at most {level.alpha:.1%} of its length with its nearest neighbors "
+        f"({counted(level.num_chunks, 'chunk')}), ON is {on:.4f} and OFF {off:.4f} bits/byte "
+        f"({level.difference['on'].shown()})."
     )

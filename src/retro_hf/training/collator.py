@@ -15,7 +15,7 @@ from transformers.utils import logging
 from ..datastore import RetroDatastore
 from ..errors import DatasetError, DatastoreMismatchError
 from ..retriever import RetroRetriever
-from .leakage import document_numbers
+from .exclusion import document_numbers
 from .neighbors import (
     ID_COLUMN,
     NEIGHBORS_COLUMN,

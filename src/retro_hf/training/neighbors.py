@@ -29,7 +29,7 @@ from ..datastore.chunks import ranges
 from ..datastore.executors import progress_bar
 from ..errors import DatasetError, RetrieverError
 from ..retriever import RetroRetriever
-from .leakage import duplicates_in, excluded_documents, flattened
+from .exclusion import duplicates_in, excluded_documents, flattened
 
 
 if TYPE_CHECKING:

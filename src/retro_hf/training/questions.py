@@ -15,7 +15,7 @@ from transformers.utils import logging
 from .. import extras
 from ..errors import DatasetError
 from .collator import checked_shares, padding_id
-from .leakage import flattened
+from .exclusion import flattened
 
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Intervals for ratios of sums over documents, such as bits per byte: the paired bootstrap."""
+"""95 % intervals of ratios of sums over documents, such as bits per byte: the paired bootstrap."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ __all__ = ["Interval", "paired_interval"]
 
 @dataclass(frozen=True)
 class Interval:
-    """A value and the ends of its 95 % interval; NaN ends for fewer than two documents."""
+    """A value and its 95 % interval from `low` to `high`; both ends are NaN for fewer than two documents."""
 
     value: float
     low: float
     high: float
 
     def shown(self, form: str = "+.4f") -> str:
-        """In words, such as "-0.1744 [-0.4934, -0.0011]"."""
+        """The interval as text, such as "-0.1744 [-0.4934, -0.0011]"."""
         if math.isnan(self.value):
             return "not known: no document"
         if math.isnan(self.low):
@@ -29,22 +29,26 @@ class Interval:
 
 
 def paired_interval(
-    numerators: np.ndarray, denominators: np.ndarray, num_resamples: int, seed: int, constant: float = 0.0
+    numerators: np.ndarray,
+    denominators: np.ndarray,
+    num_resamples: int,
+    seed: int | np.random.Generator,
+    *,
+    constant: float = 0.0,
 ) -> Interval:
-    """A ratio of sums over documents, and its 95 % interval over documents drawn again with replacement.
+    """A ratio of sums over documents, with a 95 % interval over documents drawn with replacement.
 
-    The pairing lies in the numerators: the difference of two ways to score the same document, so that what makes a document
-    easy or hard for both cancels.
+    The pairing is in the numerators. Pass the difference of two scores of the same document: what makes a document easy
+    or hard for both then cancels out.
 
     Args:
-        numerators, denominators (`np.ndarray` of shape `(num_documents,)`): such as bits and bytes. Documents whose
-            denominator is 0 do not count.
-        num_resamples (`int`): draws.
-        seed (`int`): of the draws.
-        constant (`float`, defaults to 0): added to every sum of denominators: of documents that are not drawn.
+        numerators, denominators (`np.ndarray` of shape `(num_documents,)`): for example bits and bytes. A document with
+            a denominator of 0 is ignored.
+        num_resamples (`int`): number of bootstrap draws.
+        seed (`int` or `np.random.Generator`): seed of the draws.
+        constant (`float`, defaults to 0): added to every sum of denominators, for documents that count but are not drawn.
     Returns:
-        [`Interval`]: NaN throughout if no document counts.
-    *Determinism*: the same arguments give the same interval.
+        [`Interval`]: all NaN if every document was ignored.
     """
     counts = denominators > 0
     numerators, denominators = numerators[counts], denominators[counts]

@@ -1,4 +1,4 @@
-"""The report of an evaluation: one HTML page that needs no network, and its curves as PNG."""
+"""The report of an evaluation: one HTML page that needs no network, and its charts as PNG."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from ..datastore.storage import write_file
-from .charts import charts_of
-from .drawing import to_png, to_svg
-from .modes import MODES
-from .trace import FULL_BITS, bits
+from ...datastore.storage import write_file
+from ..neighbors import MODES
+from ..trace import FULL_BITS, bits
+from . import text as report_text
+from .charts import charts_of, to_png, to_svg
 
 
 if TYPE_CHECKING:
-    from .bootstrap import Interval
-    from .result import Evaluation
-    from .trace import Trace
+    from ..interval import Interval
+    from ..result import Evaluation
+    from ..trace import Trace
 
-__all__ = ["write_report"]
+__all__ = ["render_page", "write_report"]
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _SHARED_WORDS = 3
 
 
 def write_report(result: Evaluation, folder: str | os.PathLike[str], *, traces: Sequence[Trace] = ()) -> Path:
-    """Write `report.html`, `report.png` with all curves, and a PNG of each curve.
+    """Write `report.html`, `report.png` with all charts, and a PNG of each chart.
 
-    The page begins with the verdict. It loads nothing, forbids any script but its own, and shows every text escaped.
+    The page begins with the verdict. It loads nothing, allows no script but its own, and escapes every text.
 
     Args:
         result ([`Evaluation`]): what was measured.
-        folder (`str` or `Path`): where to write; made if it isn't there.
+        folder (`str` or `Path`): where to write; created on demand.
         traces (sequence of [`Trace`], *optional*): texts to show token by token.
     Returns:
         `Path` of the page.
@@ -80,7 +80,7 @@ def render_page(result: Evaluation, traces: Sequence[Trace] = ()) -> str:
         meanings=MODES,
         provenance=list(_flat(result.provenance)),
         full=FULL_BITS,
-        # The browser itself sees to it that nothing is loaded and that no text of a datastore runs.
+        # The browser itself makes sure that nothing is loaded and that no text of a datastore runs as a script.
         policy=f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'",
         style=Markup(style),
         script=Markup(script),
@@ -88,50 +88,47 @@ def render_page(result: Evaluation, traces: Sequence[Trace] = ()) -> str:
 
 
 def _number(value: float | None, form: str = ".4f") -> str:
-    """Formatted, with a real minus and no sign at zero; a dash where there is nothing to say."""
-    if value is None or math.isnan(value):
-        return "–"
-    shown = format(value, form)
+    """A number with a typographic minus and no sign at zero; a dash if there is none."""
+    shown = report_text.number(value, form, missing="–")
     return shown.replace("-", "−") if shown.strip("+-0.%") else shown.lstrip("+-")
 
 
 def _ends(interval: Interval) -> str:
-    """The 95 % interval, or why there is none."""
+    """The ends of the 95 % interval, or why there is none."""
     if math.isnan(interval.low):
         return "no interval: one document"
     return f"{_number(interval.low, '+.4f')} to {_number(interval.high, '+.4f')}"
 
 
 def _strength(gain: float) -> str:
-    """0 to 1, the opacity of a token's colour, for bits."""
+    """The opacity of a token's colour, from 0 to 1, for a gain in bits."""
     return f"{min(abs(gain) / FULL_BITS, 1):.2f}".removesuffix(".00")
 
 
 def _odds(trace: Trace, token: int) -> str:
-    """A token's probability without and with retrieval."""
+    """The probability of a token without and with retrieval."""
     off, on = trace.nats_off[token], trace.nats_on[token]
     if off is None or on is None:
-        return "the first token, for which there is no prediction"
+        return "the first token, which nothing predicts"
     return f"off {math.exp(-off):.2%} → on {math.exp(-on):.2%}, {_number(bits(off - on), '+.2f')} bits saved"
 
 
 def _marked(text: str, reading: str) -> Iterator[tuple[str, bool]]:
-    """A passage in pieces, and whether the chunk that reads it has the same words in a row."""
+    """A passage in pieces, each with whether the chunk that reads it has the same words in a row."""
     pieces = re.findall(r"\s*\S+\s*", text)
     words = [re.sub(r"\W", "", piece).lower() for piece in pieces]
     others = re.sub(r"[^\w\s]", "", reading).lower().split()
-    blocks = difflib.SequenceMatcher(None, words, others, autojunk=False).get_matching_blocks()
     start = 0
-    for block in blocks:
+    for block in difflib.SequenceMatcher(None, words, others, autojunk=False).get_matching_blocks():
         if block.size >= _SHARED_WORDS:
             yield "".join(pieces[start : block.a]), False
-            yield "".join(pieces[block.a : block.a + block.size]), True
             start = block.a + block.size
+            yield "".join(pieces[block.a : start]), True
     yield "".join(pieces[start:]), False
 
 
 def _flat(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Name and value of everything known; what belongs together in one line."""
+    """Name and value of everything that is known; what belongs together in one line."""
     for name, value in values.items():
         if isinstance(value, Mapping):
             yield name, " · ".join(f"{key} {part}" for key, part in value.items() if part is not None)

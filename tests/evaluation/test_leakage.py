@@ -6,17 +6,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from retro_hf.datastore.duplicates import stored_documents
-from retro_hf.evaluation.presence import copied_documents, leaked_documents
+from retro_hf.evaluation.leakage import copied_documents, leaked_documents
 from retro_hf.evaluation.scoring import read_documents
-
-
-class Bar:
-    """A progress bar that counts."""
-
-    count = 0
-
-    def update(self, number):
-        self.count += number
 
 
 def grams(tokens: list[int]) -> set[tuple[int, ...]]:
@@ -29,7 +20,7 @@ def grams(tokens: list[int]) -> set[tuple[int, ...]]:
     words=st.integers(0, 20),
 )
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_shares_are_those_counted_by_hand(world, parts, words):
+def test_shares_equal_a_count_by_hand(world, parts, words):
     """Stretches of stored documents put together, with new words at the end."""
     texts = [row["text"] for row in corpus()]
     pieces = []
@@ -44,9 +35,8 @@ def test_shares_are_those_counted_by_hand(world, parts, words):
         for ids, rows in stored_documents(world.datastore)
         for id, tokens in zip(ids, rows, strict=True)
     }
-    bar = Bar()
-    found = leaked_documents(documents, world.datastore, bar)
-    assert bar.count == len(stored) == 40
+    found = leaked_documents(documents, world.datastore)
+    assert len(stored) == 40
     for place, document in enumerate(documents):
         own = grams(document.input_ids.tolist())
         shares = {id: len(own & grams(tokens)) / len(own) for id, tokens in stored.items()}
@@ -57,17 +47,17 @@ def test_shares_are_those_counted_by_hand(world, parts, words):
             assert shares[found[place].stored_id] == best
 
 
-def test_deleted_documents_are_no_leak(world, tmp_path):
+def test_deleted_documents_are_not_leaks(world, tmp_path):
     """And nothing is looked for where there is nothing."""
     store = world.datastore.subset(tmp_path / "store", ids=["doc-1", "doc-2"])
     documents = list(read_documents([row["text"] for row in corpus()[:3]], world.tokenizer))
-    assert {one.stored_id for one in leaked_documents(documents, store, Bar()).values()} == {"doc-1", "doc-2"}
+    assert {one.stored_id for one in leaked_documents(documents, store).values()} == {"doc-1", "doc-2"}
     store.delete(["doc-1"])
-    assert {one.stored_id for one in leaked_documents(documents, store, Bar()).values()} == {"doc-2"}
-    assert not leaked_documents([], store, Bar())
+    assert {one.stored_id for one in leaked_documents(documents, store).values()} == {"doc-2"}
+    assert not leaked_documents([], store)
 
 
-def test_copies_are_found_by_what_they_say(world):
+def test_copies_are_found_by_their_text(world):
     """Of a copy, a part, and one with a word changed the longest is kept; of equal ones the first."""
     texts = [row["text"] for row in corpus(40, seed=3) if len(row["text"].split()) > 60][:4]
     words = texts[2].split()

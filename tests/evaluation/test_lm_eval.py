@@ -16,7 +16,7 @@ from tiny_training import CHUNK_SIZE, make_model
 from retro_hf import RetroRetriever
 from retro_hf.errors import DatastoreMismatchError, MissingExtraError
 from retro_hf.evaluation import bits_per_byte
-from retro_hf.evaluation.harness import RetroLM
+from retro_hf.evaluation.lm_eval import RetroLM
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def log_likelihood(model, ids: list[int], first: int, retriever) -> float:
     return float(sum(logits[place - 1, ids[place]] for place in range(first, len(ids))))
 
 
-def test_rolling_log_likelihood_is_that_of_bits_per_byte(world, model, texts, retriever):
+def test_rolling_log_likelihood_equals_bits_per_byte(world, model, texts, retriever):
     """The harness reads a separator before the text, and scores the text's first token, too: so told, so do we."""
     lm = harness(model, world, retriever=retriever)
     scores = lm.loglikelihood_rolling(requests("loglikelihood_rolling", [(text,) for text in texts]))
@@ -61,7 +61,7 @@ def test_rolling_log_likelihood_is_that_of_bits_per_byte(world, model, texts, re
     assert ours.num_bytes.tolist() == [len(text.encode()) for text in texts]
 
 
-def test_a_task_from_a_local_file_reports_our_bits_per_byte(world, model, texts, retriever, tmp_path):
+def test_task_from_a_local_file_reports_the_same_bits_per_byte(world, model, texts, retriever, tmp_path):
     """What a person runs: JSONL and YAML in a folder, the task by its name."""
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     (tmp_path / "local.yaml").write_text(
@@ -85,7 +85,7 @@ metric_list: [{{metric: bits_per_byte}}]
     assert found["results"]["local_texts"]["bits_per_byte,none"] == pytest.approx(ours.bits_per_byte[mode], rel=1e-5)
 
 
-def test_retrieval_shows_in_the_score(world, model, texts):
+def test_retrieval_changes_the_score(world, model, texts):
     """So that the tests of ON can fail."""
     asked = requests("loglikelihood_rolling", [(text,) for text in texts])
     on = harness(model, world, retriever=world.retriever).loglikelihood_rolling(asked)
@@ -95,7 +95,7 @@ def test_retrieval_shows_in_the_score(world, model, texts):
     assert all(abs(a - b) > 1e-3 for a, b, is_long in zip(on, off, long, strict=True) if is_long)
 
 
-def test_longer_texts_are_read_in_windows_of_the_harness(world, model, texts):
+def test_long_text_is_read_in_the_harness_windows(world, model, texts):
     """Windows that don't overlap and each begin the chunks anew: other numbers than ours, computed here by hand."""
     text, length = max(texts, key=len), 32
     lm = harness(model, world, retriever=world.retriever, max_length=length)
@@ -112,7 +112,7 @@ def test_longer_texts_are_read_in_windows_of_the_harness(world, model, texts):
     assert score == pytest.approx(total, rel=1e-5)
 
 
-def test_choices_are_scored_after_their_context(world, model, texts, retriever):
+def test_choices_in_a_batch_score_as_alone(world, model, texts, retriever):
     """Rows of all lengths in one batch, padded by the harness without a mask: each as if it were alone."""
     pairs = [
         (text[: len(text) * part // 4].rstrip(), end)
@@ -128,7 +128,7 @@ def test_choices_are_scored_after_their_context(world, model, texts, retriever):
         assert score == pytest.approx(log_likelihood(model, ids, first, retriever), rel=1e-4)
 
 
-def test_generation_is_the_models(world, model, texts, retriever):
+def test_generation_equals_the_model(world, model, texts, retriever):
     """Prompts of different lengths, padded on the left."""
     prompts = [text[: 15 + 20 * place] for place, text in enumerate(texts[:3])]
     settings = {"until": ["<never>"], "max_gen_toks": 12, "do_sample": False}
@@ -141,7 +141,7 @@ def test_generation_is_the_models(world, model, texts, retriever):
         assert text == world.tokenizer.decode(expected, skip_special_tokens=True)
 
 
-def test_a_short_context_reads_nothing(world, model):
+def test_context_shorter_than_a_chunk_reads_nothing(world, model):
     """What the documentation warns of: below one chunk, ON is OFF."""
     pair = ("the river", " runs")
     assert len(world.tokenizer("".join(pair))["input_ids"]) <= CHUNK_SIZE
@@ -152,7 +152,7 @@ def test_a_short_context_reads_nothing(world, model):
     assert on == off
 
 
-def test_folders_work_as_on_the_command_line(world, model, texts, tmp_path):
+def test_folders_and_strings_work_as_arguments(world, model, texts, tmp_path):
     """Strings for everything, and numbers as numbers."""
     model.save_pretrained(tmp_path / "model")
     world.tokenizer.save_pretrained(tmp_path / "model")
@@ -166,7 +166,7 @@ def test_folders_work_as_on_the_command_line(world, model, texts, tmp_path):
     np.testing.assert_allclose(lm.loglikelihood_rolling(asked), expected, rtol=1e-5)
 
 
-def test_an_attached_retriever_is_neither_used_nor_lost(world, texts):
+def test_attached_retriever_is_neither_used_nor_lost(world, texts):
     """OFF is off."""
     model = make_model(scale=0.25)
     asked = requests("loglikelihood_rolling", [(texts[0],)])
@@ -176,20 +176,25 @@ def test_an_attached_retriever_is_neither_used_nor_lost(world, texts):
     assert model.retriever is world.retriever
 
 
-def test_what_does_not_fit_is_refused(world, model, tmp_path):
-    """A model that cannot read, two sources at once, a store of other chunks."""
-    with pytest.raises(ValueError, match="is no RETRO model.*--model hf"):
+def test_model_without_retrieval_is_an_error(world):
+    with pytest.raises(ValueError, match="--model hf"):
         harness(tiny_backbone("gpt2", vocab_size=400), world)
-    with pytest.raises(ValueError, match="Both `datastore` and `retriever`"):
+
+
+def test_two_sources_of_neighbors_are_an_error(world, model):
+    with pytest.raises(ValueError):
         harness(model, world, retriever=world.retriever, datastore=str(world.datastore.path))
+
+
+def test_datastore_of_another_tokenizer_is_an_error(world, model):
     other = make_tokenizer(vocab_size=300)
     with pytest.raises(DatastoreMismatchError):
         RetroLM(model, tokenizer=other, datastore=str(world.datastore.path), embedder=world.embedder)
 
 
-def test_without_the_package_the_error_names_the_extra(monkeypatch):
+def test_missing_package_is_an_error_that_names_the_extra(monkeypatch):
     """`pip install "retro-hf[lm-eval]"`."""
-    monkeypatch.delitem(sys.modules, "retro_hf.evaluation.harness")
+    monkeypatch.delitem(sys.modules, "retro_hf.evaluation.lm_eval")
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(MissingExtraError, match=r'pip install "retro-hf\[lm-eval\]"'):
-        import retro_hf.evaluation.harness  # noqa: F401
+        import retro_hf.evaluation.lm_eval  # noqa: F401
