@@ -11,7 +11,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo demo-train test test-slow check style bench clean
+.PHONY: help install demo demo-train test test-slow check style bench dist clean
 
 RUN       := $(VENV)/bin
 STAMP     := $(VENV)/.installed
@@ -68,6 +68,12 @@ style: $(STAMP) ## Format the code and repair what ruff can
 bench: $(STAMP) ## Measure speed and memory beside retro-pytorch
 	$(PIP) install -q --no-deps retro-pytorch==0.3.9
 	$(RUN)/python benchmarks/peers.py
+
+dist: $(STAMP) ## Build the wheel and the source distribution, and check how the package index will show them
+	$(PIP) install -q twine
+	rm -rf dist
+	$(RUN)/python -m hatchling build
+	$(RUN)/python -m twine check --strict dist/*
 
 clean: ## Remove .venv, caches and what the demo made
 	rm -rf $(VENV) build dist demo_output .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache

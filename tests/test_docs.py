@@ -107,6 +107,7 @@ def run_page(page: Path, folder: Path) -> int:
     return len(blocks)
 
 
+@pytest.mark.weights
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_block_runs_and_prints_what_it_says(page, tmp_path):
@@ -120,7 +121,18 @@ def test_readme_leaves_no_block_out():
 def test_readme_enters_the_environment_before_it_is_used():
     """`make` leaves the package and the `retro` command in .venv, where a new shell does not look."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert 0 < text.find("source .venv/bin/activate") < min(text.index("```python"), text.index("\nretro "))
+    activated = text.index("source .venv/bin/activate")
+    assert activated < min(text.index('"hub_configs/'), text.index("\nretro "))
+    assert text.index("git clone") < activated
+
+
+def test_first_example_of_the_readme_needs_no_file_of_the_repository(tmp_path):
+    """It is what runs after `pip install retro-hf`."""
+    block = next(
+        one for one in read_blocks((ROOT / "README.md").read_text(encoding="utf-8")) if one.language == "python"
+    )
+    with contextlib.chdir(tmp_path):
+        assert run_python(block.code, "README.md", block.line, {}).strip() == block.expected.strip()
 
 
 def test_links_lead_to_files():

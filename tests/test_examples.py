@@ -29,6 +29,7 @@ def test_a_real_checkpoint_is_retrofitted(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.weights
 def test_the_shipped_adapter_reads_what_its_base_does_not_know():
     """SmolLM2 with `hub_configs/retro-smollm2-135m` writes the plagues of its datastore on; off it goes its own way."""
     command = [sys.executable, "examples/generate_smollm2.py"]

@@ -6,6 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import yaml
 from safetensors import safe_open
 from transformers import AutoConfig, GenerationConfig
 
@@ -97,6 +98,7 @@ def test_the_smallest_preset_is_the_default():
     }
 
 
+@pytest.mark.weights
 def test_the_adapter_is_small_and_says_what_it_is_worth():
     """At most 40 MB, only what RETRO adds, and a card with the measured table."""
     folder = FOLDER / "retro-smollm2-135m"
@@ -115,3 +117,12 @@ def test_the_adapter_is_small_and_says_what_it_is_worth():
     for name, result in measured.items():
         for mode in result["modes"]:
             assert f"{mode['bits_per_byte']:.4f}" in card, f"{name}, {mode['name']}"
+
+
+@pytest.mark.parametrize("card", sorted(FOLDER.glob("*/README.md")), ids=lambda card: card.parent.name)
+def test_card_says_what_the_model_is_for(card):
+    """The Hub lists a model under its task only if the card names it."""
+    _, metadata, _ = card.read_text(encoding="utf-8").split("---\n", 2)
+    values = yaml.safe_load(metadata)
+    assert values["pipeline_tag"] == "text-generation"
+    assert values["library_name"] == "transformers" and values["license"] == "apache-2.0"

@@ -22,6 +22,7 @@ from retro_hf.evaluation.report.page import render_page
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "hub_configs/retro-bible"
+pytestmark = pytest.mark.weights
 
 
 class RandomSearcher:
