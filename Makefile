@@ -11,7 +11,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo demo-train test test-slow check style bench dist clean
+.PHONY: help install demo demo-train test test-slow test-versions check style bench dist clean
 
 RUN       := $(VENV)/bin
 STAMP     := $(VENV)/.installed
@@ -26,7 +26,7 @@ export TOKENIZERS_PARALLELISM ?= false
 
 help: ## Show this help
 	@echo "Usage: make TARGET"
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(STAMP) ## Create .venv and install retro-hf with everything for development
 
@@ -54,6 +54,10 @@ test-slow: $(STAMP) ## Run the tests marked slow; they want Chromium, and instal
 	$(INSTALL) -e ".[quantization]"
 	$(RUN)/python -m pytest -m slow --timeout 3600 $(PYTEST)
 
+test-versions: $(STAMP) ## Test the lowest, locked and newest versions of all dependencies: make test-versions VERSIONS="newest"
+	$(PIP) install -q "uv>=0.9"
+	$(RUN)/python tools/versions.py --workers $(WORKERS) $(VERSIONS)
+
 check: $(STAMP) ## Check format, lint, types, layers and the rules for model files
 	$(RUN)/ruff format --check .
 	$(RUN)/ruff check .
@@ -76,5 +80,5 @@ dist: $(STAMP) ## Build the wheel and the source distribution, and check how the
 	$(RUN)/python -m twine check --strict dist/*
 
 clean: ## Remove .venv, caches and what the demo made
-	rm -rf $(VENV) build dist demo_output .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) build dist demo_output .versions .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -18,6 +18,7 @@ from transformers.cache_utils import StaticCache
 from retro_hf import RetroRetriever, retrofit
 from retro_hf.datastore import ChunkEmbedder, RetroDatastore
 from retro_hf.evaluation import answer_questions, bits_per_byte, evaluate, trace
+from retro_hf.model.compatibility_retro import CHECKPOINTING
 from retro_hf.model.modeling_retro_decoder import GPU_CAUSAL_BLOCK
 from retro_hf.training import RetroDataCollator
 
@@ -163,12 +164,12 @@ def test_retriever_of_a_datastore(world):
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"bf16": True}, {"fp16": True}, {"activation_checkpointing": True}, {"torch_compile": True, "bf16": True}],
+    [{}, {"bf16": True}, {"fp16": True}, {CHECKPOINTING: True}, {"torch_compile": True, "bf16": True}],
     ids=str,
 )
 def test_trainer(world, tmp_path, settings):
     """The losses of the CPU; evaluation, saving and loading again included."""
-    precise = not settings or "activation_checkpointing" in settings
+    precise = not settings or CHECKPOINTING in settings
     found = {}
     for use_cpu in (True, False):
         own = {} if use_cpu else {"dataloader_pin_memory": True, **settings}

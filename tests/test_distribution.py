@@ -20,7 +20,7 @@ import retro_hf
 
 ROOT = Path(__file__).resolve().parents[1]
 REPOSITORY = "https://github.com/retro-hf/retro-hf"
-FOLDERS = ("benchmarks", "docs", "examples", "hub_configs", "src", "tests")
+FOLDERS = ("benchmarks", "docs", "examples", "hub_configs", "src", "tests", "tools")
 
 
 def files_below(folder: Path) -> set[str]:

@@ -6,6 +6,7 @@ from torch import nn
 
 from retro_hf import retrofit
 
+from .releases import disable_checkpointing, enable_checkpointing, is_checkpointing
 from .tiny import ENCODER, hash_retriever, random_ids, random_neighbors, randomize, tiny_backbone, tiny_retro
 
 
@@ -30,8 +31,8 @@ def gradients(model, **inputs):
 def assert_equal_gradients(model, inputs, **settings):
     """One step without and one with checkpointing."""
     loss, expected = gradients(model, **inputs)
-    model.activation_checkpointing_enable(**settings)
-    assert model.is_activation_checkpointing
+    enable_checkpointing(model, **settings)
+    assert is_checkpointing(model)
     again, found = gradients(model, **inputs)
     assert torch.equal(loss, again)
     assert set(found) == set(expected)
@@ -48,7 +49,7 @@ def test_gradients_are_the_same(family, frozen, placement):
     model = without_dropout(tiny_retro(family, cross_attention_placement=placement, freeze_backbone=frozen))
     ids = random_ids(2, 14)
     for neighbors in (random_neighbors(2, 3, ragged=True), {"retriever": hash_retriever()}):
-        model.activation_checkpointing_disable()
+        disable_checkpointing(model)
         names = assert_equal_gradients(model, {"input_ids": ids, "labels": ids, **neighbors})
         assert any("retro.encoder" in name for name in names)
         assert any("backbone" in name for name in names) == (not frozen)
@@ -62,10 +63,10 @@ def test_as_a_trainer_turns_it_on():
     model.enable_input_require_grads()
     ids = random_ids(2, 14)
     inputs = {"input_ids": ids, "labels": ids, "use_cache": False, **random_neighbors(2, 3)}
-    names = assert_equal_gradients(model, inputs, activation_checkpointing_kwargs={"use_reentrant": False})
+    names = assert_equal_gradients(model, inputs, use_reentrant=False)
     assert not any("backbone" in name for name in names)
-    model.activation_checkpointing_disable()
-    assert not model.is_activation_checkpointing
+    disable_checkpointing(model)
+    assert not is_checkpointing(model)
 
 
 def test_two_passes_before_one_backward():
@@ -81,7 +82,7 @@ def test_two_passes_before_one_backward():
         return {name: p.grad.clone() for name, p in model.named_parameters()}
 
     expected = step()
-    model.activation_checkpointing_enable()
+    enable_checkpointing(model)
     found = step()
     for name, gradient in expected.items():
         assert torch.equal(gradient, found[name]), name
@@ -98,7 +99,7 @@ def test_layers_are_really_recomputed():
     model.model.backbone.model.layers[0].self_attn.register_forward_hook(lambda *_: count("backbone"))
     model.model.retro.encoder.layers[0].self_attn.register_forward_hook(lambda *_: count("encoder"))
     ids = random_ids(2, 14)
-    model.activation_checkpointing_enable()
+    enable_checkpointing(model)
     gradients(model, input_ids=ids, labels=ids, **random_neighbors(2, 3))
     assert counts["backbone"] == 2
     assert counts["encoder"] >= 2
@@ -108,8 +109,8 @@ def test_reentrant_mode_is_refused():
     """It would lose gradients; the error names the setting that works."""
     model = tiny_retro("llama").train()
     with pytest.raises(ValueError, match=r"Reentrant .*lose the gradient.*\{'use_reentrant': False\}"):
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": True})
-    assert not model.is_activation_checkpointing
+        enable_checkpointing(model, use_reentrant=True)
+    assert not is_checkpointing(model)
 
 
 def test_evaluation_is_untouched():
@@ -117,9 +118,9 @@ def test_evaluation_is_untouched():
     model = tiny_retro("llama")
     ids, neighbors = random_ids(2, 14), random_neighbors(2, 3)
     expected = model(ids, **neighbors).logits
-    model.activation_checkpointing_enable()
+    enable_checkpointing(model)
     assert torch.equal(model(ids, **neighbors).logits, expected)
     options = dict(max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
     generated = model.generate(ids, retriever=hash_retriever(), **options)
-    model.activation_checkpointing_disable()
+    disable_checkpointing(model)
     assert torch.equal(generated, model.generate(ids, retriever=hash_retriever(), **options))

@@ -5,6 +5,8 @@ import torch
 from tiny import random_ids, random_neighbors, tiny_retro
 from tiny_training import make_model, make_trainer
 
+from retro_hf.model.compatibility_retro import CHECKPOINTING
+
 
 @pytest.mark.parametrize("family", ["llama", "retro_decoder"])
 def test_a_step_is_one_graph(family):
@@ -27,7 +29,7 @@ def test_a_step_is_one_graph(family):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [{}, {"bf16": True}, {"activation_checkpointing": True}])
+@pytest.mark.parametrize("settings", [{}, {"bf16": True}, {CHECKPOINTING: True}])
 def test_trainer_with_torch_compile(world, tmp_path, settings):
     """Inductor's own kernels; batches of other lengths are compiled anew. A C++ compiler must be there."""
     found = {}

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from releases import enable_checkpointing
 from tiny import ENCODER, random_ids, random_neighbors, tiny_backbone
 from tiny_training import CHUNK_SIZE, NEIGHBOR_SIZE, make_trainer
 
@@ -52,7 +53,7 @@ def test_nothing_is_kept_below_the_first_cross_attention(family, placement, chec
             freeze_backbone=frozen,
         ).train()
         if checkpointing:
-            model.activation_checkpointing_enable()
+            enable_checkpointing(model)
         counts, needs = saved_tensors_by_layer(model, inputs)
         assert needs == [not frozen, not frozen, True, True]
         if not checkpointing:  # which keeps tensors by hooks of its own

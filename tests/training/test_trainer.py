@@ -5,10 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from releases import is_checkpointing
 from tiny import tiny_backbone
 from tiny_training import CHUNK_SIZE, NEIGHBOR_SIZE, make_model, make_trainer
 
 from retro_hf import RetroForCausalLM, retrofit
+from retro_hf.model.compatibility_retro import CHECKPOINTING
 from retro_hf.training import RetroDataCollator
 
 
@@ -84,11 +86,11 @@ def test_gradient_checkpointing_changes_nothing(world, tmp_path):
     for checkpointing in (False, True):
         model = make_model()
         trainer, losses = make_trainer(
-            model, world, tmp_path / str(checkpointing), max_steps=3, activation_checkpointing=checkpointing
+            model, world, tmp_path / str(checkpointing), max_steps=3, **{CHECKPOINTING: checkpointing}
         )
         trainer.train()
         ends.append((losses.values, parameters_of(model)))
-        assert model.is_activation_checkpointing is checkpointing
+        assert is_checkpointing(model) is checkpointing
     assert ends[0][0] == ends[1][0]
     assert_same(ends[0][1], ends[1][1], **EXACT)
 
@@ -151,7 +153,7 @@ def test_a_retrofit_trains_what_it_added_and_nothing_else(world, tmp_path, check
     model = retrofit(base, chunk_size=CHUNK_SIZE, neighbor_size=NEIGHBOR_SIZE, cross_attention_layers=[1, 3])
     start = parameters_of(model)
     trainer, losses = make_trainer(
-        model, world, tmp_path, max_steps=12, learning_rate=2e-2, activation_checkpointing=checkpointing
+        model, world, tmp_path, max_steps=12, learning_rate=2e-2, **{CHECKPOINTING: checkpointing}
     )
     trainer.train()
     for name, value in model.model.backbone.state_dict().items():

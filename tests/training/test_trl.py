@@ -7,6 +7,7 @@ from tiny_training import CHUNK_SIZE, NEIGHBOR_SIZE, WINDOW, Losses, make_model,
 from trl import SFTConfig, SFTTrainer
 
 from retro_hf import retrofit
+from retro_hf.model.compatibility_retro import CHECKPOINTING
 from retro_hf.training import RetroDataCollator
 
 
@@ -21,7 +22,7 @@ SETTINGS = {
     "bf16": False,
     "disable_tqdm": True,
     "dataloader_pin_memory": False,
-    "activation_checkpointing": False,
+    CHECKPOINTING: False,
 }
 # What makes SFTTrainer leave a tokenized dataset, and the columns of neighbors in it, as they are.
 AS_IT_IS = {"dataset_kwargs": {"skip_prepare_dataset": True}, "remove_unused_columns": False}

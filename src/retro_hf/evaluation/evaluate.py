@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,7 +92,7 @@ def evaluate(
     *Disk*: 4 bytes per token and kind of neighbors, twice, and 4 bytes per chunk and dimension of the embedder.
     """
     begin = time.perf_counter()
-    started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    started = datetime.now(UTC).isoformat(timespec="seconds")
     check_numbers(batch_size=(batch_size, 1), num_resamples=(num_resamples, 1), seed=(seed, 0))
     names = _checked_modes(model, retriever, modes)
     _check_sweeps(retriever, num_neighbors_sweep, fractions)

@@ -16,6 +16,7 @@
 | release | difference |
 |---|---|
 | 5.24 | the cache, as an argument and in outputs, is called `cache`; before, `past_key_values` |
+| 5.23 | activation checkpointing is called so; before, gradient checkpointing |
 | 5.21 | has `slice_logits_to_keep` |
 | 5.20 | has `SubConfigSpec` |
 """
@@ -30,6 +31,7 @@ import torch
 import transformers
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
 
@@ -63,6 +65,13 @@ CACHE_NAMES = ("cache", "past_key_values")
 
 CACHE_NAME = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
 """What the installed release calls it."""
+
+CHECKPOINTING = (
+    "activation_checkpointing"
+    if hasattr(PreTrainedModel, "activation_checkpointing_enable")
+    else "gradient_checkpointing"
+)
+"""How the options of checkpointing begin in the installed release."""
 
 
 def warn_if_untested(version: str = transformers.__version__) -> None:
@@ -129,6 +138,7 @@ warn_if_untested()
 __all__ = [
     "CACHE_NAME",
     "CACHE_NAMES",
+    "CHECKPOINTING",
     "SubConfigSpec",
     "accept_cache_by_any_name",
     "slice_logits_to_keep",
