@@ -211,11 +211,11 @@ def test_adapter_with_an_empty_base(tmp_path):
 
 
 def test_adapter_that_was_cut_off(tmp_path):
-    """Half a file of weights, as an interrupted copy leaves: the error names it and the remedy."""
+    """Half a file of weights, as an interrupted copy leaves: the error names the folder and the remedy."""
     retrofitted(tmp_path / "base").save_pretrained(tmp_path / "model", save_backbone=False)
     weights = tmp_path / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
-    with pytest.raises(OSError, match=r"model/model.safetensors' is damaged or not complete: .*download it again"):
+    with pytest.raises(OSError, match=r"model' are damaged or not complete: .*download them again"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "model")
 
 

@@ -13,16 +13,17 @@
 # limitations under the License.
 """Saving and loading: the whole model, or an adapter, which holds only what RETRO adds to a backbone saved elsewhere."""
 
+import copy
 import os
 from contextlib import suppress
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
-from transformers.modeling_utils import load_state_dict
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
-from transformers.utils.hub import get_checkpoint_shard_files
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.integrations.peft import maybe_load_adapters
+from transformers.utils import logging
 
 from .backbone_retro import fingerprint, placement
 from .configuration_retro import RetroConfig
@@ -31,13 +32,51 @@ from .retriever_protocol_retro import Retriever
 
 logger = logging.get_logger(__name__)
 
-# Where a checkpoint lies on the Hub; arguments of `from_pretrained`.
-_HUB_ARGUMENTS = ("revision", "cache_dir", "token", "local_files_only", "subfolder")
-_BACKBONE_FIELDS = {"backbone_name_or_path", "backbone_revision", "backbone_fingerprint"}
+# Arguments of `from_pretrained` that say where a checkpoint is. `revision` and `subfolder` are those of the adapter, the
+# others hold for its backbone, too.
+_HUB_ARGUMENTS = ("revision", "subfolder", "cache_dir", "force_download", "local_files_only", "proxies", "token")
+# About the file of the adapter's weights alone, and about every file of weights.
+_ADAPTER_ARGUMENTS = ("variant", "ignore_mismatched_sizes", "key_mapping")
+_FILE_ARGUMENTS = ("use_safetensors", "weights_only", "disable_mmap")
+# What a config would store or swallow, although it is meant for the weights.
+_NOT_OF_THE_CONFIG = ("dtype", "torch_dtype", "quantization_config", "trust_remote_code", "gguf_file")
+
+
+class RetroAdapter(PreTrainedModel):
+    """What RETRO adds to a backbone, by itself, so that `PreTrainedModel.from_pretrained` loads it with all its options.
+
+    Args:
+        config ([`RetroConfig`]): of the whole model.
+        retro (`nn.Module`): the part of the whole model whose weights are loaded, in place.
+    """
+
+    config: RetroConfig
+    base_model_prefix = "model"  # weights are called `model.retro...`, or `retro...` if a RetroModel was saved
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
+
+    def __init__(self, config: RetroConfig, retro: nn.Module):
+        super().__init__(config)
+        self.model = nn.ModuleDict({"retro": retro})
+        self.post_init()
 
 
 class RetroAdapterMixin(PreTrainedModel):
-    """`save_pretrained` and `from_pretrained` of RETRO models."""
+    """`save_pretrained` and `from_pretrained` of RETRO models, with the backbone or without it."""
+
+    @property
+    def _keys_to_ignore_on_save(self) -> set[str]:
+        """Weights that are not written: those of a backbone that is saved by its name.
+
+        `Trainer` reads this, too. It does not report these weights as missing when it resumes.
+        """
+        if self.config.save_backbone:
+            return set()
+        prefix = f"{self.base_model_prefix}."
+        return {name for name in self.state_dict() if name.removeprefix(prefix).startswith("backbone.")}
+
+    @_keys_to_ignore_on_save.setter
+    def _keys_to_ignore_on_save(self, value: Any) -> None:
+        """Do nothing: `post_init` of transformers assigns what it has read."""
 
     def save_pretrained(
         self, save_directory: str | os.PathLike, *args: Any, save_backbone: bool | None = None, **kwargs: Any
@@ -58,9 +97,7 @@ class RetroAdapterMixin(PreTrainedModel):
             self.config.validate_architecture()
             if not self.config.save_backbone:
                 self._check_backbone_is_unchanged()
-                state_dict = kwargs.get("state_dict") or self.state_dict()
-                kwargs["state_dict"] = {k: v for k, v in state_dict.items() if k.startswith("model.retro.")}
-            elif getattr(self.model.backbone, "hf_quantizer", None):
+            elif getattr(self.base_model.backbone, "hf_quantizer", None):
                 raise ValueError(
                     "A quantized backbone cannot be written into the folder of the model, only its name can: save with "
                     "`save_backbone=False`, which needs a base that was loaded by its name (`retrofit('org/name', "
@@ -71,8 +108,9 @@ class RetroAdapterMixin(PreTrainedModel):
             self.config.save_backbone = before
 
     def _check_backbone_is_unchanged(self) -> None:
-        found = fingerprint(self.model.backbone)
-        if None not in (found, self.config.backbone_fingerprint) and found != self.config.backbone_fingerprint:
+        recorded = self.config.backbone_fingerprint
+        found = recorded and fingerprint(self.base_model.backbone, sampled=len(recorded) == 16)
+        if found not in (None, recorded):
             raise ValueError(
                 f"The backbone's weights are no longer those of '{self.config.backbone_name_or_path}' (trained, resized, or "
                 "with adapters of PEFT in them), and `save_backbone=False` would lose what they are now. Save with "
@@ -84,7 +122,7 @@ class RetroAdapterMixin(PreTrainedModel):
         cls,
         pretrained_model_name_or_path: str | os.PathLike | None,
         *args: Any,
-        config: RetroConfig | None = None,
+        config: PreTrainedConfig | str | os.PathLike | None = None,
         retriever: Retriever | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -93,93 +131,134 @@ class RetroAdapterMixin(PreTrainedModel):
         Args:
             pretrained_model_name_or_path (`str` or `os.PathLike`): folder or Hub repository.
             args, kwargs: as in [`~transformers.PreTrainedModel.from_pretrained`]; `backbone_name_or_path=` says where the
-                backbone of an adapter lies, if not where it was.
+                backbone of an adapter is, if not where it was.
             config ([`RetroConfig`], *optional*): configuration to use instead of the saved one.
             retriever (`Callable`, *optional*): attached with `set_retriever`.
+        Returns:
+            The model in evaluation mode; with `output_loading_info=True` also the `dict` of what was missing or unexpected.
         """
-        hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
-        saved = config
-        if config is None and pretrained_model_name_or_path is not None:
-            saved = cls.config_class.from_pretrained(pretrained_model_name_or_path, **hub)
-            if not saved.save_backbone:
-                for name in _BACKBONE_FIELDS & kwargs.keys():
-                    value = kwargs.pop(name)
-                    setattr(saved, name, os.fspath(value) if isinstance(value, os.PathLike) else value)
-        if pretrained_model_name_or_path is None or saved.save_backbone:
-            model = super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
-        else:
-            model = cls._from_adapter(pretrained_model_name_or_path, saved, hub, **kwargs)
-        result = model[0] if isinstance(model, tuple) else model
-        if result.config.freeze_backbone:
-            result.model.backbone.requires_grad_(False)  # loading makes new parameters
+        path, hub = pretrained_model_name_or_path, {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+        # The folder of a PEFT adapter names the model that the adapter belongs on.
+        peft_path, base_path, peft_hub = maybe_load_adapters(path, hub, **(kwargs.get("adapter_kwargs") or {}))
+        if base_path is not None and not isinstance(config, PreTrainedConfig):
+            held = {name: kwargs.pop(name) for name in _NOT_OF_THE_CONFIG if name in kwargs}
+            config, kwargs = cls.config_class.from_pretrained(config or base_path, return_unused_kwargs=True, **kwargs)
+            kwargs |= held | hub
+        try:
+            if base_path is None or config.save_backbone:
+                loaded = super().from_pretrained(path, *args, config=config, **kwargs)
+                model = loaded[0] if isinstance(loaded, tuple) else loaded
+            else:
+                model, info = cls._from_adapter(base_path, copy.deepcopy(config), hub, **kwargs)
+                loaded = (model, info) if kwargs.get("output_loading_info") else model
+                if peft_path is not None:
+                    model.load_adapter(peft_path, kwargs.get("adapter_name"), adapter_kwargs=hub | peft_hub)
+        except SafetensorError as error:
+            raise OSError(
+                f"The weights in '{path}' are damaged or not complete: {error}. Copy or download them again."
+            ) from error
+        if model.config.freeze_backbone:
+            model.base_model.backbone.requires_grad_(False)  # loading makes new parameters
         if retriever is not None:
-            result.set_retriever(retriever)
-        return model
+            model.set_retriever(retriever)
+        return loaded
 
     @classmethod
-    def _from_adapter(cls, path: str | os.PathLike, config: RetroConfig, hub: dict, **kwargs: Any) -> Any:
-        name, revision = config.backbone_name_or_path, config.backbone_revision
-        if os.path.isabs(name) and not os.path.isdir(name):
-            name = config.backbone_name_or_path = _folder_beside(path, name)
-        theirs = {
-            key: value for key, value in kwargs.items() if key not in ("revision", "subfolder", "output_loading_info")
-        }
-        theirs = {key: value for key, value in theirs.items() if not key.startswith("_")}  # what Auto classes add
-        implementation = theirs.pop("attn_implementation", config._attn_implementation_internal)
-        quantization = getattr(config.text_config, "quantization_config", None)
-        if quantization is not None:  # as it was trained; `quantization_config=None` loads it as it is
-            theirs.setdefault("quantization_config", quantization)
-        try:
-            backbone = AutoModelForCausalLM.from_pretrained(
-                name, revision=revision or "main", attn_implementation=implementation, **theirs
-            )
-        except (OSError, ValueError) as error:
-            if isinstance(error, ValueError) and not str(error).startswith("Unrecognized model"):  # of an empty folder
-                raise
-            raise OSError(
-                f"'{path}' holds only what RETRO adds to '{name}' (revision {revision}), and that backbone cannot be loaded: "
-                f"{error} Make it available there, or say where it is: `from_pretrained(..., backbone_name_or_path=...)`, or in "
-                "the folder's config.json."
-            ) from error
-        expected = config.text_config.get_text_config(decoder=True)
-        found = backbone.config.get_text_config(decoder=True)
-        for field in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size"):
-            if getattr(found, field) != getattr(expected, field):
-                raise ValueError(
-                    f"'{path}' was made for a backbone with {field}={getattr(expected, field)}, but '{name}' (revision "
-                    f"{revision}) has {getattr(found, field)}. Load the checkpoint that it was made for: set "
-                    "`backbone_name_or_path` and `backbone_revision` in the folder's config.json."
-                )
-        fingerprints = fingerprint(backbone), config.backbone_fingerprint
-        if None not in fingerprints and fingerprints[0] != fingerprints[1]:
-            raise ValueError(
-                f"'{path}' was made for other weights than '{name}' (revision {revision}) has: their fingerprint is "
-                f"{fingerprints[0]}, that of its backbone {fingerprints[1]}. Load the checkpoint that it was made for: set "
-                "`backbone_name_or_path` and `backbone_revision` in the folder's config.json; or, to read these weights all "
-                "the same, `backbone_fingerprint` to null."
-            )
+    def _from_adapter(cls, path: str | os.PathLike, config: RetroConfig, hub: dict, **kwargs: Any) -> tuple[Any, dict]:
+        if "attn_implementation" in kwargs:
+            config._attn_implementation = kwargs.pop("attn_implementation")
+        backbone = _load_backbone(path, config, kwargs)
         config.text_config = backbone.config
         config.name_or_path = os.fspath(path)
-        model = cls(config, backbone=backbone)
-        weights = _read_weights(path, hub)
-        own = {key for key in model.state_dict() if key.startswith("model.retro.")}
-        if own != set(weights):
-            raise ValueError(
-                f"The weights in '{path}' do not fit its config: missing {sorted(own - set(weights))[:3]}, unexpected "
-                f"{sorted(set(weights) - own)[:3]}."
-            )
-        model.load_state_dict(weights, strict=False)
         device, dtype = placement(backbone)
-        model.model.retro.to(device=device, dtype=dtype)
-        if implementation is not None:
-            model.set_attn_implementation(implementation)
-        with suppress(OSError):  # the backbone's, if the folder has none of its own
-            model.generation_config = GenerationConfig.from_pretrained(path, **hub)
-        return model.eval()
+        with torch.device("meta"):
+            model = cls(config, backbone=backbone)
+        retro = model.base_model.retro.to(dtype=dtype)
+        settings = {name: kwargs[name] for name in (*_ADAPTER_ARGUMENTS, *_FILE_ARGUMENTS) if name in kwargs}
+        info: dict = RetroAdapter.from_pretrained(
+            path, config=config, retro=retro, dtype=dtype, output_loading_info=True, **hub, **settings
+        )[1]
+        if info["missing_keys"] or info["unexpected_keys"]:
+            raise ValueError(
+                f"The weights in '{path}' do not fit its config: missing {sorted(info['missing_keys'])[:3]}, unexpected "
+                f"{sorted(info['unexpected_keys'])[:3]}. Restore the config.json that was saved with them."
+            )
+        retro.to(device=device)
+        if model.can_generate():
+            given = kwargs.get("generation_config")
+            with suppress(OSError):  # the backbone's, if the folder has none of its own
+                model.generation_config = GenerationConfig.from_dict(
+                    (given or GenerationConfig.from_pretrained(path, **hub)).to_dict()
+                )
+        return model.eval(), info
+
+
+def _load_backbone(path: str | os.PathLike, config: RetroConfig, kwargs: dict[str, Any]) -> PreTrainedModel:
+    """Load the backbone that the adapter at `path` was made for; `kwargs` are those of `from_pretrained`."""
+    name, revision = config.backbone_name_or_path, config.backbone_revision
+    if os.path.isabs(name) and not os.path.isdir(name):
+        name = config.backbone_name_or_path = _folder_beside(path, name)
+    ours = ("subfolder", "adapter_kwargs", "adapter_name", "generation_config", "output_loading_info")
+    theirs = {
+        key: value
+        for key, value in kwargs.items()
+        if key not in (*ours, *_ADAPTER_ARGUMENTS) and not key.startswith("_")  # what Auto classes add
+    }
+    theirs["revision"] = revision or "main"
+    dtype = theirs.pop("torch_dtype", None) or theirs.get("dtype") or "auto"
+    theirs["dtype"] = config.dtype or "auto" if dtype == "auto" else dtype
+    text_config = copy.deepcopy(config.text_config)
+    # A base that is stored quantized stays as it is stored; one that was quantized on loading is quantized again.
+    quantization = text_config.__dict__.pop("quantization_config", None)
+    try:
+        where = {key: theirs[key] for key in (*_HUB_ARGUMENTS, "trust_remote_code") if key in theirs}
+        stored = AutoConfig.from_pretrained(name, **where)
+        _check_same_shape(path, text_config, stored, f"'{name}' (revision {revision})")
+        if hasattr(stored, "quantization_config"):
+            text_config.quantization_config = stored.quantization_config
+        elif quantization is not None:
+            theirs.setdefault("quantization_config", quantization)
+        backbone = AutoModelForCausalLM.from_pretrained(name, config=text_config, **theirs)
+    except (OSError, ValueError, SafetensorError) as error:
+        if isinstance(error, ValueError) and not str(error).startswith("Unrecognized model"):  # of an empty folder
+            raise
+        raise OSError(
+            f"'{path}' holds only what RETRO adds to '{name}' (revision {revision}), and that backbone cannot be loaded: "
+            f"{error} Make it available there, or say where it is: `from_pretrained(..., backbone_name_or_path=...)`, or in "
+            "the folder's config.json."
+        ) from error
+    recorded = config.backbone_fingerprint
+    if recorded is not None:
+        found = fingerprint(backbone, sampled=len(recorded) == 16)
+        if found not in (None, recorded):
+            raise ValueError(
+                f"'{path}' was made for other weights than '{name}' (revision {revision}) has: their fingerprint is "
+                f"{found[:16]}, that of its backbone {recorded[:16]}. Load the checkpoint that it was made for: set "
+                "`backbone_name_or_path` and `backbone_revision` in the folder's config.json; or, to read these weights "
+                "all the same, `backbone_fingerprint` to null."
+            )
+        if len(recorded) == 16:
+            config.backbone_fingerprint = fingerprint(backbone)
+    return backbone
+
+
+def _check_same_shape(
+    path: str | os.PathLike, expected: PreTrainedConfig, found: PreTrainedConfig, checkpoint: str
+) -> None:
+    """Raise if the checkpoint of the backbone is not of the shape that the adapter at `path` was made for."""
+    expected, found = expected.get_text_config(decoder=True), found.get_text_config(decoder=True)
+    for field in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size"):
+        values = [getattr(config, field, None) for config in (expected, found)]
+        if values[0] != values[1]:
+            raise ValueError(
+                f"'{path}' was made for a backbone with {field}={values[0]}, but {checkpoint} has {values[1]}. Load the "
+                "checkpoint that it was made for: set `backbone_name_or_path` and `backbone_revision` in the folder's "
+                "config.json."
+            )
 
 
 def _folder_beside(path: str | os.PathLike, name: str) -> str:
-    """Where the folder of the backbone lies if it was moved together with that of the adapter at `path`."""
+    """The folder of the backbone, if it was moved together with that of the adapter at `path`."""
     beside = os.path.join(os.path.dirname(os.path.abspath(path)), os.path.basename(name))
     if not os.path.isdir(beside):
         raise OSError(
@@ -189,21 +268,6 @@ def _folder_beside(path: str | os.PathLike, name: str) -> str:
         )
     logger.warning(f"There is no folder '{name}' any more; the backbone is read from '{beside}'.")
     return beside
-
-
-def _read_weights(path: str | os.PathLike, hub: dict) -> dict[str, torch.Tensor]:
-    """The weights in the folder or repository of an adapter, from one file or several."""
-    index = cached_file(path, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **hub)
-    files = [cached_file(path, SAFE_WEIGHTS_NAME, **hub)] if index is None else None
-    if files is None:
-        files, _ = get_checkpoint_shard_files(path, index, **hub)
-    weights: dict[str, torch.Tensor] = {}
-    for file in files:
-        try:
-            weights |= load_state_dict(file)
-        except SafetensorError as error:
-            raise OSError(f"'{file}' is damaged or not complete: {error}. Copy or download it again.") from error
-    return weights
 
 
 __all__ = ["RetroAdapterMixin"]

@@ -16,6 +16,7 @@
 import hashlib
 import inspect
 import re
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
@@ -234,21 +235,36 @@ def placement(backbone: nn.Module) -> tuple[torch.device, torch.dtype]:
     return device, weights[0].dtype
 
 
-def fingerprint(backbone: nn.Module) -> str | None:
-    """Tells a checkpoint from others of the same shape: a digest of up to 64 values of each weight.
+def fingerprint(backbone: nn.Module, sampled: bool = False) -> str | None:
+    """Tells a checkpoint from others of the same shape.
 
-    They are rounded to bfloat16, so a checkpoint has one fingerprint in float32 and in bfloat16. None where that cannot be
-    told: for weights that are quantized, in float16, offloaded or sharded.
+    Values are rounded to bfloat16, so a checkpoint has one fingerprint in float32 and in bfloat16.
+
+    Args:
+        backbone (`nn.Module`): its parameters are read.
+        sampled (`bool`, defaults to `False`): read up to 64 values of each weight only, as retro-hf 0.1 did when it wrote a
+            fingerprint of 16 digits.
+    Returns:
+        `str` of 64 hexadecimal digits that depends on every value (16 if sampled), or None where it cannot be told: for
+        weights that are quantized, in float16, offloaded or sharded.
     """
-    digest = hashlib.sha256()
-    for name, weight in sorted(backbone.named_parameters()):
-        weight = weight.detach()
+    weights = [(name, weight.detach()) for name, weight in sorted(backbone.named_parameters())]
+    for _, weight in weights:
         if type(weight) is not torch.Tensor or weight.is_meta or weight.dtype not in (torch.float32, torch.bfloat16):
             return None
-        values = weight.reshape(-1)[:: max(weight.numel() // 64, 1)][:64]
-        digest.update(f"{name} {tuple(weight.shape)}".encode())
-        digest.update(values.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()[:16]
+
+    def digest(weight: torch.Tensor) -> bytes:
+        values = weight.reshape(-1)
+        if sampled:
+            values = values[:: max(len(values) // 64, 1)][:64]
+        content = memoryview(values.to("cpu", torch.bfloat16).view(torch.int16).numpy())
+        return content.tobytes() if sampled else hashlib.sha256(content).digest()
+
+    whole = hashlib.sha256()
+    with ThreadPoolExecutor() as pool:
+        for (name, weight), part in zip(weights, pool.map(digest, [weight for _, weight in weights]), strict=True):
+            whole.update(f"{name} {tuple(weight.shape)}".encode() + part)
+    return whole.hexdigest()[: 16 if sampled else 64]
 
 
 __all__ = ["BranchEnd", "accepted_arguments", "find_branch_end", "find_decoder_layers", "fingerprint", "placement"]

@@ -14,7 +14,10 @@
 """RETRO configuration: the paper's decoder, the neighbor encoder, and the model that joins them to any backbone."""
 
 # No `from __future__ import annotations` here: it would turn the type checks of `@strict` off without a word.
+import os
+from dataclasses import fields
 from difflib import get_close_matches
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
@@ -24,29 +27,22 @@ from .compatibility_retro import CACHE_NAMES, SubConfigSpec
 
 
 # What peers call our fields, so that their spelling gets an answer instead of being stored and ignored.
-_ALIASES = {
-    "chunk_len": "chunk_size",
-    "chunk_length": "chunk_size",
-    "knn": "num_neighbors",
-    "k": "num_neighbors",
-    "num_neighbours": "num_neighbors",
-    "neighbour_size": "neighbor_size",
-    "retrieved_length": "neighbor_size",
-    "dec_cross_attn_layers": "cross_attention_layers",
-    "dec_cca_layers": "cross_attention_layers",
-    "d_model": "hidden_size",
-    "dim": "hidden_size",
-    "d_ff": "intermediate_size",
-    "ffn_dim": "intermediate_size",
-    "depth": "num_hidden_layers",
-    "num_layers": "num_hidden_layers",
-    "dim_head": "head_dim",
-    "heads": "num_attention_heads",
-    "num_heads": "num_attention_heads",
-    "encoder_config": "neighbor_encoder_config",
-    "backbone_config": "text_config",
-    "decoder_config": "text_config",
+_SPELLINGS = {
+    "chunk_size": "chunk_len chunk_length",
+    "num_neighbors": "knn k num_neighbours",
+    "neighbor_size": "neighbour_size retrieved_length",
+    "cross_attention_layers": "dec_cross_attn_layers dec_cca_layers",
+    "hidden_size": "d_model dim",
+    "intermediate_size": "d_ff ffn_dim",
+    "num_hidden_layers": "depth num_layers",
+    "head_dim": "dim_head",
+    "num_attention_heads": "heads num_heads",
+    "neighbor_encoder_config": "encoder_config",
+    "text_config": "backbone_config decoder_config",
 }
+_ALIASES = {spelling: name for name, spellings in _SPELLINGS.items() for spelling in spellings.split()}
+# Sizes that are read-only on `RetroConfig` or not there.
+_BACKBONE_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim")
 
 
 def _reject_misspelt_fields(config: PreTrainedConfig, unknown: dict) -> None:
@@ -59,20 +55,6 @@ def _reject_misspelt_fields(config: PreTrainedConfig, unknown: dict) -> None:
             match = next(iter(get_close_matches(name.replace("neighbour", "neighbor"), fields, 1, 0.85)), None)
         if match is not None and name not in fields:
             raise ValueError(f"{type(config).__name__} has no field '{name}'. Did you mean '{match}'?")
-
-
-# What a user would set on `RetroConfig`, where it is read-only or does not exist.
-_BACKBONE_FIELDS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim")
-
-
-def _reject_backbone_fields(unknown: dict) -> None:
-    for name in unknown:
-        match = _ALIASES.get(name) or next(iter(get_close_matches(name, _BACKBONE_FIELDS, 1, 0.85)), None)
-        if match in _BACKBONE_FIELDS:
-            raise ValueError(
-                f"RetroConfig has no field '{name}' to set; the sizes of the backbone stand in its own config: "
-                f"`text_config={{'{match}': ...}}`."
-            )
 
 
 def _implementations(config: PreTrainedConfig) -> list[tuple[PreTrainedConfig, str | None, str | None]]:
@@ -298,7 +280,6 @@ class RetroConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         _reject_misspelt_fields(self, kwargs)
-        _reject_backbone_fields(kwargs)
         for name, family in (("text_config", None), ("neighbor_encoder_config", RetroEncoderConfig.model_type)):
             self._check_family(name, family)
         if self.text_config is None:
@@ -313,6 +294,7 @@ class RetroConfig(PreTrainedConfig):
                 )
         if not isinstance(self.neighbor_encoder_config, PreTrainedConfig):
             self.neighbor_encoder_config = RetroEncoderConfig(**(self.neighbor_encoder_config or {}))
+        self._reject_backbone_fields(kwargs)
         # The base class sets the attention of every sub-config anew; that of a live backbone must stay, or it would
         # attend without its causal mask.
         kept = _implementations(self.text_config)
@@ -332,6 +314,39 @@ class RetroConfig(PreTrainedConfig):
         if self.cross_attention_head_dim is None:
             head_dim = getattr(backbone.per_layer_config[0], "head_dim", None)
             self.cross_attention_head_dim = head_dim or backbone.hidden_size // heads
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Make a config of saved values; as in transformers, and fields of the backbone alone reach `text_config`."""
+        path = kwargs.get("backbone_name_or_path")
+        if path is not None:
+            kwargs["backbone_name_or_path"] = os.fspath(path)
+            kwargs.setdefault("backbone_revision", None)  # the saved one is of the saved name
+        unknown = set(kwargs) - {field.name for field in fields(cls)}
+        saved = cls(**config_dict) if unknown else None
+        theirs = {
+            name: kwargs.pop(name)
+            for name in unknown
+            if saved._is_of_the_backbone(name) and not name.endswith("_token_id")
+        }
+        if theirs:
+            kwargs["text_config"] = theirs | kwargs.get("text_config", {})
+        return super().from_dict(config_dict, **kwargs)
+
+    def _is_of_the_backbone(self, name: str) -> bool:
+        """Whether a field is one of the backbone's family, and not one that every config has."""
+        shared = name.startswith("_") or hasattr(PreTrainedConfig, name) or name == "quantization_config"
+        return hasattr(self.text_config, name) and not shared
+
+    def _reject_backbone_fields(self, unknown: dict) -> None:
+        for name in unknown:
+            if name == "use_cache" or name.endswith("_token_id"):  # set on a composite, too, by Trainer and others
+                continue
+            match = _ALIASES.get(name) or next(iter(get_close_matches(name, _BACKBONE_SIZES, 1, 0.85)), name)
+            if match in _BACKBONE_SIZES or self._is_of_the_backbone(match):
+                raise ValueError(
+                    f"RetroConfig has no field '{name}'; it belongs to the backbone's config: `text_config={{'{match}': ...}}`."
+                )
 
     def _check_family(self, name: str, expected: str | None) -> None:
         config = getattr(self, name)

@@ -319,7 +319,7 @@ def _checkpoint_within_pass(checkpoint: Callable, function: Callable, *args: Any
 
 
 @auto_docstring(custom_intro="Weight initialization, loading and saving of RETRO models.")
-class RetroPreTrainedModel(PreTrainedModel):
+class RetroPreTrainedModel(RetroAdapterMixin):
     config: RetroConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -347,11 +347,45 @@ class RetroPreTrainedModel(PreTrainedModel):
         return getattr(self, "model", self).backbone.is_custom_code()
 
     def set_attn_implementation(self, attn_implementation: str | dict, **kwargs: Any) -> None:
-        """Set the attention implementation of the backbone and of what RETRO adds; as in transformers."""
-        if isinstance(attn_implementation, str):
-            attn_implementation = {"": attn_implementation, "text_config": attn_implementation}
-        super().set_attn_implementation(attn_implementation, **kwargs)
-        self.config.neighbor_encoder_config._attn_implementation_internal = self.config._attn_implementation
+        """Set the attention implementation of the backbone and of what RETRO adds; as in transformers.
+
+        A `dict` has the keys `"text_config"` for the backbone, `"neighbor_encoder_config"` for the neighbor encoder and `""`
+        for chunked cross-attention, and for the encoder too if that is not named.
+        """
+        parts = ("", *self.config.sub_configs)
+        if not isinstance(attn_implementation, dict):
+            attn_implementation = dict.fromkeys(parts, attn_implementation)
+        if unknown := set(attn_implementation) - set(parts):
+            raise ValueError(
+                f"`attn_implementation` has the keys {sorted(unknown)}, but a RETRO model has the parts {sorted(parts)}."
+            )
+        requested = dict(attn_implementation)
+        encoder = requested.pop("neighbor_encoder_config", requested.get("", None))
+        super().set_attn_implementation(requested, **kwargs)
+        if encoder is not None:  # not a model of its own, so transformers would set it unchecked and warn
+            self.config.neighbor_encoder_config._attn_implementation_internal = self.get_correct_attn_implementation(
+                encoder
+            )
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.base_model.backbone.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.base_model.backbone.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.base_model.backbone.get_output_embeddings()
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.base_model.backbone.set_output_embeddings(value)
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """Resize the vocabulary of the backbone and of the neighbor encoder; arguments as in transformers."""
+        embeddings = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        encoder = self.base_model.retro.encoder
+        if encoder.embed_tokens is not None:
+            encoder.embed_tokens = self._get_resized_embeddings(encoder.embed_tokens, embeddings.num_embeddings)
+        return embeddings
 
     # trf-ignore: TRF033 (no hyperparameter)
     def enable_input_require_grads(self) -> None:
@@ -433,12 +467,6 @@ class RetroModel(RetroPreTrainedModel):
                     multiplier=end.multiplier,
                 )
             )
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.backbone.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.backbone.set_input_embeddings(value)
 
     # trf-ignore: TRF033 (a retriever is no hyperparameter)
     def set_retriever(self, retriever: Retriever | None) -> None:
@@ -635,7 +663,7 @@ def _learned_positions(backbone: PreTrainedModel) -> int | None:
 @auto_docstring(
     custom_intro="RETRO: a causal language model that reads retrieved neighbors through chunked cross-attention."
 )
-class RetroForCausalLM(RetroAdapterMixin, RetroPreTrainedModel, GenerationMixin):
+class RetroForCausalLM(RetroPreTrainedModel, GenerationMixin):
     def __init__(self, config: RetroConfig, backbone: PreTrainedModel | None = None):
         r"""
         backbone (`PreTrainedModel`, *optional*):
@@ -649,28 +677,8 @@ class RetroForCausalLM(RetroAdapterMixin, RetroPreTrainedModel, GenerationMixin)
         self._is_stateful = self.model.backbone._is_stateful
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.model.backbone.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.model.backbone.set_input_embeddings(value)
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.model.backbone.get_output_embeddings()
-
-    def set_output_embeddings(self, value: nn.Module) -> None:
-        self.model.backbone.set_output_embeddings(value)
-
     def get_decoder(self) -> nn.Module:
         return self.model
-
-    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
-        """Resize the vocabulary of the backbone and of the neighbor encoder; arguments as in transformers."""
-        embeddings = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
-        encoder = self.model.retro.encoder
-        if encoder.embed_tokens is not None:
-            encoder.embed_tokens = self._get_resized_embeddings(encoder.embed_tokens, embeddings.num_embeddings)
-        return embeddings
 
     # trf-ignore: TRF033 (a retriever is no hyperparameter)
     def set_retriever(self, retriever: Retriever | None) -> None:
