@@ -65,14 +65,14 @@ def page(html) -> Page:
     return Page(html)
 
 
-def test_the_verdict_is_the_first_line(page, html):
+def test_verdict_is_the_first_line(page, html):
     """Of what is read, and of the window."""
     assert page.text.startswith(VERDICT)
     assert f"<title>{VERDICT}</title>" in html
 
 
 @pytest.mark.parametrize("outcome", ["broken", "hurts", "nothing", "not_measured"])
-def test_whatever_the_verdict_it_comes_first(tmp_path, outcome):
+def test_every_verdict_comes_first(tmp_path, outcome):
     """The page takes the words of the evaluation, and its outcome shows."""
     verdict = {"outcome": outcome, "copying": None, "text": f"It is {outcome}.", "details": []}
     page = Page(render_page(sample_evaluation(tmp_path, verdict=verdict, **NO_CURVES)))
@@ -80,7 +80,7 @@ def test_whatever_the_verdict_it_comes_first(tmp_path, outcome):
     assert page.count("header", **{"class": f"verdict {outcome}"}) == 1
 
 
-def test_the_page_loads_nothing(page, html):
+def test_page_loads_nothing(page, html):
     """No address in any attribute that loads, no style that does; the browser is told to refuse the rest."""
     loading = {"src", "srcset", "data", "poster", "action", "formaction", "background", "xlink:href", "href"}
     for tag, attributes in page.tags:

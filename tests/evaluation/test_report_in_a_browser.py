@@ -76,7 +76,7 @@ def test_nothing_is_loaded_and_nothing_foreign_runs(browser, path):
     assert browser.evaluate("typeof window.pwned + document.scripts.length + document.images.length") == "undefined10"
 
 
-def test_a_script_from_outside_would_be_refused(browser, path, tmp_path):
+def test_script_from_outside_is_blocked(browser, path, tmp_path):
     """Were some text not escaped, the browser would still not run it."""
     broken = tmp_path / "broken.html"
     broken.write_text(path.read_text().replace("<main>", "<main><script>window.pwned = 1</script>", 1))
@@ -85,7 +85,7 @@ def test_a_script_from_outside_would_be_refused(browser, path, tmp_path):
     assert browser.evaluate("typeof window.pwned") == "undefined"
 
 
-def test_a_click_on_a_chunk_shows_its_neighbors(browser, path):
+def test_click_on_a_chunk_shows_its_neighbors(browser, path):
     """And another one hides them."""
     browser.open(path)
     chunk = "#trace-1-chunk-0"
@@ -105,7 +105,7 @@ def test_a_click_on_a_chunk_shows_its_neighbors(browser, path):
     assert not is_open(browser, chunk)
 
 
-def test_a_link_opens_the_chunk_it_names(browser, path):
+def test_link_opens_its_chunk(browser, path):
     """To show somebody else a place in a text."""
     browser.open(path, "trace-1-chunk-1")
     assert is_open(browser, "#trace-1-chunk-1") and not is_open(browser, "#trace-1-chunk-0")
@@ -113,7 +113,7 @@ def test_a_link_opens_the_chunk_it_names(browser, path):
     assert -1 < top < 900  # scrolled to, within a pixel
 
 
-def test_the_keyboard_is_enough(browser, path):
+def test_keyboard_opens_chunks(browser, path):
     """Tab reaches a chunk, Enter opens it, arrows go on to the next."""
     browser.open(path)
     focused = "document.activeElement.closest('.chunk')?.id"
@@ -130,7 +130,7 @@ def test_the_keyboard_is_enough(browser, path):
     assert browser.evaluate(focused) == "trace-1-chunk-0"
 
 
-def test_all_chunks_open_at_once_and_tokens_tell_their_numbers(browser, path):
+def test_button_opens_all_chunks_and_tokens_show_their_numbers(browser, path):
     """What the script adds."""
     browser.open(path)
     browser.click("button.all")
@@ -168,7 +168,7 @@ def contrast_of(one: tuple[float, ...], other: tuple[float, ...]) -> float:
     return (bright + 0.05) / (dark + 0.05)
 
 
-def test_a_phone_needs_no_sideways_scrolling(browser, path):
+def test_phone_does_not_scroll_sideways(browser, path):
     """Only wide tables scroll, within themselves."""
     browser.open(path, width=360)
     browser.evaluate("document.querySelectorAll('details').forEach((part) => { part.open = true; })")

@@ -38,7 +38,7 @@ def equal(left: dict, right: dict) -> bool:
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
-def test_a_batch_is_padded_on_the_right_and_padding_is_no_label(world, collator):
+def test_batch_is_padded_on_the_right_without_labels(world, collator):
     """Tokens, mask and labels, example by example."""
     examples = ragged(world)
     batch = collator(examples)
@@ -94,7 +94,7 @@ def test_fewer_neighbors_than_computed_are_the_best_ones(world):
     assert torch.equal(batch["neighbor_input_ids"], both["neighbor_input_ids"][:, :, :1])
 
 
-def test_dropout_replaces_the_share_asked_for(world):
+def test_dropout_replaces_the_given_share(world):
     """Half of the chunks get random neighbors, a quarter none, the rest keep theirs; missing chunks get nothing."""
     plain = RetroDataCollator(world.tokenizer, world.datastore)
     dropping = RetroDataCollator(
@@ -114,8 +114,8 @@ def test_dropout_replaces_the_share_asked_for(world):
     assert kept / total == pytest.approx(0.25, abs=0.07) and none / total == pytest.approx(0.25, abs=0.07)
 
 
-def test_draws_depend_on_seed_batch_and_epoch_only(world):
-    """Earlier calls, copies and other processes change nothing; seed, epoch and examples do."""
+def test_draws_depend_on_seed_and_batch_only(world):
+    """Earlier calls, copies and other processes change nothing; seed and examples do."""
     options = {"random_neighbor_probability": 0.5}
     first, second = rows(world, 0, 1, 2), rows(world, 3, 4, 5)
     collator = RetroDataCollator(world.tokenizer, world.datastore, **options)
@@ -123,8 +123,6 @@ def test_draws_depend_on_seed_batch_and_epoch_only(world):
     again = pickle.loads(pickle.dumps(RetroDataCollator(world.tokenizer, world.datastore, **options)))
     assert equal(again(second), expected[1]) and equal(again(first), expected[0])
     assert not equal(RetroDataCollator(world.tokenizer, world.datastore, seed=1, **options)(first), expected[0])
-    again.set_epoch(1)
-    assert not equal(again(first), expected[0])
 
 
 @pytest.mark.parametrize("context", ["fork", "spawn"])
@@ -137,7 +135,7 @@ def test_worker_processes_make_the_same_batches(world, context):
     assert all(equal(left, right) for left, right in zip(alone, workers, strict=True))
 
 
-def test_a_path_and_a_pad_id_serve_too(world, collator):
+def test_path_and_pad_id_are_accepted(world, collator):
     """The datastore may be named by its folder, and padding by its id."""
     examples = ragged(world)
     batch = RetroDataCollator(3, world.datastore.path)(examples)
@@ -145,23 +143,23 @@ def test_a_path_and_a_pad_id_serve_too(world, collator):
     assert (batch["input_ids"][batch["attention_mask"] == 0] == 3).all()
 
 
-def test_missing_neighbors_say_how_to_get_or_keep_them(world, collator):
+def test_missing_neighbors_are_an_error_with_the_remedy(world, collator):
     """The commonest mistake: Trainer drops the columns by default."""
     with pytest.raises(DatasetError, match="precompute_neighbors.*remove_unused_columns=False"):
         collator([world.windows[0]])
 
 
-def test_trainer_with_its_defaults_runs_into_that_message(world, collator, tmp_path):
+def test_trainer_that_drops_the_columns_is_an_error(world, collator, tmp_path):
     """And not into a wrong run without neighbors."""
     from tiny_training import make_model, make_trainer
 
     trainer, _ = make_trainer(make_model(), world, tmp_path, remove_unused_columns=True)
     assert isinstance(trainer, Trainer)
-    with pytest.raises(DatasetError, match="remove_unused_columns=False"):
+    with pytest.raises(DatasetError):
         trainer.train()
 
 
-def test_another_datastore_is_refused(world, tmp_path):
+def test_neighbors_of_another_datastore_are_an_error(world, tmp_path):
     """Other chunk size, other text of the same sizes, other number of neighbors."""
 
     def store(name: str, **options) -> RetroDatastore:
@@ -171,62 +169,73 @@ def test_another_datastore_is_refused(world, tmp_path):
         return RetroDatastore.build(documents, path, tokenizer=world.tokenizer, embedder=world.embedder, **sizes)
 
     coarse = RetroDataCollator(world.tokenizer, store("coarse", chunk_size=16))
-    with pytest.raises(DatastoreMismatchError, match="chunk_size=8.*has 16"):
+    with pytest.raises(DatastoreMismatchError, match="chunk_size=8"):
         coarse(rows(world, 0))
     other = RetroDataCollator(world.tokenizer, store("other", documents=corpus(seed=1)))
-    with pytest.raises(DatastoreMismatchError, match="another datastore.*precompute_neighbors"):
+    with pytest.raises(DatastoreMismatchError):
         other(rows(world, 0))
-    with pytest.raises(DatastoreMismatchError, match="num_neighbors=3, but only 2"):
+    with pytest.raises(DatastoreMismatchError):
         RetroDataCollator(world.tokenizer, world.datastore, num_neighbors=3)(rows(world, 0))
     # A longer continuation is another reading of the same chunks.
     longer = RetroDataCollator(world.tokenizer, store("longer", neighbor_size=24))(rows(world, 0))
     assert longer["neighbor_input_ids"].shape[-1] == 24
 
 
-def test_a_copy_of_the_datastore_serves(world, collator, tmp_path):
+def test_copy_of_the_datastore_is_accepted(world, collator, tmp_path):
     """What counts is the content, not the folder."""
     world.datastore.save(tmp_path / "copy")
     copy = RetroDataCollator(world.tokenizer, tmp_path / "copy")
     assert equal(copy(rows(world, 0, 1)), collator(rows(world, 0, 1)))
 
 
-def test_broken_examples_are_refused(world, collator):
-    """Ids beyond the store, examples cut after the search, padded ones, labels of another length, nonsense options."""
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"input_ids": list(range(20))},
+        {"neighbor_chunk_ids": None},
+        {"neighbor_source": None},
+        {"attention_mask": [1] * 31 + [0]},
+        {"labels": [1, 2, 3]},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_example_that_does_not_fit_is_an_error(world, collator, changes):
     example = world.dataset[0]
-    beyond = {**example, "neighbor_chunk_ids": [[0, len(world.datastore)]] * 4}
-    with pytest.raises(DatastoreInputError, match="another datastore"):
-        collator([beyond])
-    with pytest.raises(DatasetError, match="after cutting"):
-        collator([{**example, "input_ids": example["input_ids"][:20]}])
-    for column in ("neighbor_chunk_ids", "neighbor_source"):
-        with pytest.raises(DatasetError, match=f"column '{column}' of an example is None.*precompute_neighbors"):
-            collator([example, {**example, column: None}])
-    with pytest.raises(DatasetError, match="padded"):
-        collator([{**example, "attention_mask": [1] * 31 + [0]}])
-    with pytest.raises(DatasetError, match="32 input_ids, but 3 labels"):
-        collator([{**example, "labels": [1, 2, 3]}])
-    with pytest.raises(DatasetError, match="no column 'input_ids'.*tokenize_documents"):
+    with pytest.raises(DatasetError):
+        collator([example, {**example, **changes}])
+
+
+def test_missing_tokens_and_unknown_chunk_ids_are_an_error(world, collator):
+    with pytest.raises(DatasetError, match="tokenize_documents"):
         collator([{"text": "not tokenized"}])
-    for options in ({"random_neighbor_probability": 0.6, "no_neighbor_probability": 0.5}, {"num_neighbors": 0}):
-        with pytest.raises(ValueError, match="at (most|least) 1"):
-            RetroDataCollator(world.tokenizer, world.datastore, **options)
+    beyond = {**world.dataset[0], "neighbor_chunk_ids": [[0, len(world.datastore)]] * 4}
+    with pytest.raises(DatastoreInputError):
+        collator([beyond])
+
+
+@pytest.mark.parametrize(
+    "options", [{"random_neighbor_probability": 0.6, "no_neighbor_probability": 0.5}, {"num_neighbors": 0}]
+)
+def test_option_out_of_range_is_an_error(world, options):
+    with pytest.raises(ValueError):
+        RetroDataCollator(world.tokenizer, world.datastore, **options)
 
 
 @pytest.mark.parametrize("first", [-100, 5])
-def test_an_example_without_a_label_is_refused(world, collator, first):
+def test_example_without_a_label_is_an_error(world, collator, first):
     """Its loss would be 0 / 0; the label of the first token doesn't count, since nothing predicts it."""
     example = world.dataset[0]
     masked = {**example, "labels": [first] + [-100] * 31}
-    with pytest.raises(DatasetError, match=r"None of the 32 tokens.*dataset.filter\("):
+    with pytest.raises(DatasetError):
         collator([example, masked])
     collator([example, {**masked, "labels": [-100] * 31 + [5]}])
 
 
-def test_a_tokenizer_of_other_text_is_refused(world):
+def test_other_tokenizer_is_an_error(world):
     """Its ids would not be the store's."""
     from datastore.fixtures import make_tokenizer
 
-    with pytest.raises(DatastoreMismatchError, match="tokenizer"):
+    with pytest.raises(DatastoreMismatchError):
         RetroDataCollator(make_tokenizer(vocab_size=300), world.datastore)
 
 
@@ -237,10 +246,10 @@ def test_precomputing_again_replaces_the_column(world, collator):
     assert collator([again[0]])["neighbor_input_ids"].shape[2] == 1
 
 
-def test_a_model_with_other_chunks_refuses_the_batch(world, collator):
+def test_model_with_other_chunks_rejects_the_batch(world, collator):
     """Neighbors of longer chunks are of text that the model is yet to predict; nothing in their shape says so."""
     batch = collator(rows(world, 0, 1))
     assert batch["neighbor_chunk_size"].tolist() == [SIZE, SIZE]
     model = make_model(chunk_size=SIZE // 2)
-    with pytest.raises(ValueError, match=f"chunks of .{SIZE}. tokens, but the model has chunks of {SIZE // 2}"):
+    with pytest.raises(ValueError):
         model(**batch)

@@ -9,7 +9,7 @@ from retro_hf.model.compatibility_retro import CHECKPOINTING
 
 
 @pytest.mark.parametrize("family", ["llama", "retro_decoder"])
-def test_a_step_is_one_graph(family):
+def test_training_step_is_one_graph(family):
     """`fullgraph=True` allows no break; the evaluation of a loss is one graph as well."""
     model = tiny_retro(family)
     ids = random_ids(2, 16)

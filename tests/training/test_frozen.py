@@ -62,7 +62,7 @@ def test_nothing_is_kept_below_the_first_cross_attention(family, placement, chec
         assert not any(gradients) if frozen else all(gradients)
 
 
-def test_optimizer_state_is_of_trained_weights_alone(world, tmp_path):
+def test_optimizer_state_covers_trained_weights_only(world, tmp_path):
     """AdamW's two moments per trained weight, as Trainer sets it up; what a checkpoint holds of them, too."""
     model = retrofit(
         tiny_backbone("llama", vocab_size=400),
@@ -79,7 +79,7 @@ def test_optimizer_state_is_of_trained_weights_alone(world, tmp_path):
     assert sum(entry["exp_avg"].numel() for entry in saved.values()) == trained
 
 
-def test_a_base_thawed_later_trains(world, tmp_path):
+def test_base_unfrozen_later_trains(world, tmp_path):
     """First what was added, then all of it: `model.model.backbone.requires_grad_(True)`."""
     base = tiny_backbone("llama", vocab_size=400)
     model = retrofit(base, chunk_size=CHUNK_SIZE, neighbor_size=NEIGHBOR_SIZE, cross_attention_layers=[1, 3])

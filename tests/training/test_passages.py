@@ -54,14 +54,14 @@ def found(store, *chunk_ids: int, num_passages: int = 3) -> list[tuple[str, int]
     return [(passage["title"], len(passage["text"].split())) for passage in row["passages"]]
 
 
-def test_a_passage_is_as_long_as_its_document_allows(store):
+def test_passage_is_as_long_as_its_document_allows(store):
     """The chunk and its continuation; the last chunk of a document with the one before it; a short document whole."""
     assert found(store, 0) == found(store, 2) == found(store, 3) == [("T4", 16)]
     assert found(store, 4) == found(store, 5) == [("T2", 16)]
     assert found(store, 6) == [("T1", 8)]
 
 
-def test_what_a_passage_holds_is_not_taken_again(store):
+def test_passages_of_a_question_do_not_overlap(store):
     """The next best comes instead, from twice as many as wanted."""
     assert found(store, 5, 4, 6) == [("T2", 16), ("T1", 8)]
     assert found(store, 1, 2, 0, 6) == [("T4", 16), ("T4", 16), ("T1", 8)]
@@ -90,7 +90,7 @@ def test_questions_find_their_documents(world):
             )
 
 
-def test_the_question_is_what_is_looked_up(store):
+def test_question_is_looked_up_with_single_spaces(store):
     """With single white space, and readable whatever it holds."""
     searcher = Fixed(0)
     retriever = RetroRetriever(store, searcher=searcher)
@@ -98,21 +98,21 @@ def test_the_question_is_what_is_looked_up(store):
     assert searcher.texts == ["which river"]
 
 
-def test_what_cannot_be_looked_up_is_refused(world):
+def test_input_that_cannot_be_looked_up_is_an_error(world):
     """Empty questions by row; a datastore alone."""
     rows = Dataset.from_list([{"question": "which"}, {"question": ""}])
-    with pytest.raises(DatasetError, match="The question in row 1 is ''"):
+    with pytest.raises(DatasetError, match="row 1"):
         retrieve_passages(rows, world.retriever)
-    with pytest.raises(DatasetError, match="no column 'question'"):
+    with pytest.raises(DatasetError):
         retrieve_passages(rows.rename_column("question", "query"), world.retriever)
-    with pytest.raises(DatasetError, match="by a RetroRetriever, not a RetroDatastore"):
+    with pytest.raises(DatasetError):
         retrieve_passages(rows, world.datastore)
-    with pytest.raises(ValueError, match="num_passages is 0"):
+    with pytest.raises(ValueError):
         retrieve_passages(rows, world.retriever, num_passages=0)
 
 
-def test_passages_that_are_there_are_not_overwritten(world):
+def test_existing_passages_are_not_overwritten(world):
     """The remedy is in the message."""
     rows = Dataset.from_list([{"question": "which", "passages": ["the river"]}])
-    with pytest.raises(DatasetError, match=r"`dataset.remove_columns\('passages'\)`"):
+    with pytest.raises(DatasetError):
         retrieve_passages(rows, world.retriever)

@@ -48,7 +48,7 @@ def other_passages(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 # ── the format ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_the_text_is_the_papers(tokenizer):
+def test_text_has_the_format_of_the_paper(tokenizer):
     """Question, answer and passages, word for word; white space is made single, and the answer ends with the end token."""
     row = {
         "id": 7,
@@ -68,7 +68,7 @@ def test_the_text_is_the_papers(tokenizer):
     assert (made["id"], made["answers"]) == (7, row["answers"]) and "passages" not in made
 
 
-def test_texts_serve_as_passages_and_long_ones_are_cut(tokenizer):
+def test_texts_are_accepted_as_passages_and_cut_to_size(tokenizer):
     """`neighbor_size` tokens are what the encoder reads of one."""
     row = {"question": "where", "answers": ["here"], "passages": ["the river " * 30, "a city"]}
     (made,) = tokenized(tokenizer, Dataset.from_list([row]), neighbor_size=24)
@@ -76,10 +76,10 @@ def test_texts_serve_as_passages_and_long_ones_are_cut(tokenizer):
     assert made["passage_input_ids"][0] == whole[:24] and len(whole) > 24
 
 
-def test_another_answer_and_another_prompt_can_be_learned(tokenizer):
-    """`target_column` names the answer, `prompt` the format."""
-    row = {"question": "where", "answers": ["here", "there"], "target": "there", "passages": []}
-    (made,) = tokenized(tokenizer, Dataset.from_list([row]), target_column="target", prompt="Q: {question} A:")
+def test_prompt_can_be_changed(tokenizer):
+    """And the first right answer is the one to learn."""
+    row = {"question": "where", "answers": ["there", "here"], "passages": []}
+    (made,) = tokenized(tokenizer, Dataset.from_list([row]), prompt="Q: {question} A:")
     assert tokenizer.decode(made["prompt_input_ids"] + made["answer_input_ids"]) == "Q: where A: there<|endoftext|>"
 
 
@@ -117,7 +117,7 @@ def test_every_prompt_ends_a_chunk_and_all_answers_begin_in_one_column(tokenizer
 
 
 @torch.no_grad()
-def test_only_the_answer_and_its_end_are_learned(tokenizer, questions, model):
+def test_only_the_answer_and_its_end_token_are_learned(tokenizer, questions, model):
     """Labels decode to the answers; the loss is the mean over their tokens alone."""
     batch = collate(tokenizer, questions)
     nats, count = 0.0, 0
@@ -134,7 +134,7 @@ def test_only_the_answer_and_its_end_are_learned(tokenizer, questions, model):
 
 
 @pytest.mark.parametrize("family", ["retro_decoder", "llama", "gpt2"])
-def test_a_row_in_a_padded_batch_is_the_row_alone(tokenizer, questions, family):
+def test_row_in_a_padded_batch_equals_the_row_alone(tokenizer, questions, family):
     """Padding on both sides, of passages too, changes no logit; also where positions are absolute."""
     model = make_model(family=family, scale=0.25)
     batch = collate(tokenizer, questions)
@@ -204,7 +204,7 @@ def test_questions_without_passages_are_answered_by_the_backbone_alone(tokenizer
     assert torch.equal(model(**batch).logits, model.model.backbone(**closed).logits)
 
 
-def test_the_best_passage_stands_in_the_prompt(tokenizer, questions, model):
+def test_best_passage_is_in_the_prompt(tokenizer, questions, model):
     """RETRO++: before the question, in the same chunk grid; the encoder still reads all."""
     batch = collate(tokenizer, questions, passages_in_prompt=1)
     for row, example in enumerate(questions):
@@ -217,7 +217,7 @@ def test_the_best_passage_stands_in_the_prompt(tokenizer, questions, model):
     assert torch.isfinite(model(**batch).loss)
 
 
-def test_a_plain_language_model_reads_passages_in_its_prompt(tokenizer, questions):
+def test_plain_language_model_reads_passages_in_its_prompt(tokenizer, questions):
     """The baseline: no retrieval in the batch."""
     plain = tiny_backbone("gpt2", vocab_size=400)
     batch = collate(tokenizer, questions, num_passages=0, passages_in_prompt=1)
@@ -229,7 +229,7 @@ def test_a_plain_language_model_reads_passages_in_its_prompt(tokenizer, question
 # ── random passages and none ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_dropout_replaces_the_share_asked_for(tokenizer):
+def test_dropout_replaces_the_given_share(tokenizer):
     """Half of the questions get those of a question of the set, a quarter none, the rest their own, also in the prompt."""
     rows = [{**row, "passages": [f"city {number}"]} for number, row in enumerate(make_questions(200))]
     questions = tokenized(tokenizer, Dataset.from_list(rows))
@@ -256,18 +256,13 @@ def test_dropout_replaces_the_share_asked_for(tokenizer):
     assert all(torch.equal(value, collator(list(questions))[name]) for name, value in batch.items())
     evaluated = collator.for_evaluation()(list(questions))
     assert torch.equal(evaluated["input_ids"], collate(tokenizer, questions, passages_in_prompt=1)["input_ids"])
-    collator.set_epoch(1)
-    assert not torch.equal(
-        batch["neighbor_attention_mask"].sum((1, 2, 3)),
-        collator(list(questions))["neighbor_attention_mask"].sum((1, 2, 3)),
-    )
 
 
 # ── generation ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("family", ["retro_decoder", "gpt2"])
-def test_a_left_padded_batch_generates_what_each_row_generates_alone(tokenizer, questions, family):
+def test_left_padded_batch_generates_what_each_row_generates_alone(tokenizer, questions, family):
     """Over chunk borders, where the same passages are read on; each step is that of a pass over the whole text."""
     model = make_model(family=family, scale=0.25)
     length = 2 * CHUNK_SIZE + 3
@@ -292,7 +287,7 @@ def test_generation_does_not_see_the_answers(tokenizer, model):
     assert answers[0] == answers[1] and any(answers[0])
 
 
-def test_an_attached_retriever_is_not_asked(tokenizer, questions, world):
+def test_attached_retriever_is_not_used(tokenizer, questions, world):
     """The passages are the question's, also beyond the first chunk of an answer."""
     model = make_model(scale=0.25)
     batch = collate(tokenizer, questions)
@@ -305,7 +300,7 @@ def test_an_attached_retriever_is_not_asked(tokenizer, questions, world):
     assert generate_answers(model, batch, tokenizer, max_new_tokens=20) == before
 
 
-def test_an_answer_ends_with_the_end_token_or_its_line(tokenizer):
+def test_answer_ends_at_the_end_token_or_the_line(tokenizer):
     """What comes after is not the answer's."""
     from retro_hf.training.question_trainer import decode_answers
 
@@ -321,25 +316,24 @@ GOOD = {"question": "where", "answers": ["here"], "passages": [{"title": "a", "t
 
 
 @pytest.mark.parametrize(
-    ("row", "message"),
+    ("row", "value"),
     [
-        ({"question": " "}, "The question in row 0 is ' ', but it must be a text that is not empty"),
-        ({"question": None}, "The question in row 0 is None"),
-        ({"answers": []}, "The answer in row 0 is None"),
-        ({"answers": None}, "The answer in row 0 is None"),
-        ({"answers": ["", "  "]}, "The answer in row 0 is None"),
-        ({"answers": [1975]}, "The answer in row 0 is 1975, but it must be a text"),
-        ({"answers": {"text": ["here"], "answer_start": [0]}}, "The answers in row 0 are {.*format of SQuAD"),
-        ({"answers": "here"}, "The answers in row 0 are 'here', but they must be a list.*Of one text"),
-        ({"passages": [{"title": "a"}]}, "The passages in row 0 are .* must be a list of dicts"),
-        ({"passages": [{"title": 3, "text": "b"}]}, "The passages in row 0 are"),
-        ({"passages": "a text"}, "The passages in row 0 are 'a text'"),
-        ({"passages": {"title": ["a"], "text": ["b"]}}, "The passages in row 0 are"),
+        ({"question": " "}, "' '"),
+        ({"question": None}, "None"),
+        ({"answers": []}, "None"),
+        ({"answers": None}, "None"),
+        ({"answers": ["", "  "]}, "None"),
+        ({"answers": [1975]}, "1975"),
+        ({"answers": {"text": ["here"], "answer_start": [0]}}, "SQuAD"),
+        ({"answers": "here"}, "'here'"),
+        ({"passages": [{"title": "a"}]}, "'a'"),
+        ({"passages": [{"title": 3, "text": "b"}]}, "3"),
+        ({"passages": "a text"}, "'a text'"),
+        ({"passages": {"title": ["a"], "text": ["b"]}}, "'b'"),
     ],
 )
-def test_rows_that_cannot_be_used_are_named(tokenizer, row, message):
-    """With what is wrong in them."""
-    with pytest.raises(DatasetError, match=message):
+def test_invalid_row_is_reported_with_its_number_and_value(tokenizer, row, value):
+    with pytest.raises(DatasetError, match=f"row 0 .*{value}"):
         tokenized(tokenizer, Dataset.from_list([{**GOOD, **row}]))
 
 
@@ -350,66 +344,74 @@ def test_passages_may_be_missing_in_a_row(tokenizer):
         assert made["passage_input_ids"] == []
 
 
-def test_a_dataset_without_any_passage_is_pointed_out(tokenizer, caplog):
+def test_dataset_without_any_passage_is_warned_about(tokenizer, caplog):
     """It would be answered without retrieval, which nobody who has not said `num_passages=0` may have meant."""
     rows = Dataset.from_list([{**GOOD, "passages": None}, {**GOOD, "passages": []}])
     tokenized(tokenizer, rows, num_passages=0)
     assert not caplog.records
     tokenized(tokenizer, rows)
-    assert "None of the 2 questions has a passage" in caplog.text and "retrieve_passages" in caplog.text
+    assert "retrieve_passages" in caplog.text
 
 
-@pytest.mark.parametrize(
-    ("column", "message"),
-    [
-        ("question", "no column 'question'.*rename_column"),
-        ("answers", "no column 'answers'.*with_answers=False"),
-        ("passages", "no column 'passages'.*retrieve_passages.*num_passages=0"),
-    ],
-)
-def test_missing_columns_are_named_with_what_makes_them(tokenizer, column, message):
-    """And the columns that there are."""
-    with pytest.raises(DatasetError, match=message):
+@pytest.mark.parametrize("column", ["question", "answers", "passages"])
+def test_missing_column_is_an_error_that_names_it(tokenizer, column):
+    with pytest.raises(DatasetError, match=f"'{column}'"):
         tokenized(tokenizer, Dataset.from_list([GOOD]).remove_columns(column))
 
 
-def test_questions_beyond_the_context_are_named(tokenizer):
+def test_question_beyond_the_context_is_an_error(tokenizer):
     """By `max_length`, with the number of tokens; without it, by the model."""
     rows = Dataset.from_list([GOOD, {**GOOD, "question": "the river " * 80}])
-    with pytest.raises(DatasetError, match=r"Question 1 has \d+ tokens with its answer, but max_length=64"):
+    with pytest.raises(DatasetError, match="Question 1 .*max_length=64"):
         tokenized(tokenizer, rows, max_length=64)
     batch = collate(tokenizer, tokenized(tokenizer, rows))
-    with pytest.raises(ValueError, match="position table ends at 128"):
+    with pytest.raises(ValueError):
         make_model(family="gpt2")(**batch)
 
 
-def test_other_arguments_that_cannot_be_used_are_refused(tokenizer, questions):
-    """Each with the remedy."""
-    with pytest.raises(DatasetError, match="type list, not datasets.Dataset"):
+def test_list_of_questions_is_an_error(tokenizer):
+    with pytest.raises(DatasetError, match="list"):
         tokenize_questions([GOOD], tokenizer, neighbor_size=16)
-    with pytest.raises(DatasetError, match="no place for the question"):
+
+
+def test_prompt_needs_a_place_for_the_question_and_a_boundary(tokenizer):
+    with pytest.raises(DatasetError):
         tokenized(tokenizer, prompt="Q: A:")
     letters = {letter: number for number, letter in enumerate("abcdefghijklmnopqrstuvwxyz: \n,")}
     joining = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.BPE({**letters, ": ": len(letters)}, [(":", " ")])), eos_token="a"
     )
-    with pytest.raises(DatasetError, match="joins the end of the prompt and the beginning of the answer in row 0"):
+    with pytest.raises(DatasetError, match="row 0"):
         tokenized(joining, Dataset.from_list([GOOD]))
-    with pytest.raises(ValueError, match="neighbor_size is 0"):
+
+
+def test_tokenizer_needs_an_end_token():
+    with pytest.raises(DatasetError):
+        tokenized(SimpleNamespace(eos_token_id=None))
+
+
+def test_neighbor_size_must_be_positive(tokenizer):
+    with pytest.raises(ValueError):
         tokenized(tokenizer, neighbor_size=0)
-    endless = SimpleNamespace(eos_token_id=None)
-    with pytest.raises(DatasetError, match="no end token"):
-        tokenized(endless)
-    with pytest.raises(ValueError, match="num_passages is -1"):
-        QuestionCollator(tokenizer, chunk_size=8, num_passages=-1)
-    with pytest.raises(ValueError, match="sum at most 1"):
-        QuestionCollator(tokenizer, chunk_size=8, random_passage_probability=0.6, no_passage_probability=0.6)
-    with pytest.raises(DatasetError, match="pass `random_passages=`"):
-        QuestionCollator(tokenizer, chunk_size=8, random_passage_probability=0.5)
-    collator = QuestionCollator(tokenizer, chunk_size=8)
-    for example in ({"input_ids": [1]}, {"prompt_input_ids": [1]}):
-        with pytest.raises(DatasetError, match="tokenize_questions.*remove_unused_columns=False"):
-            collator([example])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_passages": -1},
+        {"random_passage_probability": 0.6, "no_passage_probability": 0.6},
+        {"random_passage_probability": 0.5},
+    ],
+)
+def test_collator_option_out_of_range_is_an_error(tokenizer, options):
+    with pytest.raises(ValueError):
+        QuestionCollator(tokenizer, chunk_size=8, **options)
+
+
+@pytest.mark.parametrize("example", [{"input_ids": [1]}, {"prompt_input_ids": [1]}])
+def test_example_without_its_columns_is_an_error(tokenizer, example):
+    with pytest.raises(DatasetError):
+        QuestionCollator(tokenizer, chunk_size=8)([example])
 
 
 def test_labels_are_never_all_masked(tokenizer):
@@ -420,7 +422,7 @@ def test_labels_are_never_all_masked(tokenizer):
     assert made[0]["answer_input_ids"][-1] == tokenizer.eos_token_id
 
 
-def test_the_datastores_tokenizer_need_not_be_the_models(world, tokenizer):
+def test_datastore_may_have_another_tokenizer_than_the_model(world, tokenizer):
     """Passages are text."""
     from datastore.fixtures import make_tokenizer
 

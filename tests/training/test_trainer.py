@@ -51,7 +51,7 @@ def test_evaluation_loss_is_the_mean_over_tokens_with_neighbors(world, tmp_path)
 
 
 @pytest.mark.parametrize("labels", ["all", "unequal"])
-def test_gradient_accumulation_is_one_big_batch(world, tmp_path, labels):
+def test_gradient_accumulation_equals_one_big_batch(world, tmp_path, labels):
     """The loss is normalized by the labels of all micro-batches, although each has another number of them."""
     if labels == "unequal":
         dataset = world.dataset.filter(lambda row: len(row["input_ids"]) == 32)
@@ -109,7 +109,7 @@ def test_bfloat16_training_follows_float32(world, tmp_path, family):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_resumed_run_equals_an_unbroken_one(world, tmp_path, workers):
+def test_resumed_run_equals_an_unbroken_one(world, tmp_path, workers):
     """Losses and parameters bit for bit, through an epoch's end, with random neighbors and dropped ones."""
     settings = {
         "max_steps": 22,
@@ -133,7 +133,7 @@ def test_a_resumed_run_equals_an_unbroken_one(world, tmp_path, workers):
     assert_same(parameters_of(resumed.model), parameters_of(unbroken.model), **EXACT)
 
 
-def test_a_trained_model_comes_back_from_its_folder(world, tmp_path):
+def test_trained_model_loads_from_its_folder(world, tmp_path):
     """`save_model` and `from_pretrained`: the same loss on the same batch."""
     trainer, _ = make_trainer(make_model(), world, tmp_path / "run", max_steps=3)
     trainer.train()
@@ -146,7 +146,7 @@ def test_a_trained_model_comes_back_from_its_folder(world, tmp_path):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_retrofit_trains_what_it_added_and_nothing_else(world, tmp_path, checkpointing):
+def test_retrofit_trains_only_what_it_added(world, tmp_path, checkpointing):
     """The base stays bit for bit, every added parameter moves, and the loss goes down."""
     base = tiny_backbone("llama", vocab_size=400)
     before = copy.deepcopy(base.state_dict())
@@ -163,7 +163,7 @@ def test_a_retrofit_trains_what_it_added_and_nothing_else(world, tmp_path, check
     assert losses.values[12] < losses.values[1]
 
 
-def test_workers_make_the_same_run(world, tmp_path):
+def test_worker_processes_change_nothing(world, tmp_path):
     """Batches made in two worker processes train the same model."""
     ends = []
     for workers in (0, 2):

@@ -57,7 +57,7 @@ def test_neighbors_through_our_collator(world, tmp_path, live):
     assert trainer.evaluate()["eval_loss"] == pytest.approx(plain.evaluate()["eval_loss"], abs=1e-3)
 
 
-def test_labels_of_the_answer_alone(world, tmp_path):
+def test_labels_of_the_answer_only(world, tmp_path):
     """-100 before the answer, as completion-only training has it; the frozen base stays."""
     dataset = world.dataset.filter(lambda row: len(row["input_ids"]) == 32)
     dataset = dataset.map(lambda row: {"labels": [-100] * 20 + row["input_ids"][20:]})
@@ -89,7 +89,7 @@ def test_texts_with_an_attached_retriever(world, tmp_path):
 
 
 @pytest.mark.parametrize("settings", [{"packing": True}, {"padding_free": True, "max_length": None}])
-def test_packing_is_refused_with_the_remedy(world, tmp_path, settings):
+def test_packing_is_an_error_with_the_remedy(world, tmp_path, settings):
     """Several texts in one row, whose chunks can't be told apart."""
     from datasets import Dataset
     from datastore.fixtures import corpus

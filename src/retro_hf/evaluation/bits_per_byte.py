@@ -12,7 +12,7 @@ import numpy as np
 from ..datastore import RetroDatastore
 from ..errors import DatasetError, counted
 from ..retriever import RetroRetriever
-from ..training.neighbors import wanted_neighbors
+from ..training.search import wanted_neighbors
 from .interval import paired_interval
 from .neighbors import Chunks, NeighborSearch, Run, check_modes, random_neighbors
 from .scoring import ScoringOptions, check_numbers, chunk_size_of, read_documents, score_runs

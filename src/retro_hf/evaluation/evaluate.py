@@ -16,7 +16,7 @@ from ..datastore import RetroDatastore
 from ..datastore.derive import drawn_documents
 from ..errors import DatasetError, counted
 from ..retriever import RetroRetriever
-from ..training.neighbors import wanted_neighbors
+from ..training.search import wanted_neighbors
 from .cache import ArrayCache
 from .leakage import copied_documents, leaked_documents
 from .neighbors import MODES, Chunks, NeighborSearch, Run, check_modes, neighbors_by_mode

@@ -19,7 +19,7 @@ import xxhash
 from ..datastore import RetroDatastore
 from ..datastore.blocks import digest_of
 from ..datastore.manifest import MANIFEST_NAME
-from ..training.neighbors import neighbor_source
+from ..training.search import neighbor_source
 from .scoring import Document
 
 

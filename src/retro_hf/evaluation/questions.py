@@ -12,8 +12,9 @@ import numpy as np
 from .. import extras
 from ..datastore.executors import progress_bar
 from ..errors import DatasetError
+from ..training.columns import check_columns, list_lengths
 from ..training.question_trainer import decode_answers, generate_answers
-from ..training.questions import QuestionCollator, check_columns, check_same_tokenizer, list_lengths
+from ..training.questions import QuestionCollator, check_same_tokenizer
 from .interval import paired_interval
 from .neighbors import check_modes
 from .scoring import evaluating

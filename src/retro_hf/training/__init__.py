@@ -1,10 +1,11 @@
-"""Training RETRO with plain `transformers.Trainer`: neighbors computed once beforehand, gathered batch by batch."""
+"""Training RETRO with plain `transformers.Trainer`: neighbors are computed once, and read batch by batch."""
 
 from .collator import RetroDataCollator
-from .neighbors import precompute_neighbors, tokenize_documents
+from .neighbors import precompute_neighbors
 from .passages import retrieve_passages
 from .question_trainer import QuestionTrainer, generate_answers
 from .questions import QuestionCollator, tokenize_questions
+from .windows import tokenize_documents
 
 
 __all__ = [

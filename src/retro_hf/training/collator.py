@@ -1,4 +1,4 @@
-"""RetroDataCollator: examples in, with the ids of their neighbors or without; padded tensors with neighbor tokens out."""
+"""RetroDataCollator: makes padded training batches of examples, with the tokens of their neighbors."""
 
 from __future__ import annotations
 
@@ -15,73 +15,62 @@ from transformers.utils import logging
 from ..datastore import RetroDatastore
 from ..errors import DatasetError, DatastoreMismatchError
 from ..retriever import RetroRetriever
+from .columns import check_example
 from .exclusion import document_numbers
-from .neighbors import (
-    ID_COLUMN,
-    NEIGHBORS_COLUMN,
-    SOURCE_COLUMN,
-    START_COLUMN,
-    neighbor_source,
-    neighbors_of_windows,
-    wanted_neighbors,
-)
+from .neighbors import NEIGHBORS_COLUMN, SOURCE_COLUMN
+from .search import neighbor_source, neighbors_of_windows, wanted_neighbors
+from .windows import ID_COLUMN, START_COLUMN
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["RetroDataCollator", "checked_shares", "padding_id"]
+__all__ = ["IGNORED_LABEL", "RetroDataCollator", "checked_shares", "generator_for", "padding_id"]
 
 logger = logging.get_logger(__name__)
 
-_IGNORED_LABEL = -100
+IGNORED_LABEL = -100
 
 
 class RetroDataCollator:
     """Makes training batches for a RETRO model.
 
-    Pads tokens on the right, sets labels, and reads the tokens of the neighbors from the datastore's memory map. Given a
-    datastore, it takes the neighbors that [`precompute_neighbors`] found beforehand; given a retriever, it looks each
-    batch up as it comes (section "Live" below). Serves plain [`~transformers.Trainer`] with `TrainingArguments(remove_unused_columns=False)`: otherwise Trainer drops the
-    columns with the neighbors, which are no argument of the model, before they get here.
+    Pads tokens on the right, sets labels, and reads the tokens of the neighbors from the datastore. Given a datastore, it
+    takes the neighbors that [`precompute_neighbors`] found; given a retriever, it looks up each batch as it comes. Use it
+    with plain [`~transformers.Trainer`] and `TrainingArguments(remove_unused_columns=False)`. Otherwise Trainer drops the
+    columns that are not arguments of the model before they arrive here.
 
-    A model that only ever saw good neighbors trusts bad ones. Both probabilities below replace the neighbors of some
-    chunks in training; give the evaluation a collator of its own without them (`Trainer` takes one collator for both,
-    so set them only where that is meant).
+    A model that has only seen good neighbors trusts bad ones. Two probabilities randomly replace or drop neighbors during
+    training. `Trainer` uses one collator for training and evaluation, so evaluate with a second `Trainer` if the evaluation
+    should read all neighbors.
 
     Args:
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`] or `int`): the model's, checked against the datastore's; or
-            the id to pad with.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`] or `int`): the model's tokenizer, checked against the
+            datastore's; or the id to pad with.
         datastore ([`RetroDatastore`], `str` or `Path`; or [`RetroRetriever`]): the datastore that the neighbors were
-            computed with; or who finds them now.
-        num_neighbors (`int`, *optional*): how many of the precomputed neighbors to use, all by default; or how many to
-            find, by default the retriever's number.
-        random_neighbor_probability (`float`, defaults to 0.0): share of chunks whose neighbors are drawn at random from
-            the datastore.
-        no_neighbor_probability (`float`, defaults to 0.0): share of chunks that get none.
-        seed (`int`, defaults to 0): of these draws.
+            computed with, or the retriever that finds them.
+        num_neighbors (`int`, *optional*): neighbors per chunk; by default all that were computed, or the retriever's number.
+        random_neighbor_probability (`float`, defaults to 0.0): share of chunks that read random chunks of the datastore.
+        no_neighbor_probability (`float`, defaults to 0.0): share of chunks that read nothing.
+        seed (`int`, defaults to 0): seed of these draws.
     Inputs of a call:
-        examples with `input_ids`, `neighbor_chunk_ids`, `neighbor_source`, and `labels` where they are not `input_ids`
-        (-100 at tokens that are not trained on). With a retriever `document_id` and `window_start` instead of the
-        neighbors, both optional. Other columns are ignored.
+        examples with `input_ids`, `neighbor_chunk_ids` and `neighbor_source`, and optionally `labels` (-100 at tokens that
+        are not trained on). With a retriever, `document_id` and `window_start` instead of the neighbors, both optional: a
+        chunk then gets nothing from the documents that its example names (an id, or a list of ids).
     Returns of a call:
         `input_ids`, `attention_mask` and `labels` of shape `(batch_size, sequence_length)`; `neighbor_input_ids` and
         `neighbor_attention_mask` of shape `(batch_size, num_chunks, num_neighbors, neighbor_size)`; `neighbor_chunk_size`
-        of shape `(batch_size,)`, by which the model sees that its chunks are those of the datastore; all int64. A batch
-        has room for one chunk at least, so that every weight takes part in every step, on every rank.
+        of shape `(batch_size,)`, with which the model checks that its chunks are those of the datastore; all int64. A batch
+        has at least one chunk, so that every weight takes part in every step, on every rank.
     Raises:
         DatasetError: for examples without neighbors, padded examples, neighbors that do not fit their chunks, or an
             example whose labels are all -100.
         DatastoreMismatchError: if the neighbors were computed with another datastore, or fewer than `num_neighbors`.
         DatastoreInputError: for chunk ids that the datastore does not have.
-    *Determinism*: the draws depend on the seed, on the examples of the batch and on the epoch set by [`set_epoch`],
-    not on earlier calls: worker processes, prefetching and a resumed run change nothing. Shuffled batches differ from
-    epoch to epoch and so do their draws; without shuffling, call `set_epoch`.
-    *Processes*: pickling keeps the datastore's path; each worker opens its own memory map.
-    *Live*: a chunk gets nothing from the documents that its example names in `document_id` (an id, or a list of ids, such
-    as its near-duplicates); what is found is what [`precompute_neighbors`] finds. With
-    `TrainingArguments(dataloader_num_workers=1)` the next batches are looked up while the model computes. Computing
-    beforehand pays from the second epoch on, or where the model waits for its batches.
+    *Determinism*: draws depend on the seed and on the examples of the batch, not on earlier calls, so worker processes,
+    prefetching and resuming change nothing. Shuffling gives other batches, and so other draws, in every epoch.
+    *Processes*: pickling keeps the datastore's path; each worker opens its own memory map. With a retriever,
+    `TrainingArguments(dataloader_num_workers=1)` looks up the next batches while the model computes.
     """
 
     def __init__(
@@ -103,34 +92,23 @@ class RetroDataCollator:
         else:
             self.datastore.check_compatible(tokenizer=tokenizer)
             self.pad_token_id = padding_id(tokenizer)
-        if num_neighbors is not None and num_neighbors < 1:
-            raise ValueError(f"num_neighbors is {num_neighbors}, but it must be at least 1, or None for all.")
-        self.num_neighbors = num_neighbors
+        self.num_neighbors = None if num_neighbors is None else wanted_neighbors(None, num_neighbors)
         self.random_neighbor_probability, self.no_neighbor_probability = checked_shares(
             random_neighbor_probability=random_neighbor_probability, no_neighbor_probability=no_neighbor_probability
         )
         self.seed = seed
-        self.epoch = 0
-        self._accepted: dict[str, int] = {}
-
-    def set_epoch(self, epoch: int) -> None:
-        """Draw other random neighbors for the same batch; needed only where batches repeat."""
-        self.epoch = epoch
+        self._computed: dict[str, int] = {}
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """Make one batch; see the class."""
         for example in examples:
-            if "input_ids" not in example:
-                raise DatasetError(
-                    f"The examples have no column 'input_ids', only {sorted(example)}. Tokenize them first: "
-                    "`tokenize_documents(dataset, tokenizer, max_length=..., chunk_size=...)`."
-                )
+            check_example(example, ["input_ids"])
         tokens = [np.asarray(example["input_ids"], dtype=np.int64) for example in examples]
         found = self._looked_up(self.retriever, examples, tokens) if self.retriever else self._precomputed(examples)
         size = self.datastore.chunk_size
         length = max(size, *map(len, tokens))
         input_ids = np.full((len(examples), length), self.pad_token_id, dtype=np.int64)
-        labels = np.full_like(input_ids, _IGNORED_LABEL)
+        labels = np.full_like(input_ids, IGNORED_LABEL)
         attention_mask = np.zeros_like(input_ids)
         chunk_ids = np.full((len(examples), length // size, found[0].shape[1]), -1, dtype=np.int64)
         for row, (ids, example) in enumerate(zip(tokens, examples, strict=True)):
@@ -147,15 +125,14 @@ class RetroDataCollator:
             "labels": labels,
             "neighbor_input_ids": neighbor_input_ids,
             "neighbor_attention_mask": neighbor_attention_mask,
-            # For the model to check: with chunks of another size, neighbors would be of text that it is yet to predict.
+            # With chunks of another size, neighbors would contain text that the model is to predict. The model checks it.
             "neighbor_chunk_size": np.full(len(examples), size),
         }
         return {name: torch.from_numpy(values) for name, values in batch.items()}
 
     def _dropped(self, chunk_ids: np.ndarray, input_ids: np.ndarray, num_chunks: np.ndarray) -> np.ndarray:
-        """Chunk ids with those of some complete chunks drawn at random, and of others taken away."""
-        digest = hashlib.blake2b(input_ids.tobytes(), digest_size=8).digest()
-        generator = np.random.default_rng([self.seed, self.epoch, int.from_bytes(digest, "little")])
+        """Chunk ids in which those of some complete chunks are replaced by random ones, and those of others by -1."""
+        generator = generator_for(self.seed, input_ids)
         draw = generator.random(chunk_ids.shape[:2])[:, :, None]
         drawn = self.datastore.random_chunks(generator, chunk_ids.shape)
         complete = np.arange(chunk_ids.shape[1]) < num_chunks[:, None]
@@ -173,8 +150,8 @@ class RetroDataCollator:
                 starts = np.array([example[START_COLUMN] for example in examples], dtype=np.int64)
         else:
             logger.warning_once(
-                f"No column {ID_COLUMN!r}: a chunk whose document is in the datastore will find itself there. If the dataset "
-                "has it, Trainer dropped it: set `TrainingArguments(remove_unused_columns=False)`."
+                f"The examples have no column {ID_COLUMN!r}, so a chunk whose document is in the datastore finds itself there. "
+                "If the dataset has it, Trainer dropped it: set `TrainingArguments(remove_unused_columns=False)`."
             )
         lengths = np.array([len(ids) for ids in tokens])
         wanted = wanted_neighbors(retriever, self.num_neighbors)
@@ -182,95 +159,83 @@ class RetroDataCollator:
         return np.split(found, np.cumsum(lengths // self.datastore.chunk_size)[:-1])
 
     def _precomputed(self, examples: Sequence[Mapping[str, Any]]) -> list[np.ndarray]:
-        """Chunk ids that each example carries, int64 of shape `(num_chunks, num_neighbors)`, after checking them."""
-        computed = min(self._computed_number(example) for example in examples)
-        wanted = self.num_neighbors or computed
-        size = self.datastore.chunk_size
-        rows = [_neighbors(example, len(example["input_ids"]) // size) for example in examples]
-        # A list of nothing has lost its second axis.
+        """The chunk ids of each example, int64 of shape `(num_chunks, num_neighbors)`, after checking them."""
+        rows, computed = [], []
+        for example in examples:
+            check_example(example, [NEIGHBORS_COLUMN, SOURCE_COLUMN])
+            source, ids = example[SOURCE_COLUMN], example[NEIGHBORS_COLUMN]
+            if source not in self._computed:
+                self._computed[source] = self._checked_source(source)
+            computed.append(self._computed[source])
+            num_chunks = len(example["input_ids"]) // self.datastore.chunk_size
+            if len(ids) != num_chunks:
+                raise DatasetError(
+                    f"An example of {len(example['input_ids'])} tokens has {num_chunks} complete chunks, but neighbors of "
+                    f"{len(ids)}. Compute the neighbors after cutting the examples to length."
+                )
+            rows.append(np.asarray(ids, dtype=np.int64))
+        wanted = self.num_neighbors or min(computed)
+        # An empty list has lost its second axis.
         return [row[:, :wanted] if len(row) else np.empty((0, wanted), dtype=np.int64) for row in rows]
 
-    def _computed_number(self, example: Mapping[str, Any]) -> int:
-        """How many neighbors an example has, after checking that they refer to this datastore."""
-        for name in (NEIGHBORS_COLUMN, SOURCE_COLUMN):
-            if name not in example:
-                raise DatasetError(
-                    f"The examples have no column {name!r}, only {sorted(example)}. Make it with "
-                    "`precompute_neighbors(dataset, retriever)`; if the dataset has it, Trainer dropped it: set "
-                    "`TrainingArguments(remove_unused_columns=False)`. To look neighbors up while training, give the "
-                    "collator a RetroRetriever instead of a datastore."
-                )
-            if example[name] is None:  # what concatenating fills in
-                raise DatasetError(
-                    f"The column {name!r} of an example is None, as in rows that were joined from a dataset without it. Run "
-                    "`precompute_neighbors(dataset, retriever)` on all of them."
-                )
-        source = example[SOURCE_COLUMN]
-        if source not in self._accepted:
-            self._accepted[source] = self._checked_source(source)
-        return self._accepted[source]
-
     def _checked_source(self, source: str) -> int:
+        """How many neighbors were computed, after checking that they were computed with this datastore."""
         computed = json.loads(source)
-        count = computed["num_neighbors"]
+        count = int(computed["num_neighbors"])
         own = json.loads(neighbor_source(self.datastore, count))
-        # Shards that were appended since then have ids of their own.
+        # Shards that were appended since then have chunk ids of their own.
         own["datastore"] = own["datastore"][: len(computed.get("datastore", ()))]
         names = ("chunk_size", "tokenizer_fingerprint", "embedder", "embedder_fingerprint", "datastore")
         other = next((name for name in names if computed.get(name) != own[name]), None)
         if other is not None:
             raise DatastoreMismatchError(
-                f"The neighbors were computed with another datastore: theirs has {other}={computed.get(other)!r}, the one "
-                f"at {str(self.datastore.path)!r} has {own[other]!r}. Their chunk ids would stand for other text. Open the "
-                "datastore they were computed with, or run `precompute_neighbors` again."
+                f"The neighbors were computed with another datastore, with {other}={computed.get(other)!r}; the one at "
+                f"{str(self.datastore.path)!r} has {own[other]!r}. Open that datastore, or run `precompute_neighbors` again."
             )
         if self.num_neighbors is not None and self.num_neighbors > count:
             raise DatastoreMismatchError(
-                f"num_neighbors={self.num_neighbors}, but only {count} neighbors per chunk were computed. Run "
-                f"`precompute_neighbors(..., num_neighbors={self.num_neighbors})`, or lower the number."
+                f"num_neighbors={self.num_neighbors}, but only {count} neighbors per chunk were computed. Lower it, or run "
+                f"`precompute_neighbors(..., num_neighbors={self.num_neighbors})`."
             )
-        return int(count)
+        return count
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id to pad with. Padding is masked wherever it is read, so any will do."""
+    """The id to pad with. Any will do, because padding is masked wherever it is read."""
     known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     return next(token for token in known if token is not None)
 
 
 def checked_shares(**shares: float) -> tuple[float, ...]:
-    """Probabilities of which at most one comes true.
+    """Probabilities of events that exclude each other.
 
     Raises:
-        ValueError: if one is negative, or their sum above 1.
+        ValueError: if one is negative, or their sum is above 1.
     """
     if min(shares.values()) < 0 or sum(shares.values()) > 1:
         named = " and ".join(f"{name}={share}" for name, share in shares.items())
-        raise ValueError(f"{named} must not be negative, and their sum at most 1.")
+        raise ValueError(f"{named} must not be negative, and their sum must be at most 1.")
     return tuple(shares.values())
 
 
+def generator_for(seed: int, tokens: np.ndarray) -> np.random.Generator:
+    """Random numbers that depend on a seed and on the token ids of a batch, not on earlier batches."""
+    digest = hashlib.blake2b(tokens.tobytes(), digest_size=8).digest()
+    return np.random.default_rng([seed, 0, int.from_bytes(digest, "little")])
+
+
 def _labels(example: Mapping[str, Any], ids: np.ndarray) -> np.ndarray:
+    """The labels of an example, by default its tokens."""
     if 0 in example.get("attention_mask", ()):
         raise DatasetError("The examples are padded (attention_mask has zeros). Tokenize them without padding.")
     given = example.get("labels")
     labels = ids if given is None else np.asarray(given, dtype=np.int64)
     if len(labels) != len(ids):
         raise DatasetError(f"An example has {len(ids)} input_ids, but {len(labels)} labels.")
-    if not (labels[1:] != _IGNORED_LABEL).any():
+    # Nothing predicts the first token, so its label does not count.
+    if not (labels[1:] != IGNORED_LABEL).any():
         raise DatasetError(
-            f"None of the {len(labels)} tokens of an example is trained on: all labels after the first, which nothing "
-            f"predicts, are {_IGNORED_LABEL}. A batch of such examples has no loss (0 / 0). Leave them out: "
-            f"`dataset.filter(lambda example: any(label != {_IGNORED_LABEL} for label in example['labels'][1:]))`."
+            f"None of the {len(labels)} tokens of an example is trained on: all labels are {IGNORED_LABEL}. Leave such examples "
+            f"out: `dataset.filter(lambda example: any(label != {IGNORED_LABEL} for label in example['labels'][1:]))`."
         )
     return labels
-
-
-def _neighbors(example: Mapping[str, Any], num_chunks: int) -> np.ndarray:
-    rows = example[NEIGHBORS_COLUMN]
-    if len(rows) != num_chunks:
-        raise DatasetError(
-            f"An example of {len(example['input_ids'])} tokens has {num_chunks} complete chunks, but neighbors of "
-            f"{len(rows)}. Compute the neighbors after cutting the examples to length."
-        )
-    return np.asarray(rows, dtype=np.int64)

@@ -1,4 +1,4 @@
-"""What a training chunk must not retrieve from: its own document and near-duplicates of it."""
+"""The documents that a training chunk must not retrieve from: its own document and near-duplicates of it."""
 
 from __future__ import annotations
 
@@ -13,21 +13,16 @@ from ..datastore import RetroDatastore, near_duplicates
 from ..datastore.chunks import ranges
 from ..datastore.duplicates import document_tokens
 from ..errors import DatasetError
+from .columns import flattened
+from .windows import ID_COLUMN, START_COLUMN
 
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["document_numbers", "duplicates_in", "excluded_documents", "flattened"]
+__all__ = ["document_numbers", "duplicates_in", "excluded_documents"]
 
 _BLOCK_ROWS = 4096
-
-
-def flattened(column: pa.ChunkedArray) -> tuple[pa.Array, np.ndarray]:
-    """The values of a column of lists in a row, and the length (int64) of each list."""
-    lists = column.combine_chunks()
-    counts = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False)
-    return pc.list_flatten(lists), counts.astype(np.int64)
 
 
 def excluded_documents(
@@ -36,53 +31,57 @@ def excluded_documents(
     """The documents that each row of a column of ids, or of lists of ids, names.
 
     Args:
-        duplicates (`Mapping[str, Sequence[int]]`, *optional*): document numbers that an id stands for besides its own.
+        duplicates (`Mapping[str, Sequence[int]]`, *optional*): document numbers that an id names besides its own.
     Returns:
-        `np.ndarray` of int64 and shape `(num_rows, widest)`; document numbers, -1 for none and for unknown ids.
+        `np.ndarray` of int64 and shape `(num_rows, any)`; document numbers, -1 for none and for unknown ids.
     """
-    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
-        names, counts = flattened(column)
-    else:
-        names, counts = column.combine_chunks(), np.ones(len(column), dtype=np.int64)
-    encoded = names.cast(pa.string()).dictionary_encode()
+    names, counts = _ids_of(column)
+    encoded = names.dictionary_encode()
     ids = encoded.dictionary.to_pylist()
-    # The last place stands for an id that is missing.
+    # One more place at the end, for ids that are null.
     places = pc.fill_null(encoded.indices, len(ids)).to_numpy(zero_copy_only=False)
-    own = np.append(datastore.document_numbers(ids), -1)
-    if duplicates:
-        numbers = [[number, *duplicates.get(id, ())] for number, id in zip(own.tolist(), [*ids, None], strict=True)]
-        sizes = np.array([len(row) for row in numbers])
-        values = np.concatenate([np.array(row) for row in numbers])[
-            ranges((np.cumsum(sizes) - sizes)[places], sizes[places])
-        ]
-        rows = np.repeat(np.repeat(np.arange(len(column)), counts), sizes[places])
-    else:
-        values, rows = own[places], np.repeat(np.arange(len(column)), counts)
+    own = [*datastore.document_numbers(ids).tolist(), -1]
+    # Ragged: all numbers of an id, then those of all ids of a row.
+    numbers = [[number, *(duplicates or {}).get(id, ())] for number, id in zip(own, [*ids, None], strict=True)]
+    sizes = np.array([len(row) for row in numbers])
+    flat = np.concatenate([np.array(row, dtype=np.int64) for row in numbers])
+    values = flat[ranges((np.cumsum(sizes) - sizes)[places], sizes[places])]
+    rows = np.repeat(np.repeat(np.arange(len(column)), counts), sizes[places])
     widths = np.bincount(rows, minlength=len(column))
     excluded = np.full((len(column), max(1, widths.max(initial=0))), -1, dtype=np.int64)
     excluded[rows, np.arange(len(rows)) - np.repeat(np.cumsum(widths) - widths, widths)] = values
     return excluded
 
 
+def _ids_of(column: pa.ChunkedArray) -> tuple[pa.Array, np.ndarray]:
+    """The ids in a column of ids, or of lists of ids, as strings, and how many each row has."""
+    if _has_lists(column):
+        names, counts = flattened(column)
+    else:
+        names, counts = column.combine_chunks(), np.ones(len(column), dtype=np.int64)
+    return names.cast(pa.string()), counts
+
+
+def _has_lists(column: pa.ChunkedArray) -> bool:
+    return pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
+
+
 def document_numbers(datastore: RetroDatastore, ids: Sequence[Any]) -> np.ndarray:
-    """Document numbers of ids, or of lists of ids; int64 of shape `(len(ids), widest)`, -1 for what isn't there."""
+    """Document numbers of ids, or of lists of ids: int64 of shape `(len(ids), any)`, -1 for unknown ids."""
     rows = [[None if id is None else str(id) for id in (row if isinstance(row, list) else [row])] for row in ids]
     return excluded_documents(datastore, pa.chunked_array([pa.array(rows, type=pa.list_(pa.string()))]))
 
 
-def duplicates_in(
-    dataset: Dataset, datastore: RetroDatastore, id_column: str, start_column: str
-) -> dict[str, list[int]]:
-    """The numbers of the datastore's documents that are near-duplicates of each document of a tokenized dataset.
+def duplicates_in(dataset: Dataset, datastore: RetroDatastore) -> dict[str, list[int]]:
+    """The documents of the datastore that are near-duplicates of each document of a tokenized dataset.
 
-    A document that is in the datastore is compared as it stands there; of another the windows are put together.
+    A document that is in the datastore is compared as it is stored. Of any other document the windows are joined.
 
     Args:
-        dataset (`datasets.Dataset`): with `input_ids` and a column of document ids.
-        id_column (`str`): the column of ids, or of lists of ids.
-        start_column (`str`): the column, where there is one, of the token that a window begins with.
+        dataset (`datasets.Dataset`): with `input_ids`, `document_id`, and `window_start` where a document has several
+            windows.
     Returns:
-        `dict[str, list[int]]`: by id; only those that have near-duplicates.
+        `dict[str, list[int]]`: document numbers by id, for ids that have near-duplicates.
     Raises:
         DatasetError: if a window of several documents has one that is not in the datastore.
     """
@@ -91,20 +90,17 @@ def duplicates_in(
     table = dataset.with_format("arrow")
     for start in range(0, len(dataset), _BLOCK_ROWS):
         block = table[start : start + _BLOCK_ROWS]
-        column = block[id_column]
-        packed = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
-        names = (flattened(column)[0] if packed else column.combine_chunks()).cast(pa.string())
+        names, _ = _ids_of(block[ID_COLUMN])
         ids = [id for id in names.unique().to_pylist() if id is not None and id not in known]
         known |= zip(ids, datastore.document_numbers(ids).tolist(), strict=True)
         missing = {id for id in ids if known[id] < 0} | windows.keys()
-        if missing and packed:
+        if missing and _has_lists(block[ID_COLUMN]):
             raise DatasetError(
-                f"The document {min(missing)!r} is not in the datastore and shares a window with others, so its text is "
-                "unknown, and so are its near-duplicates. Give each window one id, or list the near-duplicates yourself: "
-                "`near_duplicates(texts, datastore)`."
+                f"The document {min(missing)!r} is not in the datastore and shares a window with others, so its text is not "
+                "known. Give each window one id, or find the near-duplicates with `near_duplicates(texts, datastore)`."
             )
         if missing:
-            _collect(windows, missing, block, names, start_column)
+            _collect(windows, missing, block, names)
     stored = [id for id, number in known.items() if number >= 0]
     tokens = document_tokens(datastore, np.array([known[id] for id in stored], dtype=np.int64))
     for id, parts in windows.items():
@@ -112,24 +108,18 @@ def duplicates_in(
         tokens.append(np.concatenate([part for _, part in sorted(parts, key=lambda pair: pair[0])]))
     found = near_duplicates(tokens, datastore)
     numbers = iter(datastore.document_numbers([id for row in found for id in row]).tolist())
-    rows = (
-        (id, [number for _ in row if (number := next(numbers)) != known[id]])
-        for id, row in zip(stored, found, strict=True)
-    )
-    return {id: row for id, row in rows if row}
+    rows = {id: [next(numbers) for _ in row] for id, row in zip(stored, found, strict=True)}
+    others = {id: [number for number in row if number != known[id]] for id, row in rows.items()}
+    return {id: row for id, row in others.items() if row}
 
 
 def _collect(
-    windows: dict[str, list[tuple[int, np.ndarray]]],
-    missing: set[str],
-    block: pa.Table,
-    names: pa.Array,
-    start_column: str,
+    windows: dict[str, list[tuple[int, np.ndarray]]], missing: set[str], block: pa.Table, names: pa.Array
 ) -> None:
-    """Keep the tokens of the rows whose document is missing in the datastore, with where they begin."""
+    """Keep position and tokens of the rows whose document is missing in the datastore."""
     values, counts = flattened(block["input_ids"])
     parts = np.split(values.to_numpy(zero_copy_only=False), np.cumsum(counts)[:-1])
-    starts = block[start_column].to_pylist() if start_column in block.column_names else [0] * len(parts)
+    starts = block[START_COLUMN].to_pylist() if START_COLUMN in block.column_names else [0] * len(parts)
     for id, start, part in zip(names.to_pylist(), starts, parts, strict=True):
         if id in missing:
             windows.setdefault(id, []).append((start, part))

@@ -1,8 +1,7 @@
-"""Passages for questions that come without any: each question looked up in a datastore."""
+"""Passages for questions: each question is looked up in a datastore."""
 
 from __future__ import annotations
 
-import hashlib
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,8 +11,8 @@ from ..datastore import RetroDatastore, chunk_texts
 from ..datastore.fields import without_lone_surrogates
 from ..errors import DatasetError
 from ..retriever import RetroRetriever
-from .neighbors import way_of
-from .questions import check_columns, checked_text
+from .columns import check_columns, checked_text
+from .search import search_digest
 
 
 if TYPE_CHECKING:
@@ -25,36 +24,33 @@ __all__ = ["retrieve_passages"]
 def retrieve_passages(
     dataset: Dataset, retriever: RetroRetriever, *, num_passages: int = 20, batch_size: int = 256
 ) -> Dataset:
-    """Look every question up, and add what was found as a column `passages`.
+    """Look every question up, and add the results as a column `passages`.
 
-    A passage is the chunk that was found and what follows it in its document, `neighbor_size` tokens of the datastore; where
-    the document ends sooner it begins earlier, so that a short document is read whole. A chunk that an earlier passage
-    of the same question holds is not taken again: twice as many chunks as wanted are looked up.
+    A passage is a chunk that was found and what follows it in its document, `neighbor_size` tokens of the datastore. If the
+    document ends sooner, the passage begins earlier, so that a short document is read whole. A chunk that an earlier
+    passage of the same question contains is skipped; for this, twice as many chunks as wanted are looked up.
 
     Args:
         dataset (`datasets.Dataset`): with a column `question`.
-        retriever ([`RetroRetriever`]): where to look, by its embedder or its searcher.
+        retriever ([`RetroRetriever`]): where to look.
         num_passages (`int`, defaults to 20): passages per question; k in the paper.
         batch_size (`int`, defaults to 256): questions per search.
     Returns:
         `datasets.Dataset`: the same rows with `passages`, for each a list of at most `num_passages` dicts with `title` and
         `text`, best first, for [`tokenize_questions`].
     Raises:
-        DatasetError: for a dataset without questions, naming the row where one is empty; for one that has passages.
-    *Determinism*: the same dataset, datastore and batch size give the same column; `datasets` keeps that of a dataset on
-    disk, and finds it again.
+        DatasetError: if a question is missing or empty, the dataset already has passages, or the retriever is not a
+            `RetroRetriever`.
+    *Determinism*: the same dataset, datastore and batch size give the same column. `datasets` keeps the result of a
+    dataset on disk, and finds it again.
     """
     check_columns(dataset, ["question"])
     if "passages" in dataset.column_names:
         raise DatasetError(
-            "The dataset has a column 'passages', which would be overwritten. Keep it, and look nothing up; or drop it "
-            "first: `dataset.remove_columns('passages')`."
+            "The dataset already has a column 'passages'. Use it, or drop it first: `dataset.remove_columns('passages')`."
         )
     if not isinstance(retriever, RetroRetriever):
-        raise DatasetError(
-            f"Questions are looked up by a RetroRetriever, not a {type(retriever).__name__}: `RetroRetriever(datastore, "
-            "embedder=...)`, or with `searcher=...`."
-        )
+        raise DatasetError(f"retrieve_passages needs a RetroRetriever, but got a {type(retriever).__name__}.")
     if num_passages < 1:
         raise ValueError(f"num_passages is {num_passages}, but it must be at least 1.")
     datastore = retriever.datastore
@@ -64,41 +60,33 @@ def retrieve_passages(
             without_lone_surrogates(checked_text(text, "question", number))
             for text, number in zip(batch["question"], numbers, strict=True)
         ]
-        chunk_ids = retriever.searcher.search(questions, 2 * num_passages)[1]
-        starts = _starts(datastore, chunk_ids, num_passages)
+        starts = _starts(datastore, retriever.searcher.search(questions, 2 * num_passages)[1], num_passages)
         documents = datastore.document_of(starts)
         # In order, so that each group of the documents' file is read once.
-        titles = {
-            number: datastore.document(number)["title"] for number in np.unique(documents).tolist() if number >= 0
-        }
+        stored = [number for number in np.unique(documents).tolist() if number >= 0]
+        titles = {number: datastore.document(number)["title"] for number in stored}
         known = starts >= 0
         texts = iter(chunk_texts(datastore.tokenizer, *(values[known] for values in datastore.gather(starts))))
-        # A border that cuts a character leaves U+FFFD.
+        passages = [[(titles[number], next(texts)) for number in row if number >= 0] for row in documents.tolist()]
+        # A chunk border within a character leaves U+FFFD.
         return {
             "passages": [
-                [
-                    {"title": titles[number], "text": next(texts).strip("\ufffd").strip()}
-                    for number in row
-                    if number >= 0
-                ]
-                for row in documents.tolist()
+                [{"title": title, "text": text.strip("\ufffd").strip()} for title, text in row] for row in passages
             ]
         }
 
     features = dataset.features.copy()
-    datasets = extras.load("datasets", "Looking passages up")
+    datasets = extras.load("datasets", "Training")
     text = datasets.Value("string")
     features["passages"] = datasets.List({"title": text, "text": text})
-    # The fingerprint `datasets` would make hashes the pickled retriever, which only knows paths.
-    files = [entry.sha256 for entry in datastore.manifest.files]
-    identity = f"{dataset._fingerprint} {files} {way_of(retriever.searcher)} {num_passages} {batch_size}"
     return dataset.map(
         find,
         batched=True,
         batch_size=batch_size,
         with_indices=True,
         features=features,
-        new_fingerprint=hashlib.sha256(identity.encode()).hexdigest()[:16],
+        # The fingerprint that `datasets` would make hashes the pickled retriever, which only knows paths.
+        new_fingerprint=search_digest(retriever, dataset._fingerprint, num_passages, batch_size),
         desc="Retrieving passages",
     )
 

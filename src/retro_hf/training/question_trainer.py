@@ -1,4 +1,4 @@
-"""Answers instead of losses: generating them for a batch of questions, and a `Trainer` that evaluates so."""
+"""Generating answers for a batch of questions, and a `Trainer` that evaluates with them."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, Trainer
 
 from ..errors import DatasetError
-from .collator import padding_id
-from .questions import IGNORED_LABEL, QuestionCollator
+from .collator import IGNORED_LABEL, padding_id
+from .questions import QuestionCollator
 
 
 if TYPE_CHECKING:
@@ -35,14 +35,14 @@ def generate_answers(
     """Answer the questions of a batch.
 
     Args:
-        model ([`RetroForCausalLM`], or any causal language model for batches with `num_passages=0`): in evaluation mode. A
-            retriever that is attached to it is not asked.
-        batch (`dict` of `torch.Tensor`): from [`QuestionCollator`], with answers or without; on any device.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): of the model.
-        max_new_tokens (`int`, defaults to 32): tokens of an answer at most.
-        options: of `generate`, such as `num_beams`; greedy by default.
+        model ([`RetroForCausalLM`], or any causal language model for batches with `num_passages=0`): in eval mode. A
+            retriever attached to it is not used.
+        batch (`dict` of `torch.Tensor`): from [`QuestionCollator`], with or without answers; on any device.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): the model's tokenizer.
+        max_new_tokens (`int`, defaults to 32): longest answer, in tokens.
+        options: options of `generate`, such as `num_beams`; greedy by default.
     Returns:
-        `list[str]`: one answer per question, up to the end token or the end of its line.
+        `list[str]`: one answer per question, up to the end token or the end of the line.
     Raises:
         DatasetError: if a question and `max_new_tokens` are together longer than the model's context.
     """
@@ -71,14 +71,14 @@ def generate_ids(
     if limit is not None and longest + max_new_tokens > limit:
         raise DatasetError(
             f"A question, with the passages in its prompt, has {longest} tokens and may get {max_new_tokens} more, but the "
-            f"model's context ends at {limit}. Lower `max_new_tokens` or `passages_in_prompt`, or find such questions with "
+            f"model's context has {limit}. Lower `max_new_tokens` or `passages_in_prompt`, or find long questions with "
             "`tokenize_questions(..., max_length=...)`."
         )
     if "neighbor_input_ids" in batch:
         lengths = inputs["attention_mask"].sum(dim=1) + batch["chunk_offset"]
-        last = lengths // model.config.chunk_size - 1  # the chunk that the prompt ends
+        last = lengths // model.config.chunk_size - 1  # the chunk that ends with the prompt
         rows = torch.arange(len(last), device=last.device)
-        # An answer that fills further chunks reads the same passages there.
+        # An answer longer than a chunk reads the same passages in its later chunks.
         chunks = torch.arange(int(last.max()) + 1 + max_new_tokens // model.config.chunk_size, device=last.device)
         reads = (chunks >= last[:, None])[:, :, None, None]
         inputs |= {name: batch[name] for name in ("chunk_offset", "neighbor_chunk_size") if name in batch}
@@ -87,16 +87,8 @@ def generate_ids(
     inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
     if "retriever" in inspect.signature(model.forward).parameters:
         options["retriever"] = None
-    sequences = model.generate(  # type: ignore[operator]
-        **inputs,
-        max_new_tokens=max_new_tokens,
-        **{
-            "do_sample": False,
-            "eos_token_id": tokenizer.eos_token_id,
-            "pad_token_id": padding_id(tokenizer),
-            **options,
-        },
-    )
+    defaults = {"do_sample": False, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": padding_id(tokenizer)}
+    sequences = model.generate(**inputs, max_new_tokens=max_new_tokens, **{**defaults, **options})  # type: ignore[operator]
     return sequences[:, start:]
 
 
@@ -114,33 +106,28 @@ def decode_answers(tokenizer: PreTrainedTokenizerBase, sequences: Iterable[Seque
 class QuestionTrainer(Trainer):
     """A [`~transformers.Trainer`] that evaluates by generating answers.
 
-    Training is `Trainer`'s own, and plain `Trainer` does it as well. Evaluation differs in two things: `compute_metrics` gets
-    the generated tokens as predictions (see [`answer_metrics`]), and every question its own passages, even where the
-    collator draws random ones in training. `Seq2SeqTrainer` cannot serve: it generates from the whole input, which for a
-    decoder holds the answer.
+    It trains as `Trainer` does. Evaluation differs in two ways: `compute_metrics` gets the generated tokens as predictions
+    (see [`answer_metrics`]), and every question reads its own passages, even if the collator draws random ones in training.
+    `Seq2SeqTrainer` does not fit a decoder, because it generates from the whole input, which has the answer in it.
 
     Args:
         args, kwargs: as in [`~transformers.Trainer`], among them `data_collator`, a [`QuestionCollator`], and
             `processing_class`, the tokenizer. Without `compute_metrics` only the loss is evaluated.
-        max_new_tokens (`int`, defaults to 32): tokens of an answer at most.
-        generate_options (`dict`, *optional*): further options of `generate`, such as `{"num_beams": 4}`.
+        max_new_tokens (`int`, defaults to 32): longest answer, in tokens.
     Raises:
         ValueError: without a `QuestionCollator`, or without a tokenizer.
     """
 
-    def __init__(
-        self, *args: Any, max_new_tokens: int = 32, generate_options: dict[str, Any] | None = None, **kwargs: Any
-    ) -> None:
+    def __init__(self, *args: Any, max_new_tokens: int = 32, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         collator, tokenizer = self.data_collator, self.processing_class
         if not isinstance(collator, QuestionCollator) or not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise ValueError(
-                "QuestionTrainer generates from the batches of a QuestionCollator, and needs to know the end token: pass "
+                "QuestionTrainer generates from the batches of a QuestionCollator and needs the end token. Pass "
                 "`data_collator=QuestionCollator(...)` and `processing_class=tokenizer`."
             )
         self._training_collator, self._tokenizer = collator, tokenizer
         self.max_new_tokens = max_new_tokens
-        self.generate_options = generate_options or {}
 
     @contextmanager
     def _own_passages(self) -> Iterator[None]:
@@ -151,12 +138,12 @@ class QuestionTrainer(Trainer):
             self.data_collator = self._training_collator
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
-        """Batches for the evaluation, in which every question has its own passages."""
+        """Batches for the evaluation, in which every question reads its own passages."""
         with self._own_passages():
             return super().get_eval_dataloader(eval_dataset)
 
     def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
-        """Batches for `predict`, in which every question has its own passages."""
+        """Batches for `predict`, in which every question reads its own passages."""
         with self._own_passages():
             return super().get_test_dataloader(test_dataset)
 
@@ -172,7 +159,6 @@ class QuestionTrainer(Trainer):
         if prediction_loss_only:
             return loss, None, None
         inputs = self._prepare_inputs(inputs)
-        options = {"max_new_tokens": self.max_new_tokens, **self.generate_options}
         with self.compute_loss_context_manager():
-            sequences = generate_ids(self.model, inputs, self._tokenizer, **options)  # type: ignore[arg-type]
+            sequences = generate_ids(self.model, inputs, self._tokenizer, max_new_tokens=self.max_new_tokens)  # type: ignore[arg-type]
         return loss, sequences, inputs.get("labels")

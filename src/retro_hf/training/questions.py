@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -14,24 +13,15 @@ from transformers.utils import logging
 
 from .. import extras
 from ..errors import DatasetError
-from .collator import checked_shares, padding_id
-from .exclusion import flattened
+from .collator import IGNORED_LABEL, checked_shares, generator_for, padding_id
+from .columns import check_columns, check_example, checked_text, list_lengths
 
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-__all__ = [
-    "IGNORED_LABEL",
-    "PROMPT",
-    "QuestionCollator",
-    "check_columns",
-    "check_same_tokenizer",
-    "checked_text",
-    "list_lengths",
-    "tokenize_questions",
-]
+__all__ = ["PROMPT", "QuestionCollator", "check_same_tokenizer", "tokenize_questions"]
 
 logger = logging.get_logger(__name__)
 
@@ -39,13 +29,9 @@ PROMPT = "question: {question} \n answer:"
 """What the paper writes before an answer."""
 PASSAGE = "title: {title}, source: {text}"
 
-IGNORED_LABEL = -100
-
 _PROMPT_COLUMN = "prompt_input_ids"
 _ANSWER_COLUMN = "answer_input_ids"
 _PASSAGES_COLUMN = "passage_input_ids"
-
-_COMPARED_QUESTIONS = 8
 
 
 def tokenize_questions(
@@ -55,51 +41,49 @@ def tokenize_questions(
     neighbor_size: int,
     num_passages: int | None = None,
     prompt: str = PROMPT,
-    target_column: str | None = None,
     with_answers: bool = True,
     max_length: int | None = None,
-    batch_size: int = 256,
 ) -> Dataset:
-    r"""Tokenize questions, the answer to learn, and the passages to read, in the paper's format (section 4.3).
+    r"""Tokenize questions, the answers to learn, and the passages to read, in the paper's format (section 4.3).
 
-    The decoder reads `"question: {question} \n answer:"` and learns to go on with `" {answer}"` and the end token; a neighbor
-    is `"title: {title}, source: {text}"`. White space is made single. Passages are tokenized here, as text, so
-    they may come from a datastore with another tokenizer than the model's, or from no datastore at all.
+    The decoder reads `"question: {question} \n answer:"` and learns to continue with `" {answer}"` and the end token. A
+    neighbor is `"title: {title}, source: {text}"`. Passages are tokenized here, from text, so they may come from a
+    datastore with another tokenizer than the model's, or from no datastore at all.
 
     Args:
         dataset (`datasets.Dataset`): one question per row. `question`: a text. `answers`: a list of texts that count as
-            right; the first one is learned. `passages`: a list, best first, of dicts with `text` and perhaps `title`, or
+            right; the first one is learned. `passages`: a list, best first, of dicts with `text` and optionally `title`, or
             of texts; it may be empty. [`retrieve_passages`] makes that column.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): of the language model.
-        neighbor_size (`int`): tokens of a passage at most, `model.config.neighbor_size`; what is longer is cut.
-        num_passages (`int`, *optional*): passages to keep per question; all by default. With 0, closed book, there need
-            not be any.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): the language model's tokenizer.
+        neighbor_size (`int`): longest passage, in tokens, `model.config.neighbor_size`; longer passages are cut.
+        num_passages (`int`, *optional*): passages to keep per question; all by default. With 0 (closed book) the dataset
+            needs no passages.
         prompt (`str`): another format of the question; the answer follows after a space.
-        target_column (`str`, *optional*): column with the answer to learn instead of the first.
-        with_answers (`bool`, defaults to `True`): False for questions whose answers are not known, to be answered only.
-        max_length (`int`, *optional*): tokens that the decoder has room for; longer questions are an error. Leave room
-            for `neighbor_size` more per passage that is to stand in the prompt.
-        batch_size (`int`, defaults to 256): questions per call of the tokenizer.
+        with_answers (`bool`, defaults to `True`): `False` for questions without known answers.
+        max_length (`int`, *optional*): longest question with its answer, in tokens; a longer one is an error. Leave room
+            for `neighbor_size` more per passage that goes into the prompt.
     Returns:
-        `datasets.Dataset`: the same rows, without `passages`, and with `prompt_input_ids`, `answer_input_ids` (end token
-        included) and `passage_input_ids` (a list per passage).
+        `datasets.Dataset`: the same rows, without `passages`, and with `prompt_input_ids`, `answer_input_ids` (with the end
+        token) and `passage_input_ids` (a list per passage).
     Raises:
-        DatasetError: naming the row, for empty questions, questions without an answer, and questions that are too long;
-            for missing columns; for a tokenizer without an end token.
+        DatasetError: for missing columns, a tokenizer without an end token, and, naming the row, for empty questions,
+            questions without an answer, and questions that are too long.
     *Disk*: 4 bytes per token, at most `4 * num_passages * neighbor_size` per question.
     """
-    wanted = [
-        "question",
-        *([target_column or "answers"] if with_answers else []),
-        *(["passages"] if num_passages != 0 else []),
-    ]
-    check_columns(dataset, wanted)
-    _check_format(tokenizer, prompt, neighbor_size)
+    needed = ["question", *(["answers"] if with_answers else []), *(["passages"] if num_passages != 0 else [])]
+    check_columns(dataset, needed)
+    if "{question}" not in prompt:
+        raise DatasetError(f"The prompt {prompt!r} has no place for the question. Write it as {{question}}.")
+    if neighbor_size < 1:
+        raise ValueError(f"neighbor_size is {neighbor_size}, but it must be at least 1.")
+    if tokenizer.eos_token_id is None:
+        raise DatasetError(
+            "The tokenizer has no end token, which ends an answer. Set one: `tokenizer.eos_token = ...`."
+        )
 
     def encode(texts: list[str]) -> list[list[int]]:
-        return (
-            tokenizer(texts, add_special_tokens=False, truncation=False, verbose=False)["input_ids"] if texts else []
-        )
+        options = {"add_special_tokens": False, "truncation": False, "verbose": False}
+        return tokenizer(texts, **options)["input_ids"] if texts else []
 
     def convert(batch: dict[str, list[Any]], numbers: list[int]) -> dict[str, list[Any]]:
         questions = [
@@ -107,24 +91,21 @@ def tokenize_questions(
         ]
         prompts = [prompt.replace("{question}", question) for question in questions]
         columns: dict[str, list[Any]] = {_PROMPT_COLUMN: encode(prompts)}
-        answers: list[list[int]] = [[] for _ in prompts]
+        lengths = [len(ids) for ids in columns[_PROMPT_COLUMN]]
         if with_answers:
-            source = batch[target_column or "answers"]
-            if target_column is None:
-                source = [_first(given, number) for given, number in zip(source, numbers, strict=True)]
-            targets = [checked_text(text, "answer", number) for text, number in zip(source, numbers, strict=True)]
-            # Together, so that the answer is cut into tokens as text that follows the prompt.
+            targets = [_first_answer(given, number) for given, number in zip(batch["answers"], numbers, strict=True)]
+            # Together with the prompt, so that the answer is tokenized as text that follows it.
             both = encode([f"{start} {target}" for start, target in zip(prompts, targets, strict=True)])
-            answers = [
-                _rest(whole, start, number) + [tokenizer.eos_token_id]
+            columns[_ANSWER_COLUMN] = [
+                [*_rest(whole, start, number), tokenizer.eos_token_id]
                 for whole, start, number in zip(both, columns[_PROMPT_COLUMN], numbers, strict=True)
             ]
-            columns[_ANSWER_COLUMN] = answers
-        for start, answer, number in zip(columns[_PROMPT_COLUMN], answers, numbers, strict=True):
-            if max_length is not None and len(start) + len(answer) > max_length:
+            lengths = [length + len(ids) for length, ids in zip(lengths, columns[_ANSWER_COLUMN], strict=True)]
+        for length, number in zip(lengths, numbers, strict=True):
+            if max_length is not None and length > max_length:
                 raise DatasetError(
-                    f"Question {number} has {len(start) + len(answer)} tokens with its answer, but max_length={max_length}. "
-                    "Shorten it, or leave it out with `dataset.filter`."
+                    f"Question {number} has {length} tokens with its answer, but max_length={max_length}. Shorten it, or "
+                    "leave it out with `dataset.filter`."
                 )
         given = batch["passages"] if num_passages != 0 else [[] for _ in prompts]
         texts = [_passages(row, number)[:num_passages] for row, number in zip(given, numbers, strict=True)]
@@ -132,19 +113,17 @@ def tokenize_questions(
         columns[_PASSAGES_COLUMN] = [[next(tokens)[:neighbor_size] for _ in row] for row in texts]
         return columns
 
-    dropped = [name for name in ("passages",) if name in dataset.column_names]
-    features = dataset.features.copy()
-    for name in dropped:
-        del features[name]
-    datasets = extras.load("datasets", "Training on questions")
+    datasets = extras.load("datasets", "Training")
     token_ids = datasets.List(datasets.Value("int32"))
+    features = dataset.features.copy()
+    dropped = [name for name in ("passages",) if features.pop(name, None) is not None]
     features.update({_PROMPT_COLUMN: token_ids, _PASSAGES_COLUMN: datasets.List(token_ids)})
     if with_answers:
         features[_ANSWER_COLUMN] = token_ids
     result = dataset.map(
         convert,
         batched=True,
-        batch_size=batch_size,
+        batch_size=256,
         with_indices=True,
         remove_columns=dropped,
         features=features,
@@ -153,45 +132,44 @@ def tokenize_questions(
     if num_passages != 0 and not list_lengths(result, _PASSAGES_COLUMN).any():
         logger.warning(
             f"None of the {len(result)} questions has a passage, so the backbone answers alone. Look passages up with "
-            "`retrieve_passages(dataset, retriever)`, or say `num_passages=0`."
+            "`retrieve_passages(dataset, retriever)`, or pass `num_passages=0`."
         )
     return result
 
 
 class QuestionCollator:
-    """Makes batches of tokenized questions for training, evaluation and generation alike.
+    """Makes batches of tokenized questions for training, evaluation and generation.
 
     Rows are `[padding, prompt][answer, padding]`: all answers begin in the same column, so the columns before it are the
-    left-padded batch that `generate` wants. `chunk_offset` makes every prompt end a chunk without spending pad tokens. That
-    chunk has the passages as its neighbors, which its last token (of "answer:") and the answer read; a longer answer reads
-    the same ones in the chunks that follow. Earlier chunks, of questions longer than a chunk, read nothing.
+    left-padded batch that `generate` needs. `chunk_offset` moves the chunk grid of each row so that its prompt ends a chunk.
+    That chunk has the passages as its neighbors, which its last token (of "answer:") and the answer read. An answer that is
+    longer than a chunk reads the same passages in its later chunks. Earlier chunks of a long question read nothing.
 
-    A model that only ever saw good passages trusts bad ones. Both probabilities replace the passages of some questions in
-    training; [`QuestionTrainer`] leaves them out when it evaluates.
+    A model that has only seen good passages trusts bad ones. Two probabilities randomly replace or drop the passages of
+    some questions during training; [`QuestionTrainer`] switches both off when it evaluates.
 
     Args:
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): of the language model.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): the language model's tokenizer.
         chunk_size (`int`): `model.config.chunk_size`.
-        num_passages (`int`, *optional*): passages to read, k in the paper; all that the dataset has by default. With 0 the
-            batch has no retrieval in it, and any causal language model takes it.
-        passages_in_prompt (`int`, defaults to 0): passages that the decoder itself reads before the question: 1 is RETRO++
+        num_passages (`int`, *optional*): passages to read, k in the paper; by default all that the dataset has. With 0 the
+            batch has no retrieval in it, and fits any causal language model.
+        passages_in_prompt (`int`, defaults to 0): passages that the decoder reads before the question: 1 is RETRO++
             (Wang et al., 2023). The encoder reads them, too.
         random_passage_probability (`float`, defaults to 0.0): share of questions that get the passages of another question.
         no_passage_probability (`float`, defaults to 0.0): share of questions that get none.
         random_passages (`datasets.Dataset`, *optional*): tokenized questions whose passages are drawn as random ones, such
             as the training set itself.
-        seed (`int`, defaults to 0): of these draws.
+        seed (`int`, defaults to 0): seed of these draws.
     Inputs of a call:
-        examples from [`tokenize_questions`]; columns that are not needed are ignored.
+        examples from [`tokenize_questions`]; other columns are ignored.
     Returns of a call:
-        `input_ids`, `attention_mask`, `position_ids` and, where answers are known, `labels` of shape
+        `input_ids`, `attention_mask`, `position_ids` and, if answers are known, `labels` of shape
         `(batch_size, sequence_length)`, labels -100 except at answers and their end tokens. Unless `num_passages=0`,
         `neighbor_input_ids` and `neighbor_attention_mask` of shape `(batch_size, num_chunks, num_passages, longest passage)`,
         missing passages masked, and `chunk_offset` and `neighbor_chunk_size` of shape `(batch_size,)`. All int64.
     Raises:
         DatasetError: for examples that are not tokenized, or lack passages.
-    *Determinism*: the draws depend on the seed, on the questions of the batch and on the epoch set by [`set_epoch`], as
-    those of [`RetroDataCollator`] do.
+    *Determinism*: as for [`RetroDataCollator`].
     """
 
     def __init__(
@@ -206,19 +184,20 @@ class QuestionCollator:
         random_passages: Dataset | None = None,
         seed: int = 0,
     ) -> None:
-        for name, value, least in (
-            ("chunk_size", chunk_size, 1),
-            ("num_passages", num_passages, 0),
-            ("passages_in_prompt", passages_in_prompt, 0),
-        ):
-            if value is not None and value < least:
-                raise ValueError(f"{name} is {value}, but it must be at least {least}.")
+        least = {
+            "chunk_size": (chunk_size, 1),
+            "num_passages": (num_passages, 0),
+            "passages_in_prompt": (passages_in_prompt, 0),
+        }
+        for name, (value, lowest) in least.items():
+            if value is not None and value < lowest:
+                raise ValueError(f"{name} is {value}, but it must be at least {lowest}.")
         shares = checked_shares(
             random_passage_probability=random_passage_probability, no_passage_probability=no_passage_probability
         )
         if random_passage_probability and not random_passages:
             raise DatasetError(
-                f"random_passage_probability={random_passage_probability} needs questions to take passages from: pass "
+                f"random_passage_probability={random_passage_probability} needs questions to take passages from. Pass "
                 "`random_passages=`, such as the tokenized training set."
             )
         self.chunk_size = chunk_size
@@ -227,16 +206,11 @@ class QuestionCollator:
         self.random_passage_probability, self.no_passage_probability = shares
         self.random_passages = random_passages
         self.seed = seed
-        self.epoch = 0
         self.pad_token_id = padding_id(tokenizer)
         self._separator = tokenizer("\n", add_special_tokens=False)["input_ids"]
 
-    def set_epoch(self, epoch: int) -> None:
-        """Draw other random passages for the same batch; needed only where batches repeat."""
-        self.epoch = epoch
-
     def for_evaluation(self) -> QuestionCollator:
-        """The same, but every question gets its own passages."""
+        """The same collator, but every question gets its own passages."""
         other = copy.copy(self)
         other.random_passage_probability = other.no_passage_probability = 0.0
         return other
@@ -244,19 +218,12 @@ class QuestionCollator:
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """Make one batch; see the class."""
         needs_passages = self.num_passages != 0 or self.passages_in_prompt > 0
-        for name in [_PROMPT_COLUMN, *([_PASSAGES_COLUMN] if needs_passages else [])]:
-            if name not in examples[0]:
-                raise DatasetError(
-                    f"The examples have no column {name!r}, only {sorted(examples[0])}. Make it with "
-                    "`tokenize_questions(dataset, tokenizer, ...)`; if the dataset has it, Trainer dropped it: set "
-                    "`TrainingArguments(remove_unused_columns=False)`."
-                )
+        check_example(examples[0], [_PROMPT_COLUMN, *([_PASSAGES_COLUMN] if needs_passages else [])])
         passages = self._drawn(examples) if needs_passages else [[] for _ in examples]
-        prompts = [
-            [token for passage in read[: self.passages_in_prompt] for token in [*passage, *self._separator]]
-            + list(example[_PROMPT_COLUMN])
-            for example, read in zip(examples, passages, strict=True)
-        ]
+        prompts = []
+        for example, read in zip(examples, passages, strict=True):
+            first = [token for passage in read[: self.passages_in_prompt] for token in [*passage, *self._separator]]
+            prompts.append([*first, *example[_PROMPT_COLUMN]])
         has_answers = _ANSWER_COLUMN in examples[0]
         answers = [list(example[_ANSWER_COLUMN]) if has_answers else [] for example in examples]
         start = max(map(len, prompts))
@@ -271,16 +238,17 @@ class QuestionCollator:
         batch = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
-            # Left to themselves, models count padding on the left when they are not generating.
+            # Without these, models count padding on the left unless they are generating.
             "position_ids": np.maximum(attention_mask.cumsum(axis=1) - 1, 0),
             **({"labels": labels} if has_answers else {}),
         }
         if self.num_passages != 0:
             lengths = np.array([len(prompt) for prompt in prompts])
             ends = lengths + np.array([len(answer) for answer in answers])
+            # With chunks of 8 and a prompt of 13 tokens the offset is 3: the prompt fills the places 3 to 15.
             offsets = -lengths % self.chunk_size
-            ids, mask = self._padded([read[: self.num_passages] for read in passages])
-            # The chunk that the prompt ends, and those that the answer completes.
+            ids, mask = _padded([read[: self.num_passages] for read in passages])
+            # The chunk that the prompt ends reads the passages, and so do those that the answer completes.
             chunks = np.arange(((offsets + ends) // self.chunk_size).max())
             reads = (chunks >= ((offsets + lengths) // self.chunk_size - 1)[:, None])[:, :, None, None]
             batch["neighbor_input_ids"] = np.where(reads, ids[:, None], 0)
@@ -294,9 +262,8 @@ class QuestionCollator:
         passages = [example[_PASSAGES_COLUMN] for example in examples]
         if not self.random_passage_probability and not self.no_passage_probability:
             return passages
-        content = np.concatenate([np.asarray(example[_PROMPT_COLUMN], dtype=np.int64) for example in examples])
-        digest = hashlib.blake2b(content.tobytes(), digest_size=8).digest()
-        generator = np.random.default_rng([self.seed, self.epoch, int.from_bytes(digest, "little")])
+        prompts = [np.asarray(example[_PROMPT_COLUMN], dtype=np.int64) for example in examples]
+        generator = generator_for(self.seed, np.concatenate(prompts))
         for row, draw in enumerate(generator.random(len(passages))):
             if draw < self.random_passage_probability and self.random_passages is not None:
                 other = self.random_passages[int(generator.integers(len(self.random_passages)))]
@@ -305,129 +272,72 @@ class QuestionCollator:
                 passages[row] = []
         return passages
 
-    def _padded(self, passages: Sequence[Sequence[Sequence[int]]]) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and mask of shape `(batch_size, most passages, longest passage)`, of at least one token."""
-        most = max(1, *map(len, passages))
-        longest = max(1, *(len(passage) for read in passages for passage in read), 1)
-        ids = np.zeros((len(passages), most, longest), dtype=np.int64)
-        mask = np.zeros_like(ids)
-        for row, read in enumerate(passages):
-            for place, passage in enumerate(read):
-                ids[row, place, : len(passage)] = passage
-                mask[row, place, : len(passage)] = 1
-        return ids, mask
 
-
-def check_columns(dataset: Dataset, names: Sequence[str]) -> None:
-    """Check that a dataset of questions has what is needed.
-
-    Raises:
-        DatasetError: for another type, and for the first column that is missing.
-    """
-    if not isinstance(dataset, extras.load("datasets", "Training on questions").Dataset):
-        raise DatasetError(
-            f"The dataset is of type {type(dataset).__name__}, not datasets.Dataset. Of a DatasetDict pass one split; "
-            "from a list make one with `Dataset.from_list(...)`."
-        )
-    remedies = {
-        "passages": "Look them up with `retrieve_passages(dataset, retriever)`, or work without any: `num_passages=0`",
-        _PROMPT_COLUMN: "Make it with `tokenize_questions(dataset, tokenizer, neighbor_size=...)`",
-        "answers": "A row holds a list of texts; for questions that are only to be answered, `with_answers=False`",
-    }
-    for name in names:
-        if name not in dataset.column_names:
-            remedy = remedies.get(name, f"Rename the one that holds it: `dataset.rename_column(..., {name!r})`")
-            raise DatasetError(f"The dataset has no column {name!r}, only {dataset.column_names}. {remedy}.")
+def _padded(passages: Sequence[Sequence[Sequence[int]]]) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and mask of shape `(batch_size, most passages, longest passage)`, each at least 1."""
+    most = max(1, *map(len, passages))
+    longest = max(1, *(len(passage) for read in passages for passage in read), 1)
+    ids = np.zeros((len(passages), most, longest), dtype=np.int64)
+    mask = np.zeros_like(ids)
+    for row, read in enumerate(passages):
+        for place, passage in enumerate(read):
+            ids[row, place, : len(passage)] = passage
+            mask[row, place, : len(passage)] = 1
+    return ids, mask
 
 
 def check_same_tokenizer(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Check that tokenized questions can be read with a tokenizer; with another, answers would be wrong without a word.
+    """Check that tokenized questions were made with this tokenizer; otherwise all answers would be silently wrong.
 
     Raises:
-        DatasetError: if the tokens of the first questions stand for other text.
+        DatasetError: if none of the first questions is found in its decoded prompt.
     """
     if "question" not in dataset.column_names:
         return
-
-    def spelled(ids: list[int]) -> str:
-        return "".join(str(tokenizer.decode(ids, clean_up_tokenization_spaces=False)).split())
-
-    first = dataset.select_columns(["question", _PROMPT_COLUMN])[:_COMPARED_QUESTIONS]
+    first = dataset.select_columns(["question", _PROMPT_COLUMN])[:8]
     for question, ids in zip(first["question"], first[_PROMPT_COLUMN], strict=True):
-        # What a tokenizer cannot spell it cannot spell here either.
-        text = spelled(tokenizer(" ".join(question.split()), add_special_tokens=False)["input_ids"])
-        if text and text in spelled(ids):
+        # Encoded and decoded again, because a tokenizer may not be able to spell every question.
+        tokens = tokenizer(" ".join(question.split()), add_special_tokens=False)["input_ids"]
+        asked, prompt = ("".join(str(tokenizer.decode(part)).split()) for part in (tokens, ids))
+        if asked and asked in prompt:
             return
-    if len(dataset):
-        raise DatasetError(
-            f"The questions were made with another tokenizer than {tokenizer.name_or_path!r}, in which the first one reads "
-            f"{textwrap.shorten(repr(tokenizer.decode(first[_PROMPT_COLUMN][0])), 100)}. Pass the tokenizer of the model, here and to "
-            "`tokenize_questions`."
-        )
+    raise DatasetError(
+        f"The questions were not tokenized with {tokenizer.name_or_path!r}. Pass the model's tokenizer here and to "
+        "`tokenize_questions`."
+    )
 
 
-def _check_format(tokenizer: PreTrainedTokenizerBase, prompt: str, neighbor_size: int) -> None:
-    if "{question}" not in prompt:
-        raise DatasetError(f"The prompt {prompt!r} has no place for the question: write it as {{question}}.")
-    if neighbor_size < 1:
-        raise ValueError(f"neighbor_size is {neighbor_size}, but a passage has at least 1 token.")
-    if tokenizer.eos_token_id is None:
-        raise DatasetError(
-            "The tokenizer has no end token, by which a model says that an answer is complete. Set one of its tokens: "
-            "`tokenizer.eos_token = ...`."
-        )
-
-
-def list_lengths(dataset: Dataset, name: str) -> np.ndarray:
-    """The lengths of the lists in a column, int64 of shape `(num_rows,)`, without making lists of them."""
-    return flattened(dataset.select_columns([name]).with_format("arrow")[:][name])[1]
-
-
-def checked_text(value: Any, name: str, number: int) -> str:
-    """A text with single white space.
-
-    Raises:
-        DatasetError: naming the row, for what is no text or an empty one.
-    """
-    text = " ".join(value.split()) if isinstance(value, str) else ""
-    if not text:
-        raise DatasetError(
-            f"The {name} in row {number} is {value!r}, but it must be a text that is not empty. Leave such rows out with "
-            "`dataset.filter`."
-        )
-    return text
-
-
-def _first(answers: Any, number: int) -> Any:
-    """The first right answer that says something."""
+def _first_answer(answers: Any, row: int) -> str:
+    """The first right answer that is not empty."""
     if answers is not None and not isinstance(answers, (list, tuple)):
         raise DatasetError(
-            f"The answers in row {number} are {textwrap.shorten(repr(answers), 100)}, but they must be a list of texts. Of one "
-            "text: `dataset.map(lambda row: {'answers': [row['answers']]})`; of the format of SQuAD: `dataset.map(lambda row: "
-            "{'answers': row['answers']['text']})`."
+            f"The answers in row {row} are {textwrap.shorten(repr(answers), 100)}, but they must be a list of texts. Convert "
+            "them: `dataset.map(lambda row: {'answers': [row['answers']]})`, or in the format of SQuAD `dataset.map(lambda "
+            "row: {'answers': row['answers']['text']})`."
         )
-    return next((answer for answer in answers or [] if not isinstance(answer, str) or answer.strip()), None)
+    found = (answer for answer in answers or [] if not isinstance(answer, str) or answer.strip())
+    return checked_text(next(found, None), "answer", row)
 
 
-def _rest(whole: list[int], start: list[int], number: int) -> list[int]:
+def _rest(whole: list[int], start: list[int], row: int) -> list[int]:
     if whole[: len(start)] != start:
         raise DatasetError(
-            f"The tokenizer joins the end of the prompt and the beginning of the answer in row {number}, so that no token "
-            "border lies between them. Use a `prompt` that ends with a sign such as ':', and without white space."
+            f"In row {row} the boundary between prompt and answer falls inside a token. Use a `prompt` that ends with a sign "
+            "such as ':', and without white space."
         )
     return whole[len(start) :]
 
 
-def _passages(value: Any, number: int) -> list[str]:
-    """The passages of a row as the encoder reads them; empty ones say nothing and are left out."""
+def _passages(value: Any, row: int) -> list[str]:
+    """The passages of a row as the encoder reads them, without empty ones."""
     given = [] if value is None else value if isinstance(value, (list, tuple)) else [value]
     parts = [passage if isinstance(passage, Mapping) else {"text": passage} for passage in given]
     if isinstance(value, (str, Mapping)) or not all(
         isinstance(part.get("text"), str) and isinstance(part.get("title") or "", str) for part in parts
     ):
         raise DatasetError(
-            f"The passages in row {number} are {textwrap.shorten(repr(value), 100)}, but they must be a list of dicts with "
-            "`text` and perhaps `title`, or a list of texts."
+            f"The passages in row {row} are {textwrap.shorten(repr(value), 100)}, but they must be a list of texts, or of dicts "
+            "with `text` and optionally `title`."
         )
     texts = [
         PASSAGE.format(title=part.get("title") or "", text=part["text"]) for part in parts if part["text"].strip()

@@ -1,0 +1,145 @@
+"""Finding the neighbors of training chunks, and what identifies a result."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import uuid
+
+import numpy as np
+
+from ..datastore import EmbeddingSearcher, HybridSearcher, LexicalSearcher, RetroDatastore, Searcher, chunk_texts
+from ..datastore.blocks import digest_of
+from ..datastore.chunks import ranges
+from ..errors import DatasetError, RetrieverError
+from ..retriever import RetroRetriever
+
+
+__all__ = ["datastore_of", "neighbor_source", "neighbors_of_windows", "search_digest", "wanted_neighbors"]
+
+
+def datastore_of(retriever: RetroRetriever | RetroDatastore) -> RetroDatastore:
+    """The datastore of a retriever, or the datastore itself."""
+    return retriever if isinstance(retriever, RetroDatastore) else retriever.datastore
+
+
+def wanted_neighbors(retriever: RetroRetriever | RetroDatastore | None, num_neighbors: int | None) -> int:
+    """The number of neighbors asked for, else the retriever's, else the paper's 2."""
+    if num_neighbors is None:
+        return retriever.num_neighbors if isinstance(retriever, RetroRetriever) else 2
+    if isinstance(num_neighbors, bool) or not isinstance(num_neighbors, (int, np.integer)) or num_neighbors < 1:
+        raise RetrieverError(f"num_neighbors is {num_neighbors!r}, but it must be an integer of at least 1.")
+    return int(num_neighbors)
+
+
+def neighbor_source(datastore: RetroDatastore, num_neighbors: int) -> str:
+    """JSON that identifies what chunk ids refer to, wherever the datastore's folder is.
+
+    It has one digest per shard, because appending to a datastore does not change the chunk ids of its first shards.
+    """
+    manifest = datastore.manifest
+    shards = []
+    for shard in manifest.shards:
+        digests = {entry.kind: entry.sha256 for entry in manifest.files if entry.shard == shard.name}
+        stream = [digests.get(kind, "") for kind in ("tokens", "doc_offsets", "doc_lengths", "chunk_starts")]
+        # Datasets on disk have this very digest, so it must not change.
+        shards.append(hashlib.sha256(" ".join(stream).encode()).hexdigest()[:16])
+    content = {
+        "datastore": shards,
+        "chunk_size": datastore.chunk_size,
+        "num_neighbors": num_neighbors,
+        "embedder": manifest.embedder["name"],
+        "embedder_fingerprint": manifest.embedder["fingerprint"][:16],
+        **({"query_fingerprint": query["fingerprint"][:16]} if (query := manifest.embedder.get("query")) else {}),
+        "tokenizer_fingerprint": manifest.tokenizer["fingerprint"][:16],
+    }
+    return json.dumps(content, sort_keys=True)
+
+
+def search_digest(retriever: RetroRetriever | RetroDatastore, *settings: object) -> str:
+    """A digest of how neighbors are found and of other settings: the fingerprint of a kept result."""
+    searcher = retriever if isinstance(retriever, RetroDatastore) else retriever.searcher
+    files = [entry.sha256 for entry in datastore_of(retriever).manifest.files]
+    return digest_of(*files, _identity(searcher), *map(str, settings))[:16]
+
+
+def _identity(searcher: Searcher | RetroDatastore) -> str:
+    if isinstance(searcher, HybridSearcher):
+        return f"{searcher.metric} ({_identity(searcher.dense)}, {_identity(searcher.lexical)})"
+    if isinstance(searcher, (RetroDatastore, LexicalSearcher)):
+        return type(searcher).__name__
+    if isinstance(searcher, EmbeddingSearcher) and searcher.index is searcher.datastore:
+        return RetroDatastore.__name__
+    # The content of any other index may have changed, so its results are never found again.
+    return uuid.uuid4().hex
+
+
+def neighbors_of_windows(
+    retriever: RetroRetriever | RetroDatastore,
+    tokens: np.ndarray,
+    lengths: np.ndarray,
+    num_neighbors: int,
+    documents: np.ndarray | None,
+    starts: np.ndarray | None,
+) -> np.ndarray:
+    """The neighbors of every complete chunk of some windows, none of them from the windows' own documents.
+
+    Args:
+        tokens (`np.ndarray` of integers and shape `(lengths.sum(),)`): the windows one after another.
+        lengths (`np.ndarray` of int64 and shape `(num_windows,)`): tokens of each window.
+        documents (`np.ndarray` of int64 and shape `(num_windows, any)`, *optional*): numbers of the stored documents to
+            exclude for each window, its own first; -1 for none.
+        starts (`np.ndarray` of int64 and shape `(num_windows,)`, *optional*): position of each window in its document. A
+            chunk that is itself in the datastore then uses its stored key as the query.
+    Returns:
+        `np.ndarray` of int64 and shape `((lengths // chunk_size).sum(), num_neighbors)`; -1 where there are no more.
+    Raises:
+        DatasetError: if a chunk must be embedded, but there is only a datastore.
+    """
+    datastore = datastore_of(retriever)
+    size = datastore.chunk_size
+    counts = lengths // size
+    chunks = tokens[ranges(np.cumsum(lengths) - lengths, counts * size)].reshape(-1, size).astype(np.int64)
+    if not len(chunks):
+        return np.empty((0, num_neighbors), dtype=np.int64)
+    own = np.full((len(lengths), 1), -1, dtype=np.int64) if documents is None else documents
+    excluded = np.repeat(own, counts, axis=0)
+    searcher = retriever if isinstance(retriever, RetroDatastore) else retriever.searcher
+    if not isinstance(searcher, (RetroDatastore, EmbeddingSearcher)):
+        texts = chunk_texts(retriever.tokenizer, chunks)
+        return searcher.search(texts, num_neighbors, exclude_documents=excluded)[1]
+
+    queries = np.empty((len(chunks), datastore.manifest.dim), dtype=np.float32)
+    known = np.zeros(len(chunks), dtype=bool)
+    # A stored key can be a query only if queries are embedded as chunks are.
+    symmetric = "query" not in datastore.manifest.embedder
+    if documents is not None and starts is not None and symmetric:
+        places = _stored_places(datastore, documents[:, 0], starts, counts)
+        stored, mask = datastore.gather(places)
+        known = ((stored[:, :size] == chunks) & (mask[:, :size] == 1)).all(axis=1)
+        queries[known] = datastore.keys_of(places[known])
+    if not known.all():
+        if isinstance(searcher, RetroDatastore):
+            raise DatasetError(
+                f"{np.count_nonzero(~known)} of {len(chunks)} chunks have no stored key that can be their query. Pass a "
+                "RetroRetriever, which can embed them, instead of the datastore."
+            )
+        queries[~known] = searcher.embedder.embed_queries(chunk_texts(retriever.tokenizer, chunks[~known]))
+    search = searcher.search if isinstance(searcher, RetroDatastore) else searcher.search_vectors
+    return search(queries, num_neighbors, exclude_documents=excluded)[1]
+
+
+def _stored_places(
+    datastore: RetroDatastore, documents: np.ndarray, starts: np.ndarray, counts: np.ndarray
+) -> np.ndarray:
+    """Chunk ids that windows would have in the datastore: `counts[i]` from token `starts[i]` of `documents[i]` on.
+
+    -1 for a document that is not in the datastore, for a place past its end, and for windows off the chunk grid.
+    """
+    usable = (documents >= 0) & (starts % datastore.chunk_size == 0)
+    known = np.maximum(documents, 0)
+    # The chunks of a document have consecutive ids.
+    first = datastore.first_chunks(known) + starts // datastore.chunk_size
+    ends = np.repeat(np.where(usable, datastore.first_chunks(known + 1), -1), counts)
+    places = ranges(first, counts)
+    return np.where(places < ends, places, -1)
