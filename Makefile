@@ -2,7 +2,8 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV   ?= .venv
 TORCH  ?= 2.13.0
-# Where PyTorch publishes its CPU builds; asked only if pip's own sources have none.
+# Where PyTorch publishes its CPU builds; asked only if pip's own sources have none. Without the dependencies of torch,
+# which come from the package index with everything else.
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 # Extra arguments for pytest: make test PYTEST="-k cache -x"
 PYTEST ?=
@@ -34,9 +35,16 @@ $(STAMP): pyproject.toml constraints.txt
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 	  echo 'make needs Python 3.11 or newer; name it with: make PYTHON=/path/to/python3.11'; exit 1; }
 	@test -x $(RUN)/python || "$(PYTHON)" -m venv $(VENV)
+	@$(PIP) --version >/dev/null 2>&1 || $(RUN)/python -m ensurepip
 	@echo "Installing PyTorch $(TORCH) for the CPU into $(VENV) ..."
-	@$(INSTALL) "torch==$(TORCH)+cpu" 2>/dev/null || \
-	  $(INSTALL) --extra-index-url $(TORCH_CPU_INDEX) "torch==$(TORCH)"
+	@$(INSTALL) --no-deps "torch==$(TORCH)+cpu" 2>/dev/null || \
+	  $(INSTALL) --no-deps --retries 1 --index-url $(TORCH_CPU_INDEX) "torch==$(TORCH)" 2>/dev/null || { \
+	  printf '%s\n' '' \
+	    'WARNING: there is no CPU build of torch $(TORCH) for this Python, neither in the sources of pip nor in' \
+	    '$(TORCH_CPU_INDEX). The build of the package index follows. On Linux it is the one for CUDA:' \
+	    '5.7 GB with what it needs. To stop, press Ctrl-C; then name another source of CPU builds:' \
+	    '    make install TORCH_CPU_INDEX=https://your.mirror/whl/cpu' '' >&2; \
+	  $(INSTALL) "torch==$(TORCH)"; }
 	@echo "Installing retro-hf into $(VENV) ..."
 	@$(INSTALL) -e ".[dev]"
 	@touch $@
