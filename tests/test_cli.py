@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import pty
+import shlex
 import struct
 import subprocess
 import sys
@@ -19,7 +20,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from retro_hf import RetroDatastore
-from retro_hf.errors import DatasetError, DatastoreInputError, PretrainedNotFoundError, RetroError, in_commands
+from retro_hf.errors import (
+    DatasetError,
+    DatastoreInputError,
+    MissingExtraError,
+    PretrainedNotFoundError,
+    RetroError,
+    in_commands,
+)
 from retro_hf.evaluation import Evaluation
 from retro_hf_cli import main as command_line
 from retro_hf_cli.main import app
@@ -460,7 +468,7 @@ def test_an_interrupt_says_what_became_of_the_datastore(monkeypatch, capsys):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(command_line, "_load_datastore", interrupted)
+    monkeypatch.setattr(command_line.datastore, "_load_datastore", interrupted)
     monkeypatch.setattr(sys, "argv", ["retro", "delete", ".", "doc-1"])
     with pytest.raises(SystemExit, match="130"):
         command_line.main()
@@ -483,3 +491,21 @@ def test_every_error_of_the_package_is_one_line(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="1"):
         command_line.main()
     assert capsys.readouterr().err == "Error: A worker process ended. `retro build` goes on from there.\n"
+
+
+@pytest.mark.parametrize("name", typer.main.get_command(app).commands)
+def test_help_of_every_command_ends_with_an_example_that_it_takes(name):
+    command = typer.main.get_command(app).commands[name]
+    first, second, *arguments = shlex.split(command.epilog)
+    assert (first, second) == ("retro", name)
+    known = {option for parameter in command.params for option in parameter.opts}
+    given = [argument for argument in arguments if argument.startswith("-")]
+    assert given == [option for option in given if option in known]
+    assert CliRunner().invoke(app, [name, "--help"]).output.rstrip().endswith(command.epilog)
+
+
+def test_report_without_matplotlib_is_refused_before_any_work(world, tmp_path, monkeypatch):
+    """Measuring takes minutes, and the model here cannot even be loaded."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(MissingExtraError):
+        retro("evaluate", tmp_path / "no-model", world / "texts.jsonl", "-o", tmp_path / "results", "--report")

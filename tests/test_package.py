@@ -1,6 +1,5 @@
 """The package as a whole: what importing it costs and does, and what it promises to export."""
 
-import re
 import subprocess
 import sys
 from importlib.metadata import entry_points, version

@@ -1,4 +1,4 @@
-"""The command `retro evaluate`; beside the package, as the others are, so that `--help` waits for nothing."""
+"""The command that measures whether retrieval helps: evaluate."""
 
 import json
 import sys
@@ -9,12 +9,17 @@ from typing import Annotated, Any
 import typer
 
 from . import paths
+from .datastore import open_retriever
+from .model import load_model
 
+
+commands = typer.Typer()
 
 # Documents that a report shows token by token.
 _TRACED = 3
 
 
+@commands.command(rich_help_panel="Model", epilog="retro evaluate model heldout.jsonl --store store -o results")
 def evaluate(
     model: Annotated[str, typer.Argument(help="Folder or Hub name of a RETRO model.")],
     texts: Annotated[
@@ -78,14 +83,15 @@ def evaluate(
     import torch
     from rich.console import Console
 
+    from retro_hf import extras
     from retro_hf.datastore.compatibility import load_tokenizer
     from retro_hf.datastore.documents import DocumentReader
     from retro_hf.errors import DatasetError, DatastoreInputError
     from retro_hf.evaluation import evaluate as measure
     from retro_hf.evaluation import trace, write_report
 
-    from . import main as commands
-
+    if report:
+        extras.load("matplotlib", "The page of --report")  # what is missing shows before any work is spent
     try:
         reader = DocumentReader(texts)
         documents = [{"id": one.id, "title": one.title, "text": one.text} for one in reader]
@@ -96,12 +102,12 @@ def evaluate(
     longest = sorted(documents, key=lambda one: -len(one["text"]))[:_TRACED]
     # The reader skips those without text, but they are counted.
     documents += [{"id": reader.first_empty or "", "text": ""}] * reader.num_empty
-    loaded = commands._load_model(model)
+    loaded = load_model(model)
     loaded.to("cuda" if torch.cuda.is_available() else "cpu")
     if dtype != "auto":
         loaded.to(getattr(torch, dtype))
     tokenizer = load_tokenizer(model)
-    retriever = None if store is None else commands._open_retriever(store, embedder, tokenizer)
+    retriever = None if store is None else open_retriever(store, embedder, tokenizer)
     result = measure(
         loaded,
         documents,

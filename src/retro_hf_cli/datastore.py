@@ -1,0 +1,221 @@
+"""The commands of a datastore: build, append, delete, compact, push, search and inspect."""
+
+import dataclasses
+import json
+import logging
+import unicodedata
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from . import paths
+
+
+commands = typer.Typer()
+
+DEFAULT_EMBEDDER = "sentence-transformers/all-MiniLM-L6-v2"
+STORE = "A datastore: its folder, or a dataset repository on the Hub."
+Folder = Annotated[Path, typer.Argument(callback=paths.datastore, help="Folder of a datastore.")]
+TEXTS = "Folder of texts, or a .txt, .md, .jsonl, .jsonl.gz or .parquet file."
+Source = Annotated[Path, typer.Argument(callback=paths.source, help=TEXTS)]
+Embedder = Annotated[str | None, typer.Option(help="Encoder that built the datastore; needed if it was a folder.")]
+Workers = Annotated[int, typer.Option(min=1, help="Processes that share the cores.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@commands.command(rich_help_panel="Datastore", epilog="retro build notes/ -o store --tokenizer my-model")
+def build(
+    source: Source,
+    output: Annotated[Path, typer.Option("--output", "-o", callback=paths.output, help="Folder to write.")],
+    tokenizer: Annotated[str, typer.Option(help="Tokenizer of the language model: a folder or a Hub name.")],
+    embedder: Annotated[str, typer.Option(help="Encoder of the chunks: a folder or a Hub name.")] = DEFAULT_EMBEDDER,
+    chunk_size: Annotated[int, typer.Option(min=1, help="Tokens per chunk; the same as the model's.")] = 64,
+    neighbor_size: Annotated[int, typer.Option(min=1, help="Tokens per neighbor: its chunk and what follows.")] = 128,
+    index: Annotated[str, typer.Option(help="auto, by size, or a FAISS factory string such as Flat.")] = "auto",
+    recall: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of the two nearest neighbors to find; 1 is exact.")
+    ] = 0.95,
+    memory_budget: Annotated[str | None, typer.Option(help="Memory for the index in use, such as 4GB.")] = None,
+    workers: Workers = 1,
+) -> None:
+    """Build a datastore, or go on with a build that was stopped."""
+    from retro_hf import RetroDatastore
+
+    _tell_sizes()
+    store = RetroDatastore.build(
+        source,
+        output,
+        tokenizer=tokenizer,
+        embedder=embedder,
+        chunk_size=chunk_size,
+        neighbor_size=neighbor_size,
+        index=index,
+        recall=recall,
+        memory_budget=memory_budget,
+        executor=workers,
+    )
+    typer.echo(f"{_size_of(store)} in {output}")
+
+
+@commands.command(rich_help_panel="Datastore", epilog="retro append store more.jsonl")
+def append(store: Folder, source: Source, embedder: Embedder = None, workers: Workers = 1) -> None:
+    """Add documents; nothing that is there is computed again."""
+    from retro_hf import ChunkEmbedder
+
+    _tell_sizes()
+    opened = _load_datastore(store)
+    before = opened.num_documents
+    opened.append(source, embedder=ChunkEmbedder.of_datastore(opened.manifest.embedder, embedder), executor=workers)
+    typer.echo(f"{_size_of(opened)} in {store}; documents added: {opened.num_documents - before:,}")
+
+
+@commands.command(rich_help_panel="Datastore", epilog="retro delete store doc-7 doc-9")
+def delete(store: Folder, ids: Annotated[list[str], typer.Argument(help="Ids, as search shows them.")]) -> None:
+    """Never return documents again; compact removes them from the disk."""
+    _load_datastore(store).delete(ids)
+    typer.echo(f"documents deleted from {store}: {len(ids):,}; `retro compact {store}` removes them from the disk")
+
+
+@commands.command(rich_help_panel="Datastore", epilog="retro compact store")
+def compact(store: Folder) -> None:
+    """Rewrite a datastore without what was deleted, as one shard."""
+    opened = _load_datastore(store)
+    opened.compact()
+    typer.echo(f"{_size_of(opened)} in {store}")
+
+
+@commands.command(rich_help_panel="Datastore", epilog="retro push store me/my-store")
+def push(
+    store: Folder,
+    repo: Annotated[str, typer.Argument(help="Dataset repository, such as me/my-store; made if it isn't there.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to push to; made if it isn't there.")] = None,
+) -> None:
+    """Upload a datastore to the Hub, with a card, as one commit."""
+    commit = _load_datastore(store).push_to_hub(repo, private=private or None, revision=revision)
+    typer.echo(f"{commit.repo_url}, commit {commit.oid}")
+
+
+@commands.command(rich_help_panel="Datastore", epilog='retro search store "frogs came up" -k 3')
+def search(
+    store: Annotated[str, typer.Argument(help=STORE)],
+    query: Annotated[str, typer.Argument(help="Text to look up.")],
+    num_neighbors: Annotated[int, typer.Option("-k", min=1, help="How many neighbors.")] = 2,
+    embedder: Embedder = None,
+    bm25: Annotated[bool, typer.Option("--bm25", help="Search by words instead of vectors.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show the nearest neighbors of a text."""
+    if not query.strip():
+        raise ValueError("The query is empty; give at least one word to look up.")
+    if bm25:
+        from retro_hf import RetroDatastore, RetroRetriever
+        from retro_hf.datastore import LexicalSearcher
+
+        datastore = RetroDatastore.from_pretrained(store)
+        retriever = RetroRetriever(datastore, searcher=LexicalSearcher.build(datastore))
+    else:
+        retriever = open_retriever(store, embedder)
+    found = retriever.find(readable(query), num_neighbors=num_neighbors)[0]
+    if as_json:
+        typer.echo(json.dumps([dataclasses.asdict(neighbor) for neighbor in found], ensure_ascii=False))
+        return
+    if not found:
+        gone = retriever.datastore.num_deleted_documents == retriever.datastore.num_documents
+        reason = f"all documents of {store} have been deleted" if gone else "no chunk has a word of the query"
+        typer.echo(f"Nothing was found: {reason}.")
+    for neighbor in found:
+        typer.echo(f"{neighbor.score:.3f}  {_harmless(neighbor.document_id)}  {_harmless(neighbor.title)}")
+        typer.echo(f"    {_harmless(neighbor.text)}\n  → {_harmless(neighbor.continuation)}\n")
+
+
+@commands.command(rich_help_panel="Datastore", epilog="retro inspect store --verify")
+def inspect(
+    store: Folder,
+    verify: Annotated[bool, typer.Option("--verify", help="Check the checksum of every file.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a datastore is made of."""
+    opened = _load_datastore(store)
+    if verify:
+        opened.verify()
+    manifest = opened.manifest
+    if as_json:
+        counts = {name: getattr(opened, name) for name in ("num_documents", "num_chunks", "num_tokens")}
+        typer.echo(json.dumps(counts | dataclasses.asdict(manifest), ensure_ascii=False))
+        return
+    tokenizer, embedder = manifest.tokenizer, manifest.embedder
+    lines = {
+        "documents": f"{opened.num_documents:,}, of which deleted: {opened.num_deleted_documents:,}; left out as empty: "
+        f"{manifest.num_empty_documents:,}",
+        "chunks": f"{opened.num_chunks:,} of up to {manifest.chunk_size} tokens; a neighbor has up to {manifest.neighbor_size}",
+        "tokens": f"{opened.num_tokens:,} ({manifest.token_dtype})",
+        "tokenizer": f"{tokenizer['name']}, vocabulary {tokenizer['vocab_size']:,}, fingerprint {tokenizer['fingerprint'][:12]}",
+        "embedder": f"{embedder['name']}, {embedder['dim']} numbers per key, {embedder['pooling']} pooling, "
+        f"{embedder['dtype']}, fingerprint {embedder['fingerprint'][:12]}",
+        "index": _first([_index_of(shard) for shard in manifest.shards]),
+        "sources": _first([" ".join(one.values()) for one in manifest.sources]) or "not known",
+        "version": f"generation {manifest.generation}, format {manifest.format_version}, retro-hf {manifest.library_version}",
+    }
+    for name, value in lines.items():
+        typer.echo(f"{name:<10} {_harmless(value)}")
+    for file in manifest.files:
+        typer.echo(f"  {file.size / 1e6:>12,.2f} MB  {file.name}")
+    typer.echo("all checksums match" if verify else "sizes match; --verify checks the content, too")
+
+
+def _load_datastore(folder: Path) -> Any:
+    from retro_hf import RetroDatastore
+
+    return RetroDatastore.load(folder)
+
+
+def open_retriever(store: str, embedder: str | None, tokenizer: Any = None) -> Any:
+    """The retriever of a datastore, with the encoder that built it or the one that is named."""
+    from retro_hf import RetroRetriever
+
+    return RetroRetriever.from_pretrained(store, embedder=embedder, tokenizer=tokenizer)
+
+
+def readable(argument: str) -> str:
+    """The argument with U+FFFD for bytes that are not UTF-8, which Python keeps as half characters no tokenizer takes."""
+    return argument.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def _tell_sizes() -> None:
+    """Show what the library says before long work: sizes, times, and without a terminal each stage."""
+    logger = logging.getLogger("retro_hf")
+    logger.setLevel(logging.INFO)
+    if not logger.handlers:  # Python shows nothing below a warning by itself
+        logger.addHandler(logging.StreamHandler())
+
+
+def _size_of(datastore: Any) -> str:
+    from retro_hf.errors import counted
+
+    return f"{counted(datastore.num_documents, 'document')}, {counted(datastore.num_chunks, 'chunk')}"
+
+
+def _index_of(shard: Any) -> str:
+    recall = shard.index["recall"]
+    measured = (
+        ""
+        if recall is None
+        else (
+            f", recall {recall['value']:.3f} (of {recall['at']}, measured with {recall['queries']:,} of its own chunks as queries)"
+        )
+    )
+    return f"shard {shard.name}: {shard.num_chunks:,} chunks, {shard.index['factory']}{measured}"
+
+
+def _first(texts: list[str]) -> str:
+    """The first five of them, and how many more there are."""
+    more = [f"and {len(texts) - 5:,} more (all with --json)"] if len(texts) > 5 else []
+    return "; ".join([*texts[:5], *more])
+
+
+def _harmless(text: str) -> str:
+    """The text in one line, its control characters written out, which could move the cursor or colour the terminal."""
+    text = text.replace("\n", "⏎")
+    return "".join(repr(letter)[1:-1] if unicodedata.category(letter) == "Cc" else letter for letter in text)

@@ -1,0 +1,74 @@
+"""The commands of a model: retrofit and generate."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .datastore import STORE, Embedder, open_retriever, readable
+
+
+commands = typer.Typer()
+
+
+@commands.command(rich_help_panel="Model", epilog='retro generate model "In the beginning" --store store')
+def generate(
+    model: Annotated[str, typer.Argument(help="Folder or Hub name of a RETRO model.")],
+    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+    store: Annotated[str | None, typer.Option(help=f"{STORE} Without one, retrieval is off.")] = None,
+    embedder: Embedder = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 64,
+) -> None:
+    """Continue a text, with a datastore to read or without."""
+    from retro_hf.datastore.compatibility import load_tokenizer
+
+    tokenizer = load_tokenizer(model)
+    retriever = None if store is None else open_retriever(store, embedder, tokenizer)
+    inputs = tokenizer(readable(prompt), return_tensors="pt", return_token_type_ids=False)
+    if inputs.input_ids.shape[1] == 0:
+        raise ValueError("The prompt is empty; give at least one word to continue.")
+    options = {"retriever": retriever, "max_new_tokens": max_new_tokens, "do_sample": False}
+    output = load_model(model).generate(**inputs, **options)
+    typer.echo(tokenizer.decode(output[0], skip_special_tokens=True))
+
+
+@commands.command(rich_help_panel="Model", epilog="retro retrofit org/base -o my-retro")
+def retrofit(
+    base: Annotated[str, typer.Argument(help="Folder or Hub name of a decoder-only model.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
+    chunk_size: Annotated[int, typer.Option(min=1, help="Tokens per chunk.")] = 64,
+    adapter_only: Annotated[bool, typer.Option("--adapter-only", help="Save only what is added.")] = False,
+) -> None:
+    """Add retrieval to a decoder-only checkpoint, which then needs training."""
+    from retro_hf import retrofit as add_retrieval
+    from retro_hf.datastore.compatibility import load_tokenizer
+    from retro_hf.retrofit import parameter_report
+
+    model = add_retrieval(base, chunk_size=chunk_size)
+    tokenizer = load_tokenizer(base)
+    model.save_pretrained(output, save_backbone=not adapter_only)
+    tokenizer.save_pretrained(output)
+    typer.echo(parameter_report(model))
+
+
+def load_model(name: str) -> Any:
+    """A RETRO model, from a folder or the Hub.
+
+    Raises:
+        PretrainedNotFoundError: if there is none.
+        ValueError: for a model of another family.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from retro_hf.errors import PretrainedNotFoundError  # the package registers the model
+
+    try:
+        family = AutoConfig.from_pretrained(name).model_type
+        if family == "retro":
+            return AutoModelForCausalLM.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise PretrainedNotFoundError.for_name("model", name, error) from error
+    raise ValueError(
+        f"'{name}' is a model of the family '{family}', not a RETRO model. Make one of it with `retro retrofit`, if it is a "
+        "decoder-only language model, and train that."
+    )
