@@ -280,7 +280,7 @@ def test_the_backbone_stays_as_it_was():
         ("gemma3n_text", r"'gemma3n_text' mix several residual streams \(`altup`\)"),
         (
             "minimax",
-            r"'minimax' remembers tokens in a state of its own, not in a `DynamicCache` given to Mini.*past_key",
+            r"'minimax' remembers tokens in a state of its own, not in a `DynamicCache` given to Mini.*`cache`",
         ),
         ("rwkv", r"'rwkv' remembers tokens in a state of its own"),
         ("blt", r"The config of the family 'blt' has no `num_hidden_layers`"),

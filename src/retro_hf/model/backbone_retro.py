@@ -52,6 +52,8 @@ _MULTIPLIERS = ("residual_multiplier", "residual_scale", "attn_out_multiplier")
 _SCALES_INPUT = ("input_residual", "attn_residual_add_idx", "attn_alpha_factor")
 # Children of a layer that say that there is more than one residual stream.
 _STREAMS = ("altup", "attn_hc", "attn_hyper_connection", "mlp_input")
+# Fields of a config: how often the layers run in one pass.
+_LOOPS = ("n_recurrent_loops",)
 # How the names of children begin that attend to something other than the text.
 _OUTSIDE = ("cross", "encoder_attn")
 
@@ -121,6 +123,11 @@ def find_decoder_layers(backbone: PreTrainedModel, path: str | None = None) -> n
                 "`retrofit(..., backbone_layers='model.layers')`, or choose another backbone."
             )
         layers = next(iter(found.values()))
+    if not hasattr(config.per_layer_config[0], "num_attention_heads"):
+        raise ValueError(
+            f"'{family}' has no self-attention that cross-attention could follow. Choose a backbone with self-attention, "
+            "such as Llama or GPT-2."
+        )
     children = sorted({name for layer in layers for name, _ in layer.named_children()})
     for name in children:
         if name in _STREAMS:
@@ -159,6 +166,13 @@ def _check_backbone(backbone: PreTrainedModel) -> None:
         raise ValueError(
             f"'{family}' remembers tokens in a state of its own, not in a `DynamicCache` given to {type(backbone).__name__} "
             f"as `{CACHE_NAME}`; what RETRO remembers rides on that cache. Choose a backbone that has it."
+        )
+    text_config = config.get_text_config(decoder=True)
+    loops = next((name for name in _LOOPS if getattr(text_config, name, 1) > 1), None)
+    if loops is not None:
+        raise ValueError(
+            f"'{family}' runs some layers more than once in a pass (`{loops}={getattr(text_config, loops)}`); RETRO reads the "
+            "neighbors once. Choose a backbone that runs each layer once, such as Llama or GPT-2."
         )
 
 
