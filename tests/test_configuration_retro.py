@@ -52,11 +52,11 @@ def test_annotations_are_types(config_class):
     ("config_class", "field", "value", "message"),
     [
         (RetroDecoderConfig, "vocab_size", 0, "at least 1, got 0 in RetroDecoderConfig"),
-        (RetroDecoderConfig, "hidden_size", 33, "must be even, got 33"),
+        (RetroDecoderConfig, "hidden_size", 33, "must be even for relative positions, got 33"),
         (RetroDecoderConfig, "num_hidden_layers", -1, "at least 1, got -1"),
         (RetroDecoderConfig, "attention_dropout", 1.5, "at least 0.0 and below 1.0, got 1.5"),
         (RetroDecoderConfig, "initializer_range", -0.1, "at least 0.0, got -0.1"),
-        (RetroEncoderConfig, "hidden_size", 33, "must be even, got 33"),
+        (RetroEncoderConfig, "hidden_size", 33, "must be even for relative positions, got 33"),
         (RetroEncoderConfig, "head_dim", 0, "at least 1, got 0 in RetroEncoderConfig"),
         (RetroEncoderConfig, "rms_norm_eps", -1e-6, "at least 0.0, got -1e-06"),
         (RetroEncoderConfig, "cross_attention_layers", [2], "counted from 0 to 1, got \\[2\\]"),

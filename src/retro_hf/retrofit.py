@@ -110,6 +110,8 @@ def retrofit(
         model = RetroForCausalLM(retro_config, backbone=backbone)
     except ValueError as error:
         raise UnsupportedBackboneError(str(error)) from error
+    # TRL loads its reference model from there, and pipelines the tokenizer: the base is the same model until one trains.
+    model.config.name_or_path = name or ""
     device, dtype = placement(backbone)
     model.model.retro.to(device=device, dtype=dtype)
     logger.info(parameter_report(model))

@@ -41,53 +41,29 @@ _SPELLINGS = {
     "text_config": "backbone_config decoder_config",
 }
 _ALIASES = {spelling: name for name, spellings in _SPELLINGS.items() for spelling in spellings.split()}
-# Sizes that are read-only on `RetroConfig` or not there.
-_BACKBONE_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim")
-
-
-def _reject_misspelt_fields(config: PreTrainedConfig, unknown: dict) -> None:
-    """Raise for an unknown keyword that is nearly one of ours: transformers would store it and never read it."""
-    fields = [name for cls in type(config).__mro__ for name in getattr(cls, "__annotations__", {})]
-    fields = [name for name in fields if not name.startswith("_")]
-    for name in unknown:
-        match = _ALIASES.get(name)
-        if match not in fields:
-            match = next(iter(get_close_matches(name.replace("neighbour", "neighbor"), fields, 1, 0.85)), None)
-        if match is not None and name not in fields:
-            raise ValueError(f"{type(config).__name__} has no field '{name}'. Did you mean '{match}'?")
+# Sizes of a transformer; those of the backbone can't be set on `RetroConfig`.
+_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim")
 
 
 def _implementations(config: PreTrainedConfig) -> list[tuple[PreTrainedConfig, str | None, str | None]]:
     """How a config and its sub-configs, which may differ, compute attention and experts; the outer ones first."""
     found = [(config, config._attn_implementation, config._experts_implementation)]
-    for name in config.sub_configs:
-        part = getattr(config, name, None)
-        if isinstance(part, PreTrainedConfig):
-            found += _implementations(part)
-    return found
+    parts = [getattr(config, name, None) for name in config.sub_configs]
+    return sum((_implementations(part) for part in parts if isinstance(part, PreTrainedConfig)), found)
 
 
-def _require_range(config: PreTrainedConfig, name: str, least: float, below: float = float("inf")) -> None:
-    value = getattr(config, name)
-    if not least <= value < below:
-        limit = "" if below == float("inf") else f" and below {below}"
-        raise ValueError(f"`{name}` must be at least {least}{limit}, got {value} in {type(config).__name__}.")
-
-
-def _require_positive(config: PreTrainedConfig, *names: str) -> None:
+def _require_range(config: PreTrainedConfig, *names: str, least: float = 1, below: float = float("inf")) -> None:
     for name in names:
         value = getattr(config, name)
-        if value < 1:
-            raise ValueError(f"`{name}` must be at least 1, got {value} in {type(config).__name__}.")
+        if not least <= value < below:
+            limit = "" if below == float("inf") else f" and below {below}"
+            raise ValueError(f"`{name}` must be at least {least}{limit}, got {value} in {type(config).__name__}.")
 
 
 def _require_even(config: PreTrainedConfig, name: str) -> None:
     value = getattr(config, name)
-    if value % 2:
-        raise ValueError(
-            f"`{name}` must be even, got {value} in {type(config).__name__}: half of the relative-position features "
-            "are sines, half cosines."
-        )
+    if value % 2:  # half of the features are sines, half cosines
+        raise ValueError(f"`{name}` must be even for relative positions, got {value} in {type(config).__name__}.")
 
 
 def _require_layers(config: PreTrainedConfig, name: str, num_layers: int) -> None:
@@ -99,13 +75,46 @@ def _require_layers(config: PreTrainedConfig, name: str, num_layers: int) -> Non
         )
 
 
+def _of_backbone(name: str, docstring: str) -> property:
+    """A field of the backbone's config that is read through the whole config."""
+    return property(lambda self: getattr(self.text_config.get_text_config(decoder=True), name, None), doc=docstring)
+
+
+class _RetroConfigMixin:
+    """What the three configs share."""
+
+    @property
+    def auto_map(self) -> dict[str, str]:
+        """Classes of the code that the config was saved with; empty without code, where TRL wants it not to be missing."""
+        return self.__dict__.setdefault("auto_map", {})
+
+    @auto_map.setter
+    def auto_map(self, value: dict[str, str]) -> None:
+        self.__dict__["auto_map"] = value
+
+    def to_dict(self) -> dict[str, Any]:
+        """All values, as in transformers; an empty `auto_map` is not saved."""
+        return {name: value for name, value in super().to_dict().items() if name != "auto_map" or value}
+
+    def _reject_misspelt_fields(self, unknown: dict) -> None:
+        """Raise for an unknown keyword that is nearly a field: transformers would store it and never read it."""
+        known = [name for cls in type(self).__mro__ for name in getattr(cls, "__annotations__", {})]
+        known = [name for name in known if not name.startswith("_")]
+        for name in unknown:
+            match = _ALIASES.get(name)
+            if match not in known:
+                match = next(iter(get_close_matches(name.replace("neighbour", "neighbor"), known, 1, 0.85)), None)
+            if match is not None and name not in known:
+                raise ValueError(f"{type(self).__name__} has no field '{name}'. Did you mean '{match}'?")
+
+
 @auto_docstring(
     custom_intro="Configuration of [`RetroDecoderForCausalLM`], the paper's own decoder and baseline (section 2.5): GPT-2 "
     "with RMSNorm in place of LayerNorm and Transformer-XL relative positions. The defaults are the paper's "
     "smallest model (table 2)."
 )
 @strict
-class RetroDecoderConfig(PreTrainedConfig):
+class RetroDecoderConfig(_RetroConfigMixin, PreTrainedConfig):
     r"""
     vocab_size (`int`, defaults to 128000): number of tokens.
     hidden_size (`int`, defaults to 896): width *d* of the residual stream.
@@ -143,19 +152,15 @@ class RetroDecoderConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs):
-        _reject_misspelt_fields(self, kwargs)
+        self._reject_misspelt_fields(kwargs)
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):
         """Check values that types alone cannot (called by `@strict`)."""
-        _require_positive(
-            self, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"
-        )
-        _require_positive(self, "head_dim", "max_position_embeddings")
+        _require_range(self, "vocab_size", "max_position_embeddings", *_SIZES)
         _require_even(self, "hidden_size")
-        _require_range(self, "rms_norm_eps", 0.0)
-        _require_range(self, "initializer_range", 0.0)
-        _require_range(self, "attention_dropout", 0.0, 1.0)
+        _require_range(self, "rms_norm_eps", "initializer_range", least=0.0)
+        _require_range(self, "attention_dropout", least=0.0, below=1.0)
 
 
 @auto_docstring(
@@ -164,7 +169,7 @@ class RetroDecoderConfig(PreTrainedConfig):
     "(table 2)."
 )
 @strict
-class RetroEncoderConfig(PreTrainedConfig):
+class RetroEncoderConfig(_RetroConfigMixin, PreTrainedConfig):
     r"""
     hidden_size (`int`, defaults to 896): width *d'*.
     intermediate_size (`int`, defaults to 3584): width of the feed-forward layer.
@@ -192,19 +197,17 @@ class RetroEncoderConfig(PreTrainedConfig):
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs):
-        _reject_misspelt_fields(self, kwargs)
+        self._reject_misspelt_fields(kwargs)
         if self.cross_attention_layers is None:
             self.cross_attention_layers = [0]
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):
         """Check values that types alone cannot (called by `@strict`)."""
-        _require_positive(self, "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        _require_positive(self, "head_dim")
+        _require_range(self, *_SIZES)
         _require_even(self, "hidden_size")
         _require_layers(self, "cross_attention_layers", self.num_hidden_layers)
-        _require_range(self, "rms_norm_eps", 0.0)
-        _require_range(self, "initializer_range", 0.0)
+        _require_range(self, "rms_norm_eps", "initializer_range", least=0.0)
 
 
 @auto_docstring(
@@ -212,7 +215,7 @@ class RetroEncoderConfig(PreTrainedConfig):
     "in some of the backbone's layers."
 )
 @strict
-class RetroConfig(PreTrainedConfig):
+class RetroConfig(_RetroConfigMixin, PreTrainedConfig):
     r"""
     text_config (`PreTrainedConfig` or `dict`, *optional*): the backbone, any decoder-only language model;
         [`RetroDecoderConfig`] by default.
@@ -279,7 +282,7 @@ class RetroConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
-        _reject_misspelt_fields(self, kwargs)
+        self._reject_misspelt_fields(kwargs)
         for name, family in (("text_config", None), ("neighbor_encoder_config", RetroEncoderConfig.model_type)):
             self._check_family(name, family)
         if self.text_config is None:
@@ -318,67 +321,49 @@ class RetroConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Make a config of saved values; as in transformers, and fields of the backbone alone reach `text_config`."""
-        path = kwargs.get("backbone_name_or_path")
-        if path is not None:
-            kwargs["backbone_name_or_path"] = os.fspath(path)
+        if kwargs.get("backbone_name_or_path") is not None:
+            kwargs["backbone_name_or_path"] = os.fspath(kwargs["backbone_name_or_path"])
             kwargs.setdefault("backbone_revision", None)  # the saved one is of the saved name
         unknown = set(kwargs) - {field.name for field in fields(cls)}
         saved = cls(**config_dict) if unknown else None
-        theirs = {
-            name: kwargs.pop(name)
-            for name in unknown
-            if saved._is_of_the_backbone(name) and not name.endswith("_token_id")
-        }
+        theirs = {name: kwargs.pop(name) for name in unknown if saved._is_of_the_backbone(name)}
         if theirs:
             kwargs["text_config"] = theirs | kwargs.get("text_config", {})
         return super().from_dict(config_dict, **kwargs)
 
     def _is_of_the_backbone(self, name: str) -> bool:
-        """Whether a field is one of the backbone's family, and not one that every config has."""
-        shared = name.startswith("_") or hasattr(PreTrainedConfig, name) or name == "quantization_config"
-        return hasattr(self.text_config, name) and not shared
+        """Whether a field is one of the backbone's family, and not one that other configs have, too."""
+        shared = name.startswith("_") or name.endswith("_token_id") or name == "quantization_config"
+        return hasattr(self.text_config, name) and not shared and not hasattr(PreTrainedConfig, name)
 
     def _reject_backbone_fields(self, unknown: dict) -> None:
         for name in unknown:
-            if name == "use_cache" or name.endswith("_token_id"):  # set on a composite, too, by Trainer and others
-                continue
-            match = _ALIASES.get(name) or next(iter(get_close_matches(name, _BACKBONE_SIZES, 1, 0.85)), name)
-            if match in _BACKBONE_SIZES or self._is_of_the_backbone(match):
-                raise ValueError(
-                    f"RetroConfig has no field '{name}'; it belongs to the backbone's config: `text_config={{'{match}': ...}}`."
-                )
+            match = _ALIASES.get(name) or next(iter(get_close_matches(name, _SIZES, 1, 0.85)), name)
+            # Trainer sets `use_cache` on every config, so saved ones have it.
+            if name != "use_cache" and (match in _SIZES or self._is_of_the_backbone(match)):
+                remedy = f"`text_config={{'{match}': ...}}`"
+                raise ValueError(f"RetroConfig has no field '{name}'. It is one of the backbone's: {remedy}.")
 
     def _check_family(self, name: str, expected: str | None) -> None:
-        config = getattr(self, name)
-        if config is None:
-            return
+        config = getattr(self, name) or {}
         family = config.get("model_type", expected) if isinstance(config, dict) else config.model_type
-        if expected is not None and family != expected:
-            raise ValueError(
-                f"`{name}` must be a RetroEncoderConfig or a dict of its fields, got the family '{family}'."
-            )
+        if expected not in (None, family):
+            raise ValueError(f"`{name}` must be a RetroEncoderConfig or a dict of one, got the family '{family}'.")
         if expected is None and family in (RetroConfig.model_type, RetroEncoderConfig.model_type):
-            raise ValueError(
-                f"`{name}` must be a decoder-only language model such as 'llama', got the family '{family}'."
-            )
+            wanted = "a decoder-only language model such as 'llama'"
+            raise ValueError(f"`{name}` must be {wanted}, got the family '{family}'.")
 
     def validate_architecture(self):
         """Check values that types alone cannot (called by `@strict`)."""
-        _require_range(self, "rms_norm_eps", 0.0)
-        _require_range(self, "initializer_range", 0.0)
-        _require_positive(self, "chunk_size", "num_neighbors", "neighbor_size", "cross_attention_num_heads")
-        _require_positive(self, "cross_attention_head_dim")
+        _require_range(self, "rms_norm_eps", "initializer_range", least=0.0)
+        _require_range(self, "chunk_size", "num_neighbors", "neighbor_size")
+        _require_range(self, "cross_attention_num_heads", "cross_attention_head_dim")
         backbone = self.text_config.get_text_config(decoder=True)
         _require_layers(self, "cross_attention_layers", backbone.num_hidden_layers)
-        if backbone.hidden_size % 2:
-            raise ValueError(
-                f"The backbone's hidden_size must be even for relative positions, got {backbone.hidden_size}."
-            )
+        _require_even(backbone, "hidden_size")
         if self.cross_attention_placement not in ("after_attention", "after_layer"):
-            raise ValueError(
-                "`cross_attention_placement` must be 'after_attention' (the paper's order) or 'after_layer', got "
-                f"'{self.cross_attention_placement}'."
-            )
+            allowed, found = "'after_attention' (the paper's order) or 'after_layer'", self.cross_attention_placement
+            raise ValueError(f"`cross_attention_placement` must be {allowed}, got '{found}'.")
         if not self.save_backbone and self.backbone_name_or_path is None:
             raise ValueError(
                 "`save_backbone=False` keeps only the name of the backbone, but `backbone_name_or_path` is None. Set it "
@@ -400,25 +385,16 @@ class RetroConfig(PreTrainedConfig):
     def vocab_size(self, value: int) -> None:
         self.text_config.get_text_config(decoder=True).vocab_size = value
 
-    @property
-    def hidden_size(self) -> int:
-        """Width of the backbone's residual stream."""
-        return self.text_config.get_text_config(decoder=True).hidden_size
-
-    @property
-    def num_hidden_layers(self) -> int:
-        """Number of the backbone's layers."""
-        return self.text_config.get_text_config(decoder=True).num_hidden_layers
+    hidden_size = _of_backbone("hidden_size", "Width of the backbone's residual stream.")
+    num_hidden_layers = _of_backbone("num_hidden_layers", "Number of the backbone's layers.")
+    max_position_embeddings = _of_backbone(
+        "max_position_embeddings", "Longest sequence of the backbone, in tokens; None where the family has no limit."
+    )
 
     @property
     def num_attention_heads(self) -> int:
         """Attention heads of the backbone, in its first layer where layers differ."""
         return self.text_config.get_text_config(decoder=True).per_layer_config[0].num_attention_heads
-
-    @property
-    def max_position_embeddings(self) -> int | None:
-        """Longest sequence of the backbone, in tokens; None where the family has no limit."""
-        return getattr(self.text_config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
 __all__ = ["RetroConfig", "RetroDecoderConfig", "RetroEncoderConfig"]
