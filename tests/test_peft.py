@@ -3,6 +3,7 @@
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModel, AutoModelForCausalLM
 
 from retro_hf import RetroForCausalLM, retrofit
 
@@ -109,3 +110,56 @@ def test_lora_on_a_saved_retro(base, tmp_path):
     ids, neighbors = random_ids(2, 14), random_neighbors(2, 3)
     with torch.no_grad():
         assert torch.equal(again(input_ids=ids, **neighbors).logits, model(input_ids=ids, **neighbors).logits)
+
+
+@pytest.mark.parametrize("cls", [AutoPeftModelForCausalLM, AutoModelForCausalLM, RetroForCausalLM])
+@pytest.mark.parametrize("save_backbone", [True, False])
+@pytest.mark.parametrize("way", ["get_peft_model", "add_adapter"])
+def test_a_folder_of_peft_over_a_saved_retro(base, tmp_path, monkeypatch, cls, save_backbone, way):
+    """Whichever way the adapter was added, and whether or not the model below it holds its backbone."""
+    monkeypatch.chdir(tmp_path)
+    retro = retrofit(base, **SETTINGS)
+    randomize(retro.model.retro, seed=3)
+    retro.save_pretrained("retro", save_backbone=save_backbone)
+    model = RetroForCausalLM.from_pretrained("retro")
+    config = LoraConfig(**LORA, task_type="CAUSAL_LM")
+    if way == "get_peft_model":
+        model = get_peft_model(model, config)
+    else:
+        model.add_adapter(config)
+    train(model)
+    model.save_pretrained("lora")
+    assert not (tmp_path / "lora" / "model.safetensors").exists()
+    retriever = hash_retriever()
+    options = {} if cls is AutoPeftModelForCausalLM else {"retriever": retriever}
+    again = cls.from_pretrained("lora", **options)
+    assert options == {} or again.retriever is retriever
+    ids, neighbors = random_ids(2, 14), random_neighbors(2, 3)
+    with torch.no_grad():
+        for inputs in ({"retriever": None}, neighbors):
+            found, expected = again(input_ids=ids, **inputs).logits, model(input_ids=ids, **inputs).logits
+            torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("cls", [AutoModel, AutoModelForCausalLM])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_an_adapter_on_the_backbone_alone(base, tmp_path, monkeypatch, cls, dtype):
+    """It is not lost without a word; the way that the error names brings it back."""
+    monkeypatch.chdir(tmp_path)
+    model = retrofit(base, base_kwargs={"dtype": dtype}, **SETTINGS)
+    randomize(model.model.retro, seed=3)
+    model.model.backbone.add_adapter(LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False))
+    for save_backbone in (True, False):
+        with pytest.raises(ValueError, match="adapters of PEFT"):
+            model.save_pretrained("model", save_backbone=save_backbone)
+    assert not (tmp_path / "model").exists()
+    model.base_model.backbone.save_pretrained("lora")
+    model.config.backbone_name_or_path = "lora"
+    model.config.backbone_fingerprint = None
+    model.save_pretrained("model", save_backbone=False)
+    again = cls.from_pretrained("model")
+    expected = dict(model.model.named_parameters())
+    found = dict(again.base_model.named_parameters())
+    assert set(found) == set(expected)
+    for name, weight in found.items():
+        assert torch.equal(weight, expected[name]), name

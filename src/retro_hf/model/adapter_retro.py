@@ -91,30 +91,43 @@ class RetroAdapterMixin(PreTrainedModel):
             ValueError: for `save_backbone=False` if the config names no checkpoint to load the backbone from again, or
                 its weights have changed since; for `save_backbone=True` if the backbone is quantized.
         """
+        if self._hf_peft_config_loaded:  # PEFT's folder holds what it trains, and names this model
+            return super().save_pretrained(save_directory, *args, **kwargs)
         before = self.config.save_backbone
         self.config.save_backbone = before if save_backbone is None else save_backbone
         try:
             self.config.validate_architecture()
-            if not self.config.save_backbone:
-                self._check_backbone_is_unchanged()
-            elif getattr(self.base_model.backbone, "hf_quantizer", None):
-                raise ValueError(
-                    "A quantized backbone cannot be written into the folder of the model, only its name can: save with "
-                    "`save_backbone=False`, which needs a base that was loaded by its name (`retrofit('org/name', "
-                    "base_kwargs={'quantization_config': ...})`)."
-                )
+            self._check_backbone_can_be_saved()
             super().save_pretrained(save_directory, *args, **kwargs)
         finally:
             self.config.save_backbone = before
 
-    def _check_backbone_is_unchanged(self) -> None:
+    def _check_backbone_can_be_saved(self) -> None:
+        backbone, name = self.base_model.backbone, self.config.backbone_name_or_path
         recorded = self.config.backbone_fingerprint
-        found = recorded and fingerprint(self.base_model.backbone, sampled=len(recorded) == 16)
+        found = None
+        if not self.config.save_backbone:
+            found = recorded and fingerprint(backbone, sampled=len(recorded) == 16)
+        elif getattr(backbone, "hf_quantizer", None):
+            raise ValueError(
+                "A quantized backbone cannot be written into the folder of the model, only its name can: save with "
+                "`save_backbone=False`, which needs a base that was loaded by its name (`retrofit('org/name', "
+                "base_kwargs={'quantization_config': ...})`)."
+            )
+        has_peft = any(".base_layer." in key for key in backbone.state_dict())
+        names_peft = not self.config.save_backbone and os.path.isfile(os.path.join(name, "adapter_config.json"))
+        if has_peft and not names_peft and (found is None or found != recorded):
+            raise ValueError(
+                "The backbone has adapters of PEFT in it, which would not be saved with the model. Save them by themselves "
+                "and load the backbone from there: `model.base_model.backbone.save_pretrained('lora')`, "
+                "`model.config.backbone_name_or_path = 'lora'`, `model.config.backbone_fingerprint = None` and "
+                "`model.save_pretrained(..., save_backbone=False)`. Or put adapters on the whole model instead, with "
+                "`get_peft_model(model, ...)` or `model.add_adapter(...)`."
+            )
         if found not in (None, recorded):
             raise ValueError(
-                f"The backbone's weights are no longer those of '{self.config.backbone_name_or_path}' (trained, resized, or "
-                "with adapters of PEFT in them), and `save_backbone=False` would lose what they are now. Save with "
-                "`save_backbone=True`."
+                f"The backbone's weights are no longer those of '{name}' (trained or resized), and `save_backbone=False` "
+                "would lose what they are now. Save with `save_backbone=True`."
             )
 
     @classmethod
@@ -211,8 +224,9 @@ def _load_backbone(path: str | os.PathLike, config: RetroConfig, kwargs: dict[st
     # A base that is stored quantized stays as it is stored; one that was quantized on loading is quantized again.
     quantization = text_config.__dict__.pop("quantization_config", None)
     try:
-        where = {key: theirs[key] for key in (*_HUB_ARGUMENTS, "trust_remote_code") if key in theirs}
-        stored = AutoConfig.from_pretrained(name, **where)
+        where = {key: theirs[key] for key in _HUB_ARGUMENTS if key in theirs}
+        _, base, _ = maybe_load_adapters(name, where)  # if the name is that of a PEFT adapter
+        stored = AutoConfig.from_pretrained(base, trust_remote_code=theirs.get("trust_remote_code"), **where)
         _check_same_shape(path, text_config, stored, f"'{name}' (revision {revision})")
         if hasattr(stored, "quantization_config"):
             text_config.quantization_config = stored.quantization_config

@@ -334,7 +334,8 @@ class RetroConfig(_RetroConfigMixin, PreTrainedConfig):
     def _is_of_the_backbone(self, name: str) -> bool:
         """Whether a field is one of the backbone's family, and not one that other configs have, too."""
         shared = name.startswith("_") or name.endswith("_token_id") or name == "quantization_config"
-        return hasattr(self.text_config, name) and not shared and not hasattr(PreTrainedConfig, name)
+        shared = shared or hasattr(PreTrainedConfig, name) or hasattr(_RetroConfigMixin, name)
+        return hasattr(self.text_config, name) and not shared
 
     def _reject_backbone_fields(self, unknown: dict) -> None:
         for name in unknown:
@@ -362,8 +363,8 @@ class RetroConfig(_RetroConfigMixin, PreTrainedConfig):
         _require_layers(self, "cross_attention_layers", backbone.num_hidden_layers)
         _require_even(backbone, "hidden_size")
         if self.cross_attention_placement not in ("after_attention", "after_layer"):
-            allowed, found = "'after_attention' (the paper's order) or 'after_layer'", self.cross_attention_placement
-            raise ValueError(f"`cross_attention_placement` must be {allowed}, got '{found}'.")
+            allowed = "'after_attention' (the paper's order) or 'after_layer'"
+            raise ValueError(f"`cross_attention_placement` must be {allowed}, got '{self.cross_attention_placement}'.")
         if not self.save_backbone and self.backbone_name_or_path is None:
             raise ValueError(
                 "`save_backbone=False` keeps only the name of the backbone, but `backbone_name_or_path` is None. Set it "
