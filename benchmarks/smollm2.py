@@ -91,8 +91,8 @@ def main() -> None:
     parser.add_argument("--publish", action="store_true", help="write into benchmarks/results")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    load_base(Path("demo_output/smollm2/base"))
-    model = RetroForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    base = load_base(Path("demo_output/smollm2/base"))
+    model = RetroForCausalLM.from_pretrained(args.model, backbone_name_or_path=base, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     embedder = ChunkEmbedder.from_pretrained(minilm_path())
     published = {}

@@ -27,9 +27,9 @@ PROMPT = (
 
 
 def load_smollm2() -> tuple:
-    """The model (the adapter looks for its base in `demo_output/smollm2/base`), and its tokenizer."""
-    load_base(Path("demo_output/smollm2/base"))
-    model = AutoModelForCausalLM.from_pretrained(ADAPTER, dtype="float32")
+    """The model, on the base that its numbers were measured with, and its tokenizer."""
+    base = load_base(Path("demo_output/smollm2/base"))
+    model = AutoModelForCausalLM.from_pretrained(ADAPTER, backbone_name_or_path=str(base), dtype="float32")
     return model, AutoTokenizer.from_pretrained(ADAPTER)
 
 

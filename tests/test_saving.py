@@ -244,7 +244,7 @@ def test_adapter_with_other_weights_of_the_same_shape(tmp_path, dtype):
         base.model.layers[2].mlp.up_proj.weight.mul_(1.01)
     base.save_pretrained(tmp_path / "base")
     with pytest.raises(
-        ValueError, match=r"made for other weights.*fingerprint is \w{16}, .*`backbone_fingerprint` to null"
+        ValueError, match=r"backbone_fingerprint=\w{64}, but .* has \w{64}\..*`backbone_fingerprint=None`"
     ):
         AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=dtype)
     config = json.loads((tmp_path / "model" / "config.json").read_text())
@@ -321,21 +321,50 @@ def test_what_a_backbone_computes_when_it_loads(tmp_path):
 
 
 PUSH_AND_PULL = """
+import json
 import torch
-from transformers import AutoModelForCausalLM
+from huggingface_hub import hf_hub_download
+from transformers import AutoModel, AutoModelForCausalLM
 import retro_hf
 
+def refused(push):
+    try:
+        push()
+    except ValueError as error:
+        return "folder of this machine" in str(error)
+
 model = retro_hf.retrofit("base", chunk_size=4, cross_attention_layers=[1, 3])
+model.config.retriever_name_or_path = "./store"
+model.push_to_hub("me/full")  # its paths stay here
+config = open(hf_hub_download("me/full", "config.json")).read()
+assert not json.loads(config)["backbone_name_or_path"] and "store" not in config and "/base" not in config, config
+assert model.config.backbone_name_or_path.endswith("/base") and model.config.retriever_name_or_path == "./store"
+
 model.config.save_backbone = False
+assert refused(lambda: model.push_to_hub("me/adapter"))
+assert refused(lambda: model.save_pretrained("copy", push_to_hub=True, repo_id="me/adapter"))
+model.model.backbone.push_to_hub("me/base")
+model.config.backbone_name_or_path = "me/base"
 model.push_to_hub("me/adapter")
-again = AutoModelForCausalLM.from_pretrained("me/adapter")
+assert "/base" not in open(hf_hub_download("me/adapter", "config.json")).read().replace("me/base", "")
+model.save_pretrained("copy", push_to_hub=True, repo_id="me/copy")
+
 ids = torch.randint(3, 99, (1, 20))
-assert torch.equal(model(ids).logits, again(ids).logits)
+commit = hf_hub_download("me/adapter", "config.json").split("/snapshots/")[1].split("/")[0]
+settings = {"cache_dir": "cache", "revision": commit, "token": "hf_test"}
+for name, given in (("me/full", {}), ("me/adapter", {}), ("me/copy", {}), ("me/adapter", settings)):
+    again = AutoModelForCausalLM.from_pretrained(name, **given)
+    assert torch.equal(model(ids).logits, again(ids).logits), name
+    body = AutoModel.from_pretrained(name, **given)
+    assert torch.equal(model.model(ids).last_hidden_state, body(ids).last_hidden_state), name
+# From the two caches, without asking the Hub.
+for given in ({}, settings):
+    AutoModelForCausalLM.from_pretrained("me/adapter", local_files_only=True, **given)
 """
 
 
 def test_an_adapter_goes_to_the_hub_and_comes_back(tmp_path):
-    """Against a local Hub: `push_to_hub` uploads what was added alone, and the name finds it again."""
+    """Against a local Hub: no path of this machine goes up; the names find model and backbone again, whole or in parts."""
     tiny_backbone("llama").save_pretrained(tmp_path / "base")
     with running_hub() as server:
         settings = {"HF_ENDPOINT": server.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
@@ -343,6 +372,6 @@ def test_an_adapter_goes_to_the_hub_and_comes_back(tmp_path):
         command = [sys.executable, "-c", PUSH_AND_PULL]
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    (file,) = {file.resolve() for file in (tmp_path / "home").rglob("*.safetensors")}
+    (file,) = (tmp_path / "home").glob("hub/models--me--adapter/snapshots/*/*.safetensors")
     with safe_open(file, "pt") as weights:
         assert all(name.startswith("model.retro.") for name in weights.keys())

@@ -15,7 +15,8 @@
 
 import copy
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -65,10 +66,7 @@ class RetroAdapterMixin(PreTrainedModel):
 
     @property
     def _keys_to_ignore_on_save(self) -> set[str]:
-        """Weights that are not written: those of a backbone that is saved by its name.
-
-        `Trainer` reads this, too. It does not report these weights as missing when it resumes.
-        """
+        """Weights of a backbone that is saved by its name; `Trainer`, too, does not expect them when it resumes."""
         if self.config.save_backbone:
             return set()
         prefix = f"{self.base_model_prefix}."
@@ -98,9 +96,38 @@ class RetroAdapterMixin(PreTrainedModel):
         try:
             self.config.validate_architecture()
             self._check_backbone_can_be_saved()
-            super().save_pretrained(save_directory, *args, **kwargs)
+            with self._without_local_paths() if kwargs.get("push_to_hub") else nullcontext():
+                super().save_pretrained(save_directory, *args, **kwargs)
         finally:
             self.config.save_backbone = before
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> str:
+        """Upload the model as `config.save_backbone` says; as in [`~transformers.PreTrainedModel.push_to_hub`].
+
+        Raises:
+            ValueError: if only the name of the backbone would go up, and that is a folder of this machine.
+        """
+        with self._without_local_paths():
+            return super().push_to_hub(*args, **kwargs)
+
+    @contextmanager
+    def _without_local_paths(self) -> Iterator[None]:
+        fields = ("backbone_name_or_path", "retriever_name_or_path")
+        local = {field: name for field in fields if _is_local(name := getattr(self.config, field))}
+        if "backbone_name_or_path" in local and not self.config.save_backbone:
+            raise ValueError(
+                f"The model would be uploaded with the name of its backbone alone, and '{local['backbone_name_or_path']}' is a "
+                "folder of this machine. Upload the backbone, too (`model.config.save_backbone = True`), or name its "
+                "repository (`model.config.backbone_name_or_path = 'org/name'`)."
+            )
+        for field, name in local.items():
+            logger.warning(f"`{field}` is left out of what is uploaded: '{name}' is a folder of this machine.")
+            setattr(self.config, field, None)
+        try:
+            yield
+        finally:
+            for field, name in local.items():
+                setattr(self.config, field, name)
 
     def _check_backbone_can_be_saved(self) -> None:
         backbone, name = self.base_model.backbone, self.config.backbone_name_or_path
@@ -110,19 +137,17 @@ class RetroAdapterMixin(PreTrainedModel):
             found = recorded and fingerprint(backbone, sampled=len(recorded) == 16)
         elif getattr(backbone, "hf_quantizer", None):
             raise ValueError(
-                "A quantized backbone cannot be written into the folder of the model, only its name can: save with "
-                "`save_backbone=False`, which needs a base that was loaded by its name (`retrofit('org/name', "
-                "base_kwargs={'quantization_config': ...})`)."
+                "A quantized backbone cannot be written into the folder of the model. Save its name only, with "
+                "`save_backbone=False`; it must have been loaded by its name, as in `retrofit('org/name', base_kwargs=...)`."
             )
         has_peft = any(".base_layer." in key for key in backbone.state_dict())
         names_peft = not self.config.save_backbone and os.path.isfile(os.path.join(name, "adapter_config.json"))
         if has_peft and not names_peft and (found is None or found != recorded):
             raise ValueError(
-                "The backbone has adapters of PEFT in it, which would not be saved with the model. Save them by themselves "
-                "and load the backbone from there: `model.base_model.backbone.save_pretrained('lora')`, "
-                "`model.config.backbone_name_or_path = 'lora'`, `model.config.backbone_fingerprint = None` and "
-                "`model.save_pretrained(..., save_backbone=False)`. Or put adapters on the whole model instead, with "
-                "`get_peft_model(model, ...)` or `model.add_adapter(...)`."
+                "The backbone has adapters of PEFT in it, which would not be saved with the model. Save them by themselves and "
+                "name them as the backbone: `model.base_model.backbone.save_pretrained('lora')`, then set "
+                "`model.config.backbone_name_or_path = 'lora'` and `model.config.backbone_fingerprint = None`, and save with "
+                "`save_backbone=False`. Or put adapters on the whole model: `get_peft_model(model, ...)`."
             )
         if found not in (None, recorded):
             raise ValueError(
@@ -167,9 +192,8 @@ class RetroAdapterMixin(PreTrainedModel):
                 if peft_path is not None:
                     model.load_adapter(peft_path, kwargs.get("adapter_name"), adapter_kwargs=hub | peft_hub)
         except SafetensorError as error:
-            raise OSError(
-                f"The weights in '{path}' are damaged or not complete: {error}. Copy or download them again."
-            ) from error
+            message = f"The weights in '{path}' are damaged or not complete: {error}. Copy or download them again."
+            raise OSError(message) from error
         if model.config.freeze_backbone:
             model.base_model.backbone.requires_grad_(False)  # loading makes new parameters
         if retriever is not None:
@@ -200,9 +224,8 @@ class RetroAdapterMixin(PreTrainedModel):
         if model.can_generate():
             given = kwargs.get("generation_config")
             with suppress(OSError):  # the backbone's, if the folder has none of its own
-                model.generation_config = GenerationConfig.from_dict(
-                    (given or GenerationConfig.from_pretrained(path, **hub)).to_dict()
-                )
+                found = given or GenerationConfig.from_pretrained(path, **hub)
+                model.generation_config = GenerationConfig.from_dict(found.to_dict())
         return model.eval(), info
 
 
@@ -211,12 +234,10 @@ def _load_backbone(path: str | os.PathLike, config: RetroConfig, kwargs: dict[st
     name, revision = config.backbone_name_or_path, config.backbone_revision
     if os.path.isabs(name) and not os.path.isdir(name):
         name = config.backbone_name_or_path = _folder_beside(path, name)
+    checkpoint = f"'{name}' (revision {revision})"
     ours = ("subfolder", "adapter_kwargs", "adapter_name", "generation_config", "output_loading_info")
-    theirs = {
-        key: value
-        for key, value in kwargs.items()
-        if key not in (*ours, *_ADAPTER_ARGUMENTS) and not key.startswith("_")  # what Auto classes add
-    }
+    theirs = {key: value for key, value in kwargs.items() if key not in (*ours, *_ADAPTER_ARGUMENTS)}
+    theirs = {key: value for key, value in theirs.items() if not key.startswith("_")}  # what Auto classes add
     theirs["revision"] = revision or "main"
     dtype = theirs.pop("torch_dtype", None) or theirs.get("dtype") or "auto"
     theirs["dtype"] = config.dtype or "auto" if dtype == "auto" else dtype
@@ -227,7 +248,9 @@ def _load_backbone(path: str | os.PathLike, config: RetroConfig, kwargs: dict[st
         where = {key: theirs[key] for key in _HUB_ARGUMENTS if key in theirs}
         _, base, _ = maybe_load_adapters(name, where)  # if the name is that of a PEFT adapter
         stored = AutoConfig.from_pretrained(base, trust_remote_code=theirs.get("trust_remote_code"), **where)
-        _check_same_shape(path, text_config, stored, f"'{name}' (revision {revision})")
+        for field in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size"):
+            values = [getattr(part.get_text_config(decoder=True), field, None) for part in (text_config, stored)]
+            _check_same(path, checkpoint, field, *values)
         if hasattr(stored, "quantization_config"):
             text_config.quantization_config = stored.quantization_config
         elif quantization is not None:
@@ -237,38 +260,28 @@ def _load_backbone(path: str | os.PathLike, config: RetroConfig, kwargs: dict[st
         if isinstance(error, ValueError) and not str(error).startswith("Unrecognized model"):  # of an empty folder
             raise
         raise OSError(
-            f"'{path}' holds only what RETRO adds to '{name}' (revision {revision}), and that backbone cannot be loaded: "
-            f"{error} Make it available there, or say where it is: `from_pretrained(..., backbone_name_or_path=...)`, or in "
-            "the folder's config.json."
+            f"'{path}' holds only what RETRO adds to {checkpoint}, and that backbone cannot be loaded: {error} Make it "
+            "available there, or say where it is: `from_pretrained(..., backbone_name_or_path=...)`."
         ) from error
     recorded = config.backbone_fingerprint
-    if recorded is not None:
-        found = fingerprint(backbone, sampled=len(recorded) == 16)
-        if found not in (None, recorded):
-            raise ValueError(
-                f"'{path}' was made for other weights than '{name}' (revision {revision}) has: their fingerprint is "
-                f"{found[:16]}, that of its backbone {recorded[:16]}. Load the checkpoint that it was made for: set "
-                "`backbone_name_or_path` and `backbone_revision` in the folder's config.json; or, to read these weights "
-                "all the same, `backbone_fingerprint` to null."
-            )
-        if len(recorded) == 16:
-            config.backbone_fingerprint = fingerprint(backbone)
+    found = recorded and fingerprint(backbone, sampled=len(recorded) == 16)
+    if found is not None:
+        remedy = " To read other weights all the same, give `backbone_fingerprint=None`."
+        _check_same(path, checkpoint, "backbone_fingerprint", recorded, found, remedy)
+        config.backbone_fingerprint = found if len(recorded) > 16 else fingerprint(backbone)
     return backbone
 
 
-def _check_same_shape(
-    path: str | os.PathLike, expected: PreTrainedConfig, found: PreTrainedConfig, checkpoint: str
-) -> None:
-    """Raise if the checkpoint of the backbone is not of the shape that the adapter at `path` was made for."""
-    expected, found = expected.get_text_config(decoder=True), found.get_text_config(decoder=True)
-    for field in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size"):
-        values = [getattr(config, field, None) for config in (expected, found)]
-        if values[0] != values[1]:
-            raise ValueError(
-                f"'{path}' was made for a backbone with {field}={values[0]}, but {checkpoint} has {values[1]}. Load the "
-                "checkpoint that it was made for: set `backbone_name_or_path` and `backbone_revision` in the folder's "
-                "config.json."
-            )
+def _check_same(path: Any, checkpoint: str, field: str, expected: Any, found: Any, remedy: str = "") -> None:
+    if expected != found:
+        raise ValueError(
+            f"'{path}' was made for a backbone with {field}={expected}, but {checkpoint} has {found}. Load the one that it was "
+            f"made for: `from_pretrained(..., backbone_name_or_path=..., backbone_revision=...)`.{remedy}"
+        )
+
+
+def _is_local(name: str | None) -> bool:
+    return bool(name) and (os.path.isabs(name) or os.path.isdir(name) or name.startswith(".") or name.count("/") > 1)
 
 
 def _folder_beside(path: str | os.PathLike, name: str) -> str:
@@ -277,8 +290,7 @@ def _folder_beside(path: str | os.PathLike, name: str) -> str:
     if not os.path.isdir(beside):
         raise OSError(
             f"'{path}' holds only what RETRO adds to the model in the folder '{name}', and neither that nor '{beside}' is "
-            f"there. Put it there, or say where it is: `from_pretrained(..., backbone_name_or_path=...)`, or in the config.json "
-            f"of '{path}'."
+            "there. Put it there, or say where it is: `from_pretrained(..., backbone_name_or_path=...)`."
         )
     logger.warning(f"There is no folder '{name}' any more; the backbone is read from '{beside}'.")
     return beside

@@ -93,13 +93,14 @@ class _RetroConfigMixin:
         self.__dict__["auto_map"] = value
 
     def to_dict(self) -> dict[str, Any]:
-        """All values, as in transformers; an empty `auto_map` is not saved."""
-        return {name: value for name, value in super().to_dict().items() if name != "auto_map" or value}
+        """All values, as in transformers; without an empty `auto_map`, or where the backbone was loaded from."""
+        values = super().to_dict()
+        values.get("text_config", {}).pop("_name_or_path", None)  # `backbone_name_or_path` says it
+        return {name: value for name, value in values.items() if name != "auto_map" or value}
 
     def _reject_misspelt_fields(self, unknown: dict) -> None:
         """Raise for an unknown keyword that is nearly a field: transformers would store it and never read it."""
-        known = [name for cls in type(self).__mro__ for name in getattr(cls, "__annotations__", {})]
-        known = [name for name in known if not name.startswith("_")]
+        known = [n for cls in type(self).__mro__ for n in getattr(cls, "__annotations__", {}) if not n.startswith("_")]
         for name in unknown:
             match = _ALIASES.get(name)
             if match not in known:
@@ -388,9 +389,7 @@ class RetroConfig(_RetroConfigMixin, PreTrainedConfig):
 
     hidden_size = _of_backbone("hidden_size", "Width of the backbone's residual stream.")
     num_hidden_layers = _of_backbone("num_hidden_layers", "Number of the backbone's layers.")
-    max_position_embeddings = _of_backbone(
-        "max_position_embeddings", "Longest sequence of the backbone, in tokens; None where the family has no limit."
-    )
+    max_position_embeddings = _of_backbone("max_position_embeddings", "Longest sequence of the backbone, or None.")
 
     @property
     def num_attention_heads(self) -> int:
