@@ -9,6 +9,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import typer
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -16,6 +17,7 @@ from retro_hf import ChunkEmbedder, extras, precompute_neighbors
 from retro_hf.datastore import LexicalSearcher, near_duplicates
 from retro_hf.errors import MissingExtraError
 from retro_hf.training import retrieve_passages, tokenize_questions
+from retro_hf_cli.main import app
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -105,6 +107,15 @@ def test_every_extra_that_a_text_names_exists():
         for extra in extras_of.split(",")
     }
     assert named.keys() <= PROJECT["optional-dependencies"].keys(), named
+
+
+def test_every_command_that_a_message_names_exists():
+    texts = [node.value for tree in SOURCES.values() for node in ast.walk(tree) if isinstance(node, ast.Constant)]
+    messages = "\n".join(text for text in texts if isinstance(text, str))
+    named = set(re.findall(r"`retro ([a-z]\w*)", messages))
+    assert "build" in named and named <= typer.main.get_command(app).commands.keys()
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert set(re.findall(r"`make ([a-z-]+)", messages)) <= set(targets)
 
 
 def test_package_imports_nothing_that_the_base_does_not_install():
