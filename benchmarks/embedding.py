@@ -28,9 +28,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 from demo_data import load_corpus, minilm_path  # noqa: E402
 
 from retro_hf import ChunkEmbedder  # noqa: E402
-from retro_hf.datastore.blocks import Block, EmbedBlock, TokenizeBlock, batches, read_token_block  # noqa: E402
 from retro_hf.datastore.chunks import chunk_texts  # noqa: E402
 from retro_hf.datastore.documents import DocumentReader  # noqa: E402
+from retro_hf.datastore.stages import Block, EmbedBlock, TokenizeBlock, batches, read_token_block  # noqa: E402
 
 
 CHUNK, BATCH = 64, 64

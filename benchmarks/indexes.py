@@ -65,10 +65,10 @@ def write_store(folder: Path, keys: np.ndarray) -> None:
     """A datastore with given keys: the last stage of a build, with documents that say nothing."""
     import pyarrow as pa
 
+    from retro_hf.datastore.files import hash_of
+    from retro_hf.datastore.index_plan import IndexOptions, plan_index
     from retro_hf.datastore.manifest import DatastoreManifest
-    from retro_hf.datastore.policy import IndexOptions, plan_index
-    from retro_hf.datastore.shard import hash_of_id
-    from retro_hf.datastore.writer import DOCUMENT_SCHEMA, Piece, ShardWriter
+    from retro_hf.datastore.shard import DOCUMENT_SCHEMA, Piece, ShardWriter
 
     plan = plan_index(len(keys), DIM, IndexOptions())
     begin = time.process_time()
@@ -80,7 +80,7 @@ def write_store(folder: Path, keys: np.ndarray) -> None:
             table = pa.table({name: names if name != "metadata" else [None] * count for name in DOCUMENT_SCHEMA.names})
             tokens = np.random.default_rng(start).integers(1, 50_000, size=len(part) * CHUNK).astype(np.uint16)
             sizes = np.full(count, DOCUMENT)
-            hashes = np.array([hash_of_id(name) for name in names], dtype=np.uint64)
+            hashes = np.array([hash_of(name) for name in names], dtype=np.uint64)
             writer.add(Piece(tokens, sizes * CHUNK, sizes, hashes, part, table.cast(DOCUMENT_SCHEMA)))
         built = writer.finish(plan.factory, 0.95)
     seconds = time.process_time() - begin
@@ -128,7 +128,7 @@ def measure_build(folder: Path) -> dict:
     """CPU seconds and memory of the stage of a build that makes the index, from keys on the disk."""
     from retro_hf.datastore import RetroDatastore
     from retro_hf.datastore.index import build_index
-    from retro_hf.datastore.policy import IndexOptions, plan_index
+    from retro_hf.datastore.index_plan import IndexOptions, plan_index
 
     shard = RetroDatastore.load(folder / "store").shards[0]
     plan = plan_index(shard.num_chunks, DIM, IndexOptions())

@@ -39,7 +39,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from datastore.fixtures import corpus, make_encoder, make_tokenizer  # noqa: E402
 
-from retro_hf.datastore import ChunkEmbedder, RetroDatastore, blocks  # noqa: E402
+from retro_hf.datastore import ChunkEmbedder, RetroDatastore, stages  # noqa: E402
 from retro_hf.datastore.manifest import MANIFEST_NAME, DatastoreManifest  # noqa: E402
 from retro_hf.errors import RetroError  # noqa: E402
 
@@ -259,7 +259,7 @@ def main() -> None:
     import faiss
 
     faiss.omp_set_num_threads(1)
-    blocks._BLOCK_DOCUMENTS = 5
+    stages._BLOCK_DOCUMENTS = 5
     chance = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -11,7 +11,7 @@ import argparse
 import math
 from typing import NamedTuple
 
-from retro_hf.datastore.policy import DEFAULT_SHARD_CHUNKS, MAX_FLAT_CHUNKS, flat_plan, ivf_plan
+from retro_hf.datastore.index_plan import DEFAULT_SHARD_CHUNKS, MAX_FLAT_CHUNKS, flat_plan, ivf_plan
 
 
 class Unit(NamedTuple):

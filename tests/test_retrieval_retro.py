@@ -52,7 +52,7 @@ def count_embeddings(retriever, monkeypatch) -> list[int]:
     return calls
 
 
-def test_the_neighbors_of_a_chunk_come_as_tokens_with_their_continuation(retriever, chunks):
+def test_neighbors_are_tokens_of_the_chunk_and_its_continuation(retriever, chunks):
     ids, mask = retriever(chunks[:6])
     assert ids.shape == mask.shape == (6, 2, 20) and ids.dtype == mask.dtype == torch.int64
     # A chunk of the store is its own nearest neighbor, followed by what follows it.
@@ -64,7 +64,7 @@ def test_the_neighbors_of_a_chunk_come_as_tokens_with_their_continuation(retriev
     assert (found.scores[:, 0] >= found.scores[:, 1]).all()
 
 
-def test_num_neighbors_can_be_set_at_will(retriever, chunks, monkeypatch):
+def test_num_neighbors_can_be_changed(retriever, chunks, monkeypatch):
     calls = count_embeddings(retriever, monkeypatch)
     many = retriever.search(chunks[:3], num_neighbors=5)
     retriever.num_neighbors = 4
@@ -75,7 +75,7 @@ def test_num_neighbors_can_be_set_at_will(retriever, chunks, monkeypatch):
     assert retriever(chunks[:3])[0].shape == (3, 7, 20)
     assert calls == [3, 3]
     for value in (0, -1, 2.0, True, "2"):
-        with pytest.raises(RetrieverError, match="num_neighbors is"):
+        with pytest.raises(RetrieverError):
             retriever.num_neighbors = value
 
 
@@ -90,7 +90,7 @@ def test_a_chunk_is_embedded_once(retriever, chunks, monkeypatch):
     assert calls == [2]
 
 
-def test_the_cache_is_bounded_and_can_be_switched_off(parts, chunks, monkeypatch):
+def test_cache_is_bounded_and_can_be_switched_off(parts, chunks, monkeypatch):
     store, embedder, _ = parts
     small = RetroRetriever(store, embedder=embedder, cache_size=3)
     calls = count_embeddings(small, monkeypatch)
@@ -128,7 +128,7 @@ def test_excluded_documents_are_not_found(retriever, chunks):
     assert (retriever.datastore.document_of(found.chunk_ids) != own[:, None]).all()
     # What was searched with exclusion is not served without it.
     assert (retriever.datastore.document_of(retriever.search(chunks).chunk_ids[:, 0]) == own).all()
-    with pytest.raises(RetrieverError, match=r"exclude_documents has shape \(1,\), but there are"):
+    with pytest.raises(RetrieverError):
         retriever.search(chunks, exclude_documents=own[:1])
 
 
@@ -165,17 +165,17 @@ def test_no_chunks_give_no_neighbors(retriever):
 
 
 @pytest.mark.parametrize(
-    ("ids", "mask", "message"),
+    ("ids", "mask", "named"),
     [
-        (torch.zeros(2, 7, dtype=torch.long), None, r"shape \(2, 7\), but .*\(num_chunks, 8\)"),
+        (torch.zeros(2, 7, dtype=torch.long), None, r"\(2, 7\).*\(num_chunks, 8\)"),
         (torch.zeros(8, dtype=torch.long), None, r"shape \(8,\)"),
-        (torch.zeros(2, 8), None, "dtype torch.float32, but token ids are integers"),
+        (torch.zeros(2, 8), None, "torch.float32"),
         ([[0] * 8], None, "type list"),
-        (torch.zeros(2, 8, dtype=torch.long), torch.ones(2, 7), r"mask has shape \(2, 7\), but the chunks"),
+        (torch.zeros(2, 8, dtype=torch.long), torch.ones(2, 7), r"\(2, 8\) and a mask of shape \(2, 7\)"),
     ],
 )
-def test_wrong_tensors_are_refused(retriever, ids, mask, message):
-    with pytest.raises(RetrieverError, match=message):
+def test_wrong_tensors_are_refused(retriever, ids, mask, named):
+    with pytest.raises(RetrieverError, match=named):
         retriever(ids, mask)
 
 
@@ -187,10 +187,10 @@ def test_int32_and_bool_masks_are_taken(retriever, chunks):
 
 def test_a_tokenizer_or_embedder_of_another_store_is_refused(parts, tmp_path):
     store, embedder, _ = parts
-    with pytest.raises(DatastoreMismatchError, match="holds token ids of the tokenizer"):
+    with pytest.raises(DatastoreMismatchError):
         RetroRetriever(store, embedder=embedder, tokenizer=make_tokenizer(vocab_size=380))
     other = ChunkEmbedder.from_pretrained(make_encoder(tmp_path, seed=5))
-    with pytest.raises(DatastoreMismatchError, match="made by the embedder"):
+    with pytest.raises(DatastoreMismatchError):
         RetroRetriever(store, embedder=other)
 
 
@@ -229,20 +229,17 @@ def test_damaged_settings_are_refused(retriever, parts, tmp_path):
             RetroRetriever.from_pretrained(tmp_path / "saved", embedder=parts[1])
 
 
-def test_an_embedder_that_was_a_folder_is_asked_for_and_not_looked_up_on_the_hub(retriever, tmp_path, monkeypatch):
+def test_local_embedder_is_asked_for_and_not_looked_up_on_the_hub(retriever, tmp_path, monkeypatch):
     """The store keeps the last part of the folder's name; a name that the Hub's cache knows is loaded from there."""
     retriever.save_pretrained(tmp_path / "saved")
     asked = []
     monkeypatch.setattr("retro_hf.datastore.embedder.cached_file", lambda name, *rest, **options: asked.append(name))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    message = "embedder 'encoder' could not be loaded.* from a folder named 'encoder'.*Pass the embedder"
-    with pytest.raises(PretrainedNotFoundError, match=message):
+    with pytest.raises(PretrainedNotFoundError, match="embedder='<folder or Hub name>'"):
         RetroRetriever.from_pretrained(tmp_path / "saved")
     assert asked == []
     (tmp_path / "cache" / "models--encoder").mkdir(parents=True)
-    with pytest.raises(
-        PretrainedNotFoundError, match="(?s)'encoder' could not be loaded.*from the Hub.*Pass the embedder"
-    ):
+    with pytest.raises(PretrainedNotFoundError):
         RetroRetriever.from_pretrained(tmp_path / "saved")
     assert asked
 
@@ -261,21 +258,21 @@ def test_texts_of_any_length_are_looked_up(retriever):
 
 
 @pytest.mark.parametrize(
-    ("queries", "message"),
+    ("queries", "named"),
     [
-        (["a", 3], "Query 1 is of type int"),
-        ([None], "Query 0 is of type"),
-        (None, "Query 0 is of type NoneType"),
-        ("", "Query 0 has no text"),
-        (["a", " "], "Query 1 has no text"),
+        (["a", 3], "Query 1 .*int"),
+        ([None], "Query 0"),
+        (None, "Query 0 .*NoneType"),
+        ("", "Query 0"),
+        (["a", " "], "Query 1"),
     ],
 )
-def test_a_query_that_is_no_text_is_named(retriever, queries, message):
-    with pytest.raises(RetrieverError, match=message):
+def test_invalid_query_is_reported(retriever, queries, named):
+    with pytest.raises(RetrieverError, match=named):
         retriever.find(queries)
 
 
-def test_a_tokenizer_may_be_named(parts, chunks, tmp_path):
+def test_tokenizer_can_be_passed_by_name(parts, chunks, tmp_path):
     """As an embedder may: by a folder, here, or a Hub name; one that leads nowhere is explained."""
     store, embedder, tokenizer = parts
     tokenizer.save_pretrained(tmp_path)
@@ -287,7 +284,7 @@ def test_a_tokenizer_may_be_named(parts, chunks, tmp_path):
         lambda: RetroDatastore.from_texts(["a text"], "org/nothing", embedder=embedder),
         lambda: store.retokenize(tmp_path / "again", "org/nothing"),
     ):
-        with pytest.raises(PretrainedNotFoundError, match="no folder 'org/nothing', and no tokenizer of that name"):
+        with pytest.raises(PretrainedNotFoundError):
             call()
 
 
@@ -301,7 +298,7 @@ def searching(parts, request) -> RetroRetriever:
     return RetroRetriever(store, searcher=searcher, tokenizer=tokenizer)
 
 
-def test_any_searcher_serves_the_retriever(searching, chunks):
+def test_retriever_works_with_any_searcher(searching, chunks):
     """Tokens from the store, a trace that names its metric, exclusion, and `find` in agreement."""
     ids, mask = searching(chunks[:6])
     assert ids.shape == mask.shape == (6, 2, 20)
@@ -316,7 +313,7 @@ def test_any_searcher_serves_the_retriever(searching, chunks):
     assert [neighbor.chunk_id for neighbor in again] == [neighbor.chunk_id for neighbor in trace]
 
 
-def test_any_searcher_is_cached_and_pickled(searching, chunks, monkeypatch):
+def test_retriever_with_any_searcher_is_cached_and_pickled(searching, chunks, monkeypatch):
     expected = searching(chunks[:4])[0]
     assert torch.equal(pickle.loads(pickle.dumps(searching))(chunks[:4])[0], expected)
     searching.num_neighbors = 1
@@ -324,14 +321,14 @@ def test_any_searcher_is_cached_and_pickled(searching, chunks, monkeypatch):
     assert torch.equal(searching(chunks[:4])[0], expected[:, :1])
 
 
-def test_a_retriever_takes_either_an_embedder_or_a_searcher_of_its_own_store(parts, tmp_path):
+def test_retriever_takes_exactly_one_of_embedder_and_searcher(parts, tmp_path):
     store, embedder, tokenizer = parts
     lexical = LexicalSearcher.build(store)
     for options in ({}, {"embedder": embedder, "searcher": lexical}):
-        with pytest.raises(RetrieverError, match="either the embedder.*or a searcher"):
+        with pytest.raises(RetrieverError):
             RetroRetriever(store, **options)
-    with pytest.raises(RetrieverError, match="The searcher is a int without metric and search. It needs"):
+    with pytest.raises(RetrieverError):
         RetroRetriever(store, searcher=5)
     store.save(tmp_path / "copy")
-    with pytest.raises(RetrieverError, match="The searcher finds chunks of"):
+    with pytest.raises(RetrieverError):
         RetroRetriever(RetroDatastore.load(tmp_path / "copy"), searcher=lexical)

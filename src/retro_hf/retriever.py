@@ -13,19 +13,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from .datastore import ChunkEmbedder, EmbeddingSearcher, RetroDatastore, Searcher, chunk_texts
 from .datastore.compatibility import load_tokenizer
-from .datastore.fields import without_lone_surrogates
+from .datastore.documents import without_lone_surrogates
+from .datastore.files import write_file
 from .datastore.hub import local_folder, push
-from .datastore.storage import write_file
-from .datastore.view import check_num_neighbors
+from .datastore.search import check_num_neighbors
 from .errors import RetrieverError
 
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
-    from transformers import PreTrainedTokenizerBase
 
 __all__ = ["RetrievalResult", "RetrievedNeighbor", "RetroRetriever"]
 
@@ -48,7 +48,7 @@ class RetrievalResult:
 
 @dataclass(frozen=True)
 class RetrievedNeighbor:
-    """One neighbor in words: which chunk of which document, how near (bigger is nearer), its text, what follows.
+    """One readable neighbor: its chunk, its score (bigger is nearer), its document, its text and its continuation.
 
     `metric` says what the score is: `"inner_product"` of unit vectors, `"bm25"`, or `"reciprocal_rank_fusion"`.
     """
@@ -65,25 +65,25 @@ class RetrievedNeighbor:
 class RetroRetriever:
     """Finds the neighbors of completed chunks: decodes them, looks the text up, gathers tokens.
 
-    `retriever(chunk_input_ids, chunk_attention_mask)` is all a RETRO model needs to know. Results are remembered by
-    the chunk's tokens, so beams and repeated prefixes cost one search.
+    A RETRO model only calls `retriever(chunk_input_ids, chunk_attention_mask)`. Results are cached by the tokens of the
+    chunk, so beams and repeated prefixes cost one search.
 
     Args:
         datastore ([`RetroDatastore`]): where to look.
-        embedder ([`ChunkEmbedder`] or `str`, *optional*): the encoder that made the datastore's keys. Give either this
-            or a searcher.
-        searcher ([`Searcher`], *optional*): who finds the chunks for a text instead, such as a [`LexicalSearcher`].
+        embedder ([`ChunkEmbedder`] or `str`, *optional*): the encoder that made the datastore's keys. Pass exactly one of
+            `embedder` and `searcher`.
+        searcher ([`Searcher`], *optional*): finds the chunks for a text instead, such as a [`LexicalSearcher`].
         tokenizer ([`~transformers.PreTrainedTokenizerBase`] or `str`, *optional*): of the language model; defaults to
             the copy in the datastore.
-        num_neighbors (`int`, defaults to 2): neighbors per chunk. It may be set at any time, also beyond the number a
+        num_neighbors (`int`, defaults to 2): neighbors per chunk. It can be set at any time, also beyond the number that a
             model was trained with.
-        cache_size (`int`, defaults to 4096): chunks whose results are remembered; 0 switches that off.
+        cache_size (`int`, defaults to 4096): chunks whose results are cached; 0 switches the cache off.
 
     Raises:
         DatastoreMismatchError: if tokenizer or embedder are not those of the datastore.
-        RetrieverError: if both an embedder and a searcher are given, or neither, or the searcher finds the chunks of
-            another datastore.
-    *Cost*: one embedding and one search per chunk not seen before, that is one per `chunk_size` generated tokens.
+        RetrieverError: if both an embedder and a searcher are given, or neither, or the searcher belongs to another
+            datastore.
+    *Cost*: one embedding and one search per chunk not seen before, which is one per `chunk_size` generated tokens.
     *Processes*: pickling keeps paths and settings; each process loads the encoder and opens the index on first use.
     """
 
@@ -98,26 +98,21 @@ class RetroRetriever:
         cache_size: int = 4096,
     ) -> None:
         if (embedder is None) == (searcher is None):
-            raise RetrieverError(
-                "A retriever needs either the embedder that made the keys of its datastore, or a searcher: "
-                "RetroRetriever(datastore, embedder=...) or RetroRetriever(datastore, searcher=...)."
-            )
+            raise RetrieverError("Pass exactly one of `embedder` (which made the datastore's keys) and `searcher`.")
         tokenizer = None if tokenizer is None else load_tokenizer(tokenizer)
         datastore.check_compatible(tokenizer=tokenizer)
         if embedder is not None:
-            if isinstance(embedder, (str, os.PathLike)):
-                embedder = ChunkEmbedder.from_pretrained(embedder)
-            searcher = EmbeddingSearcher(datastore, embedder)
+            searcher = EmbeddingSearcher(datastore, ChunkEmbedder.of(embedder))
         if missing := [name for name in ("metric", "search") if not hasattr(searcher, name)]:
             raise RetrieverError(
-                f"The searcher is a {type(searcher).__name__} without {' and '.join(missing)}. It needs a `metric` (a text, what a score "
-                "is) and `search(texts, num_neighbors, *, exclude_documents=None)`, which returns scores and chunk ids."
+                f"The searcher is a {type(searcher).__name__} without {' and '.join(missing)}. It needs a text `metric`, and "
+                "`search(texts, num_neighbors, *, exclude_documents=None)` that returns scores and chunk ids."
             )
         other = getattr(searcher, "datastore", datastore)
         if other.path != datastore.path:
             raise RetrieverError(
-                f"The searcher finds chunks of {str(other.path)!r}, but the retriever reads their tokens from "
-                f"{str(datastore.path)!r}, where the same ids are other chunks. Give both the same datastore."
+                f"The searcher finds chunks of {str(other.path)!r}, but the retriever reads {str(datastore.path)!r}. Pass both "
+                "the same datastore."
             )
         self.datastore = datastore
         self.searcher: Searcher = searcher  # type: ignore[assignment]
@@ -139,12 +134,12 @@ class RetroRetriever:
     @num_neighbors.setter
     def num_neighbors(self, value: int) -> None:
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise RetrieverError(f"num_neighbors is {value!r}, but it must be an integer of at least 1.")
+            raise RetrieverError(f"num_neighbors is {value!r}. Pass an integer of at least 1.")
         self._num_neighbors = value
 
     @property
     def embedder(self) -> ChunkEmbedder | None:
-        """The encoder of the queries; None where the searcher has none."""
+        """The encoder of the queries; None if the searcher has none."""
         return getattr(self.searcher, "embedder", None)
 
     @property
@@ -208,19 +203,20 @@ class RetroRetriever:
             excluded = np.asarray(exclude_documents)
             if excluded.shape[:1] != (len(rows),):
                 raise RetrieverError(
-                    f"exclude_documents has shape {excluded.shape}, but there are {len(rows)} chunks."
+                    f"exclude_documents has shape {excluded.shape}. Pass a row for each of {len(rows)} chunks."
                 )
             if len(filled):
-                texts = self._texts(rows[filled], mask[filled])
+                texts = chunk_texts(self.tokenizer, rows[filled], mask[filled])
                 scores[filled], chunk_ids[filled] = self._ask(texts, wanted, exclude_documents=excluded[filled])
             return RetrievalResult(scores, chunk_ids)
 
+        # The bytes of the real tokens: the same chunk with other padding is found again.
         names = [rows[row][mask[row]].tobytes() for row in filled]
-        results = self._recall(names, wanted)
+        results = self._cached(names, wanted)
         missing = {name: row for name, row in zip(names, filled, strict=True) if name not in results}
         if missing:
             places = np.fromiter(missing.values(), dtype=np.int64)
-            found = self._ask(self._texts(rows[places], mask[places]), wanted)
+            found = self._ask(chunk_texts(self.tokenizer, rows[places], mask[places]), wanted)
             fresh = {name: (found[0][place], found[1][place]) for place, name in enumerate(missing)}
             self._remember(fresh)
             results |= fresh
@@ -232,25 +228,23 @@ class RetroRetriever:
         self,
         chunk_input_ids: torch.LongTensor,
         chunk_attention_mask: torch.LongTensor | None = None,
-        *,
-        num_neighbors: int | None = None,
-        exclude_documents: Any = None,
+        **options: Any,
     ) -> list[list[RetrievedNeighbor]]:
-        """What was retrieved for each chunk, readable; nearest first, without a new search for a chunk just looked up.
+        """What was retrieved for each chunk, readable, nearest first; a chunk that was just looked up is not searched again.
 
-        Args: those of [`~RetroRetriever.search`].
+        Args:
+            options: those of [`~RetroRetriever.search`]: `num_neighbors`, `exclude_documents`.
 
         Returns:
             `list[list[RetrievedNeighbor]]`: for each chunk at most `num_neighbors` neighbors.
         """
-        options = {"num_neighbors": num_neighbors, "exclude_documents": exclude_documents}
         return self._describe(self.search(chunk_input_ids, chunk_attention_mask, **options))
 
     def find(self, texts: str | list[str], *, num_neighbors: int | None = None) -> list[list[RetrievedNeighbor]]:
-        """Look texts of any length up, instead of chunks of tokens; what a person asks of a datastore.
+        """Look up texts of any length instead of chunks of tokens.
 
         Args:
-            texts (`str` or `list[str]`): queries; an encoder reads as much of each as it can.
+            texts (`str` or `list[str]`): queries; an encoder reads as much of each as its maximum length allows.
             num_neighbors (`int`, *optional*): defaults to the retriever's.
         Returns:
             `list[list[RetrievedNeighbor]]`: for each text its neighbors, nearest first.
@@ -258,59 +252,46 @@ class RetroRetriever:
         wanted = self.num_neighbors if num_neighbors is None else num_neighbors
         queries = list(texts) if isinstance(texts, Iterable) and not isinstance(texts, str) else [texts]
         for number, query in enumerate(queries):
-            if not isinstance(query, str):
+            if not isinstance(query, str) or not query.strip():
+                what = "has no text" if isinstance(query, str) else f"is of type {type(query).__name__}"
                 raise RetrieverError(
-                    f"Query {number} is of type {type(query).__name__}; look up a text or a list of texts."
-                )
-            if not query.strip():
-                raise RetrieverError(
-                    f"Query {number} has no text: {query!r}. There is nothing to look up; leave it out."
+                    f"Query {number} {what}. Pass a text or a list of texts, each with at least one word."
                 )
         readable = [without_lone_surrogates(query) for query in queries]
         return self._describe(RetrievalResult(*self._ask(readable, wanted)))
 
     def _ask(self, texts: list[str], wanted: int, **options: Any) -> tuple[np.ndarray, np.ndarray]:
-        """What the searcher finds; one of a user's own may return anything, and numpy would stretch what is too small."""
+        """What the searcher finds. A user's own may return anything, and numpy would broadcast what is too small."""
         found = self.searcher.search(texts, wanted, **options)
         parts = [np.asarray(part) for part in found] if isinstance(found, (tuple, list)) else []
         shape = (len(texts), wanted)
         if [part.shape for part in parts] != [shape, shape] or not np.issubdtype(parts[1].dtype, np.integer):
             returned = ", ".join(f"{part.dtype} of shape {part.shape}" for part in parts) or type(found).__name__
             raise RetrieverError(
-                f"{type(self.searcher).__name__}.search returned {returned}, but for {len(texts)} texts and {wanted} neighbors it "
-                f"must return scores and chunk ids, two arrays of shape {shape}, the second of integers with -1 for none."
+                f"{type(self.searcher).__name__}.search returned {returned}. It must return scores and integer chunk ids (-1 for "
+                f"none), both of shape {shape}."
             )
         return parts[0], parts[1]
 
     def _describe(self, found: RetrievalResult) -> list[list[RetrievedNeighbor]]:
         tokens, mask = self.datastore.gather(found.chunk_ids)
-        documents = self.datastore.document_of(found.chunk_ids)
-        size = self.chunk_size
+        owners = self.datastore.document_of(found.chunk_ids)
+        parts = slice(self.chunk_size), slice(self.chunk_size, None)
         traces = []
         for row, ids in enumerate(found.chunk_ids):
             known = np.flatnonzero(ids >= 0)
-            texts = chunk_texts(self.tokenizer, tokens[row, known, :size], mask[row, known, :size])
-            following = chunk_texts(self.tokenizer, tokens[row, known, size:], mask[row, known, size:])
-            traces.append(
-                [
-                    self._neighbor(
-                        int(ids[column]), float(found.scores[row, column]), int(documents[row, column]), *parts
-                    )
-                    for column, *parts in zip(known, texts, following, strict=True)
-                ]
-            )
+            texts = (chunk_texts(self.tokenizer, tokens[row, known, part], mask[row, known, part]) for part in parts)
+            trace = []
+            for column, text, continuation in zip(known, *texts, strict=True):
+                document = self.datastore.document(int(owners[row, column]))
+                chunk_id, score = int(ids[column]), float(found.scores[row, column])
+                names = document["id"], document["title"]
+                trace.append(RetrievedNeighbor(chunk_id, score, *names, text, continuation, self.searcher.metric))
+            traces.append(trace)
         return traces
 
-    def _neighbor(self, chunk_id: int, score: float, number: int, text: str, continuation: str) -> RetrievedNeighbor:
-        document = self.datastore.document(number)
-        names = document["id"], document["title"]
-        return RetrievedNeighbor(chunk_id, score, *names, text, continuation, self.searcher.metric)
-
-    def _texts(self, rows: np.ndarray, mask: np.ndarray) -> list[str]:
-        return chunk_texts(self.tokenizer, rows, mask)
-
-    def _recall(self, names: list[bytes], wanted: int) -> dict[bytes, tuple[np.ndarray, np.ndarray]]:
-        """Remembered results with at least the wanted number of neighbors; none from before the datastore changed."""
+    def _cached(self, names: list[bytes], wanted: int) -> dict[bytes, tuple[np.ndarray, np.ndarray]]:
+        """Cached results with at least the wanted number of neighbors; none from before the datastore changed."""
         with self._lock:
             if self._generation != self.datastore.generation:
                 self._cache.clear()
@@ -330,17 +311,16 @@ class RetroRetriever:
                 self._cache.popitem(last=False)
 
     def _checked(self, ids: torch.Tensor, mask: torch.Tensor | None) -> tuple[np.ndarray, np.ndarray]:
+        found = f"shape {tuple(ids.shape)}" if isinstance(ids, torch.Tensor) else f"type {type(ids).__name__}"
         if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or ids.shape[1] != self.chunk_size:
-            found = f"shape {tuple(ids.shape)}" if isinstance(ids, torch.Tensor) else f"type {type(ids).__name__}"
             raise RetrieverError(
-                f"The chunks are of {found}, but the datastore looks up tensors of shape (num_chunks, "
-                f"{self.chunk_size}). Use a model with chunk_size={self.chunk_size}, or rebuild the datastore."
+                f"The chunks are of {found}, but the datastore looks up tensors of shape (num_chunks, {self.chunk_size}). Use a "
+                f"model with chunk_size={self.chunk_size}, or rebuild the datastore."
             )
-        if ids.is_floating_point() or ids.dtype == torch.bool:
-            raise RetrieverError(f"The chunks are of dtype {ids.dtype}, but token ids are integers.")
-        if mask is not None and mask.shape != ids.shape:
+        if ids.is_floating_point() or ids.dtype == torch.bool or (mask is not None and mask.shape != ids.shape):
+            masked = "" if mask is None else f" and a mask of shape {tuple(mask.shape)}"
             raise RetrieverError(
-                f"The attention mask has shape {tuple(mask.shape)}, but the chunks have shape {tuple(ids.shape)}."
+                f"The chunks are {ids.dtype} of {found}{masked}. Pass integers, and a mask of their shape."
             )
         rows = ids.detach().cpu().to(torch.int64).numpy()
         kept = np.ones(rows.shape, dtype=bool) if mask is None else mask.detach().cpu().numpy().astype(bool)
@@ -359,12 +339,10 @@ class RetroRetriever:
         """A retriever over texts, dicts or a dataset: builds a datastore, by default a temporary one.
 
         Args:
-            options: those of [`RetroDatastore.from_texts`]: `path`, `chunk_size`, `neighbor_size`, `index`, `recall`,
-                `memory_budget`, `batch_size`, `shard_chunks`, `executor`, `show_progress`.
+            options: those of [`RetroDatastore.from_texts`]: `path`, `chunk_size`, `neighbor_size`, `index`, `batch_size`,
+                `shard_chunks`, `executor`, `show_progress`.
         """
-        if isinstance(embedder, (str, os.PathLike)):
-            embedder = ChunkEmbedder.from_pretrained(embedder)
-        tokenizer = load_tokenizer(tokenizer)
+        embedder, tokenizer = ChunkEmbedder.of(embedder), load_tokenizer(tokenizer)
         datastore = RetroDatastore.from_texts(texts, tokenizer, embedder=embedder, **options)
         return cls(datastore, embedder=embedder, tokenizer=tokenizer, num_neighbors=num_neighbors)
 
@@ -376,22 +354,17 @@ class RetroRetriever:
         embedder: ChunkEmbedder | str | None = None,
         tokenizer: PreTrainedTokenizerBase | str | None = None,
         num_neighbors: int | None = None,
-        revision: str | None = None,
-        cache_dir: str | Path | None = None,
-        token: str | None = None,
-        verify: bool = True,
+        **options: Any,
     ) -> RetroRetriever:
         """Open a retriever from a folder, or from a dataset repository on the Hub (downloaded, checksums verified).
 
         Args:
-            embedder ([`ChunkEmbedder`] or `str`, *optional*): defaults to the one named in the datastore. Name it
-                where that one was a local folder.
+            embedder ([`ChunkEmbedder`] or `str`, *optional*): defaults to the one that the datastore names. A datastore
+                stores only the name of a local embedder; pass its path again.
             num_neighbors (`int`, *optional*): defaults to the saved number.
-            revision, cache_dir, token, verify: as for [`RetroDatastore.from_pretrained`].
+            options: `revision`, `cache_dir`, `token`, `verify`, as for [`RetroDatastore.from_pretrained`].
         """
-        path = local_folder(
-            name_or_path, revision=revision, cache_dir=cache_dir, token=token, verify=verify, settings=_CONFIG_NAME
-        )
+        path = local_folder(name_or_path, settings=_CONFIG_NAME, **options)
         datastore = RetroDatastore.load(path)
         if embedder is None or isinstance(embedder, (str, os.PathLike)):
             embedder = ChunkEmbedder.of_datastore(datastore.manifest.embedder, embedder)
@@ -408,8 +381,8 @@ class RetroRetriever:
         """Upload the datastore and the retriever's settings to a dataset repository, as one commit.
 
         Args:
-            repo_id (`str`): `"name"` or `"organization/name"`; made if it isn't there.
-            options: those of [`RetroDatastore.push_to_hub`]: `private`, `token`, `revision`, `commit_message`.
+            repo_id (`str`): `"name"` or `"organization/name"`; created if it does not exist.
+            options: those of [`RetroDatastore.push_to_hub`]: `private`, `token`, `revision`.
         Returns:
             [`~huggingface_hub.CommitInfo`]: its `oid` is the `revision` that pins what was pushed.
         """

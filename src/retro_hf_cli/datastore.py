@@ -41,6 +41,7 @@ def build(
 ) -> None:
     """Build a datastore, or go on with a build that was stopped."""
     from retro_hf import RetroDatastore
+    from retro_hf.datastore import IndexOptions
 
     _tell_sizes()
     store = RetroDatastore.build(
@@ -50,9 +51,7 @@ def build(
         embedder=embedder,
         chunk_size=chunk_size,
         neighbor_size=neighbor_size,
-        index=index,
-        recall=recall,
-        memory_budget=memory_budget,
+        index=IndexOptions(index, recall, memory_budget),
         executor=workers,
     )
     typer.echo(f"{_size_of(store)} in {output}")

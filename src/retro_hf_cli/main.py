@@ -60,14 +60,7 @@ def main() -> None:
         explained = (ValueError, OSError, RuntimeError, ImportError, *([package.RetroError] if package else ()))
         if "--debug" in sys.argv or not isinstance(error, explained):
             raise
-        message = str(error)
-        if (
-            "retro_hf" in sys.modules
-        ):  # otherwise the error is the command line's own, and the package takes seconds to load
-            from retro_hf.errors import in_commands
-
-            message = in_commands(message, typer.main.get_command(app))
-        typer.echo(f"Error: {message}", err=True)
+        typer.echo(f"Error: {error}", err=True)
         raise SystemExit(1) from None
 
 

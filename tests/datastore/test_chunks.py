@@ -11,9 +11,8 @@ from retro_hf.datastore.chunks import (
     gather_tokens,
     num_chunks_of,
     token_dtype,
-    tokenizer_fingerprint,
-    vocabulary_size,
 )
+from retro_hf.datastore.compatibility import tokenizer_fingerprint, vocabulary_size
 
 from .fixtures import make_tokenizer
 
@@ -47,7 +46,7 @@ stores = st.tuples(
 
 
 @given(stores)
-def test_a_neighbor_is_the_chunk_and_what_follows_it_in_its_document(store):
+def test_neighbor_is_the_chunk_and_its_continuation_in_the_document(store):
     documents, chunk_size, extra = store
     chunks, offsets, lengths = stream_of(documents, chunk_size)
     neighbor_size = chunk_size + extra
@@ -65,7 +64,7 @@ def test_a_neighbor_is_the_chunk_and_what_follows_it_in_its_document(store):
 
 
 @given(stores)
-def test_chunks_of_a_document_put_together_are_the_document(store):
+def test_chunks_of_a_document_joined_are_the_document(store):
     documents, chunk_size, _ = store
     chunks, offsets, lengths = stream_of(documents, chunk_size)
     ids = np.arange(len(chunks))
@@ -110,7 +109,7 @@ def test_chunk_texts_leave_out_padding_and_special_tokens(tokenizer):
     assert chunk_texts(tokenizer, np.zeros((1, 4), dtype=np.int64)) == [""]
 
 
-def test_the_fingerprint_ignores_padding_truncation_and_added_tokens(tokenizer, tmp_path):
+def test_fingerprint_ignores_padding_truncation_and_added_tokens(tokenizer, tmp_path):
     fingerprint = tokenizer_fingerprint(tokenizer)
     other = make_tokenizer()
     other(["a", "a b c"], padding=True, truncation=True, max_length=2)
@@ -122,5 +121,5 @@ def test_the_fingerprint_ignores_padding_truncation_and_added_tokens(tokenizer, 
     assert tokenizer_fingerprint(type(other).from_pretrained(tmp_path)) == fingerprint
 
 
-def test_the_fingerprint_tells_vocabularies_apart(tokenizer):
+def test_fingerprint_distinguishes_vocabularies(tokenizer):
     assert tokenizer_fingerprint(make_tokenizer(vocab_size=380)) != tokenizer_fingerprint(tokenizer)

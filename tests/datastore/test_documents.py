@@ -52,13 +52,13 @@ def test_every_kind_of_input_gives_the_same_documents(kind, tmp_path):
     assert found == [("x", "T", "S", "first text", {"year": 1}), ("y", "U", "S", "second text", {"year": 2})]
 
 
-def test_texts_are_numbered_and_lines_of_files_are_named(tmp_path):
+def test_texts_get_numbers_and_lines_get_file_names_as_ids(tmp_path):
     assert [d.id for d in read(["a", "", "c"])] == ["0", "2"]
     path = write_jsonl(tmp_path / "corpus.jsonl", [{"text": "a"}, {"text": "b", "source": "own"}])
     assert [(d.id, d.source) for d in read(path)] == [("corpus.jsonl:1", "corpus.jsonl"), ("corpus.jsonl:2", "own")]
 
 
-def test_a_folder_is_read_in_order_of_names_hidden_files_apart(tmp_path):
+def test_folder_is_read_in_name_order_without_hidden_files(tmp_path):
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "one.txt").write_text("text of one")
     (tmp_path / "a.md").write_bytes(b"\xef\xbb\xbfwith a mark \xff")
@@ -73,7 +73,7 @@ def test_a_folder_is_read_in_order_of_names_hidden_files_apart(tmp_path):
     assert reader.sources == [{"name": "a.md"}, {"name": "b/one.txt"}, {"name": "d.jsonl"}]
 
 
-def test_suffixes_may_be_in_upper_case_and_what_is_skipped_is_told(tmp_path, caplog):
+def test_upper_case_suffixes_are_read_and_skipped_files_are_logged(tmp_path, caplog):
     for name in ("c.png", "e.PDF", ".hidden.png"):
         (tmp_path / name).write_bytes(b"\x00")
     (tmp_path / "a.TXT").write_text("text of a")
@@ -88,7 +88,7 @@ def test_suffixes_may_be_in_upper_case_and_what_is_skipped_is_told(tmp_path, cap
     assert caplog.messages[-1] == "Skipped 11 files of other kinds: c.png, e.PDF, h0.log, h1.log, h2.log, …"
 
 
-def test_links_to_files_are_read_and_other_links_are_told(tmp_path, caplog):
+def test_links_to_files_are_read_and_other_links_are_logged(tmp_path, caplog):
     """A corpus on a disk that is not there would shrink unnoticed."""
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "b.txt").write_text("text of b")
@@ -107,15 +107,13 @@ def test_links_to_files_are_read_and_other_links_are_told(tmp_path, caplog):
     ]
 
 
-def test_a_pipe_is_told_from_a_path_that_is_wrong(tmp_path):
+def test_pipe_is_not_reported_as_a_missing_path(tmp_path):
     os.mkfifo(tmp_path / "pipe.jsonl")
-    with pytest.raises(
-        DatastoreInputError, match="is a pipe or a device, not a file. Write what comes from it to a file"
-    ):
+    with pytest.raises(DatastoreInputError):
         read(tmp_path / "pipe.jsonl")
 
 
-def test_paths_in_a_list_are_files(tmp_path):
+def test_paths_in_a_list_are_read_as_files(tmp_path):
     (tmp_path / "one.txt").write_text("text of one")
     assert [d.text for d in read([tmp_path / "one.txt", "one.txt"])] == ["text of one", "one.txt"]
 
@@ -125,14 +123,14 @@ def test_ids_may_be_whole_numbers_of_any_kind():
     assert [d.id for d in read([{"text": "x", "id": id} for id in ids])] == ["7", "8", "9", "10", "11.0"]
     assert document_ids(ids) == ["7", "8", "9", "10", "11.0"]
     assert document_ids(np.arange(2)) == ["0", "1"]
-    with pytest.raises(DatastoreInputError, match="An id is 1.5, of type float"):
+    with pytest.raises(DatastoreInputError):
         document_ids([1.5])
 
 
-def test_the_name_of_a_file_is_no_text(tmp_path, monkeypatch):
+def test_file_name_given_as_a_text_is_refused(tmp_path, monkeypatch):
     (tmp_path / "one.txt").write_text("text of one")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DatastoreInputError, match=r"Document 1 is the text 'one.txt'.*pass Path\('one.txt'\)"):
+    with pytest.raises(DatastoreInputError):
         read(["fine", "one.txt"])
     assert [d.text for d in read([{"text": "one.txt"}, "two.txt", "x" * 5000 + ".txt", "\0.txt"])][:2] == [
         "one.txt",
@@ -158,7 +156,7 @@ def test_lone_surrogates_are_replaced_and_pairs_joined(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names of files are Unicode there")
-def test_a_name_that_is_not_utf8_becomes_one_in_all_that_is_recorded(tmp_path):
+def test_file_name_that_is_not_utf8_is_repaired_everywhere(tmp_path):
     (tmp_path / os.fsdecode(b"caf\xe9.txt")).write_text("a cup")
     reader = DocumentReader(tmp_path)
     (document,) = reader
@@ -167,7 +165,7 @@ def test_a_name_that_is_not_utf8_becomes_one_in_all_that_is_recorded(tmp_path):
     assert reader.sources == [{"name": name}]
 
 
-def test_files_that_are_not_utf8_are_counted_and_readable_ones_keep_their_lines(tmp_path):
+def test_files_that_are_not_utf8_are_read_and_counted(tmp_path):
     (tmp_path / "a.txt").write_bytes("caf\u00e9".encode("latin1"))
     (tmp_path / "b.jsonl").write_bytes(b'{"text": "one \xff"}\n{"text": "two \xff"}\n\xef\xbb\xbf{"text": "three"}\n')
     (tmp_path / "c.md").write_bytes(b"first\r\nsecond\rthird \xef\xbf\xbd")
@@ -178,85 +176,77 @@ def test_files_that_are_not_utf8_are_counted_and_readable_ones_keep_their_lines(
 
 
 @pytest.mark.parametrize(
-    ("documents", "message"),
+    ("documents", "named"),
     [
-        ([{"id": "a", "content": "x"}], r"Document 0 has the fields \['id', 'content'\], but no 'text'"),
-        (["fine", {"text": 3}], r"text of Document 1 is of type int, not str"),
+        ([{"id": "a", "content": "x"}], r"Document 0 .*\['id', 'content'\]"),
+        (["fine", {"text": 3}], "Document 1 is of type int"),
         (["fine", 3.5], r"Document 1 is of type float"),
         ([["a", "b"]], r"Document 0 is of type list"),
-        ([{"text": "x", "title": ["t"]}], r"title of Document 0 is \['t'\], of type list, but it must be a text or"),
-        (
-            [{"text": "x", "id": 1.5}],
-            r"id of Document 0 is 1.5, of type float, but .* whole number. Write it as a text",
-        ),
-        ([{"text": "x", "title": math.nan}], r"title of Document 0 is nan, of type float.*leave it out \(None\)"),
+        ([{"text": "x", "title": ["t"]}], r"title of Document 0 is \['t'\]"),
+        ([{"text": "x", "id": 1.5}], "id of Document 0 is 1.5"),
+        ([{"text": "x", "title": math.nan}], "title of Document 0 is nan"),
         ([{"text": "x", "id": 2.0**60}], r"id of Document 0 is 1.15\d+e\+18"),
-        ([{"text": "x", "id": True}], r"id of Document 0 is True, of type bool"),
-        ({"train": ["a"], "test": []}, r"mapping with the keys 'train', 'test'. Pass one split"),
-        (datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS)), r"Pass one split"),
-        (datasets.Dataset.from_dict({"body": ["x"]}), r"columns \['body'\], but no column 'text'.*rename_column"),
-        (
-            pd.DataFrame(ROWS),
-            r"documents are a table \(DataFrame\).*df.to_dict\(\"records\"\).*Dataset.from_pandas\(df\)",
-        ),
-        (pa.Table.from_pylist(ROWS), r"documents are a table \(Table\). Pass its rows"),
-        (7, r"documents are of type int"),
-        (b"texts", r"documents are bytes. Decode them"),
-        ("", r"path of the documents is empty. Name a folder"),
+        ([{"text": "x", "id": True}], "id of Document 0 is True"),
+        ({"train": ["a"], "test": []}, "'train', 'test'"),
+        (datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS)), "train"),
+        (datasets.Dataset.from_dict({"body": ["x"]}), "body.*rename_column"),
+        (pd.DataFrame(ROWS), "DataFrame.*to_dict.*from_pandas"),
+        (pa.Table.from_pylist(ROWS), "Table"),
+        (7, "type int"),
+        (b"texts", "type bytes"),
+        ("", "empty"),
     ],
 )
-def test_what_is_no_document_is_named(documents, message):
-    with pytest.raises(DatastoreInputError, match=message):
+def test_invalid_document_is_reported(documents, named):
+    with pytest.raises(DatastoreInputError, match=named):
         read(documents)
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
-def test_a_broken_line_is_named_with_file_and_number(tmp_path, suffix):
+def test_broken_line_is_reported_with_file_and_number(tmp_path, suffix):
     path = tmp_path / f"corpus{suffix}"
     with gzip.open(path, "wt") if suffix.endswith("gz") else path.open("w") as file:
         file.write('{"text": "fine"}\n\n{"text": "bro\n')
-    with pytest.raises(DatastoreInputError, match=rf"corpus{suffix}:3 is not JSON"):
+    with pytest.raises(DatastoreInputError):
         read(path)
 
 
-def test_a_line_that_is_no_object_is_named(tmp_path):
+def test_line_that_is_not_an_object_is_reported(tmp_path):
     path = tmp_path / "corpus.jsonl"
     path.write_text("[1, 2]\n")
-    with pytest.raises(DatastoreInputError, match=r"corpus.jsonl:1 is of type list"):
+    with pytest.raises(DatastoreInputError):
         read(path)
     path.write_text("[" * 100_000 + "\n")
-    with pytest.raises(DatastoreInputError, match=r"corpus.jsonl:1 is not JSON"):
+    with pytest.raises(DatastoreInputError):
         read(path)
 
 
-def test_a_gzip_file_cut_short_is_named(tmp_path):
+def test_truncated_gzip_file_is_reported(tmp_path):
     path = write_jsonl(tmp_path / "corpus.jsonl.gz", ROWS * 2000)
     path.write_bytes(path.read_bytes()[:-200])
-    with pytest.raises(DatastoreInputError, match=r"corpus.jsonl.gz' breaks off after line"):
+    with pytest.raises(DatastoreInputError):
         read(path)
 
 
-def test_a_gzip_file_with_something_behind_it_is_named(tmp_path):
+def test_gzip_file_with_trailing_data_is_reported(tmp_path):
     path = write_jsonl(tmp_path / "corpus.jsonl.gz")
     path.write_bytes(path.read_bytes() + b"something else")
-    with pytest.raises(
-        DatastoreInputError, match=r"corpus.jsonl.gz' is damaged, or goes on with something else, after line 3"
-    ):
+    with pytest.raises(DatastoreInputError):
         read(path)
 
 
-def test_a_file_that_is_no_parquet_file_is_named(tmp_path):
+def test_invalid_parquet_file_is_reported(tmp_path):
     path = tmp_path / "corpus.parquet"
     path.write_bytes(b"PAR1 nonsense")
-    with pytest.raises(DatastoreInputError, match=r"corpus.parquet' is not a readable parquet file"):
+    with pytest.raises(DatastoreInputError):
         read(path)
 
 
-def test_missing_paths_and_empty_folders_are_named(tmp_path):
-    with pytest.raises(DatastoreNotFoundError, match=r"no file or folder .*texts themselves are passed as a list"):
+def test_missing_paths_and_empty_folders_are_reported(tmp_path):
+    with pytest.raises(DatastoreNotFoundError):
         read(str(tmp_path / "nowhere"))
-    with pytest.raises(DatastoreInputError, match=r"holds no \.txt, \.md"):
+    with pytest.raises(DatastoreInputError):
         read(tmp_path)
     (tmp_path / "x.pdf").write_bytes(b"%PDF")
-    with pytest.raises(DatastoreInputError, match=r"x.pdf' is none of the readable kinds"):
+    with pytest.raises(DatastoreInputError):
         read(tmp_path / "x.pdf")

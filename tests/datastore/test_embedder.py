@@ -55,7 +55,7 @@ def test_order_and_batch_size_do_not_matter(embedder, texts):
     np.testing.assert_allclose(again, vectors[shuffled], atol=1e-5)
 
 
-def test_nothing_and_empty_and_overlong_texts_are_embedded(embedder):
+def test_no_texts_empty_texts_and_overlong_texts_are_embedded(embedder):
     assert embedder.embed([]).shape == (0, 32)
     vectors = embedder.embed(["", "the " * 1000, "\x00 \ufffd \U0001f600 \u05e9\u05dc\u05d5\u05dd"])
     assert np.isfinite(vectors).all()
@@ -65,14 +65,14 @@ def test_nothing_and_empty_and_overlong_texts_are_embedded(embedder):
 def test_weights_are_frozen_and_bfloat16_where_the_hardware_has_it(encoder_folder, texts):
     embedder = ChunkEmbedder.from_pretrained(encoder_folder)
     assert embedder.dtype == _default_dtype(embedder.device)
-    assert not any(parameter.requires_grad for parameter in embedder._model.parameters())
+    assert not any(parameter.requires_grad for parameter in embedder._model.model.parameters())
     half = ChunkEmbedder.from_pretrained(encoder_folder, dtype=torch.bfloat16)
     whole = ChunkEmbedder.from_pretrained(encoder_folder, dtype=torch.float32)
     cosine = (half.embed(texts) * whole.embed(texts)).sum(axis=1)
     assert cosine.min() > 0.999
 
 
-def test_the_fingerprint_belongs_to_the_weights_not_to_the_place_or_the_dtype(encoder_folder, embedder, tmp_path):
+def test_fingerprint_depends_on_weights_not_on_path_or_dtype(encoder_folder, embedder, tmp_path):
     copy = make_encoder(tmp_path / "copy")
     assert ChunkEmbedder.from_pretrained(copy, dtype=torch.bfloat16).fingerprint == embedder.fingerprint
     other = make_encoder(tmp_path / "other", seed=1)
@@ -96,14 +96,14 @@ def recipe(folder, pooling: dict, prompt: str | None = None):
     return folder
 
 
-def test_a_mean_pooling_sentence_transformer_is_read_as_the_encoder_it_is(embedder, tmp_path, texts):
+def test_mean_pooling_sentence_transformer_equals_its_plain_encoder(embedder, tmp_path, texts):
     folder = recipe(make_encoder(tmp_path), {"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False})
     same = ChunkEmbedder.from_pretrained(folder, dtype=torch.float32)
     assert same.pooling == "mean" and same.fingerprint == embedder.fingerprint
     np.testing.assert_array_equal(same.embed(texts), embedder.embed(texts))
 
 
-def test_another_recipe_goes_through_sentence_transformers(embedder, tmp_path, texts):
+def test_other_models_are_run_by_sentence_transformers(embedder, tmp_path, texts):
     folder = recipe(make_encoder(tmp_path), {"pooling_mode_mean_tokens": False, "pooling_mode_cls_token": True})
     first_token = ChunkEmbedder.from_pretrained(folder)
     assert first_token.pooling == "sentence-transformers" and first_token.dim == 32
@@ -120,7 +120,7 @@ def test_pickling_keeps_the_name_and_not_the_weights(embedder, texts):
     np.testing.assert_array_equal(pickle.loads(data).embed(texts), embedder.embed(texts))
 
 
-def test_an_encoder_keeps_its_precision_on_other_hardware(encoder_folder, monkeypatch):
+def test_pickled_encoder_keeps_its_precision_on_other_hardware(encoder_folder, monkeypatch):
     """Otherwise blocks of one build would differ by node, and would not be found under their names."""
     half = ChunkEmbedder.from_pretrained(encoder_folder, dtype=torch.bfloat16)
     default = ChunkEmbedder.from_pretrained(encoder_folder)
@@ -135,7 +135,7 @@ def plain(folder, seed: int = 0, **options) -> ChunkEmbedder:
     return ChunkEmbedder.from_pretrained(make_encoder(folder, seed=seed), dtype=torch.float32, **options)
 
 
-def test_without_prompts_queries_are_embedded_as_chunks_are(embedder, texts):
+def test_queries_without_prompts_are_embedded_as_chunks(embedder, texts):
     assert embedder.symmetric and embedder.query_fingerprint == embedder.fingerprint
     np.testing.assert_array_equal(embedder.embed_queries(texts), embedder.embed(texts))
 
@@ -165,7 +165,7 @@ def dpr(folder, kind, seed: int = 0, **config):
     return folder
 
 
-def test_two_encoders_of_dpr_are_read_at_their_poolers(tmp_path, texts):
+def test_dpr_encoders_return_their_pooler_output(tmp_path, texts):
     passages, questions = (
         dpr(tmp_path / "passages", DPRContextEncoder),
         dpr(tmp_path / "questions", DPRQuestionEncoder, seed=1),
@@ -189,12 +189,12 @@ def test_two_encoders_of_dpr_are_read_at_their_poolers(tmp_path, texts):
 
 
 def test_two_encoders_with_vectors_of_different_lengths_are_refused(tmp_path):
-    with pytest.raises(DatastoreMismatchError, match="length 32, but the queries' encoder .* length 16"):
+    with pytest.raises(DatastoreMismatchError):
         plain(tmp_path / "32", query_encoder=make_encoder(tmp_path / "16", hidden_size=16))
 
 
 @pytest.mark.parametrize("mode", ["mean", "cls"])
-def test_the_prompts_of_a_sentence_transformer_are_its_own(tmp_path, texts, mode):
+def test_prompts_of_a_sentence_transformer_are_used(tmp_path, texts, mode):
     """As the library's `encode_document` and `encode_query` embed, with the plain mean and with another recipe."""
     modules = [Transformer(str(make_encoder(tmp_path / "encoder"))), Pooling(32, pooling_mode=mode)]
     prompts = {"query": "the king: ", "document": "the river: "}
@@ -209,7 +209,7 @@ def test_the_prompts_of_a_sentence_transformer_are_its_own(tmp_path, texts, mode
     assert off.symmetric and off.fingerprint != embedder.fingerprint
 
 
-def test_a_router_sends_queries_another_way(tmp_path, texts):
+def test_router_embeds_queries_with_its_query_part(tmp_path, texts):
     sides = [
         [Transformer(str(make_encoder(tmp_path / str(seed), seed=seed))), Pooling(32, pooling_mode="mean")]
         for seed in (0, 1)
@@ -222,7 +222,7 @@ def test_a_router_sends_queries_another_way(tmp_path, texts):
     np.testing.assert_allclose(embedder.embed_queries(texts), plain(tmp_path / "1", seed=1).embed(texts), atol=1e-5)
 
 
-def test_a_store_knows_both_sides_and_refuses_other_queries(tokenizer, tmp_path):
+def test_store_records_query_prompt_and_refuses_another(tokenizer, tmp_path):
     """By default the sides it was built with are loaded again; a symmetric store's manifest is what it was."""
     options = {"prompt": "the river: ", "query_prompt": "the king: "}
     embedder = plain(tmp_path / "encoder", **options)
@@ -236,29 +236,29 @@ def test_a_store_knows_both_sides_and_refuses_other_queries(tokenizer, tmp_path)
     retriever = RetroRetriever.from_pretrained(store.path, embedder=tmp_path / "encoder", num_neighbors=3)
     assert [neighbor.chunk_id for neighbor in retriever.find(text)[0]] == expected[1][0].tolist()
     for wrong in ({"prompt": "the river: ", "query_prompt": "the queen: "}, {"prompt": "the river: "}):
-        with pytest.raises(DatastoreMismatchError, match="built for queries of .*'the king: '.*query_prompt="):
+        with pytest.raises(DatastoreMismatchError):
             RetroRetriever(store, embedder=plain(tmp_path / "encoder", **wrong))
-    with pytest.raises(DatastoreMismatchError, match="made by the embedder"):
+    with pytest.raises(DatastoreMismatchError):
         RetroRetriever(store, embedder=plain(tmp_path / "encoder"))
 
 
-def test_a_symmetric_store_has_no_word_of_queries(datastore, encoder_folder):
+def test_symmetric_store_records_nothing_about_queries(datastore, encoder_folder):
     assert set(datastore.manifest.embedder) == {"name", "revision", "fingerprint", "dim", "pooling", "dtype"}
-    with pytest.raises(DatastoreMismatchError, match="built for queries of"):
+    with pytest.raises(DatastoreMismatchError):
         RetroRetriever(datastore, embedder=ChunkEmbedder.from_pretrained(encoder_folder, query_prompt="the king: "))
 
 
 @pytest.mark.parametrize("name", ["org/no-such-encoder", "./nowhere/at/all", "no such name!"])
-def test_a_name_that_is_neither_folder_nor_on_the_hub_is_explained(name):
-    with pytest.raises(PretrainedNotFoundError, match=f"There is no folder '{name}', and no embedder of that name"):
+def test_unknown_embedder_name_is_reported(name):
+    with pytest.raises(PretrainedNotFoundError):
         ChunkEmbedder.from_pretrained(name)
 
 
-def test_a_folder_without_a_model_is_explained(tmp_path, encoder_folder):
-    with pytest.raises(PretrainedNotFoundError, match=r"folder '.*' holds no embedder that can be loaded"):
+def test_folder_without_a_model_is_reported(tmp_path, encoder_folder):
+    with pytest.raises(PretrainedNotFoundError):
         ChunkEmbedder.from_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(encoder_folder).save_pretrained(tmp_path)
-    with pytest.raises(PretrainedNotFoundError, match=r"folder '.*' holds no embedder that can be loaded"):
+    with pytest.raises(PretrainedNotFoundError):
         ChunkEmbedder.from_pretrained(tmp_path)
 
 
@@ -273,15 +273,13 @@ def test_a_folder_without_a_model_is_explained(tmp_path, encoder_folder):
     ],
     ids=["gpt2", "bert as a decoder", "t5"],
 )
-def test_a_model_that_is_no_bidirectional_encoder_is_refused_but_in_a_recipe(model, encoder_folder, tmp_path):
+def test_causal_model_is_refused_unless_it_is_a_sentence_transformer(model, encoder_folder, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(encoder_folder)
     tokenizer.save_pretrained(tmp_path)
     made = model(len(tokenizer))
     made.save_pretrained(tmp_path)
     for dtype in (torch.float32, torch.bfloat16):
-        with pytest.raises(
-            UnsupportedEmbedderError, match=f"is a {type(made).__name__}, but keys need a bidirectional"
-        ):
+        with pytest.raises(UnsupportedEmbedderError):
             ChunkEmbedder.from_pretrained(tmp_path, dtype=dtype)
     if not made.config.is_encoder_decoder:
         recipe(tmp_path, {"pooling_mode_mean_tokens": True})

@@ -57,7 +57,7 @@ def texts_of(store: RetroDatastore) -> list[str]:
     return chunk_texts(store.tokenizer, tokens[:, : store.chunk_size], mask[:, : store.chunk_size])
 
 
-def test_it_finds_what_bm25_by_hand_finds(datastore, queries):
+def test_lexical_search_equals_bm25_by_hand(datastore, queries):
     texts = texts_of(datastore)
     scores, ids = LexicalSearcher.build(datastore).search(queries, 5)
     assert scores.dtype == np.float32 and ids.dtype == np.int64 and ids.shape == (20, 5)
@@ -68,7 +68,7 @@ def test_it_finds_what_bm25_by_hand_finds(datastore, queries):
         np.testing.assert_allclose(expected[ids[row]], expected[best], rtol=1e-5)
 
 
-def test_a_chunk_without_a_common_word_is_no_neighbor(datastore):
+def test_chunk_without_a_common_word_is_not_a_neighbor(datastore):
     searcher = LexicalSearcher.build(datastore)
     for query in ("", "zzz qqq", "!"):
         scores, ids = searcher.search([query], 3)
@@ -79,7 +79,7 @@ def test_a_chunk_without_a_common_word_is_no_neighbor(datastore):
     assert searcher.search([], 3)[1].shape == (0, 3)
 
 
-def test_excluded_and_deleted_documents_are_not_found_and_the_rest_is_exact(own_store, queries):
+def test_lexical_search_skips_excluded_and_deleted_documents(own_store, queries):
     searcher = LexicalSearcher.build(own_store)
     own_store.delete(["doc-3", "doc-17"])
     owners = own_store.document_of(np.arange(own_store.num_chunks))
@@ -95,13 +95,13 @@ def test_excluded_and_deleted_documents_are_not_found_and_the_rest_is_exact(own_
 
 def test_wrong_exclusions_and_numbers_are_refused(datastore):
     searcher = LexicalSearcher.build(datastore)
-    with pytest.raises(DatastoreInputError, match="exclude_documents runs from 0 to 99"):
+    with pytest.raises(DatastoreInputError):
         searcher.search(["king", "queen"], 2, exclude_documents=[0, 99])
-    with pytest.raises(DatastoreInputError, match="num_neighbors is 0"):
+    with pytest.raises(DatastoreInputError):
         searcher.search(["king"], 0)
 
 
-def test_from_its_folder_and_after_pickling_it_finds_the_same(datastore, queries, tmp_path):
+def test_saved_and_pickled_lexical_index_finds_the_same(datastore, queries, tmp_path):
     memory = LexicalSearcher.build(datastore)
     expected = memory.search(queries, 4)
     kept = LexicalSearcher.build(datastore, tmp_path / "words")
@@ -118,19 +118,19 @@ def test_from_its_folder_and_after_pickling_it_finds_the_same(datastore, queries
         LexicalSearcher.build(datastore, tmp_path / "words")
 
 
-def test_it_is_refused_for_other_chunks_with_the_remedy(own_store, embedder, tmp_path):
+def test_lexical_index_of_other_chunks_is_refused(own_store, embedder, tmp_path):
     searcher = LexicalSearcher.build(own_store, tmp_path / "words")
     own_store.append([{"id": "new", "text": "moon"}], embedder=embedder)
-    with pytest.raises(DatastoreMismatchError, match="other chunks.*Build it again"):
+    with pytest.raises(DatastoreMismatchError):
         searcher.search(["king"], 2)
-    with pytest.raises(DatastoreMismatchError, match="other chunks.*Build it again"):
+    with pytest.raises(DatastoreMismatchError):
         LexicalSearcher.load(own_store, tmp_path / "words")
     again = LexicalSearcher.build(own_store)
     assert own_store.document(int(own_store.document_of(again.search(["moon"], 1)[1][0, 0])))["id"] == "new"
 
 
-def test_a_missing_or_damaged_index_of_words_is_told(datastore, tmp_path):
-    with pytest.raises(DatastoreNotFoundError, match="LexicalSearcher.build"):
+def test_missing_or_damaged_lexical_index_is_reported(datastore, tmp_path):
+    with pytest.raises(DatastoreNotFoundError):
         LexicalSearcher.load(datastore, tmp_path / "nowhere")
     LexicalSearcher.build(datastore, tmp_path / "words")
     for name, content in (
@@ -141,7 +141,7 @@ def test_a_missing_or_damaged_index_of_words_is_told(datastore, tmp_path):
     ):
         before = (tmp_path / "words" / name).read_bytes()
         (tmp_path / "words" / name).write_bytes(content)
-        with pytest.raises(DatastoreCorruptError, match="Build it again"):
+        with pytest.raises(DatastoreCorruptError):
             LexicalSearcher.load(datastore, tmp_path / "words")
         (tmp_path / "words" / name).write_bytes(before)
     LexicalSearcher.load(datastore, tmp_path / "words")
@@ -214,10 +214,10 @@ def flip(path, place: int) -> None:
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_damage_is_told_when_it_is_opened(datastore, tmp_path, kind):
+def test_damaged_lexical_files_are_refused_when_opened(datastore, tmp_path, kind):
     LexicalSearcher.build(datastore, tmp_path / "words")
     DAMAGE[kind](tmp_path / "words")
-    with pytest.raises(DatastoreCorruptError, match="Build it again"):
+    with pytest.raises(DatastoreCorruptError):
         LexicalSearcher.load(datastore, tmp_path / "words")
 
 
@@ -227,29 +227,29 @@ def test_verify_finds_a_flipped_bit_in_every_file(datastore, tmp_path, name):
     searcher.verify()
     LexicalSearcher.load(datastore, tmp_path / "words", verify=True)
     flip(tmp_path / "words" / name, (tmp_path / "words" / name).stat().st_size - 3)
-    with pytest.raises(DatastoreCorruptError, match=f"the content of {name} is not what was written"):
+    with pytest.raises(DatastoreCorruptError):
         searcher.verify()
     with pytest.raises(DatastoreCorruptError):
         LexicalSearcher.load(datastore, tmp_path / "words", verify=True)
 
 
-def test_a_chunk_that_is_not_there_is_told(datastore, queries, tmp_path):
+def test_lexical_lists_with_unknown_chunks_are_refused(datastore, queries, tmp_path):
     """Damage in the mapped lists that only a search sees."""
     LexicalSearcher.build(datastore, tmp_path / "words")
     places = np.load(tmp_path / "words" / INDICES)
     np.save(tmp_path / "words" / INDICES, np.full_like(places, 1 << 30))
     searcher = LexicalSearcher.load(datastore, tmp_path / "words")
-    with pytest.raises(DatastoreCorruptError, match="Build it again"):
+    with pytest.raises(DatastoreCorruptError):
         searcher.search(queries, 2)
 
 
-def test_a_store_without_words_is_refused(tokenizer, embedder):
+def test_store_without_words_is_refused(tokenizer, embedder):
     store = RetroDatastore.from_texts(["! ? ."], tokenizer, embedder=embedder, chunk_size=8, neighbor_size=16)
-    with pytest.raises(DatastoreInputError, match=r"No chunk of .* \(1 chunk\) has a word"):
+    with pytest.raises(DatastoreInputError):
         LexicalSearcher.build(store)
 
 
-def test_several_shards_have_one_numbering(tokenizer, embedder, queries, datastore):
+def test_lexical_search_numbers_chunks_across_shards(tokenizer, embedder, queries, datastore):
     many = RetroDatastore.from_texts(
         corpus(), tokenizer, embedder=embedder, chunk_size=8, neighbor_size=20, shard_chunks=100
     )

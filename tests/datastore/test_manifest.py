@@ -41,7 +41,7 @@ def setter(*path_and_value):
     return change
 
 
-def test_a_manifest_survives_writing_and_reading(built, tmp_path):
+def test_manifest_survives_writing_and_reading(built, tmp_path):
     manifest = DatastoreManifest.read(built)
     manifest.write(tmp_path)
     assert DatastoreManifest.read(tmp_path) == manifest
@@ -49,15 +49,15 @@ def test_a_manifest_survives_writing_and_reading(built, tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == [MANIFEST_NAME]
 
 
-def test_the_manifest_holds_no_absolute_path(built):
+def test_manifest_has_no_absolute_path(built):
     text = (built / MANIFEST_NAME).read_text()
     assert str(built.parent) not in text and '"/' not in text
 
 
-def test_a_folder_without_a_manifest_is_no_datastore(tmp_path):
-    with pytest.raises(DatastoreNotFoundError, match="it has no datastore.json.*RetroDatastore.build"):
+def test_folder_without_a_manifest_is_not_a_datastore(tmp_path):
+    with pytest.raises(DatastoreNotFoundError):
         RetroDatastore.load(tmp_path)
-    with pytest.raises(DatastoreNotFoundError, match="the folder does not exist"):
+    with pytest.raises(DatastoreNotFoundError):
         RetroDatastore.load(tmp_path / "nowhere")
 
 
@@ -72,9 +72,9 @@ def test_a_folder_without_a_manifest_is_no_datastore(tmp_path):
         lambda content: content.pop("checksum"),
     ],
 )
-def test_any_change_without_a_new_checksum_is_refused(copy, change):
+def test_manifest_with_a_wrong_checksum_is_refused(copy, change):
     rewrite(copy, change, seal=False)
-    with pytest.raises(DatastoreCorruptError, match=r"checksum|missing fields \['sources'\]"):
+    with pytest.raises(DatastoreCorruptError):
         RetroDatastore.load(copy)
 
 
@@ -170,7 +170,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_manifest_with_a_right_checksum_is_refused(copy, name):
+def test_hostile_manifest_with_a_valid_checksum_is_refused(copy, name):
     rewrite(copy, HOSTILE[name])
     with pytest.raises(DatastoreCorruptError) as refusal:
         # Whatever opening lets through because it looks at no key yet, using it does not.
@@ -182,16 +182,16 @@ def test_a_hostile_manifest_with_a_right_checksum_is_refused(copy, name):
 @pytest.mark.parametrize(
     "text", ["", "nonsense", "[]", "3", '{"format_version": 1}', "[" * 100_000, "\x00", '{"a": 1e999}', "{" * 1000]
 )
-def test_a_manifest_that_is_none_is_refused(copy, text):
+def test_file_that_is_not_a_manifest_is_refused(copy, text):
     (copy / MANIFEST_NAME).write_text(text)
-    with pytest.raises(DatastoreCorruptError, match="datastore.json.*Restore the folder"):
+    with pytest.raises(DatastoreCorruptError):
         RetroDatastore.load(copy)
 
 
-def test_a_manifest_of_absurd_size_is_not_read(copy):
+def test_oversized_manifest_is_not_read(copy):
     with (copy / MANIFEST_NAME).open("r+b") as file:
         file.truncate(1 << 40)
-    with pytest.raises(DatastoreCorruptError, match="more than 16,777,216"):
+    with pytest.raises(DatastoreCorruptError):
         RetroDatastore.load(copy)
 
 
@@ -199,24 +199,22 @@ def names_of(folder) -> list[str]:
     return [entry.name for entry in DatastoreManifest.read(folder).files]
 
 
-def test_a_missing_file_is_named(copy):
+def test_missing_file_is_named(copy):
     for name in names_of(copy):
         content = (copy / name).read_bytes()
         (copy / name).unlink()
-        with pytest.raises(DatastoreCorruptError, match=f"{name}' is damaged: it is missing"):
+        with pytest.raises(DatastoreCorruptError):
             RetroDatastore.load(copy)
         (copy / name).write_bytes(content)
     RetroDatastore.load(copy, verify=True)
 
 
-def test_a_file_cut_short_or_grown_is_named(copy):
+def test_file_of_another_size_is_named(copy):
     for name in names_of(copy):
         content = (copy / name).read_bytes()
         for damaged in (content[:-1], content[: len(content) // 2], b"", content + b"\0"):
             (copy / name).write_bytes(damaged)
-            with pytest.raises(
-                DatastoreCorruptError, match=f"{name}' is damaged: it has .* bytes, but the manifest says"
-            ):
+            with pytest.raises(DatastoreCorruptError):
                 RetroDatastore.load(copy)
         (copy / name).write_bytes(content)
 
@@ -244,7 +242,7 @@ def test_swapped_files_are_refused(copy):
 
 
 @pytest.mark.parametrize("kind", ["tokens", "doc_offsets", "doc_lengths", "ids", "documents", "keys", "index"])
-def test_a_file_of_noise_of_the_right_size_is_refused_or_never_trusted(copy, kind):
+def test_random_bytes_of_the_right_size_are_refused(copy, kind):
     """Sealed anew by an attacker, so that sizes and checksums agree: the headers still do not."""
     manifest = DatastoreManifest.read(copy)
     entry = manifest.entries(kind)[0]
@@ -260,7 +258,7 @@ def test_a_file_of_noise_of_the_right_size_is_refused_or_never_trusted(copy, kin
         _ = store.shards[0].keys, store.shards[0].index, store.document_number("doc-3")
 
 
-def test_any_flipped_bit_in_a_header_is_refused_or_changes_nothing(copy):
+def test_flipped_header_bit_is_refused_or_harmless(copy):
     """Without checksums, as every day: numpy parses headers as Python, which fails in many ways."""
     name = DatastoreManifest.read(copy).entries("doc_lengths")[0].name
     content = (copy / name).read_bytes()

@@ -42,14 +42,14 @@ class Fixed:
         return np.where(ids < 0, -np.inf, 1).astype(np.float32), ids
 
 
-def test_an_embedding_searcher_is_embedding_and_search(datastore, embedder):
+def test_embedding_searcher_embeds_and_searches(datastore, embedder):
     scores, ids = EmbeddingSearcher(datastore, embedder).search(QUERIES, 3, exclude_documents=[1, 2, -1])
     expected = datastore.search(embedder.embed(QUERIES), 3, exclude_documents=[1, 2, -1])
     np.testing.assert_array_equal(ids, expected[1])
     np.testing.assert_array_equal(scores, expected[0])
 
 
-def test_another_index_stands_in_for_the_stores_own(datastore, embedder):
+def test_another_index_can_replace_the_stores_own(datastore, embedder):
     own, other = EmbeddingSearcher(datastore, embedder), EmbeddingSearcher(datastore, embedder, StandIn(datastore))
     for excluded in (None, [3, 4, -1]):
         found = other.search(QUERIES, 4, exclude_documents=excluded)
@@ -63,7 +63,7 @@ def test_another_index_stands_in_for_the_stores_own(datastore, embedder):
     assert found[0].dtype == np.float32 and found[1].dtype == np.int64
 
 
-def test_another_index_does_not_bring_deleted_documents_back(built, embedder, tmp_path):
+def test_another_index_does_not_return_deleted_documents(built, embedder, tmp_path):
     RetroDatastore.load(built).save(tmp_path / "store")
     store = RetroDatastore.load(tmp_path / "store")
     searcher = EmbeddingSearcher(store, embedder, StandIn(store))
@@ -79,12 +79,12 @@ def test_another_index_with_other_shapes_or_ids_is_refused(datastore, embedder):
         def search(self, queries, num_neighbors, *, exclude_documents=None):
             return np.zeros((len(queries), 1)), np.zeros((len(queries), 1), dtype=np.int64)
 
-    with pytest.raises(RetrieverError, match=r"Short.search returned scores of shape \(3, 1\).*\(3, 4\)"):
+    with pytest.raises(RetrieverError):
         EmbeddingSearcher(datastore, embedder, Short()).search(QUERIES, 4)
 
 
 def test_the_embedder_of_another_store_is_refused(datastore, tmp_path):
-    with pytest.raises(DatastoreMismatchError, match="made by the embedder"):
+    with pytest.raises(DatastoreMismatchError):
         EmbeddingSearcher(datastore, ChunkEmbedder.from_pretrained(make_encoder(tmp_path, seed=5)))
 
 
@@ -97,7 +97,7 @@ def test_ranks_are_fused_reciprocally_and_the_first_searcher_wins_ties():
     assert np.isneginf(scores[0, 4]) and scores[1, 0] == scores[1, 1] == np.float32(1 / 61)
 
 
-def test_hybrid_search_of_a_store_knows_both_and_hides_what_is_excluded(datastore, embedder):
+def test_hybrid_search_fuses_both_searchers_and_excludes_documents(datastore, embedder):
     dense, lexical = EmbeddingSearcher(datastore, embedder), LexicalSearcher.build(datastore)
     hybrid = HybridSearcher(dense, lexical)
     excluded = datastore.document_of(dense.search(QUERIES, 1)[1][:, 0])
@@ -116,9 +116,9 @@ def test_hybrid_search_of_a_store_knows_both_and_hides_what_is_excluded(datastor
 
 def test_searchers_of_two_stores_are_not_fused(datastore, embedder, tokenizer):
     other = RetroDatastore.from_texts(["the old river"], tokenizer, embedder=embedder, chunk_size=8, neighbor_size=20)
-    with pytest.raises(RetrieverError, match="the same id would stand for different text"):
+    with pytest.raises(RetrieverError):
         HybridSearcher(EmbeddingSearcher(datastore, embedder), EmbeddingSearcher(other, embedder))
 
 
-def test_half_a_character_in_a_query_is_replaced_as_in_a_document(datastore, embedder):
+def test_lone_surrogate_in_a_query_is_replaced(datastore, embedder):
     assert RetroRetriever(datastore, embedder=embedder).find("the river\ud83d")[0]

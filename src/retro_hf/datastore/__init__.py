@@ -1,13 +1,14 @@
-"""The datastore of RETRO: documents cut into chunks, their keys, and the index that finds them. Knows no model."""
+"""The datastore of RETRO: documents cut into chunks, their keys, and the index that finds them. It knows no model."""
 
-from .chunks import chunk_texts, tokenizer_fingerprint
-from .cluster import RayExecutor
-from .cluster_search import RayShards
+from .chunks import chunk_texts
+from .compatibility import tokenizer_fingerprint
 from .duplicates import near_duplicates
 from .embedder import ChunkEmbedder
 from .executors import RankExecutor
+from .index_plan import IndexOptions
 from .lexical import LexicalSearcher
 from .manifest import DatastoreManifest
+from .ray import RayExecutor, RayShards
 from .searchers import EmbeddingSearcher, HybridSearcher, Searcher, VectorIndex
 from .store import RetroDatastore
 
@@ -17,6 +18,7 @@ __all__ = [
     "DatastoreManifest",
     "EmbeddingSearcher",
     "HybridSearcher",
+    "IndexOptions",
     "LexicalSearcher",
     "RankExecutor",
     "RayExecutor",

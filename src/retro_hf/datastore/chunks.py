@@ -1,54 +1,36 @@
-"""Chunk arithmetic, the text of a chunk, and the identity of a tokenizer: numpy only, no files, no index.
+"""
+Chunk arithmetic, with numpy only.
 
-A datastore holds one flat token stream in which every document starts at a multiple of `chunk_size` and is zero-padded
-up to the next one, so chunk `i` is `tokens[i * chunk_size : (i + 1) * chunk_size]`. `doc_offsets[d]` is the first
-chunk of document `d` and `doc_lengths[d]` its number of real tokens.
+A datastore has one flat token stream. Every document starts at a multiple of `chunk_size` and is padded with zeros up to
+the next one, so chunk `i` is `tokens[i * chunk_size : (i + 1) * chunk_size]`. `doc_offsets[d]` is the first chunk of
+document `d`, and `doc_lengths[d]` is its number of real tokens. With `chunk_size=4`, two documents of 5 and 3 tokens:
+
+    tokens       a a a a | a 0 0 0 | b b b 0        chunks 0, 1, 2
+    doc_offsets  0, 2, 3                            doc_lengths  5, 3
+    neighbor of chunk 0 with neighbor_size=8:       a a a a a 0 0 0, mask 1 1 1 1 1 0 0 0
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from transformers import PreTrainedTokenizerBase
-
-__all__ = [
-    "chunk_texts",
-    "document_of",
-    "gather_tokens",
-    "num_chunks_of",
-    "ranges",
-    "token_dtype",
-    "tokenizer_fingerprint",
-    "vocabulary_size",
-]
+from transformers import PreTrainedTokenizerBase
 
 
 def num_chunks_of(num_tokens: int | np.ndarray, chunk_size: int) -> Any:
-    """Chunks that `num_tokens` tokens of one document fill; the last one may be short."""
+    """Number of chunks that `num_tokens` tokens of one document fill; the last one may be short."""
     return -(-num_tokens // chunk_size)
 
 
 def ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """The integers of several ranges in a row: `starts[i]` to `starts[i] + counts[i] - 1` for each `i`."""
+    """Several ranges of integers in a row: `starts[i]` to `starts[i] + counts[i] - 1` for each `i`."""
     return np.repeat(starts - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """The narrowest type of the token stream: uint16 up to 65,536 token ids, uint32 above."""
+    """The narrowest dtype of a token stream: uint16 up to 65,536 token ids, uint32 above."""
     return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
-
-
-def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
-    """One more than the largest token id; `len(tokenizer)` is less where the vocabulary has holes."""
-    return max(len(tokenizer), max(tokenizer.get_vocab().values(), default=0) + 1)
 
 
 def document_of(chunk_ids: np.ndarray, doc_offsets: np.ndarray) -> np.ndarray:
@@ -84,7 +66,7 @@ def gather_tokens(
         doc_lengths (`np.ndarray` of int64 and shape `(num_documents,)`): real tokens of each document.
         chunk_size (`int`): tokens per chunk.
         neighbor_size (`int`): tokens per neighbor.
-        chunk_starts (`np.ndarray` of int64 and shape `(num_chunks,)`, *optional*): where in the stream a chunk begins,
+        chunk_starts (`np.ndarray` of int64 and shape `(num_chunks,)`, *optional*): where in the stream each chunk begins,
             if not at `chunk_id * chunk_size`.
     Returns:
         `(tokens, mask)`, both int64 of shape `(*chunk_ids.shape, neighbor_size)`; tokens are 0 where the mask is 0.
@@ -93,7 +75,7 @@ def gather_tokens(
     known = flat >= 0
     chunks = np.where(known, flat, 0)
     first = doc_offsets[documents := np.searchsorted(doc_offsets, chunks, side="right") - 1]
-    # What is left of the document, in tokens, from the first token of the chunk.
+    # Tokens from the first one of the chunk to the end of its document.
     if chunk_starts is None:
         left = doc_lengths[documents] - (chunks - first) * chunk_size
     else:
@@ -101,15 +83,15 @@ def gather_tokens(
     left = np.where(known, np.minimum(left, neighbor_size), 0).astype(np.int32)
     mask = np.arange(neighbor_size, dtype=np.int32) < left[:, None]
     if chunk_starts is None:
-        # Chunks past the end of the document are read and masked, which costs less than selecting rows; the last chunk
-        # of the stream stands in for those past its end.
+        # Copy whole chunks, also those behind the end of the document, and mask them: cheaper than selecting tokens. The
+        # last chunk of the stream stands in for chunks behind its end.
         width, rows = num_chunks_of(neighbor_size, chunk_size), tokens.reshape(-1, chunk_size)
         following = np.minimum(chunks[:, None] + np.arange(width), len(rows) - 1)
         found = np.take(rows, following, axis=0).reshape(len(flat), width * chunk_size)[:, :neighbor_size]
     else:
         following = np.minimum(chunk_starts[chunks][:, None] + np.arange(neighbor_size), len(tokens) - 1)
         found = np.take(tokens, following)
-    # In the stream's own narrow type, twice as fast as after the conversion.
+    # Masked in the narrow dtype of the stream, which is twice as fast as after the conversion.
     np.multiply(found, mask, out=found)
     shape = (*chunk_ids.shape, neighbor_size)
     return found.astype(np.int64).reshape(shape), mask.astype(np.int64).reshape(shape)
@@ -118,15 +100,15 @@ def gather_tokens(
 def chunk_texts(tokenizer: PreTrainedTokenizerBase, rows: np.ndarray, mask: np.ndarray | None = None) -> list[str]:
     """The text of token rows, as the embedder reads it.
 
-    The one function behind keys and queries: a chunk of the datastore that comes back as a query yields the same text
-    and therefore the same vector. Special tokens (padding, begin of text) are left out.
+    Keys and queries both go through this function: a stored chunk that comes back as a query has the same text and
+    therefore the same vector. Special tokens (padding, begin of text) are left out.
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): the language model's tokenizer.
         rows (`np.ndarray` of int64 and shape `(num_rows, num_tokens)`): token ids.
         mask (`np.ndarray` of the same shape, *optional*): 0 at padding.
     Returns:
-        `list[str]`: one text per row. Bytes of a character that the border of a chunk cuts show as U+FFFD.
+        `list[str]`: one text per row. Bytes of a character that is cut by the border of a chunk become U+FFFD.
     """
     if not len(rows):
         return []
@@ -135,22 +117,3 @@ def chunk_texts(tokenizer: PreTrainedTokenizerBase, rows: np.ndarray, mask: np.n
     else:
         ids = [row[keep].tolist() for row, keep in zip(rows, mask.astype(bool), strict=True)]
     return tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A sha256 of what turns ids into text: the vocabulary and, for BPE, the merges.
-
-    Special tokens that are added on top, padding and truncation settings, and the path it was loaded from do not
-    count: a pad token set by the caller does not make another tokenizer.
-    """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        model: dict[str, Any] = {"type": type(tokenizer).__name__, "vocab": tokenizer.get_vocab()}
-    else:
-        model = json.loads(backend.to_str())["model"]
-    vocab = model.get("vocab", {})
-    items: Sequence[Any] = sorted(vocab.items(), key=lambda item: item[1]) if isinstance(vocab, dict) else vocab
-    # Library versions write a merge as "a b" or as ["a", "b"].
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model.get("merges") or []]
-    content = json.dumps([items, merges], ensure_ascii=True, separators=(",", ":"))
-    return hashlib.sha256(content.encode()).hexdigest()

@@ -1,47 +1,75 @@
-"""Whether a datastore fits a language model's tokenizer and sizes, and the embedder of the queries."""
+"""Which tokenizer and embedder a datastore belongs to: their fingerprints, and the check that a caller has the same."""
 
 from __future__ import annotations
 
+import json
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..errors import DatastoreInputError, DatastoreMismatchError, PretrainedNotFoundError
-from .chunks import tokenizer_fingerprint, vocabulary_size
+from .files import digest_of, sha256_of
 
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from .embedder import ChunkEmbedder
-    from .manifest import DatastoreManifest
     from .store import RetroDatastore
-
-__all__ = ["check_compatible", "load_tokenizer"]
 
 
 def load_tokenizer(tokenizer: PreTrainedTokenizerBase | str | os.PathLike[str]) -> PreTrainedTokenizerBase:
-    """The tokenizer as it is, or the one of that name: a folder, or a model on the Hub.
+    """A tokenizer unchanged, or the one with a given name: a folder, or a model on the Hub.
 
     Raises:
-        PretrainedNotFoundError: if there is no tokenizer of that name, or no vocabulary in it.
+        PretrainedNotFoundError: if there is no tokenizer of that name, or it has no vocabulary.
     """
     if not isinstance(tokenizer, (str, os.PathLike)):
         if not hasattr(tokenizer, "get_vocab"):
             raise DatastoreInputError(
-                f"The tokenizer is of type {type(tokenizer).__name__}. Pass the tokenizer itself, or its folder or Hub name."
+                f"The tokenizer is of type {type(tokenizer).__name__}. Pass a tokenizer, or its folder or Hub name."
             )
         return tokenizer
     try:
         loaded = AutoTokenizer.from_pretrained(tokenizer)
-        # Where a folder has a model but no vocabulary, transformers makes one up of the family's special tokens.
+        # For a model folder without a vocabulary, transformers makes one up from the family's special tokens.
         if len(loaded) <= len(set(loaded.all_special_ids)):
             raise ValueError("there is no vocabulary, such as a tokenizer.json")
     except (OSError, ValueError) as error:
         raise PretrainedNotFoundError.for_name("tokenizer", str(tokenizer), error) from error
     return loaded
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The largest token id plus one; `len(tokenizer)` is less if the vocabulary has gaps."""
+    return max(len(tokenizer), max(tokenizer.get_vocab().values(), default=0) + 1)
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A sha256 of what turns ids into text: the vocabulary and, for BPE, the merges.
+
+    Added special tokens, padding and truncation settings, and the path do not count: a pad token that the caller sets
+    does not make another tokenizer.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        model: dict[str, Any] = {"vocab": tokenizer.get_vocab()}
+    else:
+        model = json.loads(backend.to_str())["model"]
+    vocab = model.get("vocab", {})
+    items = sorted(vocab.items(), key=lambda item: item[1]) if isinstance(vocab, dict) else vocab
+    # Library versions write a merge as "a b" or as ["a", "b"].
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model.get("merges") or []]
+    return sha256_of(json.dumps([items, merges], ensure_ascii=True, separators=(",", ":")))
+
+
+def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A digest of everything that turns text into ids, by which a build finds its unfinished work."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return digest_of(type(tokenizer).__name__, json.dumps(tokenizer.get_vocab(), sort_keys=True))
+    content = json.loads(backend.to_str())
+    content.update(padding=None, truncation=None)
+    return digest_of(json.dumps(content, sort_keys=True))
 
 
 def check_compatible(
@@ -52,58 +80,53 @@ def check_compatible(
     neighbor_size: int | None = None,
     embedder: ChunkEmbedder | None = None,
 ) -> None:
-    """Check that a datastore fits a language model's tokenizer and sizes, and the embedder of the queries.
+    """Check that a datastore was built for a language model's tokenizer and sizes, and by the embedder of the queries.
 
     Raises:
-        DatastoreMismatchError: for the first that it was not built with; names both sides, what would go wrong, and the
-            remedy.
+        DatastoreMismatchError: for the first difference, with both values and the remedy.
     """
-    path, manifest = datastore.path, datastore.manifest
+    path, manifest = str(datastore.path), datastore.manifest
     for name, wanted, known in (
         ("chunk_size", chunk_size, manifest.chunk_size),
         ("neighbor_size", neighbor_size, manifest.neighbor_size),
     ):
         if wanted is not None and wanted != known:
             raise DatastoreMismatchError(
-                f"The datastore {str(path)!r} was built with {name}={known}, but {name}={wanted} is expected. "
-                f"Neighbors would be cut at the wrong borders. Rebuild it with {name}={wanted}, or use a model with "
-                f"{name}={known}."
+                f"The datastore {path!r} was built with {name}={known}, but {name}={wanted} is expected. Rebuild it with "
+                f"{name}={wanted}, or use a model with {name}={known}."
             )
     if tokenizer is not None:
-        _check_tokenizer(path, manifest, tokenizer)
+        _check_tokenizer(path, manifest.tokenizer, manifest.max_token_id, tokenizer)
     if embedder is not None:
         _check_embedder(path, manifest.embedder, embedder)
 
 
-def _check_embedder(path: Path, made: dict[str, Any], embedder: ChunkEmbedder) -> None:
+def _check_tokenizer(path: str, known: dict[str, Any], max_id: int, tokenizer: PreTrainedTokenizerBase) -> None:
+    found = tokenizer_fingerprint(tokenizer)
+    same = found == known["fingerprint"]
+    if same and max_id < vocabulary_size(tokenizer):
+        return
+    # The vocabulary is the same, but a token was added to it when the store was built.
+    lacking = f", without token id {max_id}" if same else ""
+    raise DatastoreMismatchError(
+        f"The datastore {path!r} has token ids of the tokenizer {known['name']!r} (fingerprint {known['fingerprint'][:12]}), "
+        f"but the tokenizer given is {tokenizer.name_or_path!r} (fingerprint {found[:12]}{lacking}). Use its own tokenizer, or "
+        "make a copy for this one with `datastore.retokenize('<new folder>', tokenizer)`."
+    )
+
+
+def _check_embedder(path: str, made: dict[str, Any], embedder: ChunkEmbedder) -> None:
     if embedder.fingerprint != made["fingerprint"]:
         raise DatastoreMismatchError(
-            f"The keys of the datastore {str(path)!r} were made by the embedder {made['name']!r} (dim={made['dim']}, "
-            f"fingerprint {made['fingerprint'][:12]}), but the embedder given is {embedder.name_or_path!r} "
-            f"(dim={embedder.dim}, fingerprint {embedder.fingerprint[:12]}). Distances between vectors of two "
-            "encoders mean nothing. Use the embedder of the datastore, or rebuild it with this one."
+            f"The keys of the datastore {path!r} were made by the embedder {made['name']!r} (fingerprint "
+            f"{made['fingerprint'][:12]}), but the embedder given is {embedder.name_or_path!r} (fingerprint "
+            f"{embedder.fingerprint[:12]}), whose vectors are not comparable. Use its own embedder, or rebuild it."
         )
     query = made.get("query") or {"name": None, "prompt": made.get("prompt", ""), "fingerprint": made["fingerprint"]}
     if embedder.query_fingerprint != query["fingerprint"]:
-        other = embedder.query_encoder
+        other = embedder.query_encoder or embedder
         raise DatastoreMismatchError(
-            f"The datastore {str(path)!r} was built for queries of the encoder {query['name'] or made['name']!r} with the "
-            f"prompt {query['prompt']!r} (fingerprint {query['fingerprint'][:12]}), but the embedder given has the queries' "
-            f"encoder {(other or embedder).name_or_path!r} with the prompt {embedder.query_prompt!r} (fingerprint "
-            f"{embedder.query_fingerprint[:12]}). Its queries would not find what they should. Load the embedder with the "
-            "`query_encoder=` and `query_prompt=` of the datastore, or rebuild it with this one."
+            f"The datastore {path!r} was built for queries by {query['name'] or made['name']!r} with the prompt "
+            f"{query['prompt']!r}, but the embedder given makes queries by {other.name_or_path!r} with the prompt "
+            f"{embedder.query_prompt!r}. Load it with the `query_encoder=` and `query_prompt=` of the datastore, or rebuild."
         )
-
-
-def _check_tokenizer(path: Path, manifest: DatastoreManifest, tokenizer: PreTrainedTokenizerBase) -> None:
-    known, found = manifest.tokenizer, tokenizer_fingerprint(tokenizer)
-    if found == known["fingerprint"] and manifest.max_token_id < vocabulary_size(tokenizer):
-        return
-    # The same vocabulary, but a token that was added on top of it when the store was built is missing.
-    lacking = f", without token id {manifest.max_token_id}" if found == known["fingerprint"] else ""
-    raise DatastoreMismatchError(
-        f"The datastore {str(path)!r} holds token ids of the tokenizer {known['name']!r} (fingerprint "
-        f"{known['fingerprint'][:12]}), but the tokenizer given is {tokenizer.name_or_path!r} (fingerprint "
-        f"{found[:12]}{lacking}). The ids would stand for other text. Make a copy for this tokenizer, with the same keys: "
-        "`datastore.retokenize('<new folder>', tokenizer)`; or use the tokenizer it was built with."
-    )

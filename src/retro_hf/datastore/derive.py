@@ -1,4 +1,4 @@
-"""New datastores from old ones without embedding again: save, subset, merge, retokenize."""
+"""New datastores from existing ones, without embedding again: save, subset, merge, retokenize."""
 
 from __future__ import annotations
 
@@ -10,42 +10,47 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from ..errors import DatastoreInputError, DatastoreMismatchError, counted
 from .build import work_folder
-from .chunks import token_dtype, vocabulary_size
-from .compatibility import load_tokenizer
+from .chunks import token_dtype
+from .compatibility import load_tokenizer, vocabulary_size
 from .documents import document_ids
+from .edit import placed, rewrite
 from .executors import progress_bar
-from .manifest import MANIFEST_NAME, SHARD_FILES, DatastoreManifest, FileEntry, ShardEntry, new_path
-from .origins import describe_tokenizer, library_version, unique_sources
-from .policy import IndexOptions, parse_bytes
-from .shard import Shard, hash_of_id
-from .storage import NpyWriter, link_or_copy, new_folder
-from .update import rewrite
-from .writer import describe_file
+from .files import INT64, MANIFEST_NAME, NpyWriter, hash_of, link_or_copy, new_folder, write_npy
+from .index_plan import IndexOptions
+from .manifest import (
+    SHARD_FILES,
+    FileEntry,
+    ShardEntry,
+    describe_file,
+    describe_tokenizer,
+    library_version,
+    new_path,
+    unique_sources,
+)
+from .shard import Shard
 
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from .store import RetroDatastore
 
-__all__ = ["drawn_documents", "merge", "retokenize", "save", "subset"]
+_RETOKENIZED = ("tokens", "doc_lengths", "chunk_starts")
 
 
 def save(datastore: RetroDatastore, path: str | os.PathLike[str]) -> None:
     """Copy a datastore to a new folder, which appears when the copy is complete.
 
     Args:
-        datastore ([`RetroDatastore`]): the store, such as one that was downloaded.
+        datastore ([`RetroDatastore`]): the store, for example a downloaded one.
         path (`str` or `Path`): the folder to make.
     """
     with new_folder(new_path(path)) as folder:
-        for entry in datastore.manifest.files:
-            shutil.copyfile(datastore.path / entry.name, folder / entry.name)
         # The manifest last, as in a build.
-        shutil.copyfile(datastore.path / MANIFEST_NAME, folder / MANIFEST_NAME)
+        for name in (*(entry.name for entry in datastore.manifest.files), MANIFEST_NAME):
+            shutil.copyfile(datastore.path / name, folder / name)
 
 
 def subset(
@@ -55,53 +60,47 @@ def subset(
     ids: Iterable[str] | None = None,
     fraction: float | None = None,
     seed: int = 0,
-    index: str = "auto",
-    recall: float = 0.95,
-    memory_budget: float | str | None = None,
+    index: IndexOptions | str = "auto",
     show_progress: bool | None = None,
 ) -> RetroDatastore:
-    """Write some of the documents of a datastore to a new one, with the keys they have.
+    """Write some documents of a datastore to a new one, with the keys they have.
 
     Args:
-        datastore ([`RetroDatastore`]): where they come from; deleted documents are left out.
+        datastore ([`RetroDatastore`]): the source; its deleted documents are left out.
         path (`str` or `Path`): the folder to make.
-        ids (`Iterable[str]`, *optional*): the documents to take. Give either `ids` or `fraction`.
+        ids (`Iterable[str]`, *optional*): the documents to take. Pass exactly one of `ids` and `fraction`.
         fraction (`float`, *optional*): share of the documents to take, above 0 and at most 1. Documents are drawn by
-            id, so a smaller fraction with the same seed is contained in a larger one.
+            id, so a larger fraction with the same seed contains a smaller one.
         seed (`int`, defaults to 0): of that draw.
-        index, recall, memory_budget, show_progress: as for [`RetroDatastore.build`].
+        index, show_progress: as for [`RetroDatastore.build`].
     Returns:
         [`RetroDatastore`]: the new store.
     Raises:
-        DatastoreInputError: if an id is not in the store, nothing is left, or `path` lies inside a store.
+        DatastoreInputError: if an id is not in the store, no document is left, or `path` is inside a store.
     """
     path = new_path(path)
-    keep = np.zeros(datastore.num_documents, dtype=bool)
     if (ids is None) == (fraction is None):
-        raise DatastoreInputError("Give either the ids of the documents to take, or a fraction of them.")
-    if ids is not None:
-        wanted = document_ids(ids)
-        numbers = datastore.document_numbers(wanted)
-        if (numbers < 0).any():
-            unknown = wanted[int(np.flatnonzero(numbers < 0)[0])]
-            raise DatastoreInputError(f"There is no document with the id {unknown!r} in {str(datastore.path)!r}.")
-        keep[numbers] = True
-    elif fraction is not None:
+        raise DatastoreInputError("Pass exactly one of `ids` and `fraction`.")
+    if fraction is not None:
         keep = drawn_documents(datastore, fraction, seed)
+    else:
+        numbers = datastore.document_numbers(wanted := document_ids(ids))
+        if (numbers < 0).any():
+            unknown = wanted[int(np.argmin(numbers))]
+            raise DatastoreInputError(f"There is no document with the id {unknown!r} in {str(datastore.path)!r}.")
+        keep = np.zeros(datastore.num_documents, dtype=bool)
+        keep[numbers] = True
     if not keep.any():
         raise DatastoreInputError(
-            f"No document is left of {counted(datastore.num_documents, 'document')}. Take a larger fraction, or other ids."
+            f"No document is left of {counted(datastore.num_documents, 'document')}. Use a larger fraction, or other ids."
         )
-    options = IndexOptions(index, recall, parse_bytes(memory_budget))
     with work_folder(path.absolute()) as work, new_folder(path, within=work) as folder:
-        shards = rewrite(datastore, keep, work, options, 0, datastore.num_chunks, show_progress)
-        for shard in shards:
-            shard.link_into(folder)
+        shards = rewrite(datastore, keep, work, IndexOptions.of(index), 0, datastore.num_chunks, show_progress)
         _write_manifest(
             folder,
             datastore,
             shards=tuple(shard.entry for shard in shards),
-            files=(*(file for shard in shards for file in shard.files), *_tokenizer_files(datastore, folder)),
+            files=(*placed(shards, folder), *_linked(datastore, folder, "tokenizer")),
             next_shard=len(shards),
             num_deleted_documents=0,
         )
@@ -109,11 +108,11 @@ def subset(
 
 
 def drawn_documents(datastore: RetroDatastore, fraction: float, seed: int = 0) -> np.ndarray:
-    """Which documents belong to a fraction; a larger one with the same seed contains a smaller one.
+    """The documents that belong to a fraction; a larger one with the same seed contains a smaller one.
 
     Args:
-        fraction (`float`): share of the documents, above 0 and at most 1. Whether a document belongs is decided by its
-            id, so the share that is drawn is near the fraction, not equal to it.
+        fraction (`float`): share of the documents, above 0 and at most 1. Whether a document belongs depends on its id, so
+            the share that is drawn is near the fraction, not equal to it.
         seed (`int`, defaults to 0): of that draw.
     Returns:
         `np.ndarray` of bool and shape `(num_documents,)`; `False` for deleted documents.
@@ -121,9 +120,9 @@ def drawn_documents(datastore: RetroDatastore, fraction: float, seed: int = 0) -
         DatastoreInputError: for a fraction out of range.
     """
     if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 < fraction <= 1:
-        raise DatastoreInputError(f"fraction is {fraction!r}, but it is a share: above 0 and at most 1.")
+        raise DatastoreInputError(f"fraction is {fraction!r}. Pass a share above 0 and at most 1.")
     drawn = (
-        hash_of_id(f"{seed} {id}") < fraction * 2**64
+        hash_of(f"{seed} {id}") < fraction * 2**64
         for shard in datastore.shards
         for table in shard.documents.pieces()
         for id in table.column("id").to_pylist()
@@ -136,8 +135,8 @@ def drawn_documents(datastore: RetroDatastore, fraction: float, seed: int = 0) -
 def merge(datastores: Sequence[RetroDatastore], path: str | os.PathLike[str]) -> RetroDatastore:
     """Put the shards of several datastores into a new one.
 
-    Files are linked, not copied, where the file system can. Every shard keeps its index; [`RetroDatastore.compact`]
-    makes one of all.
+    Files are hard-linked where the file system can, otherwise copied. Every shard keeps its index;
+    [`RetroDatastore.compact`] makes one of all.
 
     Args:
         datastores (`Sequence[RetroDatastore]`): with the same tokenizer, embedder, chunk and neighbor size.
@@ -145,21 +144,19 @@ def merge(datastores: Sequence[RetroDatastore], path: str | os.PathLike[str]) ->
     Returns:
         [`RetroDatastore`]: the new store.
     Raises:
-        DatastoreMismatchError: if they do not fit together; names what differs.
+        DatastoreMismatchError: if they were built differently; names what differs.
         DatastoreInputError: if a document is in two of them.
     """
-    if not datastores:
-        raise DatastoreInputError("There are no datastores to merge.")
-    wrong = next((store for store in datastores if not hasattr(store, "shards")), None)
-    if wrong is not None:
+    if not datastores or not all(hasattr(store, "shards") for store in datastores):
+        kinds = [type(store).__name__ for store in datastores]
         raise DatastoreInputError(
-            f"{wrong!r} is of type {type(wrong).__name__}, not a RetroDatastore. Open it first: `RetroDatastore.load(path)`."
+            f"Pass a list of opened datastores, such as `RetroDatastore.load(path)`, not {kinds}."
         )
     path = new_path(path)
     first = datastores[0]
-    for other in datastores[1:]:
-        _check_alike(first, other)
-    _check_disjoint(datastores)
+    for number, store in enumerate(datastores):
+        _check_alike(first, store)
+        _check_disjoint(store, datastores[:number])
     shards: list[ShardEntry] = []
     files: list[FileEntry] = []
     deleted: list[np.ndarray] = []
@@ -169,19 +166,18 @@ def merge(datastores: Sequence[RetroDatastore], path: str | os.PathLike[str]) ->
             for shard in store.shards:
                 name = f"{len(shards):05d}"
                 shards.append(dataclasses.replace(shard.entry, name=name))
-                files += _linked(store, shard, folder, name)
+                files += _linked_shard(store, shard, folder, name)
             deleted.append(store.deleted_documents + start)
             start += store.num_documents
         numbers = np.concatenate(deleted)
         if len(numbers):
-            with NpyWriter(folder / "deleted-00001.npy", np.dtype(np.int64)) as file:
-                file.append(numbers)
+            write_npy(folder / "deleted-00001.npy", numbers)
             files.append(describe_file(folder / "deleted-00001.npy", "deleted"))
         _write_manifest(
             folder,
             first,
             shards=tuple(shards),
-            files=(*files, *_tokenizer_files(first, folder)),
+            files=(*files, *_linked(first, folder, "tokenizer")),
             next_shard=len(shards),
             num_deleted_documents=len(numbers),
             num_empty_documents=sum(store.manifest.num_empty_documents for store in datastores),
@@ -194,29 +190,28 @@ def _check_alike(first: RetroDatastore, other: RetroDatastore) -> None:
     for name in ("chunk_size", "neighbor_size", "token_dtype", "tokenizer", "embedder"):
         known, found = getattr(first.manifest, name), getattr(other.manifest, name)
         if name in ("tokenizer", "embedder"):
+            # The name is only where it was loaded from; the fingerprint is what it is.
             if known["fingerprint"] == found["fingerprint"] and known.get("query") == found.get("query"):
                 continue
             known, found = (f"{part['name']!r} ({part['fingerprint'][:12]})" for part in (known, found))
         if known != found:
             raise DatastoreMismatchError(
-                f"The datastores do not fit together: {str(first.path)!r} has {name}={known}, but {str(other.path)!r} has "
-                f"{name}={found}. Rebuild one of them, or, for another tokenizer, use `retokenize`."
+                f"{str(first.path)!r} has {name}={known}, but {str(other.path)!r} has {name}={found}. Rebuild one of them, or, for "
+                "another tokenizer, use `retokenize`."
             )
 
 
-def _check_disjoint(datastores: Sequence[RetroDatastore]) -> None:
-    for number, store in enumerate(datastores):
-        for shard in store.shards:
-            for table in shard.documents.pieces():
-                ids = table.column("id").to_pylist()
-                live = store.document_numbers(ids) >= 0
-                for other in datastores[:number]:
-                    found = (other.document_numbers(ids) >= 0) & live
-                    if found.any():
-                        raise DatastoreInputError(
-                            f"The document {ids[int(np.flatnonzero(found)[0])]!r} is in {str(other.path)!r} and in "
-                            f"{str(store.path)!r}. Delete it from one of them first."
-                        )
+def _check_disjoint(store: RetroDatastore, others: Sequence[RetroDatastore]) -> None:
+    for table in (table for shard in store.shards for table in shard.documents.pieces() if others):
+        ids = table.column("id").to_pylist()
+        live = store.document_numbers(ids) >= 0
+        for other in others:
+            found = (other.document_numbers(ids) >= 0) & live
+            if found.any():
+                raise DatastoreInputError(
+                    f"The document {ids[int(np.argmax(found))]!r} is in {str(other.path)!r} and in {str(store.path)!r}. Delete it from "
+                    "one of them first."
+                )
 
 
 def retokenize(
@@ -226,29 +221,28 @@ def retokenize(
     *,
     show_progress: bool | None = None,
 ) -> RetroDatastore:
-    """Write the datastore for a language model with another tokenizer, without embedding its chunks again.
+    """Write the datastore for a language model with another tokenizer.
 
-    Chunks stay the same pieces of text, and so do keys and index, which are linked; the documents are tokenized anew,
+    Chunks stay the same pieces of text, so keys and index stay valid and are linked. The documents are tokenized again,
     and a neighbor is the `neighbor_size` new tokens from where its chunk begins.
 
     Args:
-        datastore ([`RetroDatastore`]): where the documents and the keys come from.
+        datastore ([`RetroDatastore`]): the source of documents and keys.
         path (`str` or `Path`): the folder to make.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`] or `str`): of the other language model; a fast one.
-        show_progress (`bool`, *optional*): a progress bar; by default on a terminal only.
+        show_progress (`bool`, *optional*): show a progress bar; by default on a terminal only.
     Returns:
         [`RetroDatastore`]: the new store, with the same documents and chunks under the same numbers.
     Raises:
-        DatastoreInputError: if a tokenizer does not know the places of its tokens in the text, or leaves a document
-            without tokens.
+        DatastoreInputError: if a tokenizer is not a fast one, or leaves a document without tokens.
     """
     path = new_path(path)
     tokenizer = load_tokenizer(tokenizer)
     for one in (datastore.tokenizer, tokenizer):
         if not one.is_fast:
             raise DatastoreInputError(
-                f"The tokenizer {one.name_or_path!r} is not a fast one, so the text of a chunk cannot be found in it. "
-                "Build the datastore again."
+                f"The tokenizer {one.name_or_path!r} is not a fast one, which can tell where its tokens are in the text. Build the "
+                "datastore again instead."
             )
     dtype = token_dtype(vocabulary_size(tokenizer))
     shards: list[ShardEntry] = []
@@ -257,29 +251,22 @@ def retokenize(
         new_folder(path) as folder,
         progress_bar(show_progress, total=datastore.num_documents, unit="doc", desc="Tokenizing") as progress,
     ):
-        for shard in datastore.shards:
-            replaced = {kind: folder / SHARD_FILES[kind].format(shard.entry.name) for kind in _RETOKENIZED}
-            shards.append(_retokenized(shard, datastore.tokenizer, tokenizer, dtype, replaced, progress))
-            files += _linked(datastore, shard, folder, shard.entry.name, leave_out=_RETOKENIZED)
-            files += [describe_file(file, kind, shard.entry.name) for kind, file in replaced.items()]
-        for entry in datastore.manifest.entries("deleted"):
-            link_or_copy(datastore.path / entry.name, folder / entry.name)
-            files.append(entry)
-        before = {file.name for file in folder.iterdir()}
         tokenizer.save_pretrained(folder)
-        files += [describe_file(file, "tokenizer") for file in sorted(folder.iterdir()) if file.name not in before]
+        shared = [describe_file(file, "tokenizer") for file in sorted(folder.iterdir())]
+        for shard in datastore.shards:
+            new = {kind: folder / SHARD_FILES[kind].format(shard.entry.name) for kind in _RETOKENIZED}
+            shards.append(_retokenized(shard, datastore.tokenizer, tokenizer, dtype, new, progress))
+            files += _linked_shard(datastore, shard, folder, shard.entry.name, leave_out=_RETOKENIZED)
+            files += [describe_file(file, kind, shard.entry.name) for kind, file in new.items()]
         _write_manifest(
             folder,
             datastore,
             shards=tuple(shards),
-            files=tuple(files),
-            token_dtype=str(dtype),
+            files=(*files, *_linked(datastore, folder, "deleted"), *shared),
+            token_dtype=dtype.name,
             tokenizer=describe_tokenizer(tokenizer),
         )
     return type(datastore).load(path)
-
-
-_RETOKENIZED = ("tokens", "doc_lengths", "chunk_starts")
 
 
 def _retokenized(
@@ -290,16 +277,16 @@ def _retokenized(
     paths: dict[str, Path],
     progress: Any,
 ) -> ShardEntry:
-    """Write stream, lengths and chunk starts of a shard in new tokens."""
+    """Write the stream, the lengths and the chunk starts of a shard in new tokens."""
     num_tokens = largest = document = 0
+    options: dict[str, Any] = {"add_special_tokens": False, "return_offsets_mapping": True, "verbose": False}
     with (
         NpyWriter(paths["tokens"], dtype) as tokens,
-        NpyWriter(paths["doc_lengths"], np.dtype(np.int64)) as lengths,
-        NpyWriter(paths["chunk_starts"], np.dtype(np.int64)) as starts,
+        NpyWriter(paths["doc_lengths"], INT64) as lengths,
+        NpyWriter(paths["chunk_starts"], INT64) as starts,
     ):
         for table in shard.documents.pieces():
             texts = table.column("text").to_pylist()
-            options: dict[str, Any] = {"add_special_tokens": False, "return_offsets_mapping": True, "verbose": False}
             before = old(texts, **options)["offset_mapping"]
             after = new(texts, **options)
             for text, places, ids, spans in zip(
@@ -307,12 +294,13 @@ def _retokenized(
             ):
                 if not ids or len(places) != shard.doc_lengths[document]:
                     raise DatastoreInputError(
-                        f"A document beginning {text[:40]!r} has {len(places)} tokens where the datastore says "
-                        f"{shard.doc_lengths[document]}, and {len(ids)} in the new tokenizer. Delete it first, or build the "
-                        "datastore again."
+                        f"The document {text[:40]!r}… has {len(places)} tokens instead of the {shard.doc_lengths[document]} recorded, and "
+                        f"{len(ids)} in the new tokenizer. Delete it first, or build the datastore again."
                     )
-                # A chunk begins in the new token that holds its first character.
-                first_characters = np.array([begin for begin, _ in places])[shard.starts_in_document(document)]
+                chunks = np.arange(shard.doc_offsets[document], shard.doc_offsets[document + 1])
+                in_document = shard.token_starts(chunks) - shard.token_starts(chunks[:1])
+                # A chunk begins in the new token that contains the first character of its first old token.
+                first_characters = np.array([begin for begin, _ in places])[in_document]
                 ends = np.maximum.accumulate([end for _, end in spans])
                 begins = np.minimum(np.searchsorted(ends, first_characters, side="right"), len(ids) - 1)
                 begins[0] = 0
@@ -326,10 +314,10 @@ def _retokenized(
     return dataclasses.replace(shard.entry, num_tokens=num_tokens, stream_length=num_tokens, max_token_id=largest)
 
 
-def _linked(
+def _linked_shard(
     datastore: RetroDatastore, shard: Shard, folder: Path, name: str, leave_out: tuple[str, ...] = ()
 ) -> Iterator[FileEntry]:
-    """Link the files of a shard into a folder, under the name of a shard there."""
+    """Link the files of a shard into a folder, under the name that the shard has there."""
     for entry in datastore.manifest.files:
         if entry.shard == shard.entry.name and entry.kind not in leave_out:
             renamed = dataclasses.replace(entry, name=SHARD_FILES[entry.kind].format(name), shard=name)
@@ -337,15 +325,14 @@ def _linked(
             yield renamed
 
 
-def _tokenizer_files(datastore: RetroDatastore, folder: Path) -> Iterator[FileEntry]:
-    for entry in datastore.manifest.entries("tokenizer"):
+def _linked(datastore: RetroDatastore, folder: Path, kind: str) -> Iterator[FileEntry]:
+    """Link the files of one kind into a folder."""
+    for entry in datastore.manifest.entries(kind):
         link_or_copy(datastore.path / entry.name, folder / entry.name)
         yield entry
 
 
 def _write_manifest(folder: Path, datastore: RetroDatastore, **changes: Any) -> None:
-    """The manifest of a first generation, like that of another store but for some changes."""
-    manifest: DatastoreManifest = dataclasses.replace(
-        datastore.manifest, generation=1, library_version=library_version(), **changes
-    )
-    manifest.write(folder)
+    """Write the manifest of a first generation, which differs from another store's by some changes."""
+    changes |= {"generation": 1, "library_version": library_version()}
+    dataclasses.replace(datastore.manifest, **changes).write(folder)

@@ -1,4 +1,4 @@
-"""Documents: whatever a user has (texts, files, folders, datasets) as one stream of checked records."""
+"""Documents: texts, files, folders and datasets as one stream of checked records."""
 
 from __future__ import annotations
 
@@ -14,14 +14,12 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 from transformers.utils import logging
 
 from ..errors import DatastoreInputError, DatastoreNotFoundError, counted
-from .fields import without_lone_surrogates
-from .manifest import MANIFEST_NAME
+from .files import MANIFEST_NAME
 
-
-__all__ = ["Document", "DocumentReader", "document_ids"]
 
 logger = logging.get_logger(__name__)
 
@@ -31,13 +29,22 @@ _FIELDS = ("id", "title", "source", "text")
 _PARQUET_ROWS = 1024
 _NAMED_OTHERS = 5
 
-# What was read, where (for messages), and what its id, title and source are if it does not say.
+# A record, where it was read (for messages), and its id, title and source unless it has its own.
 Record = tuple[Any, str, dict[str, str]]
+
+
+def without_lone_surrogates(text: str) -> str:
+    """Text that UTF-8 can encode: surrogate pairs are joined, lone surrogates become U+FFFD."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text
 
 
 @dataclass(slots=True)
 class Document:
-    """One document of the input: `where` names it in messages, `metadata` holds the fields beyond the four."""
+    """One document of the input: `where` names it in messages, `metadata` holds all fields but the four."""
 
     id: str
     title: str
@@ -51,71 +58,42 @@ class DocumentReader:
     """One pass over the documents of any supported input.
 
     Args:
-        documents: an iterable of texts (`str`), of records (`dict` with `text` and perhaps `id`, `title`, `source` and
+        documents: an iterable of texts (`str`), of records (`dict` with `text` and optionally `id`, `title`, `source` and
             more), or of paths (`Path`); one path, as `str` or `Path`, to a .txt, .md, .jsonl, .jsonl.gz or .parquet
             file or to a folder of such files; a `datasets.Dataset` or `IterableDataset` with a `text` column.
 
     Attributes:
-        total (`int`, *optional*): number of records where it is known beforehand.
-        num_read (`int`): records met so far.
-        num_empty (`int`): records without text met so far; they are skipped.
-        first_empty (`str`, *optional*): where the first of them stands.
-        num_repaired (`int`): documents met so far with lone surrogates (half characters that JSON can smuggle in) in text,
-            title, source or id, which became U+FFFD.
-        not_utf8 (`set[str]`): names of the text files met so far that are not UTF-8; what cannot be read became U+FFFD.
+        total (`int`, *optional*): number of records, where it is known in advance.
+        num_read (`int`): records read so far.
+        num_empty (`int`): records without text so far; they are skipped.
+        num_repaired (`int`): documents so far whose text, title, source or id had lone surrogates (half characters, which
+            JSON allows); they became U+FFFD.
+        not_utf8 (`set[str]`): names of text files so far that are not UTF-8; unreadable bytes became U+FFFD.
+        sources (`list[dict]`): the files or the dataset that documents were read from.
 
     Raises:
-        DatastoreInputError: for a record that is no document, naming the document, or the file and line.
+        DatastoreInputError: for an invalid document; the message names it, or its file and line.
         DatastoreNotFoundError: for a path that does not exist.
     """
 
     def __init__(self, documents: Any) -> None:
-        self.num_read = 0
-        self.num_empty = 0
+        self.num_read = self.num_empty = self.num_repaired = 0
         self.first_empty: str | None = None
-        self.num_repaired = 0
         self.not_utf8: set[str] = set()
         self.sources: list[dict[str, str]] = []
         self.total: int | None = None
         if isinstance(documents, (str, os.PathLike)):
-            if documents == "":  # to Python the current folder, but most often a variable that was not set
-                raise DatastoreInputError(
-                    "The path of the documents is empty. Name a folder or file; the current folder is '.'."
-                )
+            if documents == "":  # the current folder to Python, but usually a variable that was not set
+                raise DatastoreInputError("The path of the documents is empty. Pass a folder or file, such as '.'.")
             files = _files_of(Path(documents))
             self._records: Iterator[Record] = chain.from_iterable(self._read_file(file, name) for file, name in files)
-        elif isinstance(documents, Mapping):
-            splits = ", ".join(repr(key) for key in list(documents)[:5])
-            raise DatastoreInputError(
-                f"The documents are a mapping with the keys {splits}. Pass one split, such as documents['train'], or "
-                "a list with one dict per document."
-            )
-        elif hasattr(documents, "columns"):
-            # Its rows are the documents, but iterating over it gives columns, or their names.
-            raise DatastoreInputError(
-                f"The documents are a table ({type(documents).__name__}). Pass its rows: of pandas "
-                "`df.to_dict(\"records\")`, or `datasets.Dataset.from_pandas(df)`, with a column 'text'."
-            )
-        elif isinstance(documents, (bytes, bytearray)):
-            raise DatastoreInputError(
-                "The documents are bytes. Decode them, or pass a path as a text: `os.fsdecode(path)`."
-            )
-        elif isinstance(documents, Iterable):
-            columns = getattr(documents, "column_names", None)
-            if columns is not None and "text" not in columns:
-                raise DatastoreInputError(
-                    f"The dataset has the columns {list(columns)}, but no column 'text'. Rename the one that holds "
-                    "the text: `dataset.rename_column('<name>', 'text')`."
-                )
-            if hasattr(documents, "info"):
-                self.sources = [_source_of(documents.info)]
-            self.total = len(documents) if isinstance(documents, Sized) else None
-            self._records = self._read_iterable(documents)
-        else:
-            raise DatastoreInputError(
-                f"The documents are of type {type(documents).__name__}. Pass an iterable of texts or dicts, a path, "
-                "or a dataset."
-            )
+            return
+        if remedy := _unsuitable(documents):
+            raise DatastoreInputError(f"The documents are of type {type(documents).__name__}. {remedy}")
+        if hasattr(documents, "info"):
+            self.sources = [_source_of(documents.info)]
+        self.total = len(documents) if isinstance(documents, Sized) else None
+        self._records = self._read_iterable(documents)
 
     def __iter__(self) -> Iterator[Document]:
         for number, (record, where, defaults) in enumerate(self._records):
@@ -128,14 +106,14 @@ class DocumentReader:
                 yield document
 
     def warn_of_repairs(self) -> None:
-        """Say what could not be read as it is, once all has been read."""
+        """Log once, after everything was read, which texts were repaired."""
         if self.num_repaired:
             logger.warning(f"Replaced lone surrogates by U+FFFD in {counted(self.num_repaired, 'document')}.")
         if self.not_utf8:
             logger.warning(
-                f"Not UTF-8: {len(self.not_utf8):,} of {counted(len(self.sources), 'file')}, such as {min(self.not_utf8)!r}; "
-                "what cannot be read there became U+FFFD. Convert them with `iconv -f <encoding> -t utf-8 …`, where the "
-                "encoding is often latin1 or utf-16, and start again; what is no text at all is better left out."
+                f"{len(self.not_utf8):,} of {counted(len(self.sources), 'file')} are not UTF-8, such as {min(self.not_utf8)!r}; "
+                "unreadable bytes became U+FFFD. Convert them with `iconv -f <encoding> -t utf-8` (often latin1 or utf-16) "
+                "and build again, or leave out files that are not text."
             )
 
     def _document(self, record: Any, where: str, defaults: dict[str, str]) -> Document | None:
@@ -143,17 +121,16 @@ class DocumentReader:
             record = {"text": record}
         if not isinstance(record, Mapping):
             raise DatastoreInputError(
-                f"{where} is of type {type(record).__name__}. A document is a text (str) or a dict with a 'text'."
+                f"{where} is of type {type(record).__name__}. Pass a text (str), or a dict with a 'text'."
             )
         if "text" not in record:
             raise DatastoreInputError(
-                f"{where} has the fields {[str(key) for key in record]}, but no 'text'. Rename the field that holds "
-                "the text."
+                f"{where} has the fields {[str(key) for key in record]}, but no 'text'. Rename the field with the text."
             )
         text = record["text"]
         if text is not None and not isinstance(text, str):
             raise DatastoreInputError(
-                f"The text of {where} is of type {type(text).__name__}, not str. Convert it, or drop the document."
+                f"The text of {where} is of type {type(text).__name__}, not str. Convert it, or leave the document out."
             )
         if text is None or not text.strip():
             return None
@@ -170,16 +147,16 @@ class DocumentReader:
                 for file, name in _files_of(Path(record)):
                     yield from self._read_file(file, name)
                 continue
-            # A path that was written as a text; a dict says that the name itself is the document.
+            # Most likely a list of file names, which would become documents of one word each.
             if isinstance(record, str) and _is_readable(record) and os.path.isfile(record):
                 raise DatastoreInputError(
-                    f"Document {number} is the text {record!r}, which is the name of a file. For what the file holds, "
-                    f"pass Path({record!r}), or the folder's path alone; for the name as a text, {{'text': {record!r}}}."
+                    f"Document {number} is the text {record!r}, which is also the name of a file. Pass Path({record!r}) for "
+                    f"its content, or {{'text': {record!r}}} for the name as a text."
                 )
             yield record, f"Document {number}", {}
 
     def _read_file(self, file: Path, name: str) -> Iterator[Record]:
-        """Records of one file; `name` is its path as it is recorded, relative to what the user named."""
+        # `name` is relative to the path that the user gave: a datastore records no absolute paths.
         self.sources.append({"name": without_lone_surrogates(name)})
         defaults = {"source": name}
         suffix = file.suffix.lower()
@@ -187,19 +164,7 @@ class DocumentReader:
             text = self._decode(file.read_bytes(), name).replace("\r\n", "\n").replace("\r", "\n")
             yield text, f"File {name!r}", {"id": name, "title": file.stem, **defaults}
         elif suffix == ".parquet":
-            import pyarrow.parquet as pq
-
-            try:
-                with pq.ParquetFile(file) as table:
-                    rows = chain.from_iterable(
-                        batch.to_pylist() for batch in table.iter_batches(batch_size=_PARQUET_ROWS)
-                    )
-                    for number, row in enumerate(rows):
-                        yield row, f"Row {number} of {name!r}", {"id": f"{name}:{number}", **defaults}
-            except (OSError, ValueError) as error:
-                if isinstance(error, DatastoreInputError):
-                    raise
-                raise DatastoreInputError(f"{name!r} is not a readable parquet file: {error}.") from error
+            yield from _read_parquet(file, name, defaults)
         else:
             yield from self._read_jsonl(file, name, defaults)
 
@@ -216,14 +181,13 @@ class DocumentReader:
                         record = json.loads(self._decode(line, name))
                     except (ValueError, RecursionError) as error:
                         raise DatastoreInputError(
-                            f"{where} is not JSON ({error}). Each line of a .jsonl file holds one JSON object; repair "
-                            "or remove the line."
+                            f"{where} is not JSON ({error}). Repair or remove the line: each line holds one JSON object."
                         ) from error
                     yield record, where, {"id": where, **defaults}
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            what = "breaks off" if isinstance(error, EOFError) else "is damaged, or goes on with something else,"
+            what = "ends too early" if isinstance(error, EOFError) else "is damaged, or has trailing data,"
             what = f"{what} after line {number}" if number else "is not a gzip file"
-            raise DatastoreInputError(f"{name!r} {what} ({error}). Fetch or compress it again.") from error
+            raise DatastoreInputError(f"{name!r} {what} ({error}). Download or compress it again.") from error
 
     def _decode(self, content: bytes, name: str) -> str:
         try:
@@ -233,28 +197,56 @@ class DocumentReader:
             return content.decode("utf-8-sig", errors="replace")
 
 
+def _unsuitable(documents: Any) -> str:
+    """What to pass instead of an object that does not hold documents; empty for one that does."""
+    if isinstance(documents, Mapping):
+        splits = ", ".join(repr(key) for key in list(documents)[:5])
+        return f"It has the keys {splits}: pass one split, such as documents['train'], or a list with one dict per document."
+    if hasattr(documents, "columns"):  # iterating over a table gives columns, or their names
+        return "Pass its rows: `df.to_dict(\"records\")` or `datasets.Dataset.from_pandas(df)`, with a column 'text'."
+    if isinstance(documents, (bytes, bytearray)):
+        return "Decode the text first; pass a path as `os.fsdecode(path)`."
+    if not isinstance(documents, Iterable):
+        return "Pass an iterable of texts or dicts, a path, or a dataset."
+    columns = getattr(documents, "column_names", None)
+    if columns is not None and "text" not in columns:
+        return f"It has the columns {list(columns)}, but no 'text': use `dataset.rename_column('<name>', 'text')`."
+    return ""
+
+
+def _read_parquet(file: Path, name: str, defaults: dict[str, str]) -> Iterator[Record]:
+    try:
+        with pq.ParquetFile(file) as table:
+            rows = chain.from_iterable(batch.to_pylist() for batch in table.iter_batches(batch_size=_PARQUET_ROWS))
+            for number, row in enumerate(rows):
+                yield row, f"Row {number} of {name!r}", {"id": f"{name}:{number}", **defaults}
+    except (OSError, ValueError) as error:
+        # An error of the consumer of this generator passes through here, too.
+        if isinstance(error, DatastoreInputError):
+            raise
+        raise DatastoreInputError(f"{name!r} is not a readable parquet file: {error}.") from error
+
+
 def _files_of(path: Path) -> list[tuple[Path, str]]:
     """The files under a path in a fixed order, each with its name relative to the path."""
     if path.is_file():
         if not _is_readable(path.name):
-            raise DatastoreInputError(f"{str(path)!r} is none of the readable kinds {', '.join(_SUFFIXES)}.")
+            raise DatastoreInputError(
+                f"{str(path)!r} has none of the suffixes {', '.join(_SUFFIXES)}. Convert or rename it."
+            )
         return [(path, path.name)]
     if path.exists() and not path.is_dir():
         raise DatastoreInputError(
-            f"{str(path)!r} is a pipe or a device, not a file. Write what comes from it to a file first: documents may be read "
-            "more than once."
+            f"{str(path)!r} is a pipe or a device. Write its content to a file: documents may be read more than once."
         )
     if not path.is_dir():
         raise DatastoreNotFoundError(
-            f"There is no file or folder {str(path)!r} to read documents from. Check the path; in Python, texts themselves "
-            "are passed as a list."
+            f"There is no file or folder {str(path)!r} with documents. Check the path, or pass texts as a list."
         )
-    # What a datastore holds is no document, also where one lies among the texts.
+    # The files of a datastore are not documents, even if the store is inside the folder of texts.
     stores = {file.parent for file in path.rglob(MANIFEST_NAME)}
     if path in stores:
-        raise DatastoreInputError(
-            f"{str(path)!r} is a datastore, not a folder of texts. Name a folder or file of texts, such as it was built from."
-        )
+        raise DatastoreInputError(f"{str(path)!r} is a datastore. Pass a folder or file of texts.")
     if stores:
         logger.warning(f"Left out {counted(len(stores), 'datastore')} among the texts, such as {str(min(stores))!r}.")
     found = [
@@ -262,16 +254,16 @@ def _files_of(path: Path) -> list[tuple[Path, str]]:
         for file in path.rglob("*")
         if stores.isdisjoint(file.parents) and not any(part.startswith(".") for part in file.relative_to(path).parts)
     ]
-    # A link to a folder may lead around in a circle, and one that leads nowhere may be a disk that is not there.
+    # A link to a folder may lead in a circle; a broken link may be a disk that is not mounted.
     if links := sorted(name for file, name in found if file.is_symlink() and not file.is_file()):
         logger.warning(
-            f"Left out {counted(len(links), 'link')} to folders, or to nothing, such as {links[0]!r}. Pass a linked folder itself, "
-            "or copy it."
+            f"Left out {counted(len(links), 'link')} to folders, or to nothing, such as {links[0]!r}. Pass a linked folder "
+            "itself, or copy it."
         )
     found = sorted((pair for pair in found if pair[0].is_file()), key=lambda pair: pair[1])
     files = [pair for pair in found if _is_readable(pair[1])]
     if not files:
-        raise DatastoreInputError(f"The folder {str(path)!r} holds no {', '.join(_SUFFIXES)} file.")
+        raise DatastoreInputError(f"The folder {str(path)!r} has no {', '.join(_SUFFIXES)} file. Check the path.")
     others = [name for _, name in found if not _is_readable(name)]
     if others:
         more = ", …" if len(others) > _NAMED_OTHERS else ""
@@ -282,11 +274,12 @@ def _files_of(path: Path) -> list[tuple[Path, str]]:
 
 
 def _is_readable(name: str) -> bool:
-    return name[-_LONGEST_SUFFIX:].lower().endswith(_SUFFIXES)  # of a whole text, too, which is not to be copied
+    # The name may be a whole text: `lower()` of its end only.
+    return name[-_LONGEST_SUFFIX:].lower().endswith(_SUFFIXES)
 
 
 def _source_of(info: Any) -> dict[str, str]:
-    """Name, revision and license of a `datasets.Dataset`, as far as it knows them."""
+    """Name, revision and license of a `datasets.Dataset`, where it knows them."""
     known = {
         "name": getattr(info, "dataset_name", None) or "dataset",
         "config": getattr(info, "config_name", None),
@@ -302,38 +295,37 @@ def _as_text(value: Any, default: str, name: str, where: str) -> str:
     text = _in_digits(value)
     if text is None:
         raise DatastoreInputError(
-            f"The {name} of {where} is {reprlib.repr(value)}, of type {type(value).__name__}, but it must be a text or a whole "
-            "number. Write it as a text, or leave it out (None) where there is none."
+            f"The {name} of {where} is {reprlib.repr(value)}, of type {type(value).__name__}. Pass a text or a whole number, "
+            "or None if it has none."
         )
     return text
 
 
 def _in_digits(value: Any) -> str | None:
-    """A text as it is, a whole number in digits; None for what is neither."""
+    """A text unchanged, a whole number as digits, None for anything else."""
     if isinstance(value, str):
         return value
     if isinstance(value, bool) or not isinstance(value, Real):
         return None
     if isinstance(value, Integral):
         return str(int(value))
-    # Tables make floats of whole numbers with a gap; above 2**53 a float may have been another number.
+    # pandas turns whole numbers into floats where a row is empty. Above 2**53 a float stands for several numbers.
     number = float(value)
     return str(int(number)) if number.is_integer() and abs(number) <= 2**53 else None
 
 
 def document_ids(ids: Any) -> list[str]:
-    """Ids as a datastore has them: one or several, numbers in digits.
+    """One id or several as a list of texts; whole numbers become digits, as when a datastore is built.
 
     Raises:
-        DatastoreInputError: for what is no id.
+        DatastoreInputError: for an id that is neither a text nor a whole number.
     """
     texts = []
     for id in [ids] if isinstance(ids, str) or not isinstance(ids, Iterable) else ids:
         text = _in_digits(id)
         if text is None:
             raise DatastoreInputError(
-                f"An id is {reprlib.repr(id)}, of type {type(id).__name__}, but the ids of documents are texts or whole numbers. "
-                "Pass one, or a list."
+                f"An id is {reprlib.repr(id)}, of type {type(id).__name__}. Pass a text or a whole number, or a list of them."
             )
         texts.append(without_lone_surrogates(text))
     return texts

@@ -16,10 +16,11 @@ from .executors import progress_bar
 if TYPE_CHECKING:
     from .store import RetroDatastore
 
-__all__ = ["document_tokens", "near_duplicates", "shingles_of", "stored_documents"]
-
+# The paper's 13 consecutive tokens.
+NGRAM = 13
+_PERMUTATIONS = 128
 _BLOCK_DOCUMENTS = 512
-# Shingles permuted at once: 4 MB at 128 permutations.
+# Shingles permuted at once: 4 MB.
 _BATCH_SHINGLES = 1 << 13
 # Share of the pairs exactly at the threshold that may be missed.
 _MISSED = 1e-3
@@ -30,39 +31,32 @@ def near_duplicates(
     datastore: RetroDatastore,
     *,
     threshold: float = 0.8,
-    ngram: int = 13,
-    num_perm: int = 128,
     show_progress: bool | None = None,
 ) -> list[list[str]]:
-    """The near-duplicates of documents in a datastore, those documents themselves among them if they are there.
+    """The near-duplicates of documents in a datastore, including those documents themselves if they are there.
 
-    Section 2.6 of Borgeaud et al. (2022) leaves out of the training set what has a Jaccard similarity of 0.8 or more with
-    a document of the evaluation set, over sets of 13 consecutive tokens. Candidates come from MinHash with
-    locality-sensitive hashing; the similarity of each is then counted, not estimated. So nothing below the threshold
-    is returned, and at most 0.1 % of the pairs exactly at it are missed, far fewer above it.
+    Section 2.6 of Borgeaud et al. (2022) removes from the training set all documents with a Jaccard similarity of 0.8 or
+    more to a document of the evaluation set, over sets of 13 consecutive tokens. Candidates come from MinHash with
+    locality-sensitive hashing; then their similarity is counted exactly. So nothing below the threshold is returned, and
+    at most 0.1 % of the pairs exactly at the threshold are missed, far fewer above it.
 
     Args:
-        documents (`Sequence`): each a text, or its token ids as the datastore's tokenizer makes them.
-        datastore ([`RetroDatastore`]): where to look; deleted documents are passed over.
+        documents (`Sequence`): each a text, or its token ids as the datastore's tokenizer makes them. A document with fewer
+            than 13 tokens is compared as a whole.
+        datastore ([`RetroDatastore`]): where to look; deleted documents are ignored.
         threshold (`float`, defaults to 0.8): least Jaccard similarity, above 0 and at most 1.
-        ngram (`int`, defaults to 13): consecutive tokens that make one member of a set. A document with fewer tokens is
-            compared as a whole.
-        num_perm (`int`, defaults to 128): permutations of MinHash.
-        show_progress (`bool`, *optional*): a progress bar; by default on a terminal only.
+        show_progress (`bool`, *optional*): show a progress bar; by default on a terminal only.
     Returns:
         `list[list[str]]`: for each document the ids of its near-duplicates, in the order of the datastore.
     Raises:
-        DatastoreInputError: for a threshold or a number out of range.
+        DatastoreInputError: for a threshold out of range.
     *Memory*: 4 bytes per token of `documents`, and a few KB for each; the datastore is read block by block.
     *Determinism*: the same input gives the same output.
     """
-    if not 0 < threshold <= 1 or ngram < 1 or num_perm < 2:
-        raise DatastoreInputError(
-            f"threshold={threshold}, ngram={ngram}, num_perm={num_perm}, but a threshold is above 0 and at most 1, ngram at "
-            "least 1 and num_perm at least 2."
-        )
+    if not 0 < threshold <= 1:
+        raise DatastoreInputError(f"threshold is {threshold}. Pass a number above 0 and at most 1.")
     datasketch = extras.load("datasketch", "Finding near-duplicates")
-    blank = datasketch.MinHash(num_perm=num_perm, hashfunc=int)
+    blank = datasketch.MinHash(num_perm=_PERMUTATIONS, hashfunc=int)
 
     def minhash(shingles: np.ndarray) -> Any:
         result = blank.copy()
@@ -70,20 +64,20 @@ def near_duplicates(
             result.update_batch(shingles[start : start + _BATCH_SHINGLES].tolist())
         return result
 
-    lsh = datasketch.MinHashLSH(num_perm=num_perm, params=_bands(threshold, num_perm))
+    lsh = datasketch.MinHashLSH(num_perm=_PERMUTATIONS, params=_bands(threshold))
     sets: list[np.ndarray] = []
     found: list[list[str]] = [[] for _ in documents]
     total = len(documents) + datastore.num_documents
     with progress_bar(show_progress, total=total, unit="doc", desc="Finding near-duplicates") as progress:
         for start in range(0, len(documents), _BLOCK_DOCUMENTS):
             block = _tokens_of(documents[start : start + _BLOCK_DOCUMENTS], datastore)
-            for shingles in shingles_of(block, ngram):
+            for shingles in shingles_of(block, NGRAM):
                 if len(shingles):
                     lsh.insert(len(sets), minhash(shingles))
                 sets.append(shingles)
             progress.update(len(block))
         for ids, tokens in stored_documents(datastore):
-            for document_id, shingles in zip(ids, shingles_of(tokens, ngram), strict=True):
+            for document_id, shingles in zip(ids, shingles_of(tokens, NGRAM), strict=True):
                 for row in lsh.query(minhash(shingles)):
                     if _jaccard(sets[row], shingles) >= threshold:
                         found[row].append(document_id)
@@ -98,9 +92,7 @@ def document_tokens(datastore: RetroDatastore, numbers: np.ndarray) -> list[np.n
     for shard in datastore.shards:
         here = np.flatnonzero((numbers >= start) & (numbers < start + shard.num_documents))
         local = numbers[here] - start
-        first = shard.doc_offsets[local]
-        begins = first * shard.chunk_size if shard.chunk_starts is None else shard.chunk_starts[first]
-        lengths = shard.doc_lengths[local]
+        begins, lengths = shard.token_starts(shard.doc_offsets[local]), shard.doc_lengths[local]
         parts = np.split(shard.tokens[ranges(begins, lengths)], np.cumsum(lengths)[:-1])
         for place, tokens in zip(here, parts, strict=False):
             results[place] = tokens
@@ -132,11 +124,12 @@ def _tokens_of(documents: Sequence[Any], datastore: RetroDatastore) -> list[np.n
 def shingles_of(documents: Sequence[np.ndarray], ngram: int) -> list[np.ndarray]:
     """The set of n-grams of each document, hashed: sorted uint32; empty for a document without tokens."""
     lengths = np.array([len(tokens) for tokens in documents], dtype=np.int64)
-    # A short document is filled up, and is one n-gram.
+    # A short document is padded with zeros to one n-gram; tokens are shifted by one, so that token 0 is not padding.
     widths = np.where(lengths, np.maximum(lengths, ngram), 0)
     starts = np.cumsum(widths) - widths
     stream = np.zeros(int(widths.sum()) + ngram, dtype=np.uint64)
     stream[ranges(starts, lengths)] = np.concatenate([*documents, np.empty(0, dtype=np.int64)]).astype(np.uint64) + 1
+    # Mix the bits of each token (two rounds of multiply and shift), then hash each window by a random linear function.
     for multiplier in (0x9E3779B97F4A7C15, 0xD6E8FEB86659FD93):
         stream *= np.uint64(multiplier)
         stream ^= stream >> np.uint64(32)
@@ -154,9 +147,9 @@ def _jaccard(first: np.ndarray, second: np.ndarray) -> float:
     return common / (len(first) + len(second) - common)
 
 
-def _bands(threshold: float, num_perm: int) -> tuple[int, int]:
+def _bands(threshold: float) -> tuple[int, int]:
     """Number and width of the bands: the widest, so the fewest candidates, that miss few pairs at the threshold."""
-    widths = range(1, num_perm // 2 + 1)
-    enough = [width for width in widths if (1 - threshold**width) ** (num_perm // width) <= _MISSED]
+    widths = range(1, _PERMUTATIONS // 2 + 1)
+    enough = [width for width in widths if (1 - threshold**width) ** (_PERMUTATIONS // width) <= _MISSED]
     width = max(enough, default=1)
-    return num_perm // width, width
+    return _PERMUTATIONS // width, width

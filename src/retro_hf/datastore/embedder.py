@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from huggingface_hub import constants
+from transformers import AutoConfig, AutoModel, AutoTokenizer, DPRContextEncoder, PreTrainedTokenizerBase
 from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
 from .. import extras
 from ..errors import DatastoreMismatchError, PretrainedNotFoundError, UnsupportedEmbedderError
-from .chunks import tokenizer_fingerprint
-
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-__all__ = ["ChunkEmbedder"]
+from .compatibility import tokenizer_fingerprint
+from .files import sha256_of
 
 
 def _default_dtype(device: torch.device) -> torch.dtype:
@@ -39,7 +33,7 @@ def _default_dtype(device: torch.device) -> torch.dtype:
 
 
 def _read_json(name_or_path: str, filename: str, revision: str | None) -> Any:
-    """A JSON file of a model folder or Hub repository, or None where there is none."""
+    """A JSON file of a model folder or Hub repository; None if there is none."""
     path = cached_file(
         name_or_path,
         filename,
@@ -52,15 +46,13 @@ def _read_json(name_or_path: str, filename: str, revision: str | None) -> Any:
 
 
 def _is_mean_pooling(name_or_path: str, modules: list[dict[str, Any]], revision: str | None) -> bool:
-    """Whether a sentence-transformers recipe is a transformer, the mean over tokens, and at most a normalization."""
+    """Whether a sentence-transformers model is a transformer, the mean over its tokens, and at most a normalization."""
     kinds = [str(module.get("type", "")).rsplit(".", 1)[-1] for module in modules]
     if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]) or modules[0].get("path"):
         return False
     settings = _read_json(name_or_path, "config_sentence_transformers.json", revision) or {}
-    if settings.get("default_prompt_name"):
-        return False
     pooling = _read_json(name_or_path, f"{modules[1].get('path')}/config.json", revision) or {}
-    if pooling.get("include_prompt") is False:
+    if settings.get("default_prompt_name") or pooling.get("include_prompt") is False:
         return False
     if "pooling_mode" in pooling:
         return pooling["pooling_mode"] in ("mean", ["mean"])
@@ -68,51 +60,128 @@ def _is_mean_pooling(name_or_path: str, modules: list[dict[str, Any]], revision:
     return active == {"pooling_mode_mean_tokens"}
 
 
-def _prompts_of(prompts: dict[str, str | None] | None) -> tuple[str, str]:
+class _Encoder:
+    """A transformer with the mean over its real tokens, or DPR's pooler; called as a sentence-transformers model is.
+
+    It gives what that library gives for such models, which are most embedders, and needs transformers alone.
+    """
+
+    def __init__(self, name: str, revision: str | None) -> None:
+        config = AutoConfig.from_pretrained(name, revision=revision)
+        # `AutoModel` takes every DPR checkpoint for a question encoder.
+        kind: Any = DPRContextEncoder if "DPRContextEncoder" in (config.architectures or []) else AutoModel
+        self.pooling = "pooler" if config.model_type == "dpr" else "mean"
+        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, revision=revision)
+        # In float32, whatever the checkpoint has: the same model gets the same fingerprint on every machine.
+        self.model = kind.from_pretrained(name, revision=revision, dtype=torch.float32)
+        settings = _read_json(name, "sentence_bert_config.json", revision) or {}
+        positions = getattr(self.model.config, "max_position_embeddings", None)
+        limits = [settings.get("max_seq_length"), self.tokenizer.model_max_length, positions]
+        self.max_seq_length = min([limit for limit in limits if limit] or [512])
+        self.prompts = (_read_json(name, "config_sentence_transformers.json", revision) or {}).get("prompts")
+
+    @torch.inference_mode()
+    def is_bidirectional(self) -> bool:
+        """Whether the first token sees the second: whether its state depends on that token's mask."""
+        if self.model.config.is_encoder_decoder:
+            return False
+        ids = torch.tensor([[0, 1], [0, 1]], device=self.model.device)
+        mask = torch.tensor([[1, 1], [1, 0]], device=self.model.device)
+        seeing, blind = self.model(input_ids=ids, attention_mask=mask).last_hidden_state[:, 0].float()
+        return bool((seeing - blind).norm() > 0.01 * blind.norm())
+
+    @torch.inference_mode()
+    def encode(self, texts: list[str], prompt: str, batch_size: int, show_progress_bar: bool) -> np.ndarray:
+        """Vectors of texts, float32 of shape `(len(texts), dim)`, in batches of similar length."""
+        encoding = self.tokenizer(
+            [prompt + text for text in texts] if prompt else texts,
+            padding=False,
+            truncation=True,
+            max_length=self.max_seq_length,
+            return_attention_mask=False,
+        )["input_ids"]
+        # Longest first: the largest batch comes first, and if memory runs out, it does so at once.
+        order = np.argsort([-len(ids) for ids in encoding], kind="stable")
+        parts = []
+        bar = logging.tqdm(total=len(texts), unit="chunk", desc="Embedding", disable=not show_progress_bar)
+        for start in range(0, len(texts), batch_size):
+            parts.append(self._forward([encoding[row] for row in order[start : start + batch_size]]))
+            bar.update(len(parts[-1]))
+        bar.close()
+        vectors = np.empty((len(texts), parts[0].shape[1]), dtype=np.float32)
+        vectors[order] = np.concatenate(parts)
+        return vectors
+
+    encode_document = encode_query = encode
+
+    def _forward(self, ids: list[list[int]]) -> np.ndarray:
+        width = max(1, max(len(row) for row in ids))
+        input_ids = torch.full((len(ids), width), self.tokenizer.pad_token_id or 0, dtype=torch.long)
+        mask = torch.zeros_like(input_ids)
+        for row, tokens in enumerate(ids):
+            input_ids[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.long)
+            mask[row, : len(tokens)] = 1
+        input_ids, mask = input_ids.to(self.model.device), mask.to(self.model.device)
+        # A text without tokens would attend to nothing and give NaN. It reads one padding token, and its mean is zero.
+        readable = mask.clone()
+        readable[:, 0] = 1
+        output = self.model(input_ids=input_ids, attention_mask=readable)
+        if self.pooling == "pooler":
+            return output.pooler_output.float().cpu().numpy()
+        weights = mask.unsqueeze(-1)
+        # In float32: a sum of many bfloat16 states loses precision.
+        return ((output.last_hidden_state.float() * weights).sum(1) / weights.sum(1).clamp(min=1)).cpu().numpy()
+
+
+def _prompts_of(prompts: dict[str, str | None]) -> tuple[str, str]:
     """What a sentence-transformers model puts before a document and before a query."""
-    known = prompts or {}
-    documents = (known.get(name) for name in ("document", "passage", "corpus"))
-    return next(filter(None, documents), ""), known.get("query") or ""
+    documents = (prompts.get(name) for name in ("document", "passage", "corpus"))
+    return next(filter(None, documents), ""), prompts.get("query") or ""
 
 
-def _digest(parts: list[str], prompt: str) -> str:
-    # Without a prompt nothing is added, so that the fingerprints of plain encoders stay what they were.
-    return hashlib.sha256("\n".join([*parts, *([f"prompt {prompt}"] if prompt else [])]).encode()).hexdigest()
+def _tensor_digests(model: torch.nn.Module) -> list[str]:
+    """A sha256 of each tensor of a model, sorted, so that they depend neither on names nor on their order."""
+    digests = []
+    for name, tensor in model.state_dict().items():
+        # The pooler of an encoder does not take part in the mean, and whether it is loaded depends on the class.
+        if ".pooler." in f".{name}":
+            continue
+        values = tensor.detach().cpu().contiguous()
+        content = memoryview(values.reshape(-1).view(torch.uint8).numpy())
+        digests.append(sha256_of(f"{values.dtype}{tuple(values.shape)}", content))
+    return sorted(digests)
 
 
 def _origin(made: dict[str, Any]) -> str:
-    """The name under which an encoder of a manifest can be loaded: one of the Hub, or a folder that is here."""
+    """The name under which an encoder of a manifest can be loaded: one of the Hub, or an existing folder."""
     name: str = made["name"]
-    # A folder leaves its last part alone. A few old models of the Hub look alike; those in use are in its cache.
+    # A manifest records only the last part of a local folder. A name without an owner may also be an old model of the Hub,
+    # which is loaded if it is in the cache.
     known = "/" in name or made["revision"] is not None or os.path.isdir(name)
     if not known and not os.path.isdir(os.path.join(constants.HF_HUB_CACHE, f"models--{name}")):
-        raise PretrainedNotFoundError(
-            f"The datastore was built with an encoder from a folder named {name!r}, and keeps only that name."
-        )
+        raise PretrainedNotFoundError(f"A datastore stores only the name of a local embedder, here {name!r}.")
     return name
 
 
 class ChunkEmbedder:
     """The frozen text encoder behind the keys of a datastore: text in, unit vectors out.
 
-    Section 2.3 of Borgeaud et al. (2022) embeds a chunk as the mean over time of a frozen BERT. Any
-    sentence-transformers model serves, and so does a plain encoder of transformers, pooled by the mean over its real
-    tokens, or one of DPR (Karpukhin et al., 2020), read at its pooler. Make one with [`ChunkEmbedder.from_pretrained`].
+    Section 2.3 of Borgeaud et al. (2022) embeds a chunk as the mean over time of a frozen BERT. Any sentence-transformers
+    model can be used, and any plain encoder of transformers, which is pooled by the mean over its real tokens, or an
+    encoder of DPR (Karpukhin et al., 2020), whose pooler is read. Make one with [`ChunkEmbedder.from_pretrained`].
 
-    Queries may be embedded in another way than the chunks of the datastore: with another prompt, by another part of
-    the model, or by another model. Such an embedder is asymmetric, and a stored key is no query for it.
+    Queries may be embedded in another way than chunks: with another prompt, by another part of the model, or by another
+    model. Such an embedder is asymmetric, and a stored key cannot serve as a query.
 
     Attributes:
         dim (`int`): length of a vector.
-        fingerprint (`str`): sha256 over weights, vocabulary, pooling, maximum length and prompt. Independent of the name,
-            the folder, the device and the dtype, so that a copy of a model is the same embedder.
-        query_fingerprint (`str`): the same for queries; equal to `fingerprint` where they are embedded as chunks are.
-        name_or_path (`str`): as given.
-        revision (`str`, *optional*): as given.
+        fingerprint (`str`): sha256 over weights, vocabulary, pooling, maximum length and prompt. It does not depend on the
+            name, the folder, the device or the dtype, so a copy of a model is the same embedder.
+        query_fingerprint (`str`): the same for queries; equal to `fingerprint` if they are embedded as chunks are.
+        name_or_path (`str`), revision (`str`, *optional*): as given.
         prompt, query_prompt (`str`): what is put before a chunk, and before a query.
-        query_encoder ([`ChunkEmbedder`], *optional*): the encoder of the queries, where it is another model.
-        pooling (`str`): `"mean"`, `"pooler"` (DPR), or `"sentence-transformers"` for a recipe of that library beyond the
-            mean.
+        query_encoder ([`ChunkEmbedder`], *optional*): the encoder of the queries, if it is another model.
+        pooling (`str`): `"mean"`, `"pooler"` (DPR), or `"sentence-transformers"` for any other model of that library.
         dtype (`torch.dtype`): of the weights in use.
 
     *Processes*: pickling keeps the name, the settings and the dtype; weights are loaded again on first use, by default
@@ -132,71 +201,55 @@ class ChunkEmbedder:
     ) -> None:
         self.name_or_path = str(name_or_path)
         self.revision = revision
-        self._requested_device = device
-        self._requested_dtype = dtype
-        self._requested_prompts = prompt, query_prompt
+        self._requested = device, dtype, prompt, query_prompt
         if query_encoder is not None and not isinstance(query_encoder, ChunkEmbedder):
             query_encoder = ChunkEmbedder(str(query_encoder), device=device, dtype=dtype, query_prompt=query_prompt)
         self.query_encoder = query_encoder
         self._load()
 
     @classmethod
-    def from_pretrained(
-        cls,
-        name_or_path: str | Path,
-        *,
-        revision: str | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        prompt: str | None = None,
-        query_prompt: str | None = None,
-        query_encoder: ChunkEmbedder | str | Path | None = None,
-    ) -> ChunkEmbedder:
+    def from_pretrained(cls, name_or_path: str | Path, **options: Any) -> ChunkEmbedder:
         """Load a frozen encoder.
 
         Args:
             name_or_path (`str` or `Path`): folder or Hub name of a sentence-transformers model or of an encoder.
             revision (`str`, *optional*): branch, tag or commit on the Hub.
-            device (`torch.device` or `str`, *optional*): defaults to CUDA where there is one, else the CPU.
+            device (`torch.device` or `str`, *optional*): defaults to CUDA if there is a GPU, else the CPU.
             dtype (`torch.dtype`, *optional*): of the weights; defaults to bfloat16 on hardware that has it (CUDA, CPUs
                 with AVX512-BF16 or AMX) and to float32 elsewhere. Vectors are pooled and normalized in float32.
             prompt (`str`, *optional*): put before every chunk, such as `"passage: "` for E5; defaults to the model's own
                 (sentence-transformers), else none.
             query_prompt (`str`, *optional*): put before every query, such as `"query: "` for E5; the same defaults.
             query_encoder ([`ChunkEmbedder`] or `str`, *optional*): another model for the queries, such as the question
-                encoder that belongs to a passage encoder of DPR. Its vectors, too, are brought to length 1, so that
-                neighbors are ranked by the cosine, where DPR was trained for the inner product.
+                encoder that belongs to a passage encoder of DPR. Its vectors get length 1, too, so neighbors are ranked by
+                the cosine, although DPR was trained for the inner product.
         Raises:
-            DatastoreMismatchError: if queries and chunks would have vectors of different lengths.
+            DatastoreMismatchError: if the vectors of queries and chunks have different lengths.
             PretrainedNotFoundError: if there is no such model.
-            UnsupportedEmbedderError: for a model that is no bidirectional encoder, unless it has a sentence-transformers
-                recipe.
+            UnsupportedEmbedderError: for a model that is neither a bidirectional encoder nor a sentence-transformers model.
         """
-        return cls(
-            str(name_or_path),
-            revision=revision,
-            device=device,
-            dtype=dtype,
-            prompt=prompt,
-            query_prompt=query_prompt,
-            query_encoder=query_encoder,
-        )
+        return cls(str(name_or_path), **options)
+
+    @classmethod
+    def of(cls, embedder: ChunkEmbedder | str | os.PathLike[str]) -> ChunkEmbedder:
+        """An embedder as it is, or the one of a given name."""
+        return cls(os.fspath(embedder)) if isinstance(embedder, (str, os.PathLike)) else embedder
 
     @classmethod
     def of_datastore(cls, made: dict[str, Any], name_or_path: str | Path | None = None) -> ChunkEmbedder:
-        """The embedder that the manifest of a datastore describes, by default from where that one came from.
+        """The embedder that a manifest describes, by default loaded from where it came from.
 
         Raises:
-            PretrainedNotFoundError: if it is not there, or the manifest does not say where: it was a local folder.
+            PretrainedNotFoundError: if it is not there, or was a local folder, of which only the name is known.
         """
         prompt = made.get("prompt", "")
         query = made.get("query") or {"name": None, "prompt": prompt}
         other = None
         try:
             if query["name"]:
-                other = cls.from_pretrained(_origin(query), revision=query["revision"], query_prompt=query["prompt"])
-            return cls.from_pretrained(
-                name_or_path or _origin(made),
+                other = cls(_origin(query), revision=query["revision"], query_prompt=query["prompt"])
+            return cls(
+                str(name_or_path or _origin(made)),
                 revision=None if name_or_path else made["revision"],
                 prompt=prompt,
                 query_prompt=query["prompt"],
@@ -204,9 +257,9 @@ class ChunkEmbedder:
             )
         except OSError as error:
             raise PretrainedNotFoundError(
-                f"The embedder {str(name_or_path or made['name'])!r} could not be loaded: {error} Pass the embedder that "
-                "made the keys: embedder='<folder or Hub name>'; if queries have an encoder of their own, pass "
-                "ChunkEmbedder.from_pretrained(..., query_encoder=...) in Python."
+                f"The embedder {str(name_or_path or made['name'])!r} could not be loaded: {error} Pass "
+                "embedder='<folder or Hub name>'; if queries have an encoder of their own, pass "
+                "ChunkEmbedder.from_pretrained(..., query_encoder=...)."
             ) from error
 
     @property
@@ -215,108 +268,61 @@ class ChunkEmbedder:
         return self.query_fingerprint == self.fingerprint
 
     def _load(self) -> None:
-        self.device = torch.device(self._requested_device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device, dtype, *given = self._requested
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        name, revision = self.name_or_path, self.revision
+        encoder: Any
         try:
-            modules = _read_json(self.name_or_path, "modules.json", self.revision)
-            if modules is None or _is_mean_pooling(self.name_or_path, modules, self.revision):
-                self._load_transformer()
+            modules = _read_json(name, "modules.json", revision)
+            if modules is None or _is_mean_pooling(name, modules, revision):
+                encoder = _Encoder(name, revision)
+                self.pooling, model, default = encoder.pooling, encoder.model, _default_dtype(self.device)
             else:
-                self._load_sentence_transformer()
+                library = extras.load("sentence_transformers", f"The embedder {name!r}, which is not a plain mean,")
+                encoder = model = library.SentenceTransformer(name, revision=revision, device=str(self.device))
+                # The modules of such a model may expect float32, so it gets another dtype only if the user asks for it.
+                self.pooling, default = "sentence-transformers", torch.float32
         except (OSError, ValueError) as error:
-            raise PretrainedNotFoundError.for_name("embedder", self.name_or_path, error) from error
-        if modules is None and self.pooling == "mean" and not self._is_bidirectional():
+            raise PretrainedNotFoundError.for_name("embedder", name, error) from error
+        self._identify(encoder, model, *given)
+        self.dtype = dtype or default
+        model.to(device=self.device, dtype=self.dtype).eval().requires_grad_(False)
+        if modules is None and self.pooling == "mean" and not encoder.is_bidirectional():
             raise UnsupportedEmbedderError(
-                f"The embedder '{self.name_or_path}' is a {type(self._model).__name__}, but keys need a bidirectional "
-                "encoder, in which every token sees the whole text. Name one, such as "
-                "'sentence-transformers/all-MiniLM-L6-v2', or a sentence-transformers model made from it."
+                f"The embedder '{name}' is a {type(model).__name__}, in which a token does not see the whole text. Use a "
+                "bidirectional encoder, such as 'sentence-transformers/all-MiniLM-L6-v2', or a sentence-transformers model made "
+                "from this one."
             )
-        if self.query_encoder is not None:
-            self._check_dim(self.query_encoder.dim, self.query_encoder.name_or_path)
-
-    def _load_transformer(self) -> None:
-        from transformers import AutoConfig, AutoModel, AutoTokenizer, DPRContextEncoder
-
-        config = AutoConfig.from_pretrained(self.name_or_path, revision=self.revision)
-        # `AutoModel` takes every DPR checkpoint for a question encoder.
-        kind: Any = DPRContextEncoder if "DPRContextEncoder" in (config.architectures or []) else AutoModel
-        self.pooling = "pooler" if config.model_type == "dpr" else "mean"
-        self._recipe: Any = None
-        self._tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            self.name_or_path, revision=self.revision
-        )
-        model: PreTrainedModel = kind.from_pretrained(self.name_or_path, revision=self.revision, dtype=torch.float32)
-        settings = _read_json(self.name_or_path, "sentence_bert_config.json", self.revision) or {}
-        limits = [
-            settings.get("max_seq_length"),
-            self._tokenizer.model_max_length,
-            getattr(model.config, "max_position_embeddings", None),
-        ]
-        self._max_length = min([limit for limit in limits if limit] or [512])
-        self.dim: int = getattr(model.config, "projection_dim", 0) or model.config.hidden_size
-        settings = _read_json(self.name_or_path, "config_sentence_transformers.json", self.revision) or {}
-        # Hashed as loaded, before the cast: the same model has the same fingerprint on every machine.
-        self._identify(model, settings.get("prompts"))
-        self._freeze(model, self._requested_dtype or _default_dtype(self.device))
-
-    def _load_sentence_transformer(self) -> None:
-        library = extras.load("sentence_transformers", f"The embedder {self.name_or_path!r}, which is no plain mean,")
-        self.pooling = "sentence-transformers"
-        recipe = library.SentenceTransformer(self.name_or_path, revision=self.revision, device=str(self.device))
-        self._tokenizer = recipe.tokenizer
-        self._max_length = int(recipe.max_seq_length or 0)
-        self._identify(recipe, recipe.prompts, routed=any(type(module).__name__ == "Router" for module in recipe))
-        self.dim = int(recipe.encode_document(["dimension"], show_progress_bar=False).shape[1])
-        self._check_dim(int(recipe.encode_query(["dimension"], show_progress_bar=False).shape[1]), self.name_or_path)
-        # Later modules of a recipe may mix precisions, so only an explicit wish leaves float32.
-        self._recipe = recipe
-        self._freeze(recipe, self._requested_dtype or torch.float32)
-
-    def _freeze(self, model: Any, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-        self._model = model.to(device=self.device, dtype=dtype).eval().requires_grad_(False)
-
-    @torch.inference_mode()
-    def _is_bidirectional(self) -> bool:
-        """Whether the first token sees the second: whether its state depends on that token's mask."""
-        if self._model.config.is_encoder_decoder:
-            return False
-        ids = torch.tensor([[0, 1], [0, 1]], device=self.device)
-        mask = torch.tensor([[1, 1], [1, 0]], device=self.device)
-        seeing, blind = self._model(input_ids=ids, attention_mask=mask).last_hidden_state[:, 0].float()
-        return bool((seeing - blind).norm() > 0.01 * blind.norm())
-
-    def _identify(
-        self, model: torch.nn.Module, own_prompts: dict[str, str | None] | None, routed: bool = False
-    ) -> None:
-        """Set the prompts and the fingerprints; `routed` if parts of the model are for queries alone."""
-        given, own = self._requested_prompts, _prompts_of(own_prompts)
-        self.prompt, self.query_prompt = (
-            default if prompt is None else prompt for prompt, default in zip(given, own, strict=True)
-        )
-        digests = []
-        for name, tensor in model.state_dict().items():
-            # The pooler plays no part in the mean, and whether it is loaded depends on the class.
-            if ".pooler." in f".{name}":
-                continue
-            values = tensor.detach().cpu().contiguous()
-            digest = hashlib.sha256(f"{values.dtype}{tuple(values.shape)}".encode())
-            digest.update(memoryview(values.reshape(-1).view(torch.uint8).numpy()))
-            digests.append(digest.hexdigest())
-        parts = [self.pooling, str(self._max_length), tokenizer_fingerprint(self._tokenizer), *sorted(digests)]
-        self.fingerprint = _digest(parts, self.prompt)
-        self.query_fingerprint: str
-        if self.query_encoder is not None:
-            self.query_prompt = self.query_encoder.query_prompt
-            self.query_fingerprint = self.query_encoder.query_fingerprint
-        else:
-            self.query_fingerprint = _digest([*parts, *(["route query"] if routed else [])], self.query_prompt)
-
-    def _check_dim(self, dim: int, name: str) -> None:
+        self._model = encoder
+        self.dim: int = self._encode(["dimension"], 1, False, query=False).shape[1]
+        other = self.query_encoder
+        dim = other.dim if other else self._encode(["dimension"], 1, False, query=True).shape[1]
         if dim != self.dim:
             raise DatastoreMismatchError(
-                f"The chunks' encoder {self.name_or_path!r} makes vectors of length {self.dim}, but the queries' encoder "
-                f"{name!r} makes vectors of length {dim}. They cannot be compared: take two encoders that were trained together."
+                f"{name!r} makes vectors of length {self.dim} for chunks, but {(other or self).name_or_path!r} makes vectors of "
+                f"length {dim} for queries. Use two encoders that were trained together."
             )
+
+    def _identify(self, encoder: Any, model: Any, prompt: str | None, query_prompt: str | None) -> None:
+        """Set the prompts and the fingerprints, from the weights before they are cast to another dtype."""
+        own, own_query = _prompts_of(encoder.prompts or {})
+        self.prompt = own if prompt is None else prompt
+        self.query_prompt: str = own_query if query_prompt is None else query_prompt
+        length, tokenizer = int(encoder.max_seq_length or 0), tokenizer_fingerprint(encoder.tokenizer)
+        parts = [self.pooling, str(length), tokenizer, *_tensor_digests(model)]
+
+        def fingerprint(parts: list[str], prompt: str) -> str:
+            # Nothing is added for an empty prompt, so plain encoders keep the fingerprints of older datastores.
+            return sha256_of("\n".join([*parts, *([f"prompt {prompt}"] if prompt else [])]))
+
+        self.fingerprint = fingerprint(parts, self.prompt)
+        if self.query_encoder is not None:
+            self.query_prompt = self.query_encoder.query_prompt
+            self.query_fingerprint: str = self.query_encoder.query_fingerprint
+            return
+        # A router sends queries through a part of the model that is theirs alone.
+        routed = any(type(module).__name__ == "Router" for module in model.children())
+        self.query_fingerprint = fingerprint([*parts, *(["route query"] if routed else [])], self.query_prompt)
 
     def embed(self, texts: Sequence[str], batch_size: int = 64, show_progress: bool | None = None) -> np.ndarray:
         """Embed texts, in batches of similar length.
@@ -324,12 +330,12 @@ class ChunkEmbedder:
         Args:
             texts (`Sequence[str]`): any number, in any order. Text beyond the encoder's maximum length is cut off.
             batch_size (`int`, defaults to 64): texts per forward pass; 64 suits a CPU, 256 a GPU.
-            show_progress (`bool`, *optional*): a progress bar; by default no bar is drawn.
+            show_progress (`bool`, *optional*): show a progress bar; by default none is shown.
         Returns:
             `np.ndarray` of float32 and shape `(len(texts), dim)`, rows of length 1 (or 0, for a text without tokens).
         *Determinism*: the same texts in the same call give the same bytes; padding moves the last bits between calls.
         """
-        return self._embed(texts, batch_size, show_progress, query=False)
+        return self._encode(texts, batch_size, show_progress, query=False)
 
     def embed_queries(
         self, texts: Sequence[str], batch_size: int = 64, show_progress: bool | None = None
@@ -343,65 +349,23 @@ class ChunkEmbedder:
             return self.embed(texts, batch_size=batch_size, show_progress=show_progress)
         if self.query_encoder is not None:
             return self.query_encoder.embed_queries(texts, batch_size, show_progress)
-        return self._embed(texts, batch_size, show_progress, query=True)
+        return self._encode(texts, batch_size, show_progress, query=True)
 
-    def _embed(self, texts: Sequence[str], batch_size: int, show_progress: bool | None, query: bool) -> np.ndarray:
-        texts = list(texts)
-        vectors = np.zeros((len(texts), self.dim), dtype=np.float32)
-        if not texts:
-            return vectors
+    def _encode(self, texts: Sequence[str], batch_size: int, show_progress: bool | None, query: bool) -> np.ndarray:
         if self._model is None:
             self._load()
+        if not len(texts):
+            return np.zeros((0, self.dim), dtype=np.float32)
+        encode = self._model.encode_query if query else self._model.encode_document
         prompt = self.query_prompt if query else self.prompt
-        encoded = None if self._recipe else self._tokenize([prompt + text for text in texts] if prompt else texts)
-        lengths = [len(text) for text in texts] if encoded is None else [len(ids) for ids in encoded]
-        # Longest first: the largest batch comes first, where running out of memory costs least.
-        order = np.argsort(np.negative(lengths), kind="stable")
-        bar = logging.tqdm(total=len(texts), unit="chunk", desc="Embedding", disable=not show_progress)
-        for start in range(0, len(texts), batch_size):
-            rows = order[start : start + batch_size]
-            if encoded is None:
-                encode = self._recipe.encode_query if query else self._recipe.encode_document
-                batch = [texts[row] for row in rows]
-                pooled = torch.from_numpy(encode(batch, prompt=prompt, batch_size=batch_size, show_progress_bar=False))
-            else:
-                pooled = self._pooled([encoded[row] for row in rows])
-            vectors[rows] = torch.nn.functional.normalize(pooled.float(), dim=-1).cpu().numpy()
-            bar.update(len(rows))
-        bar.close()
-        return vectors
-
-    def _tokenize(self, texts: list[str]) -> list[list[int]]:
-        encoding = self._tokenizer(
-            texts, padding=False, truncation=True, max_length=self._max_length, return_attention_mask=False
-        )
-        return encoding["input_ids"]
-
-    @torch.inference_mode()
-    def _pooled(self, ids: list[list[int]]) -> torch.Tensor:
-        """Mean over real tokens of the last hidden states, or the pooler's output; float of shape `(len(ids), dim)`."""
-        width = max(1, max(len(row) for row in ids))
-        input_ids = torch.full((len(ids), width), self._tokenizer.pad_token_id or 0, dtype=torch.long)
-        attention_mask = torch.zeros_like(input_ids)
-        for row, tokens in enumerate(ids):
-            input_ids[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.long)
-            attention_mask[row, : len(tokens)] = 1
-        mask = attention_mask.to(self.device)
-        # A row without tokens would attend to nothing; it reads one padding token and its mean is zero.
-        readable = mask.clone()
-        readable[:, 0] = 1
-        output = self._model(input_ids=input_ids.to(self.device), attention_mask=readable)
-        if self.pooling == "pooler":
-            return output.pooler_output
-        hidden = output.last_hidden_state
-        weights = mask.unsqueeze(-1)
-        return (hidden.float() * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
+        vectors = encode(list(texts), prompt=prompt, batch_size=batch_size, show_progress_bar=bool(show_progress))
+        vectors = vectors.astype(np.float32)
+        return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
     def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        # One precision for all processes, also on hardware with another default.
-        state.update(_model=None, _recipe=None, _tokenizer=None, _requested_dtype=self.dtype)
-        return state
+        # All processes use the same precision, also on hardware with another default.
+        device, _, *prompts = self._requested
+        return self.__dict__ | {"_model": None, "_requested": (device, self.dtype, *prompts)}
 
     def __repr__(self) -> str:
         other = self.query_encoder.name_or_path if self.query_encoder else None

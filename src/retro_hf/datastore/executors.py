@@ -1,7 +1,8 @@
-"""Who does the work of a build: this process, several processes, or every rank of a job; block by block.
+"""
+Who does the work of a build: this process, several processes, or every rank of a job.
 
-A task is idempotent and its output appears when it is complete, so work can be stopped and repeated anywhere. `rank`
-needs nothing but a folder that all ranks see, and serves torchrun and Slurm; [`retro_hf.datastore.cluster`] has Ray.
+A task is idempotent, and its output appears when it is complete, so work can be stopped and repeated anywhere. Ranks need
+only a folder that all of them see, which suits torchrun and Slurm. [`retro_hf.datastore.ray`] uses a Ray cluster.
 """
 
 from __future__ import annotations
@@ -17,16 +18,14 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
-import xxhash
 from transformers.utils import logging
 
 from ..errors import DatastoreInputError, RetroError, counted
+from .files import hash_of
 
-
-__all__ = ["Call", "Executor", "LocalExecutor", "RankExecutor", "Run", "Task", "progress_bar", "run_stage"]
 
 _POLL_SECONDS = 0.2
-# Calls that wait for a worker, so that documents are read no faster than they are worked on.
+# Calls that wait for a worker. The number is bounded, so that documents are read only as fast as they are processed.
 _CALLS_PER_WORKER = 2
 
 
@@ -41,7 +40,7 @@ class Task(Protocol):
 
 
 class Call(NamedTuple):
-    """The arguments of one call of a task, and how many units of progress it is worth."""
+    """The arguments of one call of a task, and how many units of progress it counts for."""
 
     units: int
     args: tuple[Any, ...]
@@ -51,26 +50,26 @@ class Run(Protocol):
     """Runs the calls of one of the tasks that an executor was started with."""
 
     def __call__(self, task: int, calls: Iterable[Call]) -> Iterator[int]:
-        """Yield the units of each call once its output exists; `calls` is read only as fast as they are worked off."""
+        """Yield the units of each call once its output exists; `calls` is read only as fast as they are processed."""
 
 
 class Executor(Protocol):
     """Runs the calls of tasks, in any order and place."""
 
     is_main: bool
-    """Whether this process puts the results together; of several that run the same build, one does."""
+    """Whether this process puts the results together. Of several that run the same build, one does."""
 
     def start(self, tasks: Sequence[Task]) -> AbstractContextManager[Run]:
-        """Get ready for some tasks; workers are given each of them once, and stop when the context ends."""
+        """Get ready for some tasks. Workers receive the tasks once, and stop when the context ends."""
 
 
 def progress_bar(show_progress: bool | None, **options: Any) -> Any:
-    """A progress bar: on a terminal by default, always with True, never with False or with transformers' bars off."""
+    """A progress bar: by default on a terminal only, and never if transformers' progress bars are switched off."""
     return logging.tqdm(disable=None if show_progress is None else not show_progress, **options)
 
 
 def run_stage(run: Run, tasks: Sequence[Task], task: int, calls: Iterable[Call], progress: Any) -> None:
-    """Run the calls of a task whose output is not there yet."""
+    """Run the calls of a task whose output does not exist yet."""
 
     def missing() -> Iterator[Call]:
         for call in calls:
@@ -99,15 +98,15 @@ def _call_task(task: int, args: tuple[Any, ...]) -> None:
 class LocalExecutor:
     """This process, or `num_workers` new ones that share the cores.
 
-    Workers are started afresh (spawn), since neither FAISS nor torch survives a fork with its threads; a script that
-    uses them needs the usual `if __name__ == "__main__":`.
+    Workers are spawned, since neither FAISS nor torch survives a fork with its threads. A script that uses workers needs
+    the usual `if __name__ == "__main__":`.
     """
 
     is_main = True
 
     def __init__(self, num_workers: int = 1) -> None:
-        if isinstance(num_workers, bool) or not isinstance(num_workers, int) or num_workers < 1:
-            raise DatastoreInputError(f"num_workers is {num_workers!r}, but it must be an integer of at least 1.")
+        if isinstance(num_workers, bool) or num_workers < 1:
+            raise DatastoreInputError(f"executor is {num_workers!r}. Pass a number of processes of at least 1.")
         self.num_workers = num_workers
 
     @contextmanager
@@ -125,7 +124,8 @@ class LocalExecutor:
 
         threads = max(1, torch.get_num_threads() // self.num_workers)
         context = multiprocessing.get_context("spawn")
-        # Not as an argument of the workers: to one that dies while it starts, Python would go on writing for ever.
+        # The tasks go through a queue. As an argument of a worker that dies while it starts, Python would wait for ever for it
+        # to read them.
         inbox = context.Queue()
         inbox.cancel_join_thread()
         for _ in range(self.num_workers):
@@ -145,16 +145,16 @@ class LocalExecutor:
                 yield run
             except BrokenProcessPool as error:
                 raise RetroError(
-                    "A worker process ended before its work was done. If it was killed, then mostly for lack of memory: take fewer "
-                    "workers. If it could not start: a script that uses workers needs `if __name__ == '__main__':` around "
-                    "what it does, since each worker imports it. What was done is kept, and the same call goes on from there."
+                    "A worker process ended before its work was done, usually for lack of memory: use fewer workers and repeat the "
+                    "call, which resumes. If workers cannot start at all, put `if __name__ == '__main__':` around the code of the "
+                    "script, which each worker imports."
                 ) from error
             finally:
                 pool.shutdown(cancel_futures=True)
 
 
 def _finished(pending: dict[Future[None], int]) -> Iterator[int]:
-    """Wait for at least one of the pending calls, take those that are done out, and yield their units."""
+    """Wait for at least one of the pending calls, remove those that are done, and yield their units."""
     for future in wait(pending, return_when=FIRST_COMPLETED).done:
         units = pending.pop(future)
         future.result()
@@ -162,26 +162,22 @@ def _finished(pending: dict[Future[None], int]) -> Iterator[int]:
 
 
 def as_executor(executor: Executor | int) -> Executor:
-    """An executor from a number of processes.
-
-    Raises:
-        DatastoreInputError: for what is neither.
-    """
+    """An executor from a number of processes; DatastoreInputError for something else."""
     if isinstance(executor, int):
         return LocalExecutor(executor)
     if not hasattr(executor, "start"):
         raise DatastoreInputError(
-            f"executor is {executor!r}, but it must be a number of processes, such as 2, a RankExecutor or a RayExecutor."
+            f"executor is {executor!r}. Pass a number of processes, such as 2, a RankExecutor or a RayExecutor."
         )
     return executor
 
 
 class RankExecutor:
-    """One of `world_size` processes that run the same build over a shared folder; each does every so-manieth call.
+    """One of `world_size` processes that run the same build over a shared folder; each does its share of the calls.
 
     Args:
         rank, world_size (`int`, *optional*): by default those of torchrun (`RANK`, `WORLD_SIZE`) or Slurm.
-        timeout (`float`, defaults to 86,400): seconds without any progress of the others after which to give up.
+        timeout (`float`, defaults to 86,400): seconds without any progress of the other ranks after which to give up.
     """
 
     def __init__(self, rank: int | None = None, world_size: int | None = None, timeout: float = 86_400.0) -> None:
@@ -194,11 +190,7 @@ class RankExecutor:
                 "processes with torchrun or srun, or pass rank= and world_size=."
             )
         self.timeout = timeout
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this is the first rank."""
-        return self.rank == 0
+        self.is_main = self.rank == 0
 
     @contextmanager
     def start(self, tasks: Sequence[Task]) -> Iterator[Run]:
@@ -208,8 +200,9 @@ class RankExecutor:
             others: list[tuple[Path, int]] = []
             for call in calls:
                 output = tasks[task].output(*call.args)
-                # Ranks may see different states of the folder: the output's name decides whose work it is.
-                if hash_of_name(output) % self.world_size == self.rank:
+                # The name of the output decides whose work it is. A running number would not do: ranks may see different
+                # states of the folder, and skip different calls as done.
+                if hash_of(output.name) % self.world_size == self.rank:
                     tasks[task](*call.args)
                     yield call.units
                 else:
@@ -221,24 +214,15 @@ class RankExecutor:
     def _wait_for(self, outputs: list[tuple[Path, int]]) -> Iterator[int]:
         waited = 0.0
         while outputs:
-            missing = []
-            for output, units in outputs:
-                # The first rank removes the folder of unfinished work when the store is complete.
-                if output.exists() or not output.parent.exists():
-                    yield units
-                else:
-                    missing.append((output, units))
-            waited = 0.0 if len(missing) < len(outputs) else waited + _POLL_SECONDS
-            outputs = missing
+            # The first rank removes the folder of unfinished work once the store is complete.
+            done = [output.exists() or not output.parent.exists() for output, _ in outputs]
+            yield from (units for (_, units), is_done in zip(outputs, done, strict=True) if is_done)
+            outputs = [one for one, is_done in zip(outputs, done, strict=True) if not is_done]
+            waited = 0.0 if any(done) else waited + _POLL_SECONDS
             if waited > self.timeout:
                 raise RetroError(
                     f"Rank {self.rank} waited {self.timeout:.0f} s for {counted(len(outputs), 'block')} of the other ranks, such as "
-                    f"{outputs[0][0].name!r}. Start the build again: what is done is kept."
+                    f"{outputs[0][0].name!r}. Start the build again: it resumes."
                 )
             if outputs:
                 time.sleep(_POLL_SECONDS)
-
-
-def hash_of_name(path: Path) -> int:
-    """A number that is the same in every process."""
-    return xxhash.xxh3_64_intdigest(path.name.encode())

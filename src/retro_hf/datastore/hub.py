@@ -1,33 +1,44 @@
-"""Datastores on the Hub: a dataset repository that one commit takes from generation to generation."""
+"""Datastores on the Hub: a dataset repository with a card, in which one commit is one generation."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, snapshot_download
+from huggingface_hub import (
+    CommitInfo,
+    CommitOperationAdd,
+    CommitOperationDelete,
+    DatasetCard,
+    DatasetCardData,
+    HfApi,
+    snapshot_download,
+)
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
 from huggingface_hub.hf_api import RepoFile
 from transformers.utils import logging
 
 from ..errors import DatastoreInputError, DatastoreNotFoundError
-from .card import CARD_NAME, make_card
-from .manifest import MANIFEST_NAME, DatastoreManifest, FileEntry, checked_path
-from .storage import building_folder
-from .view import verify_files
+from .files import MANIFEST_NAME, building_folder
+from .manifest import DatastoreManifest, FileEntry, check_content, checked_path
 
 
 if TYPE_CHECKING:
     from .store import RetroDatastore
 
-__all__ = ["local_folder", "push"]
-
 logger = logging.get_logger(__name__)
 
 _REPO_TYPE = "dataset"
+_CARD_NAME = "README.md"
+_TEMPLATE = Path(__file__).parent / "templates" / "datastore_card.md"
+_MAX_LISTED = 20
+_LICENSE_ID = re.compile(r"[a-z0-9][a-z0-9.-]*")
+# What follows this line in a card is its owner's own text.
+_OWN_TEXT = "<!-- Everything below this line is kept when the datastore is pushed again. -->"
 
 
 def push(
@@ -37,29 +48,25 @@ def push(
     private: bool | None = None,
     token: str | None = None,
     revision: str | None = None,
-    commit_message: str | None = None,
     settings: dict[str, bytes] | None = None,
 ) -> CommitInfo:
     """Upload a datastore to a dataset repository, with a card, as one commit.
 
-    Only files that the manifest names are uploaded, and of these only what the repository does not have; those that its
-    old manifest named and the new one doesn't are removed. A reader sees the old generation or the new. Interrupted,
-    the same call goes on with the files that are missing.
+    Only files that the manifest names and the repository lacks are uploaded; files that only its old manifest named are
+    removed. A reader sees the old generation or the new one. If it is interrupted, the same call uploads what is missing.
 
     Args:
         datastore ([`RetroDatastore`]): the store; verified first, so that no damage is passed on.
-        repo_id (`str`): `"name"` or `"organization/name"`; made if it isn't there.
+        repo_id (`str`): `"name"` or `"organization/name"`; created if it does not exist.
         private (`bool`, *optional*): whether a new repository is private.
         token (`str`, *optional*): for the Hub; by default the one that `hf auth login` saved.
-        revision (`str`, *optional*): branch to push to; made if it isn't there.
-        commit_message (`str`, *optional*): by default it says which generation this is.
+        revision (`str`, *optional*): branch to push to; created if it does not exist.
         settings (`dict[str, bytes]`, *optional*): small files to put beside the datastore, by name.
     Returns:
         [`~huggingface_hub.CommitInfo`]: its `oid` is the `revision` that pins what was pushed.
     Raises:
-        DatastoreCorruptError: if the folder is damaged; nothing has been uploaded.
-        DatastoreInputError: if the token may not write there, or there is none; if the Hub cannot be reached, or the connection
-            is lost; or if `repo_id` is no name of a repository.
+        DatastoreCorruptError: if the folder is damaged; nothing is uploaded.
+        DatastoreInputError: if the token may not write there, the Hub cannot be reached, or `repo_id` is not a valid name.
     """
     datastore.refresh()
     datastore.verify()
@@ -70,41 +77,33 @@ def push(
         if error.response.status_code not in (401, 403):
             raise
         raise DatastoreInputError(
-            f"The Hub does not let you write to the dataset repository {repo_id!r}. Log in with `hf auth login`, with a token "
-            f"that may write there. It says: {error}"
+            f"The Hub does not let you write to the dataset repository {repo_id!r}: {error} Log in with `hf auth login`, with a "
+            "token that may write there."
         ) from error
     except HFValidationError as error:
-        raise DatastoreInputError(
-            f"{repo_id!r} is no name of a repository: {error} Name one such as 'organization/name'."
-        ) from error
-    # `HTTPError` is what the HTTP library of the client raises where there is no answer at all.
+        raise DatastoreInputError(f"{error} Pass a repository name such as 'organization/name'.") from error
+    # `HTTPError` is what the client's HTTP library raises if there is no answer at all.
     except (HTTPError, OfflineModeIsEnabled) as error:
         raise DatastoreInputError(
-            f"The Hub could not be reached to push to {repo_id!r}: {error} Nothing was uploaded. Make the same call again with a "
-            "connection, and without HF_HUB_OFFLINE=1."
+            f"The Hub could not be reached to push to {repo_id!r}: {error} Repeat the call with a connection, and without "
+            "HF_HUB_OFFLINE=1."
         ) from error
     try:
-        return _commit(api, repo_id, datastore, revision, commit_message, settings or {})
+        return _commit(api, repo_id, datastore, revision, settings or {})
     except (HTTPError, RuntimeError) as error:
-        # What the Hub answers speaks for itself; the client wraps what stops the upload of a file.
+        # An answer of the Hub explains itself; the client wraps the errors that stop the upload of a file.
         if isinstance(error, HfHubHTTPError) or isinstance(error.__cause__, HfHubHTTPError):
             raise
         raise DatastoreInputError(
-            f"The push to {repo_id!r} broke off: {error.__cause__ or error} The files that have arrived are kept there, and "
-            "readers see what was there before until the commit, which is the last step. With a connection, the same call "
-            "again goes on with the files that are missing."
+            f"The push to {repo_id!r} was interrupted: {error.__cause__ or error} Nothing has changed for readers; repeat the call, "
+            "which uploads only what is missing."
         ) from error
 
 
 def _commit(
-    api: HfApi,
-    repo_id: str,
-    datastore: RetroDatastore,
-    revision: str | None,
-    commit_message: str | None,
-    settings: dict[str, bytes],
+    api: HfApi, repo_id: str, datastore: RetroDatastore, revision: str | None, settings: dict[str, bytes]
 ) -> CommitInfo:
-    """Upload what a repository lacks of a datastore, and commit it. See [`push`] for the arguments."""
+    """Upload what a repository lacks of a datastore, and commit it."""
     manifest = datastore.manifest
     if revision is not None and not revision.startswith("refs/pr/"):
         api.create_branch(repo_id, repo_type=_REPO_TYPE, branch=revision, exist_ok=True)
@@ -113,23 +112,23 @@ def _commit(
     there = {file.path: file for file in tree if isinstance(file, RepoFile)}
     new = [file for file in manifest.files if not _is_same(there.get(file.name), file)]
     content = {MANIFEST_NAME: manifest.to_bytes(), **settings}
-    # The card is made and checked here, so that nothing about it can stop the commit.
-    card = make_card(api, repo_id, head if CARD_NAME in there else None, manifest)
+    # The card is made and validated now, so that a bad card cannot stop the commit.
+    card = _make_card(api, repo_id, head if _CARD_NAME in there else None, manifest)
     if card is not None:
-        content[CARD_NAME] = card
+        content[_CARD_NAME] = card
     old = _files_of_manifest(api, repo_id, head) if MANIFEST_NAME in there else set()
     stale = sorted((old & set(there)) - {file.name for file in manifest.files} - set(content))
     logger.warning(
         f"Uploading {len(new)} of {len(manifest.files)} files ({_megabytes(new)} of {_megabytes(manifest.files)}) to the "
-        f"dataset repository {repo_id!r}. If this is interrupted, the same call again goes on."
+        f"dataset repository {repo_id!r}. If this is interrupted, the same call resumes."
     )
     return api.create_commit(
         repo_id,
         repo_type=_REPO_TYPE,
         revision=revision,
-        # Another push in the meantime is refused instead of mixed with this one.
+        # If somebody else pushes in the meantime, the Hub refuses this commit instead of mixing both.
         parent_commit=head,
-        commit_message=commit_message or f"Datastore, generation {manifest.generation}",
+        commit_message=f"Datastore, generation {manifest.generation}",
         operations=[
             *(CommitOperationAdd(file.name, str(datastore.path / file.name)) for file in new),
             *(CommitOperationDelete(name, is_folder=False) for name in stale),
@@ -147,68 +146,53 @@ def local_folder(
     verify: bool = True,
     settings: str | None = None,
 ) -> Path:
-    """The folder of a datastore: a local one as it is, one on the Hub downloaded to the client's cache.
+    """The folder of a datastore: a local one as it is, or one from the Hub, downloaded to the client's cache.
 
-    Only what the manifest names is downloaded, all of one commit. Interrupted, the same call goes on with the files that
-    are missing; without a connection, what was downloaded before is used.
+    Only files that the manifest names are downloaded, all from one commit. If it is interrupted, the same call downloads
+    what is missing; without a connection, earlier downloads are used.
 
-    Args:
-        name_or_path (`str` or `Path`): a folder, or a dataset repository.
-        revision (`str`, *optional*): branch, tag or commit; a commit pins the content.
-        cache_dir (`str` or `Path`, *optional*): instead of the client's own, `$HF_HOME/hub`.
-        token (`str`, *optional*): for the Hub; by default the one that `hf auth login` saved.
-        verify (`bool`, defaults to `True`): compare the sha256 of every file of a download with the manifest.
-        settings (`str`, *optional*): the name of a file that is downloaded too, if it is there.
+    Args: those of [`RetroDatastore.from_pretrained`], and
+
+        settings (`str`, *optional*): the name of a file that is downloaded, too, if it exists.
     Raises:
         DatastoreNotFoundError: if there is no such folder or repository, or it holds no datastore.
-        DatastoreCorruptError: if what was downloaded is not what its manifest says.
+        DatastoreCorruptError: if the download is not what its manifest says.
     """
     path = checked_path(name_or_path)
     if path.exists() or building_folder(path).exists():
         if revision is not None and path.is_dir():
             raise DatastoreInputError(
-                f"'{name_or_path}' is a local folder, which has no revision {revision!r}. Leave `revision` out, or move "
-                "the folder out of the way to load the repository of that name."
+                f"'{name_or_path}' is a local folder, which has no revision {revision!r}. Leave `revision` out, or rename the folder "
+                "to load the repository of that name."
             )
         return path
     repo_id = str(name_or_path)
 
     def download(names: list[str], commit: str | None) -> Path:
+        options: dict[str, Any] = {"cache_dir": cache_dir, "token": token, "allow_patterns": names}
         try:
-            return Path(
-                snapshot_download(
-                    repo_id,
-                    repo_type=_REPO_TYPE,
-                    revision=commit,
-                    cache_dir=cache_dir,
-                    token=token,
-                    allow_patterns=names,
-                )
-            )
+            return Path(snapshot_download(repo_id, repo_type=_REPO_TYPE, revision=commit, **options))
         except (OSError, ValueError) as error:
             raise DatastoreNotFoundError(
-                f"There is no folder '{name_or_path}', and no dataset repository of that name could be loaded from the "
-                f"Hub: {error} Check the name and the revision, log in with `hf auth login` if it is private, or build "
-                "the datastore first."
+                f"There is no folder '{name_or_path}', and no dataset repository of that name could be loaded from the Hub: {error} "
+                "Check the name and the revision, and log in with `hf auth login` if it is private."
             ) from error
 
-    names = [MANIFEST_NAME] if settings is None else [MANIFEST_NAME, settings]
-    folder = download(names, revision)
+    folder = download([MANIFEST_NAME] if settings is None else [MANIFEST_NAME, settings], revision)
     if not (folder / MANIFEST_NAME).is_file():
         raise DatastoreNotFoundError(
-            f"The dataset repository {repo_id!r} holds no datastore at commit {folder.name}: it has no {MANIFEST_NAME}. "
-            "Check the name and the revision, or put one there with `RetroDatastore.push_to_hub`."
+            f"The dataset repository {repo_id!r} holds no datastore at commit {folder.name}: it has no {MANIFEST_NAME}. Check the "
+            "name and the revision."
         )
     manifest = DatastoreManifest.read(folder)
-    # A folder of the cache is named after its commit: the files come from the commit that the manifest came from.
+    # A folder of the cache is named after its commit, so the files come from the same commit as the manifest.
     download([file.name for file in manifest.files], folder.name)
     if verify:
-        verify_files(
+        check_content(
             folder,
-            manifest,
-            f"It was downloaded from {repo_id!r}, commit {folder.name}. Remove the download with `hf cache rm "
-            f"{_REPO_TYPE}/{repo_id}` and load it again. If it comes back like this, the repository itself is damaged: "
-            "load an earlier commit with `revision`, or ask for it to be pushed again.",
+            manifest.files,
+            f"It was downloaded from {repo_id!r}, commit {folder.name}. Remove it with `hf cache rm {_REPO_TYPE}/{repo_id}` and load it "
+            "again; if the repository itself is damaged, load an earlier commit with `revision`.",
         )
     return folder
 
@@ -218,7 +202,7 @@ def _is_same(there: RepoFile | None, file: FileEntry) -> bool:
 
 
 def _files_of_manifest(api: HfApi, repo_id: str, commit: str) -> set[str]:
-    """What the manifest in the repository names; nothing if it is not one."""
+    """The files that the manifest in a repository names; none if it is not a manifest."""
     path = api.hf_hub_download(repo_id, MANIFEST_NAME, repo_type=_REPO_TYPE, revision=commit)
     try:
         return {str(file["name"]) for file in json.loads(Path(path).read_bytes())["files"]}
@@ -228,3 +212,66 @@ def _files_of_manifest(api: HfApi, repo_id: str, commit: str) -> set[str]:
 
 def _megabytes(files: Iterable[FileEntry]) -> str:
     return f"{sum(file.size for file in files) / 1e6:,.2f} MB"
+
+
+def _make_card(api: HfApi, repo_id: str, commit: str | None, manifest: DatastoreManifest) -> bytes | None:
+    """The card, validated by the Hub; None, with a warning, if the existing card must stay or no card can be made.
+
+    `commit` has a card already. Its text below the marker line is kept; a card without that line belongs to its owner.
+    """
+    try:
+        own = "\n"
+        if commit is not None:
+            path = api.hf_hub_download(repo_id, _CARD_NAME, repo_type=_REPO_TYPE, revision=commit)
+            _, line, own = Path(path).read_text(encoding="utf-8").partition(_OWN_TEXT)
+            if not line:
+                logger.warning(
+                    f"The card of {repo_id!r} was written by hand and is kept. To get a generated one, remove {_CARD_NAME} from the "
+                    "repository."
+                )
+                return None
+        card = render_card(manifest, repo_id)
+        card.validate(repo_type=_REPO_TYPE)
+        return f"{str(card).rstrip()}\n\n{_OWN_TEXT}{own}".encode()
+    except Exception as error:  # no failure of the card may stop the upload of the datastore
+        logger.warning(f"The datastore is pushed to {repo_id!r} without a new card: {error}")
+        return None
+
+
+def render_card(manifest: DatastoreManifest, repo_id: str) -> DatasetCard:
+    """Fill in the template of the card."""
+    licenses = {source.get("license") for source in manifest.sources}
+    agreed = licenses.pop() if len(licenses) == 1 else None
+    data = DatasetCardData(
+        license=agreed if isinstance(agreed, str) and _LICENSE_ID.fullmatch(agreed) else "other",
+        pretty_name=repo_id.split("/")[-1],
+        tags=["retro", "retrieval", "retro-hf"],
+        configs=[{"config_name": "default", "data_files": "documents-*.parquet"}],
+    )
+    # A name on the Hub has an owner; of a local folder the manifest has only the last part.
+    embedder = manifest.embedder
+    on_hub = "/" in embedder["name"] or embedder["revision"] is not None
+    return DatasetCard.from_template(
+        data,
+        template_path=str(_TEMPLATE),
+        manifest=manifest,
+        repo_id=repo_id,
+        size=sum(file.size for file in manifest.files),
+        sources=[{key: _cell(value) for key, value in source.items()} for source in manifest.sources[:_MAX_LISTED]],
+        num_more_sources=max(0, len(manifest.sources) - _MAX_LISTED),
+        indexes=[_index_row(shard.index) for shard in manifest.shards[:_MAX_LISTED]],
+        num_more_shards=max(0, len(manifest.shards) - _MAX_LISTED),
+        embedder_argument="" if on_hub else f", embedder={json.dumps(embedder['name'])}",
+    )
+
+
+def _index_row(index: dict[str, Any]) -> dict[str, str]:
+    recall = index["recall"]
+    measured = recall and "{value:.3f} of the {at} nearest, measured on {queries:,} queries".format(**recall)
+    search = ", ".join(f"{name}={value}" for name, value in index["search"].items())
+    return {"factory": _cell(index["factory"]), "search": search or "none", "recall": measured or "exact"}
+
+
+def _cell(value: Any) -> str:
+    """Text that stays in its cell of a Markdown table."""
+    return " ".join(str(value).replace("|", "\\|").split())

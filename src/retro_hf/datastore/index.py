@@ -1,7 +1,8 @@
-"""The FAISS index over the keys: how it is built, tuned and measured, how it is opened and searched.
+"""
+The FAISS index over the keys: how it is built, tuned and measured, how it is opened and searched.
 
-Similarity is the inner product of unit vectors. The paper's squared L2 distance of such vectors is
-`d = 2 - 2 * score`, so both rank alike and the nearest neighbor has the largest score.
+Similarity is the inner product of unit vectors. The paper's squared L2 distance of such vectors is `d = 2 - 2 * score`, so
+both rank alike, and the nearest neighbor has the largest score.
 """
 
 from __future__ import annotations
@@ -19,38 +20,28 @@ from typing import Any
 import numpy as np
 from transformers.utils import logging
 
-from ..errors import DatastoreCorruptError, DatastoreInputError, DatastoreWriteError, counted
+from ..errors import DatastoreInputError, DatastoreWriteError, counted
+from .files import damaged
 
-
-__all__ = [
-    "BLOCK_ROWS",
-    "TRAINING_ROWS_PER_LIST",
-    "build_index",
-    "exact_search",
-    "import_faiss",
-    "max_effort",
-    "open_index",
-    "search_index",
-    "search_parameters",
-    "short_message",
-    "training_points",
-]
 
 logger = logging.get_logger(__name__)
 
-_RECALL_AT = 2
-_RECALL_QUERIES = 4000
-_RECALL_MARGIN = 0.008
-# Lists read while the number of re-scored candidates is chosen.
-_TUNING_LISTS = 256
-_WORTHWHILE_GAIN = 0.005
 BLOCK_ROWS = 1 << 16
 TRAINING_ROWS_PER_LIST = 40
+_RECALL_AT = 2
+_RECALL_QUERIES = 4000
+# Two standard errors of a recall measured on 4,000 queries are 0.007: other queries should reach the target, too.
+_RECALL_MARGIN = 0.008
+# Lists that are read while the number of re-scored candidates is chosen.
+_TUNING_LISTS = 256
+_WORTHWHILE_GAIN = 0.005
+# Re-scoring a candidate takes as long as reading about a hundred codes (measured).
+_CODES_PER_CANDIDATE = 100
 _REFINE = ",Refine(SQfp16)"
-# Where an index file says how many vectors it has, after its four letters and its dimension.
+# Where an index file stores its number of vectors: after four letters and the dimension.
 _NTOTAL = slice(8, 16)
 
-# Settings of FAISS that belong to the process, which are changed for the time of a call.
+# Some settings of FAISS belong to the whole process. They are changed only during a call, under these locks.
 _read_lock = threading.Lock()
 _blas_lock = threading.Lock()
 _blas_users = 0
@@ -58,14 +49,14 @@ _blas_default = 0
 
 
 def import_faiss() -> Any:
-    """The module `faiss`, imported when it is first needed."""
+    """The module `faiss`, imported on first use."""
     import faiss
 
     return faiss
 
 
 def _single_thread_after_fork() -> None:
-    """A forked child hangs when it enters an OpenMP region of two threads that its parent has already used."""
+    # OpenMP's threads do not survive a fork: a child that enters a parallel region of two threads waits for ever.
     import sys
 
     if "faiss" in sys.modules:
@@ -77,20 +68,23 @@ if hasattr(os, "register_at_fork"):
 
 
 def training_points(factory: str) -> int:
-    """The least number of vectors that a factory string can be trained on: one per centroid, or dimension of a PCA."""
+    """The least number of vectors that an index can be trained on: one per centroid, or per dimension of a PCA."""
     lists = [int(number) for number in re.findall(r"(?:IVF|PCA[WR]*)(\d+)", factory)]
-    # "PQ16" has codes of 8 bits, "PQ16x4" of 4: that many centroids.
+    # "PQ16" has codes of 8 bits, "PQ16x4" of 4 bits, with one centroid per value.
     bits = [int(number or 8) for number in re.findall(r"PQ\d+(?:_\d+)?(?:x(\d+))?", factory)]
     return max([1, *lists, *(1 << number for number in bits)])
 
 
-def short_message(error: Exception) -> str:
+def _short(error: Exception) -> str:
     """The last sentence of a FAISS message, without the place in its sources."""
     return str(error).strip().rsplit("Error: ", 1)[-1].rsplit("failed: ", 1)[-1].rstrip(". ")
 
 
+# ── building ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
 def build_index(keys: np.ndarray, factory: str, path: Path, *, recall: float = 0.95, seed: int = 0) -> dict[str, Any]:
-    """Build, tune, measure and write an index.
+    """Build, write, tune and measure an index.
 
     Args:
         keys (`np.ndarray` of float16 and shape `(num_chunks, dim)`): memory-mapped; read in blocks of 65,536 rows.
@@ -99,54 +93,48 @@ def build_index(keys: np.ndarray, factory: str, path: Path, *, recall: float = 0
         recall (`float`, defaults to 0.95): share of the exact neighbors that search parameters are chosen to find.
     Returns:
         `dict` with `factory`, `search` (search parameters) and `recall` (None for an exact index), for the manifest.
+    Raises:
+        DatastoreInputError: if FAISS cannot train or fill the index.
+        DatastoreWriteError: if the disk is full.
     """
     faiss = import_faiss()
     num_chunks, dim = keys.shape
     base = factory.removesuffix(_REFINE)
     index = faiss.index_factory(dim, base, faiss.METRIC_INNER_PRODUCT)
     generator = np.random.default_rng(seed)
-    if not index.is_trained:
-        num_rows = min(num_chunks, max(TRAINING_ROWS_PER_LIST * training_points(factory), BLOCK_ROWS))
-        rows = np.sort(generator.choice(num_chunks, size=num_rows, replace=False))
-        try:
+    try:
+        if not index.is_trained:
+            num_rows = min(num_chunks, max(TRAINING_ROWS_PER_LIST * training_points(factory), BLOCK_ROWS))
+            # In order: random reads of a memory map are slow.
+            rows = np.sort(generator.choice(num_chunks, size=num_rows, replace=False))
             index.train(keys[rows].astype(np.float32))
-        except RuntimeError as error:
-            raise DatastoreInputError(
-                f"The index {factory!r} could not be trained on {num_rows:,} of {counted(num_chunks, 'chunk')}: "
-                f"{short_message(error)}. Use index='Flat', which is exact and needs no training."
-            ) from error
-    for start in range(0, num_chunks, BLOCK_ROWS):
-        try:
+        for start in range(0, num_chunks, BLOCK_ROWS):
             index.add(keys[start : start + BLOCK_ROWS].astype(np.float32))
-        except RuntimeError as error:
-            raise DatastoreInputError(
-                f"FAISS cannot fill the index {factory!r}: {short_message(error)}. Use index='Flat', or another factory string."
-            ) from error
-    if base != factory:
-        _write_refined(index, keys, path)
-    else:
-        try:
-            faiss.write_index(index, str(path))
-        except RuntimeError as error:
-            raise DatastoreWriteError(
-                f"The index {str(path)!r} could not be written: {short_message(error)}. Make room on the disk, and make the "
-                "same call again."
-            ) from error
+    except RuntimeError as error:
+        raise DatastoreInputError(
+            f"FAISS cannot build the index {factory!r} from {counted(num_chunks, 'chunk')}: {_short(error)}. Use "
+            "index='Flat', which is exact and needs no training."
+        ) from error
+    try:
+        _write_index(index, keys, path, refined=base != factory)
+    except RuntimeError as error:
+        raise DatastoreWriteError(
+            f"The index {str(path)!r} could not be written: {_short(error)}. Free disk space and repeat the call."
+        ) from error
     if factory == "Flat":
         return {"factory": factory, "search": {}, "recall": None}
     # Tuned as it will be searched: through a memory map.
-    index = open_index(path, num_chunks, dim)
-    search, measured = _tune(index, keys, generator, recall)
+    search, measured = _tune(open_index(path, num_chunks, dim), keys, generator, recall)
     return {"factory": factory, "search": search, "recall": measured}
 
 
-def _write_refined(base: Any, keys: np.ndarray, path: Path) -> None:
-    """Write `IndexRefine(base, float16 keys)` as FAISS writes it, without holding a copy of the keys in memory.
-
-    The keys of the store are the very codes of FAISS' float16 quantizer. Everything but their length and themselves is
-    taken from an empty one.
-    """
+def _write_index(base: Any, keys: np.ndarray, path: Path, refined: bool) -> None:
     faiss = import_faiss()
+    if not refined:
+        faiss.write_index(base, str(path))
+        return
+    # `IndexRefine(base, float16 keys)`, byte for byte as FAISS writes it, but without a copy of all keys in memory: float16
+    # is what FAISS' quantizer stores. All other bytes are taken from an empty quantizer.
     num_keys, dim = keys.shape
     empty = faiss.serialize_index(faiss.IndexScalarQuantizer(dim, faiss.ScalarQuantizer.QT_fp16, base.metric_type))
     refine = bytearray(empty.tobytes())
@@ -165,27 +153,25 @@ def _write_refined(base: Any, keys: np.ndarray, path: Path) -> None:
 def _tune(
     index: Any, keys: np.ndarray, generator: np.random.Generator, target: float
 ) -> tuple[dict[str, int], dict[str, Any]]:
-    """The cheapest search parameters that surely reach the target recall, and the recall measured with them.
-
-    Queries are keys of the store, each of which ignores itself. A neighbor counts as found if its score reaches that
-    of the last exact neighbor: copies of a chunk are as good as the chunk.
-    """
+    """The cheapest search parameters that reach the target recall, and the recall measured with them."""
     num_chunks = len(keys)
-    # Two standard errors of what 4,000 queries measure are 0.007: other queries should reach the target, too.
     sure = min(1.0, target + _RECALL_MARGIN)
     num_queries, at = min(_RECALL_QUERIES, num_chunks), min(_RECALL_AT, num_chunks - 1)
+    # The queries are keys of the store; each ignores itself.
     rows = np.sort(generator.choice(num_chunks, size=num_queries, replace=False))
     queries = keys[rows].astype(np.float32)
     exact, exact_ids = exact_search(keys, queries, at + 1)
-    threshold = _without(exact, exact_ids, rows, at)[:, -1:]
+    threshold = _without_own(exact, exact_ids, rows, at)[:, -1:]
 
     def measure(search: dict[str, int]) -> float:
         _, ids = search_index(index, queries, at + 1, search_parameters(index, search))
-        kept = _without(_scores_of(keys, queries, ids), ids, rows, at)
+        kept = _without_own(_scores_of(keys, queries, ids), ids, rows, at)
+        # By score, not by id: a copy of a chunk is as good as the chunk. The tolerance is for sums in another order.
         return float((kept >= threshold - 1e-5).mean()) if at else 1.0
 
     efforts, factors = _search_grid(index)
-    # How many candidates must be re-scored hardly depends on how many lists are read, so the two are found in turn.
+    # How many candidates must be re-scored hardly depends on how many lists are read. So first find the number of candidates
+    # with many lists, then the number of lists.
     thorough = [effort for effort in efforts if effort.get("nprobe", 0) <= _TUNING_LISTS][-1]
     factor, recall, search = factors[0], 0.0, {}
     for candidate in factors:
@@ -198,7 +184,7 @@ def _tune(
     place = 0
     while (recall := measure(search := {**efforts[place], **factor})) < sure and place + 1 < len(efforts):
         place += 1
-    # Re-scoring more may save lists: with each larger factor, as few as still suffice.
+    # Re-scoring more candidates may save lists: for each larger number, find the fewest lists that still suffice.
     list_size = num_chunks / efforts[-1].get("nprobe", 1)
     costs = [_cost(search, list_size)]
     for candidate in factors[factors.index(factor) + 1 :]:
@@ -211,19 +197,21 @@ def _tune(
                 search, recall = {**efforts[place], **candidate}, found
     if recall < target:
         logger.warning(
-            f"The index finds {recall:.1%} of the {counted(at, 'nearest neighbor')}, below the {target:.1%} aimed at. "
+            f"The index finds {recall:.1%} of the {counted(at, 'nearest neighbor')}, less than the {target:.1%} asked for. "
             "Use index='Flat' for exact search."
         )
     return search, {"at": at, "value": round(recall, 4), "queries": num_queries}
 
 
 def _cost(search: dict[str, int], list_size: float) -> float:
-    """What a query costs, in codes read: re-scoring a candidate takes as long as reading about a hundred (measured)."""
-    return search["nprobe"] * list_size + 100 * _RECALL_AT * search.get("k_factor", 0) if "nprobe" in search else 0.0
+    """What a query costs, in codes read."""
+    if "nprobe" not in search:
+        return 0.0
+    return search["nprobe"] * list_size + _CODES_PER_CANDIDATE * _RECALL_AT * search.get("k_factor", 0)
 
 
 def _search_grid(index: Any) -> tuple[list[dict[str, int]], list[dict[str, int]]]:
-    """Search parameters from cheap to thorough: how much of the index is read, how much is re-scored."""
+    """Search parameters from cheap to thorough: how much of the index is read, and how much is re-scored."""
     faiss = import_faiss()
     refined = isinstance(index, faiss.IndexRefine)
     base = faiss.downcast_index(index.base_index) if refined else index
@@ -231,7 +219,7 @@ def _search_grid(index: Any) -> tuple[list[dict[str, int]], list[dict[str, int]]
         base = faiss.downcast_index(base.index)
     efforts: list[dict[str, int]] = [{}]
     if isinstance(base, faiss.IndexIVF):
-        # 8, 12, 16, 24, 32 and so on: a query costs about as much as the lists it reads.
+        # 8, 12, 16, 24, 32 and so on up to all lists: a query costs about as much as the lists it reads.
         counts = [count << step for step in range(base.nlist.bit_length()) for count in (8, 12)]
         efforts = [{"nprobe": count} for count in [*(count for count in counts if count < base.nlist), base.nlist]]
     elif isinstance(base, faiss.IndexHNSW):
@@ -245,8 +233,8 @@ def _scores_of(keys: np.ndarray, queries: np.ndarray, ids: np.ndarray) -> np.nda
     return np.where(ids >= 0, scores, -np.inf)
 
 
-def _without(scores: np.ndarray, ids: np.ndarray, own: np.ndarray, keep: int) -> np.ndarray:
-    """The `keep` best scores per row that are not the query's own, best first."""
+def _without_own(scores: np.ndarray, ids: np.ndarray, own: np.ndarray, keep: int) -> np.ndarray:
+    """The `keep` best scores of each row that are not the query's own, best first."""
     return np.sort(np.where(ids == own[:, None], -np.inf, scores), axis=1)[:, ::-1][:, :keep]
 
 
@@ -259,45 +247,38 @@ def exact_search(keys: np.ndarray, queries: np.ndarray, num_neighbors: int) -> t
         block = keys[start : start + BLOCK_ROWS].astype(np.float32)
         with _blas_from_three_queries(keys.shape[1]):
             found, rows = faiss.knn(queries, block, num_neighbors, metric=faiss.METRIC_INNER_PRODUCT)
-        found = np.where(rows < 0, -np.inf, found)
-        merged = np.concatenate([scores, found], axis=1)
+        merged = np.concatenate([scores, np.where(rows < 0, -np.inf, found)], axis=1)
         merged_ids = np.concatenate([ids, np.where(rows < 0, -1, rows + start)], axis=1)
         order = np.argsort(-merged, axis=1, kind="stable")[:, :num_neighbors]
         scores, ids = np.take_along_axis(merged, order, axis=1), np.take_along_axis(merged_ids, order, axis=1)
     return scores, ids
 
 
+# ── opening and searching ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
 def open_index(path: Path, num_chunks: int, dim: int) -> Any:
-    """Open an index through a memory map, and check that it belongs to the store.
+    """Open an index through a memory map.
 
     Raises:
-        DatastoreCorruptError: if FAISS cannot read it, or it holds other vectors than the manifest says.
+        DatastoreCorruptError: if FAISS cannot read it, or it does not hold `num_chunks` vectors of length `dim`.
     """
     faiss = import_faiss()
     try:
         with _bounded_reading(path.stat().st_size):
             index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
     except (RuntimeError, MemoryError) as error:
-        raise DatastoreCorruptError(
-            f"{str(path)!r} is damaged: FAISS says {short_message(error)}. Restore the folder from a copy, or build the "
-            "datastore again."
-        ) from error
+        raise damaged(path, f"FAISS says {_short(error)}") from error
     found = (index.ntotal, index.d, index.metric_type)
     expected = (num_chunks, dim, faiss.METRIC_INNER_PRODUCT)
     if found != expected:
-        raise DatastoreCorruptError(
-            f"{str(path)!r} is damaged: it holds (vectors, dimension, metric) = {found}, but the manifest says "
-            f"{expected}. Restore the folder from a copy, or build the datastore again."
-        )
+        raise damaged(path, f"its (vectors, dimension, metric) are {found} instead of {expected}")
     return index
 
 
 @contextmanager
 def _bounded_reading(size: int) -> Iterator[None]:
-    """Refuse vectors that claim to be longer than the file; by itself FAISS trusts a file up to 1 TB.
-
-    The limit belongs to the process, so one reader at a time sets it and puts it back.
-    """
+    """Refuse arrays that claim to be longer than the file; by default FAISS believes a file up to 1 TB."""
     faiss = import_faiss()
     with _read_lock:
         default = faiss.get_deserialization_vector_byte_limit()
@@ -309,7 +290,7 @@ def _bounded_reading(size: int) -> Iterator[None]:
 
 
 def search_parameters(index: Any, search: dict[str, Any]) -> Any:
-    """FAISS' own form of search parameters; the index itself is never changed, so threads can share it."""
+    """Search parameters as FAISS takes them for one call. The index itself is never changed, so threads can share it."""
     faiss = import_faiss()
     if isinstance(index, faiss.IndexRefine):
         base = search_parameters(faiss.downcast_index(index.base_index), search)
@@ -325,7 +306,7 @@ def search_parameters(index: Any, search: dict[str, Any]) -> Any:
 
 
 def max_effort(index: Any, search: dict[str, Any]) -> int:
-    """The factor on `nprobe` at which an index of lists is read as a whole; 1 for other kinds."""
+    """The factor on `nprobe` at which all lists of an index are read; 1 for other kinds."""
     faiss = import_faiss()
     if isinstance(index, (faiss.IndexRefine, faiss.IndexPreTransform)):
         inner = index.base_index if isinstance(index, faiss.IndexRefine) else index.index
@@ -338,7 +319,7 @@ def search_index(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Nearest keys of each query: float32 scores, best first, and int64 ids, negative where there is none.
 
-    `parameters` are what [`search_parameters`] returns.
+    `parameters` come from [`search_parameters`].
     """
     if isinstance(index, import_faiss().IndexFlat):
         with _blas_from_three_queries(index.d):
@@ -350,9 +331,9 @@ def search_index(
 
 @contextmanager
 def _blas_from_three_queries(dim: int) -> Iterator[None]:
-    """Let FAISS multiply matrices from 3 queries on (up to 8 times faster), where by itself it does from 333 at d=384.
+    """Let FAISS multiply matrices for 3 queries or more (up to 8 times faster); by default from 333 at d=384.
 
-    The setting belongs to the process, so the first thread to enter saves it and the last to leave restores it.
+    The first thread that enters saves the setting of the process, and the last one that leaves restores it.
     """
     global _blas_users, _blas_default
     variables = import_faiss().cvar

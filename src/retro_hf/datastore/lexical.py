@@ -6,15 +6,16 @@ import json
 import os
 import time
 from array import array
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from huggingface_hub.errors import StrictDataclassError
 from transformers.utils import logging
 
 from .. import extras
 from ..errors import (
-    DatastoreCorruptError,
     DatastoreInputError,
     DatastoreMismatchError,
     DatastoreNotFoundError,
@@ -22,51 +23,50 @@ from ..errors import (
     counted,
 )
 from .chunks import chunk_texts, ranges
-from .exclusion import checked_exclusion
 from .executors import progress_bar
-from .storage import map_npy, new_folder, sha256_of, write_file
+from .files import damaged, map_npy, new_folder, write_file
+from .manifest import FileEntry, check_content, check_sizes, describe_file, read_json
+from .search import check_num_neighbors, checked_exclusion
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-
     from .store import RetroDatastore
-
-__all__ = ["LexicalSearcher"]
 
 logger = logging.get_logger(__name__)
 
 _NAME = "lexical.json"
+_REMEDY = "Build it again: `LexicalSearcher.build(datastore, new_path)`."
 _BLOCK_CHUNKS = 1 << 14
-_MAX_MANIFEST_BYTES = 16 << 20
 _MAX_COUNT = 1 << 48
-# What `bm25s` writes: read in whole when it is opened, or mapped.
+# The files of `bm25s`: those it reads into memory, and those that are mapped.
 _READ = ("params.index.json", "vocab.index.json")
-_MAPPED: dict[str, tuple[str, np.dtype[Any]]] = {
-    "data": ("data.csc.index.npy", np.dtype(np.float32)),
-    "indices": ("indices.csc.index.npy", np.dtype(np.int32)),
-    "indptr": ("indptr.csc.index.npy", np.dtype(np.int64)),
+_MAPPED: dict[str, tuple[str, Any]] = {
+    "data": ("data.csc.index.npy", np.float32),
+    "indices": ("indices.csc.index.npy", np.int32),
+    "indptr": ("indptr.csc.index.npy", np.int64),
 }
+_FIELDS = {"shards", "num_words", "num_entries", "files"}
+_FILES = (*_READ, *(name for name, _ in _MAPPED.values()))
 
 
-def _import_bm25s() -> Any:
+def _bm25s() -> Any:
     return extras.load("bm25s", "Search by words")
 
 
 def _words(texts: Sequence[str]) -> list[list[str]]:
     """Words of at least two letters or digits, in lower case; the same for chunks and queries."""
-    return _import_bm25s().tokenize(list(texts), stopwords=None, return_ids=False, show_progress=False)
+    return _bm25s().tokenize(list(texts), stopwords=None, return_ids=False, show_progress=False)
 
 
 class LexicalSearcher:
     """Finds the chunks that share words with a text, ranked by BM25 in Lucene's form, through `bm25s`.
 
-    Neighbors found by their words lower RETRO's perplexity where text is to be continued word by word (Doostmohammadi et
-    al., 2023). A word is a run of two or more letters or digits, so scripts without spaces are not served. A chunk that
-    shares no word with the query is no neighbor: there may be fewer than were asked for. Search is exact.
+    Neighbors found by their words lower RETRO's perplexity where text is continued word by word (Doostmohammadi et al.,
+    2023). A word is a run of two or more letters or digits, so scripts without spaces are not supported. A chunk without a
+    word of the query is not a neighbor, so there may be fewer neighbors than asked for. Search is exact.
 
     Made by [`LexicalSearcher.build`], opened by [`LexicalSearcher.load`]. Documents may be deleted from the datastore
-    meanwhile; after documents were appended, or the store compacted, it must be built again.
+    afterwards. After documents were appended, or the store compacted, build it again.
 
     *Memory*: 8 bytes per different word of each chunk (about 0.4 GB per million chunks of 64 tokens), in memory or
     memory-mapped from its folder; while building, about five times that.
@@ -93,13 +93,13 @@ class LexicalSearcher:
 
         Args:
             datastore ([`RetroDatastore`]): whose chunks are to be found.
-            path (`str` or `Path`, *optional*): a new folder to keep the index in; by default it stays in memory.
-            show_progress (`bool`, *optional*): a progress bar; by default on a terminal only.
+            path (`str` or `Path`, *optional*): a new folder for the index; by default it stays in memory.
+            show_progress (`bool`, *optional*): show a progress bar; by default on a terminal only.
         Raises:
             DatastoreInputError: if no chunk has a word.
-            DatastoreExistsError: if `path` is taken.
+            DatastoreExistsError: if something is at `path`.
         """
-        bm25s = _import_bm25s()
+        bm25s = _bm25s()
         start = time.perf_counter()
         vocabulary: dict[str, int] = {}
         rows = []
@@ -108,31 +108,35 @@ class LexicalSearcher:
             for first in range(0, count, _BLOCK_CHUNKS):
                 tokens, mask = datastore.gather(np.arange(first, min(first + _BLOCK_CHUNKS, count)))
                 texts = chunk_texts(datastore.tokenizer, tokens[:, :size], mask[:, :size])
+                # Word ids in compact arrays: lists of Python integers would take ten times the memory.
                 rows += [array("i", [vocabulary.setdefault(w, len(vocabulary)) for w in row]) for row in _words(texts)]
                 progress.update(len(texts))
-        if datastore.num_deleted_documents == datastore.num_documents:
-            raise DatastoreInputError(
-                f"All documents of {str(datastore.path)!r} have been deleted, so there is no word to be found. Append some first."
-            )
         if not vocabulary:
+            gone = datastore.num_deleted_documents == datastore.num_documents
+            what = "has documents that are not deleted" if gone else "has a word of two letters or digits"
             raise DatastoreInputError(
-                f"No chunk of {str(datastore.path)!r} ({counted(count, 'chunk')}) has a word of two letters or digits to be found by. "
-                "Use an EmbeddingSearcher."
+                f"No chunk of {str(datastore.path)!r} {what}. {'Append some first' if gone else 'Use an EmbeddingSearcher'}."
             )
         bm25 = bm25s.BM25(backend="numpy")
         bm25.index((rows, vocabulary), create_empty_token=False, show_progress=False)
-        searcher = cls(datastore, bm25)
         num_bytes = sum(part.nbytes for part in bm25.scores.values() if isinstance(part, np.ndarray))
         logger.info(
             f"Indexed the words of {counted(count, 'chunk')}: {len(vocabulary):,} different ones, {num_bytes / 1e6:,.1f} MB, in "
             f"{time.perf_counter() - start:,.1f} s."
         )
         if path is None:
-            return searcher
+            return cls(datastore, bm25)
         with new_folder(Path(path)) as folder:
             bm25.save(folder, show_progress=False)
+            entries = [describe_file(folder / name, "words") for name in _FILES]
+            content = {
+                "shards": _shards_of(datastore),
+                "num_words": len(bm25.vocab_dict),
+                "num_entries": len(bm25.scores["data"]),
+                "files": {entry.name: {"size": entry.size, "sha256": entry.sha256} for entry in entries},
+            }
             # Last, as the manifest of a datastore.
-            write_file(folder / _NAME, (json.dumps(_describe(folder, searcher), indent=2) + "\n").encode())
+            write_file(folder / _NAME, (json.dumps(content, indent=2) + "\n").encode())
         return cls.load(datastore, path)
 
     @classmethod
@@ -154,38 +158,39 @@ class LexicalSearcher:
                 f"There is no index of words at {str(path)!r}. Check the path, or build one with "
                 "`LexicalSearcher.build(datastore, path)`."
             )
-        bm25s = _import_bm25s()
-        content = _read_description(path)
+        bm25s = _bm25s()
+        content, files = _read_description(path)
         if content["shards"] != _shards_of(datastore):
             raise _mismatch(datastore, path)
-        _check_bytes(path, content, _READ)
+        check_sizes(path, files, _REMEDY)
+        # The two small files are parsed by bm25s, which trusts them, so they are verified every time.
+        check_content(path, [file for file in files if file.name in _READ], _REMEDY)
         num_words, num_entries = content["num_words"], content["num_entries"]
         lengths = {"data": num_entries, "indices": num_entries, "indptr": num_words + 1}
         try:
-            arrays = {key: map_npy(path / name, dtype, lengths[key]) for key, (name, dtype) in _MAPPED.items()}
+            arrays = {key: map_npy(path / name, np.dtype(kind), lengths[key]) for key, (name, kind) in _MAPPED.items()}
             bm25 = bm25s.BM25.load(path, mmap=True, show_progress=False)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RetroError) as error:
-            raise _damaged(path, str(error)) from error
+            raise damaged(path, str(error), _REMEDY) from error
         starts = arrays["indptr"]
         sound = (starts[0], starts[-1]) == (0, num_entries) and bool((np.diff(starts) >= 0).all())
         if not sound or sorted(bm25.vocab_dict.values()) != list(range(num_words)):
-            raise _damaged(path, "its words and their lists contradict each other")
+            raise damaged(path, "its words and their lists contradict each other", _REMEDY)
         if bm25.scores["num_docs"] != datastore.num_chunks:
-            raise _damaged(path, f"it has {bm25.scores['num_docs']} chunks, and the datastore {datastore.num_chunks}")
+            raise damaged(path, f"it has {bm25.scores['num_docs']} instead of {datastore.num_chunks} chunks", _REMEDY)
         searcher = cls(datastore, bm25, path)
         if verify:
             searcher.verify()
         return searcher
 
     def verify(self) -> None:
-        """Compare every byte of the folder with its checksums; without a folder there is nothing to compare.
+        """Check the sha256 of every file of the folder; an index in memory has nothing to check.
 
         Raises:
-            DatastoreCorruptError: if a byte is not as it was written.
+            DatastoreCorruptError: if a file differs.
         """
         if self.path is not None:
-            content = _read_description(self.path)
-            _check_bytes(self.path, content, content["files"])
+            check_content(self.path, _read_description(self.path)[1], _REMEDY)
 
     def search(
         self, texts: Sequence[str], num_neighbors: int, *, exclude_documents: Any = None
@@ -199,8 +204,7 @@ class LexicalSearcher:
         store = self.datastore
         if _shards_of(store) != self._shards:
             raise _mismatch(store, self.path)
-        if num_neighbors < 1:
-            raise DatastoreInputError(f"num_neighbors is {num_neighbors}, but it must be at least 1.")
+        check_num_neighbors(num_neighbors, store.num_chunks)
         excluded = np.empty((len(texts), 0), dtype=np.int64)
         if exclude_documents is not None:
             excluded = checked_exclusion(exclude_documents, len(texts), store.num_documents)
@@ -211,7 +215,9 @@ class LexicalSearcher:
             try:
                 everything = self._bm25.get_scores_from_ids(self._bm25.get_tokens_ids(words))
             except IndexError as error:
-                raise _damaged(Path(self.path or ""), f"it names a chunk that does not exist ({error})") from error
+                raise damaged(
+                    Path(self.path or ""), f"it names a chunk that does not exist ({error})", _REMEDY
+                ) from error
             everything[deleted] = 0
             everything[_chunks_of(store, excluded[row][excluded[row] >= 0])] = 0
             found = _best(everything, num_neighbors)
@@ -219,7 +225,7 @@ class LexicalSearcher:
         return scores, ids
 
     def __getstate__(self) -> dict[str, Any]:
-        # What lies in a folder is opened again by each process.
+        # An index in a folder is opened again by each process.
         return {**self.__dict__, "_bm25": self._bm25 if self.path is None else None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -245,65 +251,26 @@ def _chunks_of(datastore: RetroDatastore, documents: np.ndarray) -> np.ndarray:
 
 
 def _shards_of(datastore: RetroDatastore) -> list[str]:
-    """What the chunks and their numbers hang on: the token streams, in order."""
+    """What the chunks and their numbers depend on: the token streams, in order."""
     return [entry.sha256 for kind in ("tokens", "doc_offsets") for entry in datastore.manifest.entries(kind)]
 
 
-def _describe(folder: Path, searcher: LexicalSearcher) -> dict[str, Any]:
-    """What is written beside the files of an index: what it was built from, and how to know them again."""
-    names = [*_READ, *(name for name, _ in _MAPPED.values())]
-    return {
-        "shards": searcher._shards,
-        "num_words": len(searcher._bm25.vocab_dict),
-        "num_entries": len(searcher._bm25.scores["data"]),
-        "files": {
-            name: {"size": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)} for name in names
-        },
-    }
-
-
-def _read_description(path: Path) -> dict[str, Any]:
-    """What [`_describe`] said, after checking its form and the size of every file."""
+def _read_description(path: Path) -> tuple[dict[str, Any], list[FileEntry]]:
+    """The content of `lexical.json` after validation, and the files that it names."""
     try:
-        if (size := (path / _NAME).stat().st_size) > _MAX_MANIFEST_BYTES:
-            raise ValueError(f"{_NAME} is {size:,} bytes long, more than {_MAX_MANIFEST_BYTES:,}")
-        content = json.loads((path / _NAME).read_bytes())
-        if sorted(content) != ["files", "num_entries", "num_words", "shards"]:
-            raise ValueError(f"{_NAME} has the fields {sorted(content)}")
-        if sorted(content["files"]) != sorted([*_READ, *(name for name, _ in _MAPPED.values())]):
-            raise ValueError(f"{_NAME} lists the files {sorted(content['files'])}")
-        for name in ("num_words", "num_entries"):
-            if type(content[name]) is not int or not 0 < content[name] < _MAX_COUNT:
-                raise ValueError(f"{name} is {content[name]!r}, not a positive integer below {_MAX_COUNT}")
-        for name, entry in content["files"].items():
-            if (found := (path / name).stat().st_size) != entry["size"]:
-                raise ValueError(f"{name} has {found:,} bytes, and was written with {entry['size']}")
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise _damaged(path, str(error)) from error
-    return content
-
-
-def _check_bytes(path: Path, content: dict[str, Any], names: Iterable[str]) -> None:
-    for name in names:
-        try:
-            found = sha256_of(path / name)
-        except OSError as error:
-            raise _damaged(path, str(error)) from error
-        if found != content["files"][name].get("sha256"):
-            raise _damaged(path, f"the content of {name} is not what was written")
+        content = read_json(path / _NAME)
+        counts = content["num_words"], content["num_entries"]
+        sound = set(content) == _FIELDS and set(content["files"]) == set(_FILES)
+        if not sound or not all(type(number) is int and 0 < number < _MAX_COUNT for number in counts):
+            raise ValueError(f"{_NAME} has other fields, files or counts than this library writes")
+        return content, [FileEntry(name=name, kind="words", **entry) for name, entry in content["files"].items()]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, StrictDataclassError) as error:
+        raise damaged(path, " ".join(str(error).split()), _REMEDY) from error
 
 
 def _mismatch(datastore: RetroDatastore, path: Path | None) -> DatastoreMismatchError:
     what = "The index of words" if path is None else f"The index of words {str(path)!r}"
     return DatastoreMismatchError(
-        f"{what} was built from other chunks than those of the datastore {str(datastore.path)!r} (generation "
-        f"{datastore.generation}): its chunk ids would name other text. Build it again: "
-        "`LexicalSearcher.build(datastore, new_path)`."
-    )
-
-
-def _damaged(path: Path, reason: str) -> DatastoreCorruptError:
-    return DatastoreCorruptError(
-        f"The index of words {str(path)!r} is damaged: {reason}. Build it again: `LexicalSearcher.build(datastore, "
-        "new_path)`."
+        f"{what} was built from other chunks than those of {str(datastore.path)!r} (generation {datastore.generation}), so its "
+        f"chunk ids would name other text. {_REMEDY}"
     )

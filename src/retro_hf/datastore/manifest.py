@@ -1,53 +1,40 @@
-"""The manifest of a datastore: what `datastore.json` says, and how a hostile or damaged one is refused."""
+"""The manifest of a datastore, `datastore.json`: what it records, how it is validated, how files are checked against it."""
 
-from __future__ import annotations
-
+# No `from __future__ import annotations` here: `strict` validates the types that it finds in the annotations.
 import dataclasses
-import hashlib
+import importlib.metadata
 import json
 import os
 import re
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from ..errors import DatastoreCorruptError, DatastoreInputError, DatastoreNotFoundError
-from .fields import integer, object_of, of_type, sha256, text
-from .origins import check_origins
-from .storage import building_folder, write_file
+from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
+from transformers import PreTrainedTokenizerBase
 
+from ..errors import DatastoreInputError, DatastoreNotFoundError
+from .compatibility import tokenizer_fingerprint, vocabulary_size
+from .documents import without_lone_surrogates
+from .files import MANIFEST_NAME, RESTORE, building_folder, damaged, sha256_of, sha256_of_file, write_file
 
-__all__ = [
-    "FORMAT_VERSION",
-    "MANIFEST_NAME",
-    "MAX_TOKENS",
-    "SHARD_FILES",
-    "DatastoreManifest",
-    "FileEntry",
-    "ShardEntry",
-    "check_num_shards",
-    "checked_path",
-    "new_path",
-]
 
 FORMAT_VERSION = 2
-MANIFEST_NAME = "datastore.json"
-METRIC = "inner_product"
+MAX_TOKENS = 1 << 20
 
-# Bounds keep a hostile manifest from asking for absurd amounts of memory before a single file has been looked at.
+# A manifest may come from a stranger. These bounds keep it from claiming absurd amounts of memory before any file is read.
 _MAX_MANIFEST_BYTES = 16 << 20
 _MAX_COUNT = 1 << 48
-MAX_TOKENS = 1 << 20
 _MAX_FILES = 50_000
 _MAX_SHARDS = 5_000
-_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
-_SHARD_NAME = re.compile(r"[0-9]{5,10}")
+_MAX_SOURCES = 1_000
+_MAX_TEXT = 1 << 16
 _MAX_REASON = 500
-_FACTORY = re.compile(r"[A-Za-z0-9_,.()\[\]\-]{1,256}")
-# Far above what is ever tuned: reading all lists, and re-scoring or visiting more candidates than recall needs.
-_MAX_SEARCH = {"nprobe": 1 << 32, "k_factor": 1000, "efSearch": 1 << 16}
+_MORE_SOURCES = {"name": "and more, which the table of documents names"}
 
-# What a shard consists of, each kind in one file named after the shard; only a retokenized shard has `chunk_starts`.
+# The files of a shard by kind, each named after the shard. Only a retokenized shard has `chunk_starts`.
 SHARD_FILES = {
     "tokens": "tokens-{}.npy",
     "doc_offsets": "doc_offsets-{}.npy",
@@ -62,75 +49,219 @@ _OPTIONAL = ("chunk_starts",)
 _STORE_KINDS = ("tokenizer", "deleted")
 
 
-@dataclass(frozen=True)
-class FileEntry:
-    """One file of a datastore: `name` inside its folder, `kind` of content, `size` in bytes, sha256 in hex.
+# ── rules for values, each raises ValueError ───────────────────────────────────────────────────────────────────────────
 
-    `shard` is the name of the shard it belongs to, None for what the whole store shares.
+Rule = Callable[[Any], None]
+
+
+def _integer(lowest: int, highest: int = _MAX_COUNT) -> Rule:
+    def check(value: Any) -> None:
+        if type(value) is not int or not lowest <= value <= highest:
+            raise ValueError(f"{value!r:.100} is not an integer from {lowest} to {highest}")
+
+    return check
+
+
+def _matching(pattern: str) -> Rule:
+    def check(value: Any) -> None:
+        if not isinstance(value, str) or not re.fullmatch(pattern, value):
+            raise ValueError(f"{value!r:.100} does not match {pattern}")
+
+    return check
+
+
+def _text(value: Any) -> None:
+    if not isinstance(value, str) or len(value) > _MAX_TEXT or value != without_lone_surrogates(value):
+        raise ValueError(f"{value!r:.100} is not a text of at most {_MAX_TEXT:,} characters that UTF-8 can encode")
+
+
+def _share(value: Any) -> None:
+    if type(value) not in (int, float) or not 0 <= value <= 1:  # also refuses NaN
+        raise ValueError(f"{value!r:.100} is not a number from 0 to 1")
+
+
+def _optional(rule: Rule) -> Rule:
+    return lambda value: None if value is None else rule(value)
+
+
+def _record(required: dict[str, Rule], optional: dict[str, Rule] | None = None) -> Rule:
+    rules = required | (optional or {})
+
+    def check(value: Any) -> None:
+        if not isinstance(value, dict) or not required.keys() <= value.keys() <= rules.keys():
+            raise ValueError(f"{value!r:.100} is not an object with the fields {sorted(required)}")
+        for name, part in value.items():
+            rules[name](part)
+
+    return check
+
+
+def _rule(check: Rule) -> dict[str, Any]:
+    """The metadata of a dataclass field that `strict` checks."""
+    return {"validator": [check]}
+
+
+_sha256 = _matching(r"[0-9a-f]{64}")
+_ORIGIN = {"name": _text, "revision": _optional(_text), "fingerprint": _sha256}
+_tokenizer = _record(_ORIGIN | {"vocab_size": _integer(1, 1 << 32)})
+# `prompt` and `query` are recorded only if chunks or queries have a prompt, or queries an encoder of their own.
+_embedder = _record(
+    _ORIGIN | {"dim": _integer(1, 1 << 16), "pooling": _text, "dtype": _text},
+    {"prompt": _text, "query": _record(_ORIGIN | {"name": _optional(_text), "prompt": _text})},
+)
+_source = _record({"name": _text}, {"config": _text, "revision": _text, "license": _text})
+_index_fields = _record(
+    {
+        "factory": _matching(r"[A-Za-z0-9_,.()\[\]\-]{1,256}"),
+        # Far above what tuning ever chooses.
+        "search": _record(
+            {}, {"nprobe": _integer(1, 1 << 32), "k_factor": _integer(1, 1000), "efSearch": _integer(1, 1 << 16)}
+        ),
+        "recall": _optional(_record({"at": _integer(0), "value": _share, "queries": _integer(1)})),
+    }
+)
+
+
+def _sources(value: Any) -> None:
+    for source in value:
+        _source(source)
+
+
+def _index(value: Any) -> None:
+    _index_fields(value)
+    kind = value["factory"]
+    # Without its search parameters an index would silently find less than it was measured to find.
+    needed = {"nprobe": "IVF" in kind, "efSearch": "HNSW" in kind and "IVF" not in kind, "k_factor": "Refine" in kind}
+    if missing := [name for name, is_needed in needed.items() if is_needed and name not in value["search"]]:
+        raise ValueError(f"the index {kind!r} lacks the search parameters {missing}")
+
+
+# ── the records ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@strict
+@dataclass
+class FileEntry:
+    """One file of a datastore.
+
+    Attributes:
+        name: file name inside the folder.
+        kind: kind of content, such as `"tokens"`.
+        size: bytes.
+        sha256: checksum in hex.
+        shard: name of the shard that it belongs to; None for files of the whole store.
     """
 
-    name: str
+    name: str = field(metadata=_rule(_matching(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")))
     kind: str
-    size: int
-    sha256: str
+    size: int = field(metadata=_rule(_integer(0, 1 << 56)))
+    sha256: str = field(metadata=_rule(_sha256))
     shard: str | None = None
 
 
-@dataclass(frozen=True)
+@strict
+@dataclass
 class ShardEntry:
     """One shard: a run of documents with everything that finds and reads their chunks. Its files never change.
 
     Attributes:
-        name: five digits or more, never given twice in the life of a store.
+        name: five to ten digits; a name is used once in the life of a store.
         num_chunks, num_documents, num_tokens: counts; tokens without padding.
-        stream_length: tokens in its stream, padding included.
+        stream_length: tokens in its stream, with padding.
         max_token_id: the largest id in its stream.
-        index: `factory` (FAISS), `search` (its search parameters), `recall` (None where the index is exact, else
-            `at`, `value`, `queries`: the share of the exact neighbors that this many of its own keys find).
+        index: `factory` (FAISS), `search` (search parameters) and `recall`: None for an exact index, else the share
+            `value` of the `at` nearest neighbors that was found for `queries` of its own keys.
     """
 
-    name: str
-    num_chunks: int
-    num_documents: int
-    num_tokens: int
-    stream_length: int
-    max_token_id: int
-    index: dict[str, Any]
+    name: str = field(metadata=_rule(_matching(r"[0-9]{5,10}")))
+    num_chunks: int = field(metadata=_rule(_integer(1)))
+    num_documents: int = field(metadata=_rule(_integer(1)))
+    num_tokens: int = field(metadata=_rule(_integer(1)))
+    stream_length: int = field(metadata=_rule(_integer(1)))
+    max_token_id: int = field(metadata=_rule(_integer(0, (1 << 32) - 1)))
+    index: dict[str, Any] = field(metadata=_rule(_index))
+
+    def validate_counts(self) -> None:
+        """Check that the counts can be true together."""
+        if (
+            not self.num_documents <= self.num_chunks
+            or not self.num_documents <= self.num_tokens <= self.stream_length
+        ):
+            raise ValueError(f"the counts of shard {self.name} contradict each other")
+        recall = self.index["recall"]
+        if recall is not None and max(recall["at"], recall["queries"]) > self.num_chunks:
+            raise ValueError(f"the recall of shard {self.name} was measured on more chunks than it has")
 
 
-@dataclass(frozen=True)
+@strict
+@dataclass
 class DatastoreManifest:
-    """What a datastore is made of; written last, so a folder with a manifest is a whole datastore.
+    """What a datastore is made of. It is written last, so a folder with a manifest is a complete datastore.
 
     Attributes:
         chunk_size, neighbor_size: tokens per chunk, and per chunk with its continuation.
         token_dtype: `"uint16"` or `"uint32"`.
         tokenizer: `name`, `revision`, `fingerprint`, `vocab_size` of the language model's tokenizer.
-        embedder: `name`, `revision`, `fingerprint`, `dim`, `pooling`, `dtype` of the frozen encoder.
-        shards: the shards, whose documents and chunks are numbered in this order.
+        embedder: `name`, `revision`, `fingerprint`, `dim`, `pooling`, `dtype` of the frozen encoder, and `prompt` and
+            `query` where it has them.
+        shards: the shards; documents and chunks are numbered in this order.
         files: every file of the folder that belongs to the datastore.
         generation: 1 when built, one more with every change.
         next_shard: number of the shard that is written next.
-        num_deleted_documents: documents that are no longer returned, but still counted until [`RetroDatastore.compact`].
+        num_deleted_documents: documents that are not returned any more, but counted until the store is compacted.
         num_empty_documents: documents of the input without text, which were skipped.
-        sources: where the documents come from, at most 1,000 by name: `name`, and `config`, `revision` and `license` where known.
+        sources: where the documents come from, at most 1,000: `name`, and `config`, `revision`, `license` where known.
     """
 
-    chunk_size: int
-    neighbor_size: int
-    token_dtype: str
-    tokenizer: dict[str, Any]
-    embedder: dict[str, Any]
+    chunk_size: int = field(metadata=_rule(_integer(1, MAX_TOKENS)))
+    neighbor_size: int = field(metadata=_rule(_integer(1, MAX_TOKENS)))
+    token_dtype: Literal["uint16", "uint32"]
+    tokenizer: dict[str, Any] = field(metadata=_rule(_tokenizer))
+    embedder: dict[str, Any] = field(metadata=_rule(_embedder))
     shards: tuple[ShardEntry, ...]
     files: tuple[FileEntry, ...]
-    generation: int = 1
-    next_shard: int = 1
-    num_deleted_documents: int = 0
-    num_empty_documents: int = 0
-    sources: list[dict[str, Any]] = field(default_factory=list)
-    metric: str = METRIC
-    library_version: str = "unknown"
+    generation: int = field(default=1, metadata=_rule(_integer(1)))
+    next_shard: int = field(default=1, metadata=_rule(_integer(1)))
+    num_deleted_documents: int = field(default=0, metadata=_rule(_integer(0)))
+    num_empty_documents: int = field(default=0, metadata=_rule(_integer(0)))
+    sources: list[dict[str, Any]] = field(default_factory=list, metadata=_rule(_sources))
+    metric: Literal["inner_product"] = "inner_product"
+    library_version: str = field(default="unknown", metadata=_rule(_text))
     format_version: int = FORMAT_VERSION
+
+    def validate_sizes(self) -> None:
+        """Check chunk and neighbor size, and the stream of every shard that was not retokenized, against each other."""
+        if self.neighbor_size < self.chunk_size:
+            raise ValueError(f"neighbor_size={self.neighbor_size} is below chunk_size={self.chunk_size}")
+        retokenized = {entry.shard for entry in self.files if entry.kind == "chunk_starts"}
+        for shard in self.shards:
+            if shard.name not in retokenized and shard.stream_length != shard.num_chunks * self.chunk_size:
+                raise ValueError(f"shard {shard.name} has {shard.num_chunks} chunks in {shard.stream_length} tokens")
+            if self.token_dtype == "uint16" and shard.max_token_id >= 1 << 16:
+                raise ValueError(f"shard {shard.name} has token ids that do not fit into uint16")
+
+    def validate_shards(self) -> None:
+        """Check the names of the shards, and that no more documents are deleted than they have."""
+        names = [shard.name for shard in self.shards]
+        if not names or len(set(names)) != len(names) or any(int(name) >= self.next_shard for name in names):
+            raise ValueError(f"the shards {names[:5]} are not distinct and below next_shard={self.next_shard}")
+        if self.num_deleted_documents > self.num_documents:
+            raise ValueError(f"{self.num_deleted_documents} of {self.num_documents} documents are deleted")
+
+    def validate_files(self) -> None:
+        """Check that the files are those of the shards, one of each kind, and those of the whole store."""
+        names = [entry.name for entry in self.files]
+        if len(names) > _MAX_FILES or len(set(names)) != len(names):
+            raise ValueError(f"it lists {len(names):,} files, more than {_MAX_FILES:,} or one of them twice")
+        found = sorted((entry.shard or "", entry.kind) for entry in self.files if entry.kind not in _OPTIONAL)
+        shared = [("", entry.kind) for entry in self.files if entry.shard is None and entry.kind in _STORE_KINDS]
+        needed = [(shard.name, kind) for shard in self.shards for kind in SHARD_FILES if kind not in _OPTIONAL]
+        if found != sorted(shared + needed) or any(
+            (entry.shard, "tokens") not in needed for entry in self.files if entry.kind in _OPTIONAL
+        ):
+            raise ValueError("its files are not those of its shards, one of each kind")
+        if len(self.entries("deleted")) != bool(self.num_deleted_documents):
+            raise ValueError(f"it lists {len(self.entries('deleted'))} files of deleted documents")
 
     @property
     def num_chunks(self) -> int:
@@ -174,215 +305,182 @@ class DatastoreManifest:
         """The content of `datastore.json`, with a checksum over itself."""
         content = dataclasses.asdict(self)
         content["checksum"] = _checksum(content)
-        text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=True) + "\n"
-        return text.encode()
+        return (json.dumps(content, indent=2, sort_keys=True, ensure_ascii=True) + "\n").encode()
 
     def write(self, folder: Path) -> None:
-        """Write `datastore.json` into `folder`, atomically; DatastoreInputError for more shards than `read` accepts."""
+        """Write `datastore.json` into `folder`, atomically."""
         check_num_shards(len(self.shards))
         write_file(folder / MANIFEST_NAME, self.to_bytes())
 
     @classmethod
-    def read(cls, folder: str | os.PathLike[str]) -> DatastoreManifest:
-        """Read and check `datastore.json`.
+    def read(cls, folder: str | os.PathLike[str]) -> "DatastoreManifest":
+        """Read and validate `datastore.json`.
 
         Raises:
             DatastoreNotFoundError: if the folder or its manifest does not exist.
-            DatastoreCorruptError: if anything in it is not as this library writes it.
+            DatastoreCorruptError: if it is not a manifest that this library writes.
         """
         folder = checked_path(folder)
         path = folder / MANIFEST_NAME
-        if not os.path.isfile(path):  # which, unlike the method, knows no error such as a name too long
-            if os.path.isfile(folder):
-                reason = "it is a file, and a datastore is a folder"
-                if (folder.parent / MANIFEST_NAME).is_file():
-                    reason = f"it is a file of the datastore {str(folder.parent)!r}"
-            else:
-                reason = f"it has no {MANIFEST_NAME}" if os.path.isdir(folder) else "the folder does not exist"
-            if os.path.isdir(unfinished := building_folder(folder)):
-                raise DatastoreNotFoundError(
-                    f"The datastore {str(folder)!r} is not finished: what has been done is kept in {str(unfinished)!r}. Make the "
-                    "same call of `RetroDatastore.build(documents, path, ...)` again, and it goes on from there."
-                )
-            raise DatastoreNotFoundError(
-                f"There is no datastore at {str(folder)!r}: {reason}. "
-                "Check the path, or build one with `RetroDatastore.build(documents, path, ...)`."
-            )
-        if path.stat().st_size > _MAX_MANIFEST_BYTES:
-            raise _corrupt(path, f"it is {path.stat().st_size:,} bytes long, more than {_MAX_MANIFEST_BYTES:,}")
+        if not os.path.isfile(path):  # unlike `Path.is_file`, it answers for names that are too long
+            raise _not_found(folder)
         try:
-            content = json.loads(path.read_bytes())
-        except (ValueError, RecursionError) as error:
-            raise _corrupt(path, f"it is not JSON ({error})") from error
-        if not isinstance(content, dict):
-            raise _corrupt(path, f"it holds a {type(content).__name__}, not an object")
-        version = content.get("format_version")
-        if version != FORMAT_VERSION:
-            raise _corrupt(
-                path,
-                f"format_version is {version!r}, but this version of retro-hf reads {FORMAT_VERSION}; "
-                "another version of the library may read it",
-            )
-        try:
-            return cls._from_content(content)
-        except (ValueError, TypeError, KeyError) as error:
-            raise _corrupt(path, str(error)) from error
+            content = read_json(path)
+            version = content.get("format_version")
+            if version != FORMAT_VERSION:
+                raise ValueError(f"its format version is {version!r:.100}, but this version of retro-hf reads 2")
+            if content.pop("checksum", None) != _checksum(content):
+                raise ValueError("its checksum does not match its content")
+            if missing := {field.name for field in dataclasses.fields(cls)} - set(content):
+                raise ValueError(f"it lacks the fields {sorted(missing)}")
+            content["files"] = tuple(FileEntry(**entry) for entry in content["files"][: _MAX_FILES + 1])
+            content["shards"] = tuple(ShardEntry(**entry) for entry in content["shards"])
+            return cls(**content)
+        # A hostile manifest may hold anything anywhere, so whatever fails means that it is not one of ours.
+        except (StrictDataclassError, ValueError, TypeError, KeyError, RecursionError) as error:
+            reason = " ".join(str(error).split())[:_MAX_REASON]
+            raise damaged(path, f"it is not a manifest of a datastore ({reason})") from error
 
-    @classmethod
-    def _from_content(cls, content: dict[str, Any]) -> DatastoreManifest:
-        fields = {entry.name for entry in dataclasses.fields(cls)}
-        unknown, missing = sorted(set(content) - fields - {"checksum"}), sorted((fields | {"checksum"}) - set(content))
-        if unknown or missing:
-            raise ValueError(f"unknown fields {unknown}, missing fields {missing}")
-        checksum = content.pop("checksum")
-        if checksum != _checksum(content):
-            raise ValueError("its checksum does not match its content")
-        content["files"] = tuple(FileEntry(**entry) for entry in of_type(content, "files", list))
-        content["shards"] = tuple(ShardEntry(**entry) for entry in of_type(content, "shards", list))
-        manifest = cls(**content)
-        manifest._validate()
-        return manifest
 
-    def _validate(self) -> None:
-        content = vars(self)
-        integer(content, "chunk_size", 1, MAX_TOKENS)
-        integer(content, "neighbor_size", self.chunk_size, MAX_TOKENS)
-        integer(content, "generation", 1, _MAX_COUNT)
-        integer(content, "next_shard", 1, _MAX_COUNT)
-        integer(content, "num_empty_documents", 0, _MAX_COUNT)
-        if self.token_dtype not in ("uint16", "uint32"):
-            raise ValueError(f"token_dtype is {self.token_dtype!r}, not 'uint16' or 'uint32'")
-        if self.metric != METRIC:
-            raise ValueError(f"metric is {self.metric!r}, not {METRIC!r}")
-        text(content, "library_version")
-        check_origins(content)
-        if not self.shards:
-            raise ValueError("it lists no shards")
-        retokenized = {entry.shard for entry in self.files if entry.kind == "chunk_starts"}
-        for shard in self.shards:
-            self._validate_shard(shard, shard.name in retokenized)
-        names = [shard.name for shard in self.shards]
-        if len(set(names)) != len(names) or any(int(name) >= self.next_shard for name in names):
-            raise ValueError(
-                f"the shards are named {names}, but each name is used once and the next is {self.next_shard}"
-            )
-        integer(content, "num_deleted_documents", 0, self.num_documents)
-        self._validate_files()
-
-    def _validate_shard(self, shard: ShardEntry, retokenized: bool) -> None:
-        content = vars(shard)
-        if not isinstance(shard.name, str) or not _SHARD_NAME.fullmatch(shard.name):
-            raise ValueError(f"a shard is named {shard.name!r}, not with five to ten digits")
-        integer(content, "num_chunks", 1, _MAX_COUNT)
-        integer(content, "num_documents", 1, shard.num_chunks)
-        integer(content, "num_tokens", shard.num_documents, _MAX_COUNT)
-        integer(content, "stream_length", shard.num_tokens, _MAX_COUNT)
-        if not retokenized and shard.stream_length != shard.num_chunks * self.chunk_size:
-            raise ValueError(
-                f"shard {shard.name} has {shard.num_chunks} chunks in a stream of {shard.stream_length} tokens"
-            )
-        integer(content, "max_token_id", 0, (1 << 16 if self.token_dtype == "uint16" else 1 << 32) - 1)
-        self._validate_index(object_of(content, "index", ("factory", "search", "recall")), shard.num_chunks)
-
-    def _validate_index(self, index: dict[str, Any], num_chunks: int) -> None:
-        if not _FACTORY.fullmatch(of_type(index, "factory", str)):
-            raise ValueError(f"index.factory is {index['factory']!r}, not a factory string of FAISS")
-        search = of_type(index, "search", dict)
-        if unknown := sorted(set(search) - set(_MAX_SEARCH)):
-            raise ValueError(f"index.search has {unknown}, but only {sorted(_MAX_SEARCH)} are known")
-        for name in search:
-            integer(search, name, 1, _MAX_SEARCH[name])
-        kind = index["factory"]
-        needed = {
-            "nprobe": "IVF" in kind,
-            "efSearch": "HNSW" in kind and "IVF" not in kind,
-            "k_factor": "Refine" in kind,
-        }
-        if missing := [name for name, is_needed in needed.items() if is_needed and name not in search]:
-            raise ValueError(f"index.search lacks {missing}, without which an index {kind!r} would find less")
-        if index["recall"] is None:
-            return
-        recall = object_of(index, "recall", ("at", "value", "queries"))
-        integer(recall, "at", 0, num_chunks)
-        integer(recall, "queries", 1, num_chunks)
-        value = recall["value"]
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-            raise ValueError(f"index.recall.value is {value!r}, not a number from 0 to 1")
-
-    def _validate_files(self) -> None:
-        if len(self.files) > _MAX_FILES:
-            raise ValueError(f"it lists {len(self.files):,} files, more than {_MAX_FILES:,}")
-        for entry in self.files:
-            if not isinstance(entry.name, str) or not _FILE_NAME.fullmatch(entry.name):
-                raise ValueError(f"{entry.name!r} is not a plain file name")
-            if entry.kind not in (_STORE_KINDS if entry.shard is None else SHARD_FILES):
-                raise ValueError(f"file {entry.name!r} is of unknown kind {entry.kind!r}")
-            integer(vars(entry), "size", 0, 1 << 56)
-            sha256(vars(entry), "sha256")
-        names = [entry.name for entry in self.files]
-        if len(set(names)) != len(names):
-            raise ValueError("it lists a file twice")
-        found = sorted(
-            (str(entry.shard), entry.kind) for entry in self.files if entry.kind not in (*_STORE_KINDS, *_OPTIONAL)
-        )
-        needed = sorted((shard.name, kind) for shard in self.shards for kind in SHARD_FILES if kind not in _OPTIONAL)
-        if found != needed:
-            raise ValueError("its files are not those of its shards, one of each kind")
-        if len(self.entries("deleted")) != bool(self.num_deleted_documents):
-            raise ValueError(f"it lists {len(self.entries('deleted'))} files of deleted documents")
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object from a file of bounded size; ValueError for anything else."""
+    if (size := path.stat().st_size) > _MAX_MANIFEST_BYTES:
+        raise ValueError(f"it has {size:,} bytes, more than {_MAX_MANIFEST_BYTES:,}")
+    content = json.loads(path.read_bytes())
+    if not isinstance(content, dict):
+        raise ValueError(f"it holds a {type(content).__name__} instead of an object")
+    return content
 
 
 def _checksum(content: dict[str, Any]) -> str:
-    canonical = json.dumps(content, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode()).hexdigest()
+    return sha256_of(json.dumps(content, sort_keys=True, ensure_ascii=True, separators=(",", ":")))
 
 
-def _corrupt(path: Path, reason: str) -> DatastoreCorruptError:
-    if len(reason) > _MAX_REASON:  # a hostile one may hold names of any length
-        reason = f"{reason[:_MAX_REASON]}…"
-    return DatastoreCorruptError(
-        f"The manifest {str(path)!r} cannot be used: {reason}. Restore the folder from a copy, or build the datastore "
-        "again."
+def _not_found(folder: Path) -> DatastoreNotFoundError:
+    if os.path.isdir(unfinished := building_folder(folder)):
+        return DatastoreNotFoundError(
+            f"The datastore {str(folder)!r} is not finished. Repeat the call of `RetroDatastore.build(documents, path, ...)`: it "
+            f"resumes from {str(unfinished)!r}."
+        )
+    reason = f"the folder has no {MANIFEST_NAME}" if os.path.isdir(folder) else "the folder does not exist"
+    if os.path.isfile(folder):
+        reason = "it is a file, and a datastore is a folder"
+    return DatastoreNotFoundError(
+        f"There is no datastore at {str(folder)!r}: {reason}. Check the path, or build one with "
+        "`RetroDatastore.build(documents, path, ...)`."
     )
 
 
+# ── files beside the manifest ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def describe_file(path: Path, kind: str, shard: str | None = None) -> FileEntry:
+    """The entry of a file that has just been written."""
+    return FileEntry(path.name, kind, path.stat().st_size, sha256_of_file(path), shard)
+
+
+def check_sizes(folder: Path, files: Iterable[FileEntry], remedy: str = RESTORE) -> None:
+    """Check that every file exists and has its recorded size; DatastoreCorruptError at the first that doesn't.
+
+    Do this before mapping a file: a read past the end of a mapped file that was cut short kills the process (SIGBUS).
+    """
+    for entry in files:
+        try:
+            size = (folder / entry.name).stat().st_size
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise damaged(folder / entry.name, "it is missing", remedy) from error
+        if size != entry.size:
+            raise damaged(folder / entry.name, f"it has {size:,} bytes instead of {entry.size:,}", remedy)
+
+
+def check_content(folder: Path, files: Collection[FileEntry], remedy: str = RESTORE) -> None:
+    """Check the size and the sha256 of every file; DatastoreCorruptError at the first that differs."""
+    check_sizes(folder, files, remedy)
+    for entry in files:
+        if (found := sha256_of_file(folder / entry.name)) != entry.sha256:
+            raise damaged(folder / entry.name, f"its sha256 is {found} instead of {entry.sha256}", remedy)
+
+
 def check_num_shards(number: int) -> None:
-    """Raise DatastoreInputError for more shards than a manifest holds, before one is written that could not be read."""
+    """Raise DatastoreInputError for more shards than a manifest may list, before any of them is written."""
     if number > _MAX_SHARDS:
         raise DatastoreInputError(
-            f"The datastore would have {number:,} shards, but a manifest holds {_MAX_SHARDS:,}. Choose a larger `shard_chunks`; "
-            "shards that are there already are joined by `compact()`."
+            f"The datastore would have {number:,} shards, but a manifest holds {_MAX_SHARDS:,}. Use a larger `shard_chunks`, "
+            "or join existing shards with `compact()`."
         )
 
 
 def checked_path(path: Any) -> Path:
-    """A path to a datastore that a user gave.
-
-    Raises:
-        DatastoreInputError: for what is no path.
-    """
-    if not isinstance(path, (str, os.PathLike)):
-        raise DatastoreInputError(
-            f"The path of the datastore is {path!r}, of type {type(path).__name__}. Pass its folder, as a text or a Path."
-        )
-    if "\0" in str(path):
-        raise DatastoreInputError(
-            f"The path of the datastore is {str(path)!r}, but no name of a file has a NUL byte. Remove it."
-        )
+    """A path that a user gave; DatastoreInputError for something else."""
+    if not isinstance(path, (str, os.PathLike)) or "\0" in os.fspath(path):
+        raise DatastoreInputError(f"The path of the datastore is {path!r}. Pass its folder as a `str` or `Path`.")
     return Path(path)
 
 
 def new_path(path: Any) -> Path:
-    """The path that a user gave for a new datastore.
-
-    Raises:
-        DatastoreInputError: for what is no path, or lies inside another datastore.
-    """
+    """The path for a new datastore; DatastoreInputError if it is inside another datastore."""
     path = checked_path(path)
     for folder in path.resolve().parents:
         if os.path.isfile(folder / MANIFEST_NAME):
             raise DatastoreInputError(
-                f"The new datastore cannot be written to {str(path)!r}: that lies inside the datastore {str(folder)!r}, whose "
-                "folder holds what its manifest names and nothing else. Choose a path outside of it."
+                f"{str(path)!r} is inside the datastore {str(folder)!r}. Choose a path outside of it for the new datastore."
             )
     return path
+
+
+# ── what a manifest says about its origins ────────────────────────────────────────────────────────────────────────────
+
+
+def describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """The field `tokenizer` of a manifest."""
+    return {
+        "name": _portable_name(tokenizer.name_or_path),
+        "revision": getattr(tokenizer, "init_kwargs", {}).get("revision"),
+        "fingerprint": tokenizer_fingerprint(tokenizer),
+        "vocab_size": vocabulary_size(tokenizer),
+    }
+
+
+def describe_embedder(embedder: Any) -> dict[str, Any]:
+    """The field `embedder` of a manifest, for a [`ChunkEmbedder`]."""
+    content: dict[str, Any] = {
+        "name": _portable_name(embedder.name_or_path),
+        "revision": embedder.revision,
+        "fingerprint": embedder.fingerprint,
+        "dim": embedder.dim,
+        "pooling": embedder.pooling,
+        "dtype": str(embedder.dtype).removeprefix("torch."),
+    }
+    if embedder.prompt:
+        content["prompt"] = embedder.prompt
+    if not embedder.symmetric:
+        other = embedder.query_encoder
+        content["query"] = {
+            "name": _portable_name(other.name_or_path) if other else None,
+            "revision": other.revision if other else None,
+            "fingerprint": embedder.query_fingerprint,
+            "prompt": embedder.query_prompt,
+        }
+    return content
+
+
+def _portable_name(name_or_path: str) -> str:
+    """A Hub name, or only the last part of a local folder: a datastore must not depend on one machine's paths."""
+    if os.path.isabs(name_or_path) or os.path.exists(name_or_path):
+        name_or_path = os.path.basename(os.path.normpath(name_or_path))
+    return without_lone_surrogates(name_or_path)
+
+
+def library_version() -> str:
+    """The installed version of this package."""
+    try:
+        return importlib.metadata.version("retro-hf")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def unique_sources(sources: Iterable[dict[str, str]]) -> list[dict[str, str]]:
+    """Each source once, in order. Beyond 1,000 a last entry says that there are more."""
+    unique = list({tuple(sorted(source.items())): source for source in sources}.values())
+    named = [source for source in unique if source != _MORE_SOURCES][:_MAX_SOURCES]
+    return named if len(named) == len(unique) else [*named, _MORE_SOURCES]

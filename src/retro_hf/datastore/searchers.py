@@ -1,21 +1,19 @@
-"""Who finds the chunks for a text: by its vector, by its words ([`LexicalSearcher`]), or by both."""
+"""Which chunks belong to a text: found by its vector, by its words ([`LexicalSearcher`]), or by both."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from ..errors import RetrieverError
+from .search import checked_search
 
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from .embedder import ChunkEmbedder
     from .store import RetroDatastore
-
-__all__ = ["EmbeddingSearcher", "HybridSearcher", "Searcher", "VectorIndex"]
 
 # Cormack et al. (2009) found 60 by experiment and call the choice not critical.
 _RANK_OFFSET = 60
@@ -26,7 +24,7 @@ class Searcher(Protocol):
     """Texts in, chunk ids out: what a [`RetroRetriever`] asks for the neighbors of a chunk's text."""
 
     metric: str
-    """What a score is, for the trace; a bigger one is always nearer."""
+    """What a score is, for the trace; a bigger score is always nearer."""
 
     def search(
         self, texts: Sequence[str], num_neighbors: int, *, exclude_documents: Any = None
@@ -45,12 +43,36 @@ class Searcher(Protocol):
 
 
 class VectorIndex(Protocol):
-    """Unit vectors in, chunk ids out: [`RetroDatastore`] itself, or a vector database that holds the store's keys."""
+    """Unit vectors in, chunk ids out: [`RetroDatastore`] itself, or a vector database with the store's keys."""
 
     def search(
         self, queries: np.ndarray, num_neighbors: int, *, exclude_documents: Any = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """The nearest chunks of each query (float32, `(num_queries, dim)`); see [`RetroDatastore.search`]."""
+
+
+class RestrictedIndex:
+    """Finds only the chunks of some documents, under the numbers that they have in the datastore: a [`VectorIndex`].
+
+    It finds what a [`subset`] of these documents would find, as exactly as the datastore's own index searches.
+
+    Args:
+        datastore ([`RetroDatastore`]): with all documents.
+        documents (`np.ndarray` of bool and shape `(num_documents,)`): those that may be found, unless deleted.
+    """
+
+    def __init__(self, datastore: RetroDatastore, documents: np.ndarray) -> None:
+        self._opened = datastore._opened.without(np.flatnonzero(~documents))
+        found = np.setdiff1d(np.arange(datastore.num_documents), self._opened.deleted)
+        self.num_documents = len(found)
+        self.num_chunks = int((datastore.first_chunks(found + 1) - datastore.first_chunks(found)).sum())
+
+    def search(
+        self, queries: np.ndarray, num_neighbors: int, *, exclude_documents: Any = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The nearest chunks of each query; see [`RetroDatastore.search`]."""
+        queries, excluded = checked_search(self._opened.manifest, queries, num_neighbors, exclude_documents)
+        return self._opened.search(queries, num_neighbors, excluded)
 
 
 class EmbeddingSearcher:
@@ -78,9 +100,8 @@ class EmbeddingSearcher:
         self, texts: Sequence[str], num_neighbors: int, *, exclude_documents: Any = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """See [`Searcher.search`]; a score is the inner product of two unit vectors."""
-        return self.search_vectors(
-            self.embedder.embed_queries(texts), num_neighbors, exclude_documents=exclude_documents
-        )
+        queries = self.embedder.embed_queries(texts)
+        return self.search_vectors(queries, num_neighbors, exclude_documents=exclude_documents)
 
     def search_vectors(
         self, queries: np.ndarray, num_neighbors: int, *, exclude_documents: Any = None
@@ -88,7 +109,7 @@ class EmbeddingSearcher:
         """The nearest chunks of the vectors of queries (float32, `(num_queries, dim)`).
 
         Raises:
-            RetrieverError: if an index that is not the datastore's own returns arrays of another shape.
+            RetrieverError: if another index than the datastore's own returns arrays of another shape.
         """
         scores, ids = self.index.search(queries, num_neighbors, exclude_documents=exclude_documents)
         if self.index is self.datastore:
@@ -97,9 +118,9 @@ class EmbeddingSearcher:
         if np.shape(scores) != expected or np.shape(ids) != expected:
             raise RetrieverError(
                 f"{type(self.index).__name__}.search returned scores of shape {np.shape(scores)} and chunk ids of shape "
-                f"{np.shape(ids)}, but both must have the shape {expected}. Fill up with -inf and -1 where there are fewer."
+                f"{np.shape(ids)}. It must return the shape {expected} for both, filled with -inf and -1."
             )
-        # Another index does not know what has been deleted since it was filled.
+        # Another index does not know which documents were deleted since it was filled.
         hidden = np.isin(self.datastore.document_of(ids), np.append(self.datastore.deleted_documents, -1))
         return np.where(hidden, -np.inf, scores).astype(np.float32), np.where(hidden, -1, ids).astype(np.int64)
 
@@ -111,7 +132,7 @@ class HybridSearcher:
     """Finds chunks by two searchers and fuses their ranks (reciprocal rank fusion, Cormack et al., 2009).
 
     A chunk's score is the sum of `1 / (60 + rank)` over the searchers that have it among their best 100, with ranks
-    from 1. On equal scores the first searcher decides.
+    from 1. If scores are equal, the first searcher decides.
 
     Args:
         dense ([`Searcher`]): such as [`EmbeddingSearcher`].
@@ -127,8 +148,8 @@ class HybridSearcher:
         stores: list[Any] = [one.datastore for one in (dense, lexical) if hasattr(one, "datastore")]
         if len(stores) == 2 and stores[0].path.resolve() != stores[1].path.resolve():
             raise RetrieverError(
-                f"One searcher finds chunks of {str(stores[0].path)!r}, the other of {str(stores[1].path)!r}: the same id would "
-                "stand for different text. Make both for one datastore."
+                f"One searcher finds chunks of {str(stores[0].path)!r}, the other of {str(stores[1].path)!r}. Make both for the "
+                "same datastore."
             )
         self.dense = dense
         self.lexical = lexical
@@ -146,7 +167,7 @@ class HybridSearcher:
         ]
         ids = np.concatenate(both, axis=1)
         shares = np.tile(1 / (_RANK_OFFSET + 1 + np.arange(fetched)), 2) * (ids >= 0)
-        # A chunk that both have found gets the sum in its first place, and nothing in its second.
+        # A chunk that both searchers found gets the sum at its first place, and zero at its second.
         places = (np.arange(len(ids))[:, None] * (ids.max(initial=0) + 2) + ids).reshape(-1)
         _, first, inverse = np.unique(places, return_index=True, return_inverse=True)
         scores = np.zeros(ids.shape)

@@ -1,36 +1,233 @@
-"""One shard of a datastore: its files, memory-mapped and checked, and the search over its chunks."""
+"""One shard of a datastore: how it is written, and its files memory-mapped, checked, read and searched."""
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+import threading
+import uuid
 from collections.abc import Iterator
-from functools import cached_property
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import xxhash
+import pyarrow.parquet as pq
 
 from ..errors import DatastoreNotFoundError
 from .chunks import document_of, gather_tokens, ranges
-from .exclusion import Deleted, search_excluding
-from .index import import_faiss, max_effort, open_index, search_index, search_parameters
-from .manifest import DatastoreManifest, ShardEntry
-from .storage import damaged, map_npy, map_tensor
-from .table import DocumentTable
-from .writer import Piece
+from .files import INT64, NpyWriter, TensorWriter, damaged, hash_of, link_or_copy, map_npy, map_tensor, write_file
+from .index import build_index, import_faiss, max_effort, open_index, search_index, search_parameters
+from .manifest import SHARD_FILES, DatastoreManifest, FileEntry, ShardEntry, describe_file
+from .search import Deleted, search_excluding
 
 
-__all__ = ["Shard", "hash_of_id"]
-
-# Borders of up to a million documents are checked when a shard opens: a few milliseconds.
+DOCUMENT_SCHEMA = pa.schema([(name, pa.string()) for name in ("id", "title", "source", "text", "metadata")])
+# Documents are read back one by one, so row groups are small.
+GROUP_DOCUMENTS = 512
+_DESCRIPTION_NAME = "shard.json"
+_CACHED_GROUPS = 4
+_CACHED_ID_GROUPS = 4096
+# The borders of up to a million documents are checked when a shard opens, which takes a few milliseconds.
 _CHECKED_DOCUMENTS = 1 << 20
-_INT64 = np.dtype(np.int64)
 
 
-def hash_of_id(document_id: str) -> int:
-    """The 64-bit hash that documents are found by; equal hashes are told apart by the ids themselves."""
-    return xxhash.xxh3_64_intdigest(document_id.encode())
+# ── writing ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Piece(NamedTuple):
+    """Some consecutive documents that are to be written to a shard.
+
+    Attributes:
+        tokens (`np.ndarray` of uint16 or uint32 and shape `(stream_length,)`): their part of the stream.
+        lengths (`np.ndarray` of int64 and shape `(num_documents,)`): real tokens of each document.
+        counts (`np.ndarray` of int64 and shape `(num_documents,)`): chunks of each document.
+        hashes (`np.ndarray` of uint64 and shape `(num_documents,)`): of their ids.
+        keys (`np.ndarray` of float16 and shape `(num_chunks, dim)`).
+        documents (`pa.Table`): the documents, by `DOCUMENT_SCHEMA`.
+        chunk_starts (`np.ndarray` of int64 and shape `(num_chunks,)`, *optional*): where in `tokens` each chunk begins,
+            if not at every multiple of the chunk size.
+    """
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    counts: np.ndarray
+    hashes: np.ndarray
+    keys: np.ndarray
+    documents: pa.Table
+    chunk_starts: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class BuiltShard:
+    """A finished shard outside of any datastore: the folder with its files, and its entries for a manifest."""
+
+    folder: Path
+    entry: ShardEntry
+    files: tuple[FileEntry, ...]
+
+    @classmethod
+    def read(cls, folder: Path) -> BuiltShard:
+        """Read the description that [`ShardWriter`] wrote to the folder."""
+        content = json.loads((folder / _DESCRIPTION_NAME).read_bytes())
+        return cls(folder, ShardEntry(**content["entry"]), tuple(FileEntry(**file) for file in content["files"]))
+
+    def link_into(self, folder: Path) -> tuple[FileEntry, ...]:
+        """Put the files into a datastore, where they take effect once its manifest names them; returns their entries."""
+        for file in self.files:
+            link_or_copy(self.folder / file.name, folder / file.name)
+        return self.files
+
+
+class ShardWriter:
+    """Writes a shard to a folder of its own, which is renamed to `final` when the shard is complete.
+
+    Args:
+        final (`Path`): the folder; an existing one is left unchanged.
+        name (`str`): of the shard.
+        dtype (`np.dtype`): of the token stream.
+        dim (`int`): length of the keys.
+    """
+
+    def __init__(self, final: Path, name: str, dtype: np.dtype, dim: int) -> None:
+        self._final = final
+        # An executor may repeat a task while the first worker, believed dead, still runs: each gets a folder of its own.
+        self._folder = final.with_name(f"{final.name}.{uuid.uuid4().hex}.partial")
+        self._name, self._dim = name, dim
+        self._path = {kind: self._folder / pattern.format(name) for kind, pattern in SHARD_FILES.items()}
+        self._hashes: list[np.ndarray] = []
+        self._num_chunks = self._num_documents = self._num_tokens = self._stream_length = self._max_token_id = 0
+        self._folder.mkdir(parents=True)
+        with ExitStack() as files:
+            self._tokens = files.enter_context(NpyWriter(self._path["tokens"], dtype))
+            self._offsets, self._lengths, self._starts = (
+                files.enter_context(NpyWriter(self._path[kind], INT64))
+                for kind in ("doc_offsets", "doc_lengths", "chunk_starts")
+            )
+            self._keys = files.enter_context(TensorWriter(self._path["keys"], dim))
+            documents = pq.ParquetWriter(self._path["documents"], DOCUMENT_SCHEMA, compression="zstd")
+            self._documents = files.enter_context(documents)
+            self._files = files.pop_all()
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._files.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def add(self, piece: Piece) -> None:
+        """Append documents."""
+        if not len(piece.lengths):
+            return
+        ends = np.cumsum(piece.counts)
+        self._offsets.append(self._num_chunks + ends - piece.counts)
+        self._lengths.append(piece.lengths)
+        self._tokens.append(piece.tokens)
+        if piece.chunk_starts is not None:
+            self._starts.append(piece.chunk_starts + self._stream_length)
+        self._keys.append(piece.keys)
+        for start in range(0, piece.documents.num_rows, GROUP_DOCUMENTS):
+            self._documents.write_table(piece.documents.slice(start, GROUP_DOCUMENTS))
+        self._hashes.append(piece.hashes)
+        self._num_chunks += int(ends[-1])
+        self._num_documents += len(piece.lengths)
+        self._num_tokens += int(piece.lengths.sum())
+        self._stream_length += len(piece.tokens)
+        self._max_token_id = max(self._max_token_id, int(piece.tokens.max()))
+
+    def finish(self, factory: str, recall: float) -> BuiltShard:
+        """Close the files, build the index, describe all files, and rename the folder."""
+        self._offsets.append(np.array([self._num_chunks]))
+        self._files.close()
+        if not self._starts.length:
+            self._path["chunk_starts"].unlink()
+        hashes = np.concatenate(self._hashes)
+        order = np.argsort(hashes, kind="stable")
+        with NpyWriter(self._path["ids"], np.dtype(np.uint64)) as ids:
+            ids.append(hashes[order])
+            ids.append(order)
+        keys = map_tensor(self._path["keys"], (self._num_chunks, self._dim))
+        entry = ShardEntry(
+            name=self._name,
+            num_chunks=self._num_chunks,
+            num_documents=self._num_documents,
+            num_tokens=self._num_tokens,
+            stream_length=self._stream_length,
+            max_token_id=self._max_token_id,
+            index=build_index(keys, factory, self._path["index"], recall=recall),
+        )
+        files = [describe_file(path, kind, self._name) for kind, path in self._path.items() if path.exists()]
+        content = {"entry": asdict(entry), "files": [asdict(file) for file in files]}
+        write_file(self._folder / _DESCRIPTION_NAME, json.dumps(content).encode())
+        if not self._final.exists():
+            os.replace(self._folder, self._final)
+        return BuiltShard.read(self._final)
+
+
+# ── reading ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class DocumentTable:
+    """Random access to a parquet file of documents, by row groups of at most 512 documents, with the last few cached.
+
+    Raises:
+        DatastoreCorruptError: if the file is not a parquet file of `num_documents` documents.
+    """
+
+    def __init__(self, path: Path, num_documents: int) -> None:
+        self._path = path
+        self._lock = threading.Lock()
+        try:
+            self._file = pq.ParquetFile(path, memory_map=True)
+            metadata = self._file.metadata
+            rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+            names = set(self._file.schema_arrow.names)
+        except (OSError, pa.ArrowException) as error:
+            raise damaged(path, str(error)) from error
+        self._starts = np.cumsum([0, *rows])
+        if self._starts[-1] != num_documents or not names.issuperset(DOCUMENT_SCHEMA.names):
+            raise damaged(path, f"it has {self._starts[-1]} documents with {sorted(names)} instead of {num_documents}")
+        self._rows = lru_cache(_CACHED_GROUPS)(lambda group: self._read(group, DOCUMENT_SCHEMA.names).to_pylist())
+        self._ids = lru_cache(_CACHED_ID_GROUPS)(lambda group: self._read(group, ["id"]).column("id").to_pylist())
+
+    def _place(self, number: int) -> tuple[int, int]:
+        group = int(np.searchsorted(self._starts, number, side="right") - 1)
+        return group, number - int(self._starts[group])
+
+    def document(self, number: int) -> dict[str, Any]:
+        """The document at a position, with all fields that it was given with."""
+        group, place = self._place(number)
+        row = dict(self._rows(group)[place])
+        metadata = row.pop("metadata")
+        try:
+            return {**json.loads(metadata), **row} if metadata else row
+        except (ValueError, TypeError) as error:
+            raise damaged(self._path, f"the metadata of document {number} is not a JSON object") from error
+
+    def document_id(self, number: int) -> str:
+        """The id of the document at a position, without reading its text."""
+        group, place = self._place(number)
+        return self._ids(group)[place]
+
+    def pieces(self) -> Iterator[pa.Table]:
+        """All documents in order, at most 512 at a time."""
+        for group in range(len(self._starts) - 1):
+            yield self._read(group, DOCUMENT_SCHEMA.names)
+
+    def _read(self, group: int, columns: list[str]) -> pa.Table:
+        try:
+            with self._lock:
+                # One small group: threads would cost more than they save, and they do not survive a fork.
+                table = self._file.read_row_group(group, columns=columns, use_threads=False)
+            table.validate(full=True)  # finds texts that are not UTF-8
+            return table
+        except (OSError, pa.ArrowException) as error:
+            raise damaged(self._path, str(error)) from error
 
 
 class Shard:
@@ -48,27 +245,30 @@ class Shard:
     def __init__(self, folder: Path, manifest: DatastoreManifest, entry: ShardEntry) -> None:
         self.entry = entry
         self.chunk_size, self.neighbor_size, self.dim = manifest.chunk_size, manifest.neighbor_size, manifest.dim
+        self.num_chunks, self.num_documents = entry.num_chunks, entry.num_documents
         self._files = {kind: folder / name for kind, name in manifest.shard_files(entry.name).items()}
-        documents = entry.num_documents
-        self.doc_offsets = map_npy(self._files["doc_offsets"], _INT64, documents + 1)
-        self.doc_lengths = map_npy(self._files["doc_lengths"], _INT64, documents)
+        self.doc_offsets = map_npy(self._files["doc_offsets"], INT64, self.num_documents + 1)
+        self.doc_lengths = map_npy(self._files["doc_lengths"], INT64, self.num_documents)
         self.tokens = map_npy(self._files["tokens"], np.dtype(manifest.token_dtype), entry.stream_length)
-        self.chunk_starts = (
-            map_npy(self._files["chunk_starts"], _INT64, entry.num_chunks) if "chunk_starts" in self._files else None
-        )
-        # By effort and by how much is fetched beyond what is wanted: a few of each.
+        self.chunk_starts = None
+        if "chunk_starts" in self._files:
+            self.chunk_starts = map_npy(self._files["chunk_starts"], INT64, self.num_chunks)
+        # Prepared search parameters by effort and by the share of the results that is wanted: a few of each.
         self._parameters: dict[tuple[int, float], Any] = {}
         self._check_borders()
 
-    @property
-    def num_chunks(self) -> int:
-        """Chunks in the shard."""
-        return self.entry.num_chunks
-
-    @property
-    def num_documents(self) -> int:
-        """Documents in the shard."""
-        return self.entry.num_documents
+    def _check_borders(self) -> None:
+        offsets, lengths, starts = self.doc_offsets, self.doc_lengths, self.chunk_starts
+        sound = offsets[0] == 0 and offsets[-1] == self.num_chunks
+        if sound and self.num_documents <= _CHECKED_DOCUMENTS:
+            chunks = np.diff(offsets)
+            sound = bool((chunks > 0).all() and (lengths > 0).all())
+            if sound and starts is None:
+                sound = bool((-(-lengths // self.chunk_size) == chunks).all())
+        if not sound:
+            raise damaged(self._files["doc_offsets"], "the borders of its documents contradict each other")
+        if starts is not None and (starts[0] != 0 or (np.diff(starts) < 0).any() or starts[-1] >= len(self.tokens)):
+            raise damaged(self._files["chunk_starts"], "its chunks are not in order")
 
     @cached_property
     def keys(self) -> np.ndarray:
@@ -91,22 +291,26 @@ class Shard:
 
     @cached_property
     def _ids(self) -> tuple[np.ndarray, np.ndarray]:
-        """Sorted hashes of the documents' ids, and the document of each."""
+        """Sorted hashes of the document ids, and the document of each."""
         pairs = map_npy(self._present("ids"), np.dtype(np.uint64), 2 * self.num_documents)
         return pairs[: self.num_documents], pairs[self.num_documents :]
 
+    @cached_property
+    def _max_effort(self) -> int:
+        return max_effort(self.index, self.entry.index["search"])
+
     def _present(self, kind: str) -> Path:
-        """The path of a file that is opened when it is first needed, by which time it may be gone."""
+        """The path of a file that is opened on first use. By then, another process may have compacted the store."""
         path = self._files[kind]
         if not path.exists():
             raise DatastoreNotFoundError(
-                f"{str(path)!r} is no longer there. If the datastore was compacted since it was opened, call `refresh()` and "
-                "look again; chunk ids from before are void. Otherwise restore the folder from a copy."
+                f"{str(path)!r} does not exist any more. If the datastore was compacted, call `refresh()` and search again "
+                "(older chunk ids are void); otherwise restore the folder from a copy."
             )
         return path
 
     def find_ids(self, hashes: np.ndarray) -> Iterator[tuple[int, int]]:
-        """Places in `hashes` (uint64, `(n,)`) whose document may be here, each with a document number to look at."""
+        """Candidates for document ids by their hashes (uint64, `(n,)`): pairs of a place in `hashes` and a document."""
         known, numbers = self._ids
         first = np.searchsorted(known, hashes, side="left")
         last = np.searchsorted(known, hashes, side="right")
@@ -117,15 +321,12 @@ class Shard:
                     raise damaged(self._files["ids"], f"it names document {number} of {self.num_documents}")
                 yield int(place), number
 
-    def starts_in_document(self, document: int) -> np.ndarray:
-        """Where the chunks of a document begin, in tokens from its beginning (int64, `(num_chunks,)`)."""
-        first, end = int(self.doc_offsets[document]), int(self.doc_offsets[document + 1])
-        if self.chunk_starts is None:
-            return np.arange(end - first) * self.chunk_size
-        return self.chunk_starts[first:end] - self.chunk_starts[first]
+    def token_starts(self, chunks: np.ndarray) -> np.ndarray:
+        """Where chunks (int64) begin in the token stream (int64)."""
+        return chunks * self.chunk_size if self.chunk_starts is None else self.chunk_starts[chunks]
 
     def pieces(self, keep: np.ndarray) -> Iterator[Piece]:
-        """The documents that `keep` (bool, `(num_documents,)`) marks, with what was computed for them."""
+        """The documents marked in `keep` (bool, `(num_documents,)`), with their tokens and keys."""
         first = 0
         for table in self.documents.pieces():
             documents = first + np.flatnonzero(keep[first : first + table.num_rows])
@@ -134,21 +335,18 @@ class Shard:
             first += table.num_rows
 
     def _piece(self, documents: np.ndarray, table: pa.Table) -> Piece:
-        starts, ends = self.doc_offsets[documents], self.doc_offsets[documents + 1]
-        counts, lengths = ends - starts, self.doc_lengths[documents]
-        chunks = ranges(starts, counts)
-        if self.chunk_starts is None:
-            begins, sizes, chunk_starts = starts * self.chunk_size, counts * self.chunk_size, None
-        else:
-            begins, sizes = self.chunk_starts[starts], lengths
-            new_begins = np.cumsum(lengths) - lengths
-            chunk_starts = self.chunk_starts[chunks] + np.repeat(new_begins - begins, counts)
-        ids = table.column("id").to_pylist()
+        starts, lengths = self.doc_offsets[documents], self.doc_lengths[documents]
+        counts = self.doc_offsets[documents + 1] - starts
+        chunks, begins = ranges(starts, counts), self.token_starts(starts)
+        sizes, chunk_starts = counts * self.chunk_size, None
+        if self.chunk_starts is not None:  # a retokenized stream has no padding
+            sizes = lengths
+            chunk_starts = self.chunk_starts[chunks] + np.repeat(np.cumsum(lengths) - lengths - begins, counts)
         return Piece(
             tokens=self.tokens[ranges(begins, sizes)],
             lengths=lengths,
             counts=counts,
-            hashes=np.array([hash_of_id(id) for id in ids], dtype=np.uint64),
+            hashes=np.array([hash_of(id) for id in table.column("id").to_pylist()], dtype=np.uint64),
             keys=self.keys[chunks],
             documents=table,
             chunk_starts=chunk_starts,
@@ -173,23 +371,23 @@ class Shard:
     def search(
         self, queries: np.ndarray, num_neighbors: int, excluded: np.ndarray | None, deleted: Deleted | None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The nearest chunks of each query that it may see, best first.
+        """The nearest chunks of each query, best first.
 
         Args:
             queries (`np.ndarray` of float32 and shape `(num_queries, dim)`): unit vectors.
             num_neighbors (`int`): chunks per query.
             excluded (`np.ndarray` of int64 and shape `(num_queries, any)`, *optional*): documents that a query must
-                not see, -1 for none.
-            deleted ([`Deleted`], *optional*): documents that no query may see.
+                not get, -1 for none.
+            deleted ([`Deleted`], *optional*): documents that no query may get.
         Returns:
             `(scores, chunk_ids)` of shape `(num_queries, num_neighbors)`, float32 and int64; -inf and -1 for none.
         """
         if excluded is None and deleted is None:
             scores, ids = self._search(queries, num_neighbors, 1, num_neighbors)
-            # Results come best first, so a row is full if its last is there.
+            # Results are best first, so a row is full if its last result is there.
             if self._max_effort == 1 or ids[:, min(num_neighbors, self.num_chunks) - 1].min(initial=0) >= 0:
                 return scores, ids
-        # Otherwise few lists were read and they held too little: read more of them for the rows that came out short.
+        # Otherwise few lists were read and held too little; the following reads more lists for the rows that are short.
         if excluded is None:
             excluded = np.empty((len(queries), 0), dtype=np.int64)
 
@@ -199,25 +397,22 @@ class Shard:
         limit = self._max_effort
         return search_excluding(search, queries, num_neighbors, excluded, self.doc_offsets, limit, deleted)
 
-    @cached_property
-    def _max_effort(self) -> int:
-        return max_effort(self.index, self.entry.index["search"])
-
     def _search(self, queries: np.ndarray, count: int, effort: int, wanted: int) -> tuple[np.ndarray, np.ndarray]:
-        """`count` results per query, of which `wanted` are for the caller; `effort` multiplies the lists that are read."""
+        """`count` results per query, of which the caller keeps about `wanted`; `effort` multiplies the lists that are read."""
         key = (effort, wanted / count)
         if key not in self._parameters:
             search = dict(self.entry.index["search"])
             if "nprobe" in search:
                 search["nprobe"] *= effort
             if "k_factor" in search:
-                # The number re-scored was tuned for the wanted results; those fetched beyond them count as re-scored.
+                # FAISS re-scores `k_factor * count`. The number was tuned for the wanted results, and does not have to grow
+                # with those that are fetched beyond them.
                 search["k_factor"] = max(1.0, search["k_factor"] * key[1])
             self._parameters[key] = search_parameters(self.index, search)
         if not len(queries):
             return np.empty((0, count), dtype=np.float32), np.empty((0, count), dtype=np.int64)
         scores, ids = search_index(self.index, queries, min(count, self.num_chunks), self._parameters[key])
-        # One look where all is well: as unsigned numbers, the negative ones of missing results are beyond the last, too.
+        # One test for both ends: as unsigned numbers, the -1 of missing results are above all chunks, too.
         if ids.view(np.uint64).max() >= self.num_chunks:
             if ids.max() >= self.num_chunks:
                 raise damaged(self._files["index"], "it returns chunks that the shard does not have")
@@ -227,16 +422,3 @@ class Shard:
             scores = np.pad(scores, missing, constant_values=-np.inf)
             ids = np.pad(ids, missing, constant_values=-1)
         return scores, ids
-
-    def _check_borders(self) -> None:
-        offsets, lengths, starts = self.doc_offsets, self.doc_lengths, self.chunk_starts
-        sound = offsets[0] == 0 and offsets[-1] == self.num_chunks
-        if sound and self.num_documents <= _CHECKED_DOCUMENTS:
-            chunks = np.diff(offsets)
-            sound = bool((chunks > 0).all() and (lengths > 0).all())
-            if sound and starts is None:
-                sound = bool((-(-lengths // self.chunk_size) == chunks).all())
-        if not sound:
-            raise damaged(self._files["doc_offsets"], "its document borders contradict each other")
-        if starts is not None and (starts[0] != 0 or (np.diff(starts) < 0).any() or starts[-1] >= len(self.tokens)):
-            raise damaged(self._files["chunk_starts"], "its chunks do not follow each other in the token stream")

@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 from transformers.utils import logging
 
-from ..datastore.blocks import digest_of
-from ..datastore.storage import complete_file
+from ..datastore.files import complete_file, digest_of
 
 
 __all__ = ["ArrayCache"]

@@ -17,7 +17,7 @@ import torch
 import xxhash
 
 from ..datastore import RetroDatastore
-from ..datastore.blocks import digest_of
+from ..datastore.files import digest_of
 from ..datastore.manifest import MANIFEST_NAME
 from ..training.search import neighbor_source
 from .scoring import Document

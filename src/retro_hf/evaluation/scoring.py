@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from ..datastore import RetroDatastore
-from ..datastore.blocks import digest_of
 from ..datastore.executors import progress_bar
+from ..datastore.files import digest_of
 from ..errors import DatasetError
 from .cache import ArrayCache
 

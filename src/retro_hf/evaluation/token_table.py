@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..datastore import RetroDatastore
-from ..datastore.storage import complete_file
+from ..datastore.files import complete_file
 from .interval import Interval, paired_interval
 from .leakage import common_runs, overlaps
 from .neighbors import Chunks

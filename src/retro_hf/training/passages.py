@@ -8,7 +8,7 @@ import numpy as np
 
 from .. import extras
 from ..datastore import RetroDatastore, chunk_texts
-from ..datastore.fields import without_lone_surrogates
+from ..datastore.documents import without_lone_surrogates
 from ..errors import DatasetError
 from ..retriever import RetroRetriever
 from .columns import check_columns, checked_text

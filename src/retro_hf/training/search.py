@@ -9,8 +9,8 @@ import uuid
 import numpy as np
 
 from ..datastore import EmbeddingSearcher, HybridSearcher, LexicalSearcher, RetroDatastore, Searcher, chunk_texts
-from ..datastore.blocks import digest_of
 from ..datastore.chunks import ranges
+from ..datastore.files import digest_of
 from ..errors import DatasetError, RetrieverError
 from ..retriever import RetroRetriever
 

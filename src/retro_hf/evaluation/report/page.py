@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from ...datastore.storage import write_file
+from ...datastore.files import write_file
 from ..neighbors import MODES
 from ..trace import FULL_BITS, bits
 from . import text as report_text

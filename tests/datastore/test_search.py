@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from retro_hf.datastore import RetroDatastore
 from retro_hf.datastore.chunks import document_of
-from retro_hf.datastore.exclusion import search_excluding
+from retro_hf.datastore.search import search_excluding
 from retro_hf.errors import DatastoreInputError
 
 from .fixtures import corpus
@@ -55,7 +55,7 @@ def store(request, tokenizer, embedder) -> RetroDatastore:
     )
 
 
-def test_the_store_never_returns_an_excluded_document(store):
+def test_excluded_document_is_never_returned(store):
     keys = store.keys_of(np.arange(store.num_chunks))
     own = store.document_of(np.arange(store.num_chunks))
     scores, ids = store.search(keys, 5, exclude_documents=own)
@@ -76,7 +76,7 @@ def test_minus_one_excludes_nothing(store):
     np.testing.assert_allclose(none[0], plain[0], atol=1e-6)
 
 
-def test_all_that_is_left_is_returned(store):
+def test_all_remaining_chunks_are_returned(store):
     """Everything but one document is excluded, and more is asked for than it has."""
     keys = store.keys_of(np.arange(3))
     kept = np.flatnonzero(store.document_of(np.arange(store.num_chunks)) == 7)
@@ -102,32 +102,32 @@ def test_no_queries_give_no_results(datastore):
 
 
 @pytest.mark.parametrize(
-    ("excluded", "message"),
+    ("excluded", "named"),
     [
-        (np.zeros(3, dtype=np.int64), r"shape \(3,\), but integers of shape \(2,\) or \(2, any\)"),
+        (np.zeros(3, dtype=np.int64), r"shape \(3,\).*shape \(2,\)"),
         (np.zeros(2), "type float64"),
-        (np.array([0, 40]), "runs from 0 to 40, but the store has documents 0 to 39"),
-        (np.array([-2, 0]), "runs from -2"),
+        (np.array([0, 40]), "from 0 to 40.*0 to 39"),
+        (np.array([-2, 0]), "from -2"),
         (np.zeros((2, 1, 1), dtype=np.int64), r"shape \(2, 1, 1\)"),
     ],
 )
-def test_a_wrong_exclusion_is_refused(datastore, excluded, message):
-    with pytest.raises(DatastoreInputError, match=message):
+def test_wrong_exclusion_is_refused(datastore, excluded, named):
+    with pytest.raises(DatastoreInputError, match=named):
         datastore.search(np.ones((2, 32), dtype=np.float32), 2, exclude_documents=excluded)
 
 
 @pytest.mark.parametrize(
-    ("queries", "num_neighbors", "message"),
+    ("queries", "num_neighbors", "named"),
     [
-        (np.ones((2, 31)), 2, r"shape \(2, 31\), but \(num_queries, 32\)"),
+        (np.ones((2, 31)), 2, r"\(2, 31\).*\(num_queries, 32\)"),
         (np.ones(32), 2, r"shape \(32,\)"),
         (np.full((2, 32), np.nan), 2, "not finite"),
         (np.ones((2, 32)), 0, "num_neighbors is 0"),
-        (np.ones((2, 32)), 10**12, r"num_neighbors is 1,000,000,000,000, but the store has \d+ chunks"),
-        ("frogs", 3, r"of type str, but vectors .*RetroRetriever\(datastore, embedder=...\).find\(texts\)"),
-        (["frogs"], 3, "of type list, but vectors"),
+        (np.ones((2, 32)), 10**12, r"1,000,000,000,000.*\d+ chunks"),
+        ("frogs", 3, "type str.*RetroRetriever"),
+        (["frogs"], 3, "type list"),
     ],
 )
-def test_wrong_queries_are_refused(datastore, queries, num_neighbors, message):
-    with pytest.raises(DatastoreInputError, match=message):
+def test_wrong_queries_are_refused(datastore, queries, num_neighbors, named):
+    with pytest.raises(DatastoreInputError, match=named):
         datastore.search(queries, num_neighbors)

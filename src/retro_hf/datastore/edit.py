@@ -1,0 +1,274 @@
+"""
+Changing a datastore: append, delete, compact.
+
+A change writes new files first and then, as its last step, the manifest that names them. A process that is killed leaves
+the old state or the new one. Files that no manifest names are removed by the next change; unfinished work is used again
+when the same call is repeated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from transformers.utils import logging
+
+from ..errors import DatastoreInputError, counted
+from .build import BuildOptions, build_shards, work_folder
+from .documents import document_ids
+from .embedder import ChunkEmbedder
+from .executors import Executor, as_executor, progress_bar
+from .files import MANIFEST_NAME, complete_file, write_npy
+from .index_plan import DEFAULT_SHARD_CHUNKS, IndexOptions, plan_index
+from .manifest import SHARD_FILES, FileEntry, describe_file, library_version, unique_sources
+from .shard import BuiltShard, Shard, ShardWriter
+
+
+if TYPE_CHECKING:
+    from .store import RetroDatastore
+
+logger = logging.get_logger(__name__)
+
+
+def append(
+    datastore: RetroDatastore,
+    documents: Any,
+    *,
+    embedder: ChunkEmbedder | str,
+    index: IndexOptions | str = "auto",
+    batch_size: int = 64,
+    shard_chunks: int = DEFAULT_SHARD_CHUNKS,
+    executor: Executor | int = 1,
+    show_progress: bool | None = None,
+) -> None:
+    """Add documents to a datastore as a new shard, with an index of its own.
+
+    Every shard is searched, so after many appends [`compact`] makes search faster.
+
+    Args:
+        datastore ([`RetroDatastore`]): the store; refreshed at the end.
+        documents: as for [`RetroDatastore.build`]. Their ids must not be in the store yet. A text without an id gets its
+            position in the input, which an earlier build or append has probably used.
+        embedder ([`ChunkEmbedder`] or `str`): the encoder that made the store's keys.
+        index, batch_size, shard_chunks, executor, show_progress: as for [`RetroDatastore.build`], for the new shard.
+    Raises:
+        DatastoreInputError: for documents that cannot be added; nothing is changed.
+        DatastoreMismatchError: for another embedder than the store's.
+    """
+    embedder = ChunkEmbedder.of(embedder)
+    datastore.check_compatible(embedder=embedder)
+    options = BuildOptions(
+        tokenizer=datastore.tokenizer,
+        embedder=embedder,
+        chunk_size=datastore.chunk_size,
+        neighbor_size=datastore.neighbor_size,
+        index=IndexOptions.of(index),
+        batch_size=batch_size,
+        shard_chunks=shard_chunks,
+        show_progress=show_progress,
+    )
+    with _changing(datastore) as work:
+        manifest = datastore.manifest
+        built = build_shards(
+            documents, work, options, as_executor(executor), manifest.next_shard, taken=datastore.document_numbers
+        )
+        if built is None:
+            return
+        _replace(
+            datastore,
+            shards=(*manifest.shards, *(shard.entry for shard in built.shards)),
+            files=(*manifest.files, *placed(built.shards, datastore.path)),
+            next_shard=manifest.next_shard + len(built.shards),
+            num_empty_documents=manifest.num_empty_documents + built.num_empty,
+            sources=unique_sources([*manifest.sources, *built.sources]),
+        )
+
+
+def delete(datastore: RetroDatastore, ids: str | Iterable[str]) -> None:
+    """Never return some documents again, as neighbors or by id.
+
+    All numbers of documents and chunks stay the same. The content stays on the disk until [`compact`]. Other processes see
+    the change after [`RetroDatastore.refresh`].
+
+    Args:
+        datastore ([`RetroDatastore`]): the store; refreshed at the end.
+        ids (`str` or `Iterable[str]`): of one document, or of several.
+    Raises:
+        DatastoreInputError: if one is not in the store; nothing is changed.
+    """
+    ids = document_ids(ids)
+    with _changing(datastore):
+        numbers = datastore.document_numbers(ids)
+        unknown = [id for id, number in zip(ids, numbers, strict=True) if number < 0]
+        if unknown:
+            raise DatastoreInputError(
+                f"{len(unknown):,} of {counted(len(ids), 'id')} are not in {str(datastore.path)!r}, such as {unknown[0]!r}, so nothing "
+                "was deleted. Leave them out. If the same call was interrupted before, it may have succeeded."
+            )
+        if not ids:
+            return
+        manifest = datastore.manifest
+        deleted = np.union1d(datastore.deleted_documents, numbers)
+        path = datastore.path / f"deleted-{manifest.generation + 1:05d}.npy"
+        with complete_file(path) as partial:
+            write_npy(partial, deleted)
+        kept = (file for file in manifest.files if file.kind != "deleted")
+        _replace(datastore, files=(*kept, describe_file(path, "deleted")), num_deleted_documents=len(deleted))
+
+
+def compact(
+    datastore: RetroDatastore,
+    *,
+    index: IndexOptions | str = "auto",
+    shard_chunks: int = DEFAULT_SHARD_CHUNKS,
+    show_progress: bool | None = None,
+) -> None:
+    """Rewrite a datastore without its deleted documents and with as few shards as possible.
+
+    A store that is compact already stays as it is, unless options for its index are given. Documents and chunks get new
+    numbers, so precomputed neighbors must be computed again. The disk needs room for a second copy while it runs.
+
+    Args:
+        datastore ([`RetroDatastore`]): the store; refreshed at the end.
+        index, show_progress: as for [`RetroDatastore.build`].
+        shard_chunks (`int`, defaults to 67,108,864): shards are joined up to this number of chunks, but not divided.
+    Raises:
+        DatastoreInputError: if every document has been deleted; nothing is changed.
+    """
+    options = IndexOptions.of(index)
+    with _changing(datastore) as work:
+        manifest = datastore.manifest
+        if datastore.num_deleted_documents == datastore.num_documents:
+            raise DatastoreInputError(
+                f"All documents of {str(datastore.path)!r} have been deleted. Append documents first, or remove the folder."
+            )
+        if options == IndexOptions() and _is_compact(datastore, shard_chunks):
+            logger.info(f"Nothing to do: {str(datastore.path)!r} is compact already.")
+            return
+        keep = np.ones(datastore.num_documents, dtype=bool)
+        keep[datastore.deleted_documents] = False
+        shards = rewrite(datastore, keep, work, options, manifest.next_shard, shard_chunks, show_progress)
+        shared = (file for file in manifest.files if file.kind == "tokenizer")
+        _replace(
+            datastore,
+            shards=tuple(shard.entry for shard in shards),
+            files=(*placed(shards, datastore.path), *shared),
+            next_shard=manifest.next_shard + len(shards),
+            num_deleted_documents=0,
+        )
+
+
+@contextmanager
+def _changing(datastore: RetroDatastore) -> Iterator[Path]:
+    """Lock the store for one writer, and see it as it is now."""
+    if (datastore.path / MANIFEST_NAME).is_symlink():
+        raise DatastoreInputError(
+            f"{str(datastore.path)!r} is a download in the Hub's cache, which must stay unchanged. Make a copy with "
+            "`datastore.save(path)`, and change and push that."
+        )
+    with work_folder(datastore.path.absolute()) as work:
+        datastore.refresh()
+        _remove_unnamed(datastore)
+        yield work
+
+
+def placed(shards: list[BuiltShard], folder: Path) -> list[FileEntry]:
+    """Put the files of finished shards into a folder; returns their entries."""
+    return [file for shard in shards for file in shard.link_into(folder)]
+
+
+def _replace(datastore: RetroDatastore, **changes: Any) -> None:
+    """Write the next generation of the manifest; this one step makes the change."""
+    changes |= {"generation": datastore.generation + 1, "library_version": library_version()}
+    dataclasses.replace(datastore.manifest, **changes).write(datastore.path)
+    datastore.refresh()
+    _remove_unnamed(datastore)
+
+
+def _remove_unnamed(datastore: RetroDatastore) -> None:
+    """Remove data files that the manifest does not name, and what a killed writer left half-written.
+
+    A process that has them mapped keeps their content until it closes them.
+    """
+    named = {file.name for file in datastore.manifest.files}
+    patterns = [pattern.format("[0-9]*") for pattern in (*SHARD_FILES.values(), "deleted-{}.npy")]
+    for pattern in (*patterns, *(f".{pattern}.*.partial" for pattern in (*patterns, MANIFEST_NAME))):
+        for file in datastore.path.glob(pattern):
+            if file.name not in named:
+                file.unlink(missing_ok=True)
+
+
+# ── rewriting shards ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class _Source(NamedTuple):
+    """A shard to be rewritten, which of its documents (bool, `(num_documents,)`) are kept, and the chunks of these."""
+
+    shard: Shard
+    keep: np.ndarray
+    num_chunks: int
+
+
+def _sources(datastore: RetroDatastore, keep: np.ndarray) -> list[_Source]:
+    sources, start = [], 0
+    for shard in datastore.shards:
+        here = keep[start : start + shard.num_documents]
+        sources.append(_Source(shard, here, int(np.diff(shard.doc_offsets)[here].sum())))
+        start += shard.num_documents
+    return [source for source in sources if source.num_chunks]
+
+
+def _joined(sources: list[_Source], shard_chunks: int) -> list[list[_Source]]:
+    """Consecutive shards that become one: both retokenized or both not, and not above the limit together."""
+    groups: list[list[_Source]] = []
+    for source in sources:
+        last = groups[-1] if groups else []
+        alike = last and (last[0].shard.chunk_starts is None) == (source.shard.chunk_starts is None)
+        if alike and sum(one.num_chunks for one in last) + source.num_chunks <= shard_chunks:
+            last.append(source)
+        else:
+            groups.append([source])
+    return groups
+
+
+def _is_compact(datastore: RetroDatastore, shard_chunks: int) -> bool:
+    """Whether nothing is deleted, no shards can be joined, and each has the index of its size."""
+    if datastore.num_deleted_documents:
+        return False
+    sources = _sources(datastore, np.ones(datastore.num_documents, dtype=bool))
+    return len(_joined(sources, shard_chunks)) == len(sources) and all(
+        shard.entry.index["factory"] == plan_index(shard.num_chunks, shard.dim, IndexOptions()).factory
+        for shard in datastore.shards
+    )
+
+
+def rewrite(
+    datastore: RetroDatastore,
+    keep: np.ndarray,
+    work: Path,
+    options: IndexOptions,
+    first_shard: int,
+    shard_chunks: int,
+    show_progress: bool | None,
+) -> list[BuiltShard]:
+    """Write the documents marked in `keep` (bool, `(num_documents,)`) to new shards, with the keys they have."""
+    built: list[BuiltShard] = []
+    manifest = datastore.manifest
+    sources = _sources(datastore, keep)
+    total = sum(source.num_chunks for source in sources)
+    with progress_bar(show_progress, total=total, unit="chunk", desc="Rewriting") as progress:
+        for group in _joined(sources, shard_chunks):
+            plan = plan_index(sum(source.num_chunks for source in group), manifest.dim, options, total)
+            name = f"{first_shard + len(built):05d}"
+            final = work / f"shard-{name}-rewritten-{manifest.generation}"
+            with ShardWriter(final, name, np.dtype(manifest.token_dtype), manifest.dim) as writer:
+                for source in group:
+                    for piece in source.shard.pieces(source.keep):
+                        writer.add(piece)
+                        progress.update(len(piece.keys))
+                built.append(writer.finish(plan.factory, options.recall))
+    return built

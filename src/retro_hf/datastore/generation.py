@@ -1,0 +1,129 @@
+"""One generation of a datastore as it was opened: its shards under common numbers, and what is deleted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import DatastoreInputError
+from .files import INT64, damaged, map_npy
+from .manifest import DatastoreManifest, check_sizes
+from .search import Deleted, merge_results
+from .shard import Shard
+
+
+@dataclass(frozen=True)
+class Generation:
+    """An opened generation. It is never changed, only replaced as a whole, so a thread sees one generation or the next.
+
+    It may hold only some consecutive shards, whose chunks and documents keep the numbers that they have in the store.
+
+    Attributes:
+        manifest ([`DatastoreManifest`]): of this generation.
+        shards (`tuple[Shard]`): in order; each numbers its own chunks and documents from 0.
+        chunk_starts, document_starts (`np.ndarray` of int64 and shape `(num_shards + 1,)`): the first chunk and document of
+            each shard, then the end of the last one.
+        deleted (`np.ndarray` of int64): numbers of deleted documents, in order.
+    """
+
+    manifest: DatastoreManifest
+    shards: tuple[Shard, ...]
+    chunk_starts: np.ndarray
+    document_starts: np.ndarray
+    deleted: np.ndarray
+
+    @classmethod
+    def open(
+        cls, folder: Path, manifest: DatastoreManifest, known: Iterable[Shard] = (), places: slice = slice(None)
+    ) -> Generation:
+        """Open the shards at some `places` of a manifest, taking over those that are open already.
+
+        Raises:
+            DatastoreCorruptError: if a file is missing, or not as the manifest says.
+        """
+        entries = manifest.shards[places]
+        names = {None, *(entry.name for entry in entries)}
+        check_sizes(folder, [file for file in manifest.files if file.shard in names])
+        # A name is used once in the life of a store, so a shard of the same name has the same files.
+        opened = {shard.entry.name: shard for shard in known}
+        deleted = np.empty(0, dtype=np.int64)
+        for file in manifest.entries("deleted"):
+            deleted = np.array(map_npy(folder / file.name, INT64, manifest.num_deleted_documents))
+            if (np.diff(deleted) <= 0).any() or deleted[0] < 0 or deleted[-1] >= manifest.num_documents:
+                raise damaged(folder / file.name, "its numbers of deleted documents are not in order, or too large")
+        first, end, _ = places.indices(len(manifest.shards))
+        return cls(
+            manifest,
+            tuple(opened.get(entry.name) or Shard(folder, manifest, entry) for entry in entries),
+            np.cumsum([0, *(entry.num_chunks for entry in manifest.shards)])[first : end + 1],
+            np.cumsum([0, *(entry.num_documents for entry in manifest.shards)])[first : end + 1],
+            deleted,
+        )
+
+    def without(self, documents: np.ndarray) -> Generation:
+        """The same with more documents (numbers, int64) that are not found, as if they were deleted."""
+        return replace(self, deleted=np.union1d(self.deleted, documents))
+
+    @cached_property
+    def deleted_by_shard(self) -> tuple[Deleted | None, ...]:
+        """The deleted documents under the numbers of each shard."""
+        parts = []
+        for shard, start in zip(self.shards, self.document_starts, strict=False):
+            begin, end = np.searchsorted(self.deleted, (start, start + shard.num_documents))
+            numbers = self.deleted[begin:end] - start
+            mask = np.zeros(shard.num_documents, dtype=bool)
+            mask[numbers] = True
+            num_chunks = int((shard.doc_offsets[numbers + 1] - shard.doc_offsets[numbers]).sum())
+            parts.append(Deleted(mask, num_chunks) if len(numbers) else None)
+        return tuple(parts)
+
+    def chunk_ids(self, ids: Any) -> np.ndarray:
+        """Chunk ids as int64; DatastoreInputError for another type, or ids that the store does not have."""
+        ids = np.asarray(ids)
+        if ids.size and not np.issubdtype(ids.dtype, np.integer):
+            raise DatastoreInputError(f"Chunk ids are of type {ids.dtype}. Pass integers.")
+        ids = ids.astype(np.int64, copy=False)
+        if ids.size and (ids.min() < -1 or ids.max() >= self.chunk_starts[-1]):
+            raise DatastoreInputError(
+                f"Chunk ids run from {ids.min()} to {ids.max()}, but the store has chunks 0 to {self.chunk_starts[-1] - 1} "
+                "(-1 for none). Pass ids that were found in this datastore."
+            )
+        return ids
+
+    def by_shard(self, ids: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        """For each shard that has some of the chunks: its place, and which of `ids` (bool) it has."""
+        for number in range(len(self.shards)):
+            here = (ids >= self.chunk_starts[number]) & (ids < self.chunk_starts[number + 1])
+            if here.any():
+                yield number, here
+
+    def document_of(self, ids: np.ndarray) -> np.ndarray:
+        """Document numbers of chunks, int64 in the shape of `ids`; -1 for -1."""
+        if len(self.shards) == 1:
+            return self.shards[0].document_of(ids)
+        numbers = np.full(ids.shape, -1, dtype=np.int64)
+        for number, here in self.by_shard(ids):
+            local = self.shards[number].document_of(ids[here] - self.chunk_starts[number])
+            numbers[here] = local + self.document_starts[number]
+        return numbers
+
+    def search(
+        self, queries: np.ndarray, num_neighbors: int, excluded: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Search every shard and merge; `excluded` holds document numbers, int64 of shape `(num_queries, any)`."""
+        parts = []
+        for number, shard in enumerate(self.shards):
+            local = None
+            if excluded is not None:
+                local = excluded - self.document_starts[number]
+                local = np.where((excluded < 0) | (local < 0) | (local >= shard.num_documents), -1, local)
+            scores, ids = shard.search(queries, num_neighbors, local, self.deleted_by_shard[number])
+            if self.chunk_starts[number]:
+                ids = np.where(ids < 0, -1, ids + self.chunk_starts[number])
+            parts.append((scores, ids))
+        return merge_results(parts)

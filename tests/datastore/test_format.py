@@ -1,0 +1,69 @@
+"""Datastores that were written by an earlier version open, and answer as they did."""
+
+import shutil
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from retro_hf.datastore import ChunkEmbedder, LexicalSearcher, RetroDatastore
+
+from .fixtures import make_encoder
+
+
+ARCHIVE = Path(__file__).parents[1] / "data" / "format_2.zip"
+
+
+@pytest.fixture(scope="module")
+def old(tmp_path_factory) -> Path:
+    """A retokenized shard with a re-scored IVF index, an appended flat one, a deleted document, prompts, and BM25."""
+    folder = tmp_path_factory.mktemp("old")
+    with zipfile.ZipFile(ARCHIVE) as archive:
+        archive.extractall(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def answers(old) -> dict[str, np.ndarray]:
+    with np.load(old / "format_2_answers.npz") as file:
+        return dict(file)
+
+
+def test_old_datastore_opens_with_valid_checksums_and_answers_as_before(old, answers):
+    store = RetroDatastore.load(old / "format_2", verify=True)
+    assert (store.generation, store.num_documents, store.num_deleted_documents) == (3, 16, 1)
+    ids = np.arange(store.num_chunks)
+    tokens, mask = store.gather(ids)
+    np.testing.assert_array_equal(tokens, answers["tokens"])
+    np.testing.assert_array_equal(mask, answers["mask"])
+    np.testing.assert_array_equal(store.document_of(ids), answers["documents"])
+    scores, found = store.search(store.keys_of(ids), 3, exclude_documents=store.document_of(ids))
+    np.testing.assert_allclose(scores, answers["scores"], atol=1e-5)
+    assert (found == answers["ids"]).mean() > 0.99  # equally near chunks may change places
+    assert store.document(store.document_number("doc-15"))["title"] == "Title 15"
+
+
+def test_old_index_of_words_opens_and_answers_as_before(old, answers):
+    store = RetroDatastore.load(old / "format_2")
+    words = LexicalSearcher.load(store, old / "format_2_words", verify=True)
+    scores, ids = words.search(["the king builds", "lighthouse harbor"], 3)
+    np.testing.assert_array_equal(ids, answers["word_ids"])
+    np.testing.assert_allclose(scores, answers["word_scores"], rtol=1e-6)
+
+
+def test_embedder_of_an_old_datastore_has_the_same_fingerprints(old, answers, tmp_path):
+    encoder = make_encoder(tmp_path)
+    prompts = {"prompt": "the river: ", "query_prompt": "the king: "}
+    embedder = ChunkEmbedder.from_pretrained(encoder, dtype=torch.float32, **prompts)
+    assert [embedder.fingerprint, embedder.query_fingerprint] == answers["fingerprint"].tolist()
+    RetroDatastore.load(old / "format_2").check_compatible(embedder=embedder)
+
+
+def test_old_datastore_can_be_changed(old, tmp_path):
+    store = RetroDatastore.load(shutil.copytree(old / "format_2", tmp_path / "store"))
+    store.delete(["doc-1"])
+    store.compact()
+    assert store.num_documents == 14 and store.num_deleted_documents == 0
+    RetroDatastore.load(store.path, verify=True)
