@@ -1,8 +1,10 @@
 """Chunk arithmetic: borders of documents hold for every length, chunk size and neighbor size."""
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import normalizers, pre_tokenizers, processors
 from transformers import AddedToken
 
 from retro_hf.datastore.chunks import (
@@ -12,7 +14,7 @@ from retro_hf.datastore.chunks import (
     num_chunks_of,
     token_dtype,
 )
-from retro_hf.datastore.compatibility import tokenizer_fingerprint, vocabulary_size
+from retro_hf.datastore.compatibility import tokenizer_fingerprint, vocabulary_fingerprint, vocabulary_size
 
 from .fixtures import make_tokenizer
 
@@ -109,16 +111,42 @@ def test_chunk_texts_leave_out_padding_and_special_tokens(tokenizer):
     assert chunk_texts(tokenizer, np.zeros((1, 4), dtype=np.int64)) == [""]
 
 
-def test_fingerprint_ignores_padding_truncation_and_added_tokens(tokenizer, tmp_path):
+def test_the_fingerprint_ignores_padding_truncation_and_the_path(tokenizer, tmp_path):
     fingerprint = tokenizer_fingerprint(tokenizer)
     other = make_tokenizer()
     other(["a", "a b c"], padding=True, truncation=True, max_length=2)
     assert tokenizer_fingerprint(other) == fingerprint
-    other.add_tokens([AddedToken("<new>")])
-    assert tokenizer_fingerprint(other) == fingerprint
-    assert vocabulary_size(other) == vocabulary_size(tokenizer) + 1
     other.save_pretrained(tmp_path)
     assert tokenizer_fingerprint(type(other).from_pretrained(tmp_path)) == fingerprint
+
+
+def test_the_fingerprint_may_leave_a_pad_token_out(tokenizer):
+    other = make_tokenizer()
+    other.add_special_tokens({"pad_token": "<pad>"})
+    assert vocabulary_size(other) == vocabulary_size(tokenizer) + 1
+    assert tokenizer_fingerprint(other) != tokenizer_fingerprint(tokenizer)
+    assert tokenizer_fingerprint(other, without="<pad>") == tokenizer_fingerprint(tokenizer)
+
+
+def change(tokenizer, part):
+    """Change one of the stages of a tokenizer."""
+    backend = tokenizer.backend_tokenizer
+    if part == "added tokens":
+        tokenizer.add_tokens([AddedToken("<new>")])
+    elif part == "normalizer":
+        backend.normalizer = normalizers.Lowercase()
+    elif part == "pre-tokenizer":
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    elif part == "post-processor":
+        backend.post_processor = processors.TemplateProcessing("<|endoftext|> $A", None, [("<|endoftext|>", 0)])
+
+
+@pytest.mark.parametrize("part", ["added tokens", "normalizer", "pre-tokenizer", "post-processor"])
+def test_the_fingerprint_tells_every_stage_apart(tokenizer, part):
+    other = make_tokenizer()
+    change(other, part)
+    assert vocabulary_fingerprint(other) == vocabulary_fingerprint(tokenizer)
+    assert tokenizer_fingerprint(other) != tokenizer_fingerprint(tokenizer)
 
 
 def test_fingerprint_distinguishes_vocabularies(tokenizer):

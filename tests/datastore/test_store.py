@@ -19,6 +19,7 @@ from transformers import AutoTokenizer
 
 from retro_hf import RetroRetriever
 from retro_hf.datastore import ChunkEmbedder, RetroDatastore, chunk_texts, shard
+from retro_hf.datastore.compatibility import vocabulary_fingerprint
 from retro_hf.errors import (
     DatastoreCorruptError,
     DatastoreExistsError,
@@ -29,6 +30,7 @@ from retro_hf.errors import (
 )
 
 from .fixtures import corpus, make_encoder, make_tokenizer
+from .test_chunks import change
 
 
 def content_of(folder) -> dict[str, bytes]:
@@ -278,6 +280,30 @@ def test_mismatch_is_reported_with_both_values(datastore, tokenizer, embedder, t
     other = ChunkEmbedder.from_pretrained(make_encoder(tmp_path / "other", seed=1))
     with pytest.raises(DatastoreMismatchError):
         datastore.check_compatible(embedder=other)
+
+
+def test_a_tokenizer_that_differs_in_any_stage_is_refused(tokenizer, embedder):
+    """The vocabulary is the same in each case; a pad token that was added since changes no text."""
+    store = RetroDatastore.from_texts(["the old river"], tokenizer, embedder=embedder, chunk_size=4)
+    for part in ("added tokens", "normalizer", "pre-tokenizer", "post-processor"):
+        other = make_tokenizer()
+        change(other, part)
+        with pytest.raises(DatastoreMismatchError, match="retokenize"):
+            store.check_compatible(tokenizer=other)
+    padded = make_tokenizer()
+    padded.add_special_tokens({"pad_token": "<pad>"})
+    store.check_compatible(tokenizer=padded)
+
+
+def test_a_store_that_recorded_the_vocabulary_alone_still_opens(tokenizer, embedder, tmp_path, monkeypatch):
+    """As version 0.1 did; it is compared as it was then."""
+    monkeypatch.setattr("retro_hf.datastore.manifest.tokenizer_fingerprint", vocabulary_fingerprint)
+    RetroDatastore.from_texts(["the old river"], tokenizer, embedder=embedder, chunk_size=4).save(tmp_path / "store")
+    store = RetroDatastore.load(tmp_path / "store")
+    assert store.manifest.tokenizer["fingerprint"] == vocabulary_fingerprint(tokenizer)
+    store.check_compatible(tokenizer=tokenizer)
+    with pytest.raises(DatastoreMismatchError, match="retokenize"):
+        store.check_compatible(tokenizer=make_tokenizer(vocab_size=380))
 
 
 @pytest.mark.parametrize("ids", [[-2], [10_000], [0.5], ["a"]])

@@ -44,12 +44,8 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
     return max(len(tokenizer), max(tokenizer.get_vocab().values(), default=0) + 1)
 
 
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A sha256 of what turns ids into text: the vocabulary and, for BPE, the merges.
-
-    Added special tokens, padding and truncation settings, and the path do not count: a pad token that the caller sets
-    does not make another tokenizer.
-    """
+def vocabulary_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A sha256 of the vocabulary and, for BPE, the merges: what datastores recorded until version 0.1."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         model: dict[str, Any] = {"vocab": tokenizer.get_vocab()}
@@ -60,6 +56,25 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     # Library versions write a merge as "a b" or as ["a", "b"].
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model.get("merges") or []]
     return sha256_of(json.dumps([items, merges], ensure_ascii=True, separators=(",", ":")))
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase, without: str | None = None) -> str:
+    """A sha256 of what turns text into ids and back.
+
+    Vocabulary, merges, added tokens, normalizer, pre-tokenizer, post-processor and decoder count. Padding and truncation
+    settings and the path that it was loaded from do not.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): any tokenizer; of a slow one the vocabulary and the added tokens are read.
+        without (`str`, *optional*): an added token that is left out.
+    Returns:
+        `str` of 64 hexadecimal digits.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    stages = {} if backend is None else json.loads(backend.to_str())
+    parts = [stages.get(name) for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder")]
+    added = sorted((id_, str(token)) for id_, token in tokenizer.added_tokens_decoder.items() if str(token) != without)
+    return sha256_of(json.dumps([vocabulary_fingerprint(tokenizer), added, parts], sort_keys=True))
 
 
 def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -103,11 +118,12 @@ def check_compatible(
 
 def _check_tokenizer(path: str, known: dict[str, Any], max_id: int, tokenizer: PreTrainedTokenizerBase) -> None:
     found = tokenizer_fingerprint(tokenizer)
-    same = found == known["fingerprint"]
-    if same and max_id < vocabulary_size(tokenizer):
+    # A pad token that was added since changes no text; and datastores of version 0.1 recorded the vocabulary alone.
+    alike = found, tokenizer_fingerprint(tokenizer, without=tokenizer.pad_token), vocabulary_fingerprint(tokenizer)
+    lacks = max_id >= vocabulary_size(tokenizer)
+    if known["fingerprint"] in alike and not lacks:
         return
-    # The vocabulary is the same, but a token was added to it when the store was built.
-    lacking = f", without token id {max_id}" if same else ""
+    lacking = f", without token id {max_id}" if lacks else ""
     raise DatastoreMismatchError(
         f"The datastore {path!r} has token ids of the tokenizer {known['name']!r} (fingerprint {known['fingerprint'][:12]}), "
         f"but the tokenizer given is {tokenizer.name_or_path!r} (fingerprint {found[:12]}{lacking}). Use its own tokenizer, or "

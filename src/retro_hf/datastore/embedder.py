@@ -17,7 +17,7 @@ from transformers.utils.hub import cached_file
 
 from .. import extras
 from ..errors import DatastoreMismatchError, PretrainedNotFoundError, UnsupportedEmbedderError
-from .compatibility import tokenizer_fingerprint
+from .compatibility import vocabulary_fingerprint
 from .files import sha256_of
 
 
@@ -308,7 +308,7 @@ class ChunkEmbedder:
         own, own_query = _prompts_of(encoder.prompts or {})
         self.prompt = own if prompt is None else prompt
         self.query_prompt: str = own_query if query_prompt is None else query_prompt
-        length, tokenizer = int(encoder.max_seq_length or 0), tokenizer_fingerprint(encoder.tokenizer)
+        length, tokenizer = int(encoder.max_seq_length or 0), vocabulary_fingerprint(encoder.tokenizer)
         parts = [self.pooling, str(length), tokenizer, *_tensor_digests(model)]
 
         def fingerprint(parts: list[str], prompt: str) -> str:
