@@ -162,14 +162,14 @@ def test_off_ignores_an_attached_retriever(world, held_out):
 
 def test_the_interval_covers_a_known_difference(world):
     """Of 100 draws of documents with a true difference, about 95 intervals hold it."""
-    from retro_hf.evaluation.interval import paired_interval
+    from retro_hf.evaluation.interval import Bootstrap
 
     generator = np.random.default_rng(0)
     held = 0
     for draw in range(100):
         num_bytes = generator.integers(50, 150, size=60)
         differences = num_bytes * (-0.1 + generator.normal(0, 0.2, size=60))
-        interval = paired_interval(differences, num_bytes, 300, draw)
+        interval = Bootstrap(300, draw).interval(differences, num_bytes)
         held += interval.low <= -0.1 <= interval.high
     assert 88 <= held <= 100
 

@@ -13,8 +13,8 @@ from ..datastore import RetroDatastore
 from ..errors import DatasetError, counted
 from ..retriever import RetroRetriever
 from ..training.search import wanted_neighbors
-from .interval import paired_interval
-from .neighbors import Chunks, NeighborSearch, Run, check_modes, random_neighbors
+from .interval import Bootstrap
+from .neighbors import Chunks, NeighborIds, NeighborSearch, Run, check_modes, random_neighbors
 from .scoring import ScoringOptions, check_numbers, chunk_size_of, read_documents, score_runs
 
 
@@ -152,7 +152,7 @@ def bits_per_byte(
     if not kept:
         raise DatasetError(f"There is nothing to score: none of {counted(len(read), 'document')} has two tokens.")
     scored = [read[number] for number in kept]
-    given: dict[str, list[np.ndarray] | None] = {"off": None}
+    given: dict[str, NeighborIds | None] = {"off": None}
     if datastore is not None:
         chunks = Chunks.of(scored, chunk_size)
         # Without ON there is nothing to search, and RANDOM fills every place.
@@ -184,7 +184,7 @@ def bits_per_byte(
     for mode in modes:
         if mode != "off" and "off" in modes:
             bits = (sums[mode] - sums["off"]) / math.log(2)
-            differences[mode] = astuple(paired_interval(bits, num_bytes, num_resamples, seed))
+            differences[mode] = astuple(Bootstrap(num_resamples, seed).interval(bits, num_bytes))
     return BitsPerByte(
         nats=sums,
         num_tokens=num_tokens,

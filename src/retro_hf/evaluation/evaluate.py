@@ -18,13 +18,14 @@ from ..errors import DatasetError, counted
 from ..retriever import RetroRetriever
 from ..training.search import wanted_neighbors
 from .cache import ArrayCache
+from .interval import Bootstrap
 from .leakage import copied_documents, leaked_documents
 from .neighbors import MODES, Chunks, NeighborSearch, Run, check_modes, neighbors_by_mode
 from .provenance import claim_folder, provenance, score_identity
 from .result import CopiedDocument, Evaluation, Inputs, LeakedDocument
 from .scoring import Document, ScoringOptions, accepts, check_numbers, chunk_size_of, read_documents, score_runs
 from .summary import Measured, summarize
-from .token_table import LEAKAGE_NEIGHBORS, Resampling, TokenTable
+from .token_table import LEAKAGE_NEIGHBORS, TokenTable
 
 
 if TYPE_CHECKING:
@@ -124,7 +125,7 @@ def evaluate(
 
     options = replace(options, cache=cache, identity=identity)
     nats = score_runs(model, scored, list(runs.values()), datastore, options)
-    table = TokenTable.of(scored, chunks, nats, Resampling(num_resamples, seed), found)
+    table = TokenTable.of(scored, chunks, nats, Bootstrap(num_resamples, seed), found)
     inputs = Inputs(
         num_documents=len(scored),
         num_chunks=len(np.unique(table.chunk)),

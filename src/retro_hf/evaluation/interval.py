@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 
-__all__ = ["Interval", "paired_interval"]
+__all__ = ["Bootstrap", "Interval"]
 
 
 @dataclass(frozen=True)
@@ -28,39 +28,35 @@ class Interval:
         return f"{self.value:{form}} [{self.low:{form}}, {self.high:{form}}]"
 
 
-def paired_interval(
-    numerators: np.ndarray,
-    denominators: np.ndarray,
-    num_resamples: int,
-    seed: int | np.random.Generator,
-    *,
-    constant: float = 0.0,
-) -> Interval:
-    """A ratio of sums over documents, with a 95 % interval over documents drawn with replacement.
+@dataclass(frozen=True)
+class Bootstrap:
+    """Intervals from documents drawn again with replacement, `num_resamples` times, the same for the same `seed`."""
 
-    The pairing is in the numerators. Pass the difference of two scores of the same document: what makes a document easy
-    or hard for both then cancels out.
+    num_resamples: int
+    seed: int | np.random.Generator
 
-    Args:
-        numerators, denominators (`np.ndarray` of shape `(num_documents,)`): for example bits and bytes. A document with
-            a denominator of 0 is ignored.
-        num_resamples (`int`): number of bootstrap draws.
-        seed (`int` or `np.random.Generator`): seed of the draws.
-        constant (`float`, defaults to 0): added to every sum of denominators, for documents that count but are not drawn.
-    Returns:
-        [`Interval`]: all NaN if every document was ignored.
-    """
-    counts = denominators > 0
-    numerators, denominators = numerators[counts], denominators[counts]
-    if not len(denominators):
-        return Interval(math.nan, math.nan, math.nan)
-    value = float(numerators.sum() / (denominators.sum() + constant))
-    if len(denominators) < 2:
-        return Interval(value, math.nan, math.nan)
-    generator = np.random.default_rng(seed)
-    ratios = np.empty(num_resamples)
-    for draw in range(num_resamples):
-        rows = generator.integers(len(denominators), size=len(denominators))
-        ratios[draw] = numerators[rows].sum() / (denominators[rows].sum() + constant)
-    low, high = np.quantile(ratios, (0.025, 0.975))
-    return Interval(value, float(low), float(high))
+    def interval(self, numerators: np.ndarray, denominators: np.ndarray, constant: float = 0.0) -> Interval:
+        """The interval of a ratio of sums over documents.
+
+        Args:
+            numerators, denominators (`np.ndarray` of shape `(num_documents,)`): for example bits and bytes. A document
+                with a denominator of 0 is ignored.
+            constant (`float`, defaults to 0): added to every sum of denominators, for documents that count but are not
+                drawn.
+        """
+        # To compare two runs, pass the differences of their scores as numerators: what makes a document easy or hard for
+        # both then cancels out. This is the pairing.
+        counts = denominators > 0
+        numerators, denominators = numerators[counts], denominators[counts]
+        if not len(denominators):
+            return Interval(math.nan, math.nan, math.nan)
+        value = float(numerators.sum() / (denominators.sum() + constant))
+        if len(denominators) < 2:
+            return Interval(value, math.nan, math.nan)
+        generator = np.random.default_rng(self.seed)
+        ratios = np.empty(self.num_resamples)
+        for draw in range(self.num_resamples):
+            rows = generator.integers(len(denominators), size=len(denominators))
+            ratios[draw] = numerators[rows].sum() / (denominators[rows].sum() + constant)
+        low, high = np.quantile(ratios, (0.025, 0.975))
+        return Interval(value, float(low), float(high))

@@ -10,7 +10,7 @@ from ..datastore import RetroDatastore
 from ..datastore.chunks import ranges
 from ..datastore.duplicates import shingles_of, stored_documents
 from ..datastore.executors import progress_bar
-from .neighbors import Chunks
+from .neighbors import Chunks, NeighborIds
 from .result import CopiedDocument, LeakedDocument
 from .scoring import Document
 
@@ -70,14 +70,8 @@ def overlaps(rows: np.ndarray, row_mask: np.ndarray, neighbors: np.ndarray, neig
     return longest / np.maximum(row_mask.sum(axis=1), 1)
 
 
-def shared_tokens(datastore: RetroDatastore, chunks: Chunks, chunk_ids: Sequence[np.ndarray]) -> np.ndarray:
-    """The share of each complete chunk's tokens that its neighbors have.
-
-    Args:
-        chunk_ids (`Sequence` of int64 arrays of shape `(num_complete_chunks, num_neighbors)`): of each document.
-    Returns:
-        `np.ndarray` of float64 and shape `(num_complete_chunks of all documents,)`.
-    """
+def shared_tokens(datastore: RetroDatastore, chunks: Chunks, chunk_ids: NeighborIds) -> np.ndarray:
+    """The share of each complete chunk's tokens that its neighbors have: float64 of shape `(num_complete_chunks,)`."""
     rows, ids = chunks.rows[chunks.mask.all(axis=1)], np.concatenate(chunk_ids)
     blocks = [slice(start, start + _BLOCK_CHUNKS) for start in range(0, len(rows), _BLOCK_CHUNKS)]
     shares = [(common_runs(rows[block], *datastore.gather(ids[block])) > 0).mean(axis=1) for block in blocks]
@@ -109,11 +103,8 @@ def copied_documents(documents: Sequence[Document], names: Sequence[str]) -> dic
 
     Intervals assume independent documents, so only one copy is kept: the longest, and of equal ones the first.
 
-    Args:
-        documents (`Sequence[Document]`): the documents to compare; each has a token.
-        names (`Sequence[str]`): their names in the result.
     Returns:
-        `dict[int, CopiedDocument]`: by the place of the document.
+        `dict[int, CopiedDocument]`: by the place of the document; `names` are those in the result.
     """
     sets = _Shingles(documents)
     kept = np.zeros(len(documents), dtype=bool)
@@ -133,12 +124,8 @@ def leaked_documents(
     """Documents of whose 13-grams one document of the datastore has at least 80 %.
 
     This is stricter than the paper's rule, a Jaccard similarity of 0.8 ([`near_duplicates`]), because it also finds a
-    passage within a longer document. Shares are counted, not estimated. A document of fewer than 13 tokens is one gram.
+    passage within a longer document. Deleted documents are skipped.
 
-    Args:
-        documents (`Sequence[Document]`): the documents to look for.
-        datastore ([`RetroDatastore`]): read block by block; deleted documents are skipped.
-        show_progress (`bool`, *optional*): whether to show a progress bar; by default only on a terminal.
     Returns:
         `dict[int, LeakedDocument]`: by the place of the document.
     """

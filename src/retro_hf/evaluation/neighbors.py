@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = [
     "MODES",
     "Chunks",
+    "NeighborIds",
     "NeighborSearch",
     "Run",
     "check_modes",
@@ -41,6 +42,10 @@ MODES = {
     "shuffled": "the neighbors of another chunk of the same document",
     "oracle": "cheating: the neighbors found for the chunk that is to be predicted",
 }
+NeighborIds = list[np.ndarray]
+"""For each document the chunk ids of the neighbors of its complete chunks: int64 of shape
+`(num_complete_chunks, num_neighbors)`, best first, -1 for none."""
+
 _BLOCK_CHUNKS = 1024
 
 
@@ -50,15 +55,14 @@ class Run:
 
     Attributes:
         name (`str`): a mode, `"k=5"` or `"fraction=0.1"`.
-        chunk_ids (`list` of int64 arrays of shape `(num_complete_chunks, num_neighbors)`, *optional*): for each document
-            the neighbors of its chunks, -1 for none; `None` for no retrieval.
+        chunk_ids (`NeighborIds`, *optional*): the neighbors; `None` for no retrieval.
         num_neighbors (`int`): neighbors per chunk.
         fraction (`float`, *optional*): share of the datastore's documents, in a sweep over it.
         num_documents, num_chunks (`int`): size of the datastore that was searched.
     """
 
     name: str
-    chunk_ids: list[np.ndarray] | None
+    chunk_ids: NeighborIds | None
     num_neighbors: int = 0
     fraction: float | None = None
     num_documents: int = 0
@@ -105,17 +109,14 @@ class Chunks:
         """Split an array with one row per chunk into one array per document."""
         return np.split(values, self.starts[1:])
 
-    def complete_by_document(self, values: np.ndarray) -> list[np.ndarray]:
+    def complete_by_document(self, values: np.ndarray) -> NeighborIds:
         """The same, without the rows of short chunks."""
         return [rows[:count] for rows, count in zip(self.by_document(values), self.complete, strict=True)]
 
-    def read_by_each(self, chunk_ids: Sequence[np.ndarray]) -> np.ndarray:
-        """The neighbors that the tokens of each chunk read: those of the chunk before it.
+    def read_by_each(self, chunk_ids: NeighborIds) -> np.ndarray:
+        """The neighbors that the tokens of each chunk read, int64 of shape `(num_chunks, num_neighbors)`.
 
-        Args:
-            chunk_ids (`Sequence` of int64 arrays of shape `(num_complete_chunks, num_neighbors)`): of each document.
-        Returns:
-            `np.ndarray` of int64 and shape `(num_chunks, num_neighbors)`; -1 for the first chunk of a document.
+        These are the neighbors of the chunk before it. -1 for the first chunk of a document, which reads nothing.
         """
         shifted = np.full((len(self.rows), chunk_ids[0].shape[1]), -1, dtype=np.int64)
         for start, count, ids in zip(self.starts.tolist(), self.counts.tolist(), chunk_ids, strict=True):
@@ -225,15 +226,8 @@ def check_modes(modes: Sequence[str], known: Sequence[str], *, has_neighbors: bo
 
 def neighbors_by_mode(
     datastore: RetroDatastore, chunks: Chunks, nearest: np.ndarray, seed: int
-) -> dict[str, list[np.ndarray] | None]:
-    """The neighbors that each mode gives to the complete chunks of each document.
-
-    Args:
-        nearest (`np.ndarray` of int64 and shape `(num_chunks, num_neighbors)`): what was found for every chunk.
-        seed (`int`): seed of random and shuffled neighbors.
-    Returns:
-        for each mode a `list` of int64 arrays of shape `(num_complete_chunks, num_neighbors)`, or `None` for `off`.
-    """
+) -> dict[str, NeighborIds | None]:
+    """The neighbors of each mode, from those found for every chunk: int64 of shape `(num_chunks, num_neighbors)`."""
     on = chunks.complete_by_document(nearest)
     return {
         "off": None,
@@ -244,36 +238,24 @@ def neighbors_by_mode(
     }
 
 
-def random_neighbors(datastore: RetroDatastore, found: Sequence[np.ndarray], seed: int) -> list[np.ndarray]:
-    """As many random chunks of the datastore as were found for each chunk, drawn uniformly.
-
-    Where nothing was found, nothing is drawn: a retriever that is often silent would otherwise beat this control only
-    because it reads less.
-
-    Args:
-        found (`Sequence` of int64 arrays of shape `(num_complete_chunks, num_neighbors)`): of each document.
-    Returns:
-        arrays of the same shapes.
-    """
+def random_neighbors(datastore: RetroDatastore, found: NeighborIds, seed: int) -> NeighborIds:
+    """As many random chunks of the datastore as were found for each chunk, drawn uniformly."""
+    # Where nothing was found, nothing is drawn. A retriever that is often silent would otherwise beat this control only
+    # because it reads less.
     return [
         np.where(ids < 0, -1, datastore.random_chunks(np.random.default_rng([seed, number]), ids.shape))
         for number, ids in enumerate(found)
     ]
 
 
-def shuffled_neighbors(found: Sequence[np.ndarray], seed: int) -> list[np.ndarray]:
-    """For each chunk the neighbors of another chunk of its document, but not of the next one: those are the oracle's.
-
-    Args:
-        found (`Sequence` of int64 arrays of shape `(num_complete_chunks, num_neighbors)`): of each document.
-    Returns:
-        arrays of the same shapes; -1 where a document has no such other chunk.
-    """
+def shuffled_neighbors(found: NeighborIds, seed: int) -> NeighborIds:
+    """For each chunk the neighbors of another chunk of its document; none if there is no other chunk."""
     result = []
     for number, ids in enumerate(found):
         generator = np.random.default_rng([seed, number, 1])
         shuffled = np.full_like(ids, -1)
         for place in range(len(ids)):
+            # Not those of the next chunk: these are the oracle's.
             others = np.setdiff1d(np.arange(len(ids)), (place, place + 1))
             if len(others):
                 shuffled[place] = ids[generator.choice(others)]
@@ -281,21 +263,16 @@ def shuffled_neighbors(found: Sequence[np.ndarray], seed: int) -> list[np.ndarra
     return result
 
 
-def oracle_neighbors(
-    datastore: RetroDatastore, found: Sequence[np.ndarray], complete: Sequence[int]
-) -> list[np.ndarray]:
+def oracle_neighbors(datastore: RetroDatastore, found: list[np.ndarray], complete: Sequence[int]) -> NeighborIds:
     """For each complete chunk the neighbors whose continuation is nearest to the text to predict.
 
-    The next chunk is looked up, and of each result the chunk before it is given, because a model has learned that the
-    continuation of its own chunk is in the continuation of a neighbor. The first chunk of a document has none before it
-    and is given as it is.
-
     Args:
-        found (`Sequence` of int64 arrays of shape `(num_chunks, num_neighbors)`): of each document, with its short chunk.
+        found (`list` of int64 arrays of shape `(num_chunks, num_neighbors)`): of each document, with its short chunk.
         complete (`Sequence[int]`): number of complete chunks of each document.
-    Returns:
-        `list` of int64 arrays of shape `(complete[i], num_neighbors)`; -1 where no chunk follows.
     """
+    # The next chunk is looked up, and of each result the chunk before it is given, because a model has learned that the
+    # continuation of its own chunk is in the continuation of a neighbor. With results [5, 8] for chunk 3, chunk 2 reads
+    # [4, 7]; if 8 begins its document, [4, 8].
     result = []
     for ids, count in zip(found, complete, strict=True):
         before = np.maximum(ids - 1, -1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import shlex
 import sys
@@ -104,21 +103,12 @@ def _datastore(datastore: RetroDatastore) -> dict[str, Any]:
 def claim_folder(folder: Path, origin: Mapping[str, Any]) -> None:
     """Create the folder of results, unless its files are of something else than this model, datastore and texts.
 
-    Other settings are allowed: a call that asks for more resumes with what is there.
+    Other settings are allowed: a call that asks for more resumes with what is there. `origin` is from [`provenance`].
 
-    Args:
-        folder (`Path`): the folder of results.
-        origin (`Mapping[str, Any]`): from [`provenance`].
     Raises:
         FileExistsError: if the folder has results of something else.
-        OSError: if the folder cannot be created or written.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(f"The output folder {str(folder)!r} cannot be created ({error.strerror}).") from error
-    if not os.access(folder, os.W_OK):
-        raise PermissionError(f"The output folder {str(folder)!r} cannot be written. Choose another folder.")
+    folder.mkdir(parents=True, exist_ok=True)
     if (folder / MANIFEST_NAME).exists():
         raise FileExistsError(f"The output folder {str(folder)!r} is a datastore. Choose another folder.")
     found = [name for name in _RESULTS if (folder / name).exists()]

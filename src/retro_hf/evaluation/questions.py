@@ -15,7 +15,7 @@ from ..errors import DatasetError
 from ..training.columns import check_columns, list_lengths
 from ..training.question_trainer import decode_answers, generate_answers
 from ..training.questions import QuestionCollator, check_same_tokenizer
-from .interval import paired_interval
+from .interval import Bootstrap
 from .neighbors import check_modes
 from .scoring import evaluating
 
@@ -178,7 +178,7 @@ def answer_questions(
 
     def interval(values: np.ndarray) -> _MeanAndEnds:
         # A copy of the generator, so that the same questions are drawn for every score and mode.
-        return astuple(paired_interval(values, np.ones(len(values)), num_resamples, copy.deepcopy(generator)))
+        return astuple(Bootstrap(num_resamples, copy.deepcopy(generator)).interval(values, np.ones(len(values))))
 
     return QuestionAnswers(
         predictions=predictions,

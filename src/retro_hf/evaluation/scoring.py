@@ -241,11 +241,6 @@ def score_runs(
 ) -> dict[str, np.ndarray]:
     """Negative log-likelihood of every scored token in every run, in nats.
 
-    Args:
-        documents (`Sequence[Document]`): the documents to score.
-        runs (`Sequence[Run]`): the neighbors to score them with.
-        datastore ([`RetroDatastore`], *optional*): the datastore that the chunk ids of the runs refer to.
-        options ([`ScoringOptions`]): windows, batch size, cache.
     Returns:
         `dict[str, np.ndarray]`: for each run float32 of shape `(num_tokens,)`, document after document.
     Raises:
@@ -317,7 +312,7 @@ def _score_batch(
         texts (`Sequence` of int64 arrays of shape `(length,)`): token ids of each row.
         spans (`Sequence[tuple[int, int]]`): first token to score and end of each row.
         chunk_ids (`Sequence` of int64 arrays of shape `(num_chunks, num_neighbors)`, *optional*): neighbors of the
-            complete chunks of each row, -1 for none; without them retrieval is off.
+            complete chunks of each row; without them retrieval is off.
     """
     length = max(map(len, texts))
     input_ids = np.zeros((len(texts), length), dtype=np.int64)

@@ -135,7 +135,7 @@ def _similarity(measured: Measured, datastore: RetroDatastore) -> Similarity:
     on, random = (shared_tokens(datastore, chunks, measured.runs[name].chunk_ids or []) for name in ("on", "random"))
     owners = np.repeat(np.arange(len(chunks.counts)), chunks.complete)
     difference = np.bincount(owners, weights=on - random, minlength=len(chunks.counts))
-    interval = measured.table.resampling.interval(difference, chunks.complete)
+    interval = measured.table.bootstrap.interval(difference, chunks.complete)
     return Similarity(float(on.mean()), float(random.mean()), interval)
 
 

@@ -13,32 +13,20 @@ import pyarrow.parquet as pq
 
 from ..datastore import RetroDatastore
 from ..datastore.files import complete_file
-from .interval import Interval, paired_interval
+from .interval import Bootstrap, Interval
 from .leakage import common_runs, overlaps
 from .neighbors import Chunks
 from .result import Bucket, LeakageLevel, Offsets
 from .scoring import Document
 
 
-__all__ = ["LEAKAGE_NEIGHBORS", "Resampling", "TokenTable"]
+__all__ = ["LEAKAGE_NEIGHBORS", "TokenTable"]
 
 # Of the leakage filter, section 2.6 of the paper.
 LEAKAGE_NEIGHBORS = 10
 _ALPHAS = (0.125, 0.25, 0.375, 0.5, 0.75, 1.0)
 _RUN_BUCKETS = ((0, 0), (1, 1), (2, 2), (3, 4), (5, 8), (9, 16), (17, None))
 _BLOCK_CHUNKS = 4096
-
-
-@dataclass(frozen=True)
-class Resampling:
-    """Settings of the bootstrap: the number of draws, and their seed."""
-
-    num_resamples: int
-    seed: int
-
-    def interval(self, numerators: np.ndarray, denominators: np.ndarray, constant: float = 0.0) -> Interval:
-        """[`paired_interval`] with these settings."""
-        return paired_interval(numerators, denominators, self.num_resamples, self.seed, constant=constant)
 
 
 @dataclass(frozen=True)
@@ -54,7 +42,7 @@ class TokenTable:
             which the model read; -1 where it read none.
         nats (`dict[str, np.ndarray]` of float32): negative log-likelihood by run of the model.
         chunk_size (`int`): tokens per chunk.
-        resampling ([`Resampling`]): of intervals.
+        bootstrap ([`Bootstrap`]): of intervals.
     """
 
     document: np.ndarray
@@ -66,7 +54,7 @@ class TokenTable:
     run: np.ndarray
     nats: dict[str, np.ndarray]
     chunk_size: int
-    resampling: Resampling
+    bootstrap: Bootstrap
 
     @classmethod
     def of(
@@ -74,7 +62,7 @@ class TokenTable:
         documents: Sequence[Document],
         chunks: Chunks,
         nats: dict[str, np.ndarray],
-        resampling: Resampling,
+        bootstrap: Bootstrap,
         found: tuple[RetroDatastore, np.ndarray, np.ndarray] | None = None,
     ) -> TokenTable:
         """Make the table.
@@ -100,7 +88,7 @@ class TokenTable:
             run=run[chunk, position % size],
             nats=nats,
             chunk_size=size,
-            resampling=resampling,
+            bootstrap=bootstrap,
         )
 
     @property
@@ -127,7 +115,7 @@ class TokenTable:
         bits = (self.nats[name].astype(np.float64) - self.nats[other]) / math.log(2)
         sums, sizes = self.by_document(bits, where), self.by_document(self.num_bytes, where)
         reads = self.by_document(self.later, where) > 0
-        return self.resampling.interval(sums[reads], sizes[reads], constant=float(sizes[~reads].sum()))
+        return self.bootstrap.interval(sums[reads], sizes[reads], constant=float(sizes[~reads].sum()))
 
     def by_document(self, values: np.ndarray, where: np.ndarray | None = None) -> np.ndarray:
         """Sums over the tokens of each document."""
