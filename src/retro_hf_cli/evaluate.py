@@ -45,7 +45,10 @@ def evaluate(
     num_neighbors: Annotated[
         int | None, typer.Option("-k", min=1, help="Neighbors per chunk; by default the retriever's.")
     ] = None,
-    modes: Annotated[str, typer.Option(help="What to measure.")] = "off,on,random,shuffled,oracle",
+    modes: Annotated[
+        str,
+        typer.Option(help="What to measure; also in_context, the neighbors in the prompt of the base, which is slow."),
+    ] = "off,on,random,shuffled,oracle",
     num_neighbors_sweep: Annotated[
         str, typer.Option("--sweep-k", help="Numbers of neighbors to compare, such as 1,2,5,10.")
     ] = "",

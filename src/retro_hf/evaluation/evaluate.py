@@ -18,12 +18,22 @@ from ..errors import DatasetError, counted
 from ..retriever import RetroRetriever
 from ..training.search import wanted_neighbors
 from .cache import ArrayCache
+from .in_context import score_in_context
 from .interval import Bootstrap
 from .leakage import copied_documents, leaked_documents
 from .neighbors import MODES, Chunks, NeighborSearch, Run, check_modes, neighbors_by_mode
 from .provenance import claim_folder, provenance, score_identity
 from .result import CopiedDocument, Evaluation, Inputs, LeakedDocument
-from .scoring import Document, ScoringOptions, accepts, check_numbers, chunk_size_of, read_documents, score_runs
+from .scoring import (
+    Document,
+    ScoringOptions,
+    accepts,
+    check_numbers,
+    chunk_size_of,
+    cut_windows,
+    read_documents,
+    score_runs,
+)
 from .summary import Measured, summarize
 from .token_table import LEAKAGE_NEIGHBORS, TokenTable
 
@@ -58,7 +68,8 @@ def evaluate(
 
     The same tokens are scored with different neighbors ([`MODES`]): none (`off`), those found (`on`), random chunks
     (`random`), those of another chunk of the document (`shuffled`), and those found for the chunk that is to be predicted
-    (`oracle`, which is cheating: what a perfect retriever might bring). Every token but the first of each document is
+    (`oracle`, which is cheating: what a perfect retriever might bring). On demand the base model alone reads the neighbors of
+    `on` in its prompt (`in_context`, a prompt for every chunk). Every token but the first of each document is
     scored once, in overlapping windows; the totals are those of [`bits_per_byte`]. Everything else is arithmetic over
     these scores: the leakage filter of section 2.6 of Borgeaud et al. (2022), the gain by overlap and by position in the
     chunk. Sweeps score the same model again with other neighbors.
@@ -72,7 +83,7 @@ def evaluate(
             documents.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): the model's fast tokenizer.
         retriever ([`RetroRetriever`], *optional*): finds the neighbors. Without one only `off` is measured.
-        modes (`Sequence[str]`, *optional*): keys of [`MODES`], all by default. With a retriever `off`, `on` and `random`
+        modes (`Sequence[str]`, *optional*): keys of [`MODES`], by default all but `in_context`. With a retriever `off`, `on` and `random`
             must be among them, because the verdict compares them.
         num_neighbors (`int`, *optional*): neighbors per chunk; by default the retriever's.
         num_neighbors_sweep (`Sequence[int]`, *optional*): other numbers of neighbors to score `on` with.
@@ -124,7 +135,14 @@ def evaluate(
         found = (retriever.datastore, nearest, chunks.read_by_each(runs["on"].chunk_ids or []))
 
     options = replace(options, cache=cache, identity=identity)
-    nats = score_runs(model, scored, list(runs.values()), datastore, options)
+    nats, prompted = score_runs(model, scored, list(runs.values()), datastore, options), None
+    if "in_context" in names and datastore is not None:
+        on, separator = runs["on"], tokenizer("\n", add_special_tokens=False)["input_ids"]
+        runs["in_context"] = replace(on, name="in_context")
+        prompted = score_in_context(
+            _base(model), scored, (datastore, on.chunk_ids or []), nats["off"], separator, options
+        )
+        nats["in_context"] = prompted.nats
     table = TokenTable.of(scored, chunks, nats, Bootstrap(num_resamples, seed), found)
     inputs = Inputs(
         num_documents=len(scored),
@@ -146,7 +164,9 @@ def evaluate(
         "started": started,
         "seconds": round(time.perf_counter() - begin, 1),
     }
-    measured = Measured(table, runs, scored, chunks, datastore, None if found is None else found[2])
+    num_read = sum(part.end - part.start for part in cut_windows(scored, options.window, options.stride))
+    read_by_each = None if found is None else found[2]
+    measured = Measured(table, runs, scored, chunks, datastore, read_by_each, num_read, prompted)
     result = summarize(measured, tokenizer, inputs, origin)
     if output is not None:
         table.write(Path(output), scored)
@@ -172,13 +192,26 @@ def _checked_modes(
             f"{type(model).__name__} has no retrieval. Make a RETRO model of it with `retrofit` and train it, or measure it "
             "without `retriever=`."
         )
-    wanted = tuple(mode for mode in MODES if modes is None or mode in modes)
+    wanted = tuple(mode for mode in MODES if (mode != "in_context" if modes is None else mode in modes))
+    if "in_context" in wanted:
+        _base(model)
     if not set(_COMPARED) <= set(wanted):
         raise ValueError(
             f"The modes are {list(wanted)}, but the verdict compares {list(_COMPARED)}. Leave out only 'shuffled' and "
             "'oracle', or use `bits_per_byte`."
         )
     return wanted
+
+
+def _base(model: PreTrainedModel) -> PreTrainedModel:
+    """The base of a RETRO model, a causal language model of its own."""
+    base = getattr(getattr(model, "base_model", None), "backbone", None)
+    if base is None or base.get_output_embeddings() is None:
+        raise ValueError(
+            f"The mode 'in_context' needs the base of a RETRO model, but {type(model).__name__} has none with a language "
+            "modeling head. Leave it out of `modes`."
+        )
+    return base
 
 
 def _check_sweeps(retriever: RetroRetriever | None, num_neighbors: Sequence[int], fractions: Sequence[float]) -> None:
@@ -240,7 +273,7 @@ def _runs(search: NeighborSearch, nearest: np.ndarray, names: Sequence[str], cou
     datastore = search.retriever.datastore
     given = neighbors_by_mode(datastore, search.chunks, nearest[:, :count], seed)
     size = _size_of(datastore)
-    return {name: Run(name, given[name], 0 if name == "off" else count, **size) for name in names}
+    return {name: Run(name, given[name], 0 if name == "off" else count, **size) for name in names if name in given}
 
 
 def _sweeps(search: NeighborSearch, nearest: np.ndarray, sweep: Sequence[int]) -> dict[str, Run]:

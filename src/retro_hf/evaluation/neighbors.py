@@ -41,6 +41,7 @@ MODES = {
     "random": "as many random chunks of the datastore",
     "shuffled": "the neighbors of another chunk of the same document",
     "oracle": "cheating: the neighbors found for the chunk that is to be predicted",
+    "in_context": "the base model alone, with the neighbors of on in its prompt",
 }
 NeighborIds = list[np.ndarray]
 """For each document the chunk ids of the neighbors of its complete chunks: int64 of shape

@@ -25,6 +25,7 @@ __all__ = [
     "Evaluation",
     "Example",
     "ExampleNeighbor",
+    "InContext",
     "Inputs",
     "LeakageLevel",
     "LeakedDocument",
@@ -142,6 +143,23 @@ class Similarity:
 
 
 @dataclass(frozen=True)
+class InContext:
+    """ON beside the base model with the same neighbors in its prompt.
+
+    Attributes:
+        on_minus_in_context ([`Interval`]): bits per byte; negative if reading in layers is better.
+        num_read, num_read_off (`int`): tokens that go through the base with the neighbors in its prompt, and without any.
+        num_cut (`int`): scored tokens with less text before them than in the other modes, because prompt and text together
+            do not fit the model's context.
+    """
+
+    on_minus_in_context: Interval
+    num_read: int
+    num_read_off: int
+    num_cut: int
+
+
+@dataclass(frozen=True)
 class ExampleNeighbor:
     """A neighbor as text."""
 
@@ -233,6 +251,7 @@ class Evaluation:
         offsets ([`Offsets`], *optional*): bits by position in the chunk.
         num_neighbors_sweep, fraction_sweep (`list[SweepPoint]`): as asked for.
         examples (`list[Example]`): chunks with the largest, a typical and the smallest gain.
+        in_context ([`InContext`], *optional*): ON beside the base with the neighbors in its prompt, if that was measured.
         inputs ([`Inputs`]): what was scored.
         provenance (`dict`): command, seed, versions, model, datastore, and settings.
         format_version (`int`): of the JSON.
@@ -249,6 +268,7 @@ class Evaluation:
     num_neighbors_sweep: list[SweepPoint] = field(default_factory=list)
     fraction_sweep: list[SweepPoint] = field(default_factory=list)
     examples: list[Example] = field(default_factory=list)
+    in_context: InContext | None = None
     inputs: Inputs
     provenance: dict[str, Any]
     format_version: int = _FORMAT_VERSION

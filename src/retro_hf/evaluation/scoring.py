@@ -30,8 +30,10 @@ __all__ = [
     "accepts",
     "check_numbers",
     "chunk_size_of",
+    "cut_windows",
     "evaluating",
     "read_documents",
+    "score_batch",
     "score_runs",
     "token_nats",
 ]
@@ -255,7 +257,7 @@ def score_runs(
     size = 1 if datastore is None else datastore.chunk_size
     starts = np.cumsum([0, *(document.num_scored for document in documents)])
     nats = {run.name: np.zeros(starts[-1], dtype=np.float32) for run in distinct}
-    windows = _cut_windows(documents, options.window, options.stride)
+    windows = cut_windows(documents, options.window, options.stride)
     total = len(windows) * len(distinct)
     with (
         progress_bar(options.show_progress, total=total, unit="window", desc="Scoring") as bar,
@@ -275,13 +277,13 @@ def score_runs(
                 )
                 key: list[str | bytes] = [options.identity, f"{run.num_neighbors}", *sources]
                 key += [b""] * len(rows) if given is None else [part.tobytes() for part in given]
-                score = partial(_score_batch, model, run.name, texts, spans, given, datastore)
+                score = partial(score_batch, model, run.name, texts, spans, given, datastore)
                 nats[run.name][places] = options.cache.load_or_compute("scores", key, score)
                 bar.update(len(rows))
     return {run.name: nats[first_of[same[run.name]]] for run in runs}
 
 
-def _cut_windows(documents: Sequence[Document], window: int, stride: int) -> list[_Window]:
+def cut_windows(documents: Sequence[Document], window: int, stride: int) -> list[_Window]:
     """Windows that score every token of every document, except its first, exactly once.
 
     Sorted by length, because rows of one length need no padding; the longest first, so that running out of memory shows
@@ -297,7 +299,7 @@ def _cut_windows(documents: Sequence[Document], window: int, stride: int) -> lis
     return sorted(windows, key=lambda part: part.start - part.end)
 
 
-def _score_batch(
+def score_batch(
     model: PreTrainedModel,
     name: str,
     texts: Sequence[np.ndarray],

@@ -11,12 +11,13 @@ import numpy as np
 
 from ..datastore import RetroDatastore, chunk_texts
 from ..errors import counted
+from .in_context import Prompted
 from .leakage import shared_tokens
 from .neighbors import MODES, Chunks, Run
-from .result import Evaluation, Example, ExampleNeighbor, Inputs, Mode, Similarity, SweepPoint
+from .result import Evaluation, Example, ExampleNeighbor, InContext, Inputs, Mode, Similarity, SweepPoint
 from .scoring import Document
 from .token_table import TokenTable
-from .verdict import give_verdict, not_measured, nothing_found, oracle_notes, sweep_warnings
+from .verdict import give_verdict, in_context_note, not_measured, nothing_found, oracle_notes, sweep_warnings
 
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ class Measured:
         datastore ([`RetroDatastore`], *optional*): where neighbors come from.
         read (`np.ndarray` of int64 and shape `(num_chunks, num_neighbors)`, *optional*): what the tokens of each chunk
             read in the mode `on`.
+        num_read_off (`int`): tokens that go through the model without neighbors.
+        prompted ([`Prompted`], *optional*): scores with the neighbors in the prompt.
     """
 
     table: TokenTable
@@ -46,6 +49,8 @@ class Measured:
     chunks: Chunks
     datastore: RetroDatastore | None
     read: np.ndarray | None
+    num_read_off: int
+    prompted: Prompted | None = None
 
 
 def summarize(
@@ -82,6 +87,9 @@ def summarize(
         verdict.details.append(
             f"Nothing was found for {num_reading - num_given:,} of {counted(num_reading, 'chunk')}; there ON is OFF."
         )
+    in_context = _in_context(measured)
+    if in_context is not None:
+        verdict.details.append(in_context_note(modes, in_context))
     verdict.details.extend([*oracle_notes(modes), *sweep_warnings(by_neighbors, by_fraction), *_not_scored(inputs)])
     return Evaluation(
         verdict=verdict,
@@ -94,6 +102,7 @@ def summarize(
         num_neighbors_sweep=by_neighbors,
         fraction_sweep=by_fraction,
         examples=_examples(measured, datastore, tokenizer),
+        in_context=in_context,
         **common,
     )
 
@@ -127,6 +136,14 @@ def _sweep_point(table: TokenTable, run: Run, on: Mode) -> SweepPoint:
         difference=difference,
         gain_share=difference.value / gain if gain < 0 else None,
     )
+
+
+def _in_context(measured: Measured) -> InContext | None:
+    if measured.prompted is None:
+        return None
+    difference, num_read_off = measured.table.difference("on", "in_context"), measured.num_read_off
+    # Tokens that read nothing keep the scores of OFF, so its tokens were read, too.
+    return InContext(difference, measured.prompted.num_read, num_read_off, measured.prompted.num_cut)
 
 
 def _similarity(measured: Measured, datastore: RetroDatastore) -> Similarity:

@@ -8,10 +8,10 @@ from itertools import pairwise
 
 from ..errors import counted
 from .interval import Interval
-from .result import Bucket, LeakageLevel, Mode, Similarity, SweepPoint, Verdict
+from .result import Bucket, InContext, LeakageLevel, Mode, Similarity, SweepPoint, Verdict
 
 
-__all__ = ["give_verdict", "not_measured", "nothing_found", "oracle_notes", "sweep_warnings"]
+__all__ = ["give_verdict", "in_context_note", "not_measured", "nothing_found", "oracle_notes", "sweep_warnings"]
 
 # A token that ends a run of this many tokens from a neighbor counts as copied.
 _COPIED_RUN = 5
@@ -126,6 +126,17 @@ def give_verdict(
             "retriever would do harm."
         )
     return Verdict("helps", copying, text, details)
+
+
+def in_context_note(modes: Mapping[str, Mode], found: InContext) -> str:
+    """ON beside the base with the neighbors in its prompt, and the cost of that."""
+    difference, rival = found.on_minus_in_context, modes["in_context"].bits_per_byte
+    level = "better" if difference.high < 0 else "worse" if difference.low > 0 else "not measurably better or worse"
+    cut = f" {counted(found.num_cut, 'token')} had less text before them, to fit the context." if found.num_cut else ""
+    return (
+        f"The base with the same neighbors in its prompt has {rival:.4f} bits/byte: ON is {level} ({difference.shown()}). The "
+        f"prompts send {found.num_read / max(found.num_read_off, 1):.1f} times the tokens of OFF through the base.{cut}"
+    )
 
 
 def oracle_notes(modes: Mapping[str, Mode]) -> list[str]:

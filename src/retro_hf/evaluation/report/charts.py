@@ -32,6 +32,7 @@ _COLORS = {
     "random": "#b45309",
     "shuffled": "#8a3ffc",
     "oracle": "#0f766e",
+    "in_context": "#be185d",
 }
 # Modes differ in more than their colour.
 _STROKES: dict[str, dict[str, Any]] = {
@@ -40,6 +41,7 @@ _STROKES: dict[str, dict[str, Any]] = {
     "random": {"marker": "^", "linestyle": ":"},
     "shuffled": {"marker": "v", "linestyle": "-."},
     "oracle": {"marker": "s", "linewidth": 1.0},
+    "in_context": {"marker": "D", "linestyle": "--"},
 }
 _STYLE: dict[Any, Any] = {
     "font.size": 10.5,

@@ -1,0 +1,117 @@
+"""The fair rival of retrieval in layers: the same base model reads the same neighbors in its prompt.
+
+As in Ram et al. (2023): the neighbors found for a chunk are put before the text, and only the next chunk is scored. The
+text is that of the windows of every other mode, so both models predict the same tokens after the same text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..datastore import RetroDatastore
+from ..datastore.executors import progress_bar
+from .neighbors import NeighborIds
+from .scoring import Document, ScoringOptions, cut_windows, evaluating, score_batch
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["Prompted", "score_in_context"]
+
+
+@dataclass(frozen=True)
+class Prompted:
+    """Scores with the neighbors in the prompt.
+
+    Attributes:
+        nats (`np.ndarray` of float32 and shape `(num_tokens,)`): of every scored token, document after document.
+        num_read (`int`): tokens that went through the model.
+        num_cut (`int`): scored tokens with less text before them than in the other modes, because prompt and text together
+            do not fit the model's context.
+    """
+
+    nats: np.ndarray
+    num_read: int
+    num_cut: int
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One prompt: its token ids, the place of its first scored token in the table, and how many tokens are scored."""
+
+    ids: np.ndarray
+    place: int
+    num_scored: int
+    is_cut: bool
+
+
+def score_in_context(
+    model: PreTrainedModel,
+    documents: Sequence[Document],
+    neighbors: tuple[RetroDatastore, NeighborIds],
+    off: np.ndarray,
+    separator: Sequence[int],
+    options: ScoringOptions,
+) -> Prompted:
+    """Score documents with the neighbors in the prompt, the nearest one last.
+
+    Args:
+        model (`PreTrainedModel`): the base, any causal language model.
+        neighbors (`tuple`): the datastore, and the neighbors of each document's chunks.
+        off (`np.ndarray` of float32 and shape `(num_tokens,)`): nats without neighbors, which tokens keep that read none.
+        separator (`Sequence[int]`): token ids after each neighbor.
+    """
+    limit = getattr(model.config, "max_position_embeddings", None)
+    # The longest rows first, as in `score_runs`.
+    rows = sorted(_prompts(documents, neighbors, separator, options, limit), key=lambda row: -len(row.ids))
+    nats = off.copy()
+    with (
+        progress_bar(options.show_progress, total=len(rows), unit="chunk", desc="Scoring prompts") as bar,
+        evaluating(model),
+    ):
+        for first in range(0, len(rows), options.batch_size):
+            batch = rows[first : first + options.batch_size]
+            texts = [row.ids for row in batch]
+            spans = [(len(row.ids) - row.num_scored, len(row.ids)) for row in batch]
+            places = np.concatenate([np.arange(row.place, row.place + row.num_scored) for row in batch])
+            key: list[str | bytes] = [options.identity, "in_context", *(f"{first}" for first, _ in spans)]
+            key += [text.tobytes() for text in texts]
+            score = partial(score_batch, model, "in_context", texts, spans, None, None)
+            nats[places] = options.cache.load_or_compute("scores", key, score)
+            bar.update(len(batch))
+    return Prompted(nats, sum(len(row.ids) for row in rows), sum(row.num_scored for row in rows if row.is_cut))
+
+
+def _prompts(
+    documents: Sequence[Document],
+    neighbors: tuple[RetroDatastore, NeighborIds],
+    separator: Sequence[int],
+    options: ScoringOptions,
+    limit: int | None,
+) -> Iterator[_Row]:
+    """One row for each scored chunk of each window whose tokens read something."""
+    datastore, chunk_ids = neighbors
+    size = datastore.chunk_size
+    starts = np.cumsum([0, *(document.num_scored for document in documents)])
+    for window in cut_windows(documents, options.window, options.stride):
+        ids = documents[window.document].input_ids
+        for chunk in range(max(1, window.scored_from // size), -(-window.end // size)):
+            first, end = max(window.scored_from, chunk * size), min(window.end, (chunk + 1) * size)
+            known = chunk_ids[window.document][chunk - 1]
+            tokens, mask = datastore.gather(known[known >= 0])
+            passages = [np.append(row[kept == 1], separator) for row, kept in zip(tokens, mask, strict=True)]
+            # At least the token before the first scored one must fit; if not, the farthest neighbors are left out.
+            while limit and passages and sum(map(len, passages)) + end - first + 1 > limit:
+                passages.pop()
+            room = end if not limit else limit - sum(map(len, passages))
+            if len(known[known >= 0]):
+                text = ids[max(window.start, end - room) : end]
+                row = np.concatenate([*reversed(passages), text]).astype(np.int64)
+                is_cut = end - window.start > room or len(passages) < len(tokens)
+                yield _Row(row, int(starts[window.document]) + first - 1, end - first, is_cut)
