@@ -83,7 +83,7 @@ def test_bytes_are_counted_for_the_scored_text_only(world, model, text):
 
 
 def test_batch_size_changes_nothing(world, model, held_out):
-    """Padding is no context, and random neighbors belong to the document."""
+    """Padding is not read, and random neighbors depend on the document only."""
     one = measure(model, held_out, world, batch_size=1)
     many = measure(model, held_out, world, batch_size=16)
     for mode in one.nats:

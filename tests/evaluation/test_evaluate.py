@@ -177,7 +177,7 @@ def test_killed_run_resumes_and_ends_with_the_same_bytes(world, model, held_out,
 
 
 def test_foreign_files_are_not_overwritten(world, model, held_out, kept, tmp_path):
-    """A file of the same name, a datastore, other texts; and what is no folder."""
+    """A file of the same name, a datastore, results of other texts, a path that is a file."""
     _, folder = kept
     for name in ("documents.parquet", "evaluation.json"):
         (tmp_path / name).write_text("[1, 2]")
@@ -210,7 +210,7 @@ def test_weights_digest_depends_on_weights_and_settings_only(model, tmp_path):
 
 
 def test_each_mode_gives_the_right_neighbors(world, held_out):
-    """By hand: which chunk's neighbors stand where."""
+    """Compared with neighbors placed by hand."""
     documents = list(read_documents([row["text"] for row in held_out], world.tokenizer))
     chunks = Chunks.of(documents, CHUNK_SIZE)
     assert [int(count) for count in chunks.counts] == [-(-len(one.input_ids) // CHUNK_SIZE) for one in documents]

@@ -9,7 +9,7 @@ from retro_hf.evaluation.leakage import common_runs, overlaps
 
 
 def run_by_hand(row: list[int], place: int, neighbors: list[list[int]]) -> int:
-    """The longest stretch of the row that ends at `place` and stands somewhere in a neighbor."""
+    """Length of the longest part of the row that ends at `place` and is also in a neighbor."""
     for length in range(place + 1, 0, -1):
         wanted = row[place + 1 - length : place + 1]
         if any(

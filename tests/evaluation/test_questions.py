@@ -216,7 +216,7 @@ def test_questions_that_a_mode_cannot_use_are_an_error(model, tokenizer, questio
 
 
 def test_dataset_of_another_tokenizer_is_an_error(model, tokenizer, questions):
-    """Its answers would all be wrong, without a word; a question that can't be spelled is no reason."""
+    """All answers would be silently wrong. A question that the tokenizer cannot spell is accepted."""
     words = ["<end>", "<unk>", *(f"word{number}" for number in range(398))]
     backend = Tokenizer(models.WordLevel({word: id for id, word in enumerate(words)}, unk_token="<unk>"))
     other = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", unk_token="<unk>")

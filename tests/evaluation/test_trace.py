@@ -83,7 +83,7 @@ def test_neighbors_are_those_of_the_retriever(world, model, text):
 
 
 def test_document_is_not_its_own_neighbor(world, model):
-    """Where its id says that it lies in the datastore."""
+    """If the datastore has its id."""
     document = corpus()[1]
     seen = tracing(model, document, world)
     assert (seen.document_id, seen.title) == (document["id"], document["title"])

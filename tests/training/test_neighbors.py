@@ -22,7 +22,7 @@ def texts_of(number: int) -> Dataset:
 
 
 def test_windows_join_to_their_documents_and_begin_at_chunk_borders(world):
-    """Nothing is lost but a lone last token, and each window knows where it stands."""
+    """Only a lone last token is lost, and each window has its position."""
     for document in corpus():
         windows = [row for row in world.windows if row["document_id"] == document["id"]]
         tokens = world.tokenizer(document["text"], add_special_tokens=False)["input_ids"]
@@ -43,7 +43,7 @@ def test_windows_have_the_tokens_of_the_stored_chunks(world):
 
 
 def test_documents_without_text_give_no_windows(world):
-    """Empty, blank, missing and one-token documents are left out, and row numbers stand in for ids."""
+    """Empty, blank, missing and one-token documents are left out. Row numbers replace missing ids."""
     dataset = Dataset.from_dict({"text": ["", "   ", None, "a", "the river runs"]})
     windows = tokenize_documents(dataset, world.tokenizer, max_length=32, chunk_size=SIZE)
     assert windows["document_id"] == ["4"]
@@ -114,7 +114,7 @@ def test_embedded_queries_find_what_stored_keys_find(world):
 
 
 def test_unknown_document_ids_exclude_nothing(world):
-    """Held-out text is embedded, and unknown ids are no error."""
+    """Held-out text is embedded, and unknown ids are accepted."""
     held_out = Dataset.from_list([{**row, "id": f"new-{row['id']}"} for row in corpus(4, seed=9)])
     windows = tokenize_documents(held_out, world.tokenizer, max_length=32, chunk_size=SIZE)
     found = precompute_neighbors(windows, world.retriever)
@@ -295,7 +295,7 @@ def test_dataset_format_is_kept(world):
 
 
 def test_near_duplicates_are_excluded_on_demand(world, tmp_path):
-    """Copies with one word more are no neighbors, whether the document is in the datastore or held out."""
+    """Copies with one more word are not neighbors, whether the document is in the datastore or held out."""
     documents = [row for row in corpus() if len(row["text"].split()) >= 40]
     copies = [{"id": f"copy-{row['id']}", "text": row["text"] + " today"} for row in documents]
     store = RetroDatastore.build(

@@ -338,7 +338,7 @@ def test_invalid_row_is_reported_with_its_number_and_value(tokenizer, row, value
 
 
 def test_passages_may_be_missing_in_a_row(tokenizer):
-    """None, and a list without any, are no error: nothing was found."""
+    """None and an empty list are accepted: nothing was found."""
     for passages in (None, [], [{"title": "a", "text": ""}]):
         (made,) = tokenized(tokenizer, Dataset.from_list([GOOD, {**GOOD, "passages": passages}])).select([1])
         assert made["passage_input_ids"] == []

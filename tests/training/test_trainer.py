@@ -1,4 +1,4 @@
-"""Plain `transformers.Trainer` on precomputed neighbors: it learns, accumulates, checkpoints, stops and goes on."""
+"""Plain `transformers.Trainer` on precomputed neighbors: it learns, accumulates, checkpoints and resumes."""
 
 import copy
 from types import SimpleNamespace

@@ -148,7 +148,7 @@ class InContext:
 
     Attributes:
         on_minus_in_context ([`Interval`]): bits per byte; negative if reading in layers is better.
-        num_read, num_read_off (`int`): tokens that go through the base with the neighbors in its prompt, and without any.
+        num_read, num_read_off (`int`): tokens of all prompts, and tokens that go through the base without neighbors.
         num_cut (`int`): scored tokens with less text before them than in the other modes, because prompt and text together
             do not fit the model's context.
     """

@@ -142,7 +142,6 @@ def _in_context(measured: Measured) -> InContext | None:
     if measured.prompted is None:
         return None
     difference, num_read_off = measured.table.difference("on", "in_context"), measured.num_read_off
-    # Tokens that read nothing keep the scores of OFF, so its tokens were read, too.
     return InContext(difference, measured.prompted.num_read, num_read_off, measured.prompted.num_cut)
 
 

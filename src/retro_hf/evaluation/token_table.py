@@ -109,11 +109,11 @@ class TokenTable:
     def difference(self, name: str, other: str, where: np.ndarray | None = None) -> Interval:
         """Bits per byte of one run minus those of another, with an interval over documents.
 
-        A document of which no token can read a neighbor has the same bits in all runs. It is not drawn, because its zero
-        would pass for evidence, but its bytes count.
+        A document of which no token can read a neighbor is not drawn, but its bytes count.
         """
         bits = (self.nats[name].astype(np.float64) - self.nats[other]) / math.log(2)
         sums, sizes = self.by_document(bits, where), self.by_document(self.num_bytes, where)
+        # A document that cannot differ would make the interval narrower without being evidence.
         reads = self.by_document(self.later, where) > 0
         return self.bootstrap.interval(sums[reads], sizes[reads], constant=float(sizes[~reads].sum()))
 
