@@ -175,7 +175,7 @@ def embedded(model, input_ids, neighbors: dict, **kwargs) -> tuple[torch.Tensor,
 
     hook = (encoder.embed_tokens or table).register_forward_hook(make_leaf)
     try:
-        logits = model(inputs_embeds=tokens, **neighbors, **kwargs).logits
+        logits = model(inputs_embeds=tokens, **{"chunk_offset": 0, **neighbors, **kwargs}).logits
     finally:
         hook.remove()
     assert len(leaves) == 1, "the neighbor encoder must run once per pass, over all chunks"

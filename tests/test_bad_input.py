@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers.cache_utils import DynamicCache
 
-from .tiny import CHUNK_SIZE, VOCAB_SIZE, hash_retriever, random_ids, random_neighbors, tiny_retro
+from .tiny import CHUNK_SIZE, VOCAB_SIZE, hash_retriever, random_ids, random_neighbors, tiny_backbone, tiny_retro
 
 
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -235,8 +235,10 @@ def test_neighbor_sizes_of_tensors_and_retriever(model):
         model(random_ids(1, 9), retriever=hash_retriever(2, 6), **random_neighbors(1, 1))
 
 
-def test_continuous_batching_is_refused(model):
+def test_continuous_batching_with_a_retriever_is_refused(model):
     """It would pack requests into one row; its own machinery would hide the error and cut the output."""
+    model = tiny_retro("llama")
+    model.set_retriever(hash_retriever())
     for call in (
         lambda: model.generate_batch([[5, 6, 7]]),
         lambda: model.init_continuous_batching(),
@@ -244,3 +246,27 @@ def test_continuous_batching_is_refused(model):
     ):
         with pytest.raises((NotImplementedError, ValueError), match=r"(?i)continuous batching|paged"):
             call()
+
+
+@pytest.mark.parametrize("make", [tiny_backbone, tiny_retro])
+def test_continuous_batching_of_the_papers_decoder_is_refused(make):
+    """Its relative positions would count across the packed sequences."""
+    with pytest.raises(NotImplementedError):
+        make("retro_decoder").generate_batch([[5, 6, 7]])
+
+
+@pytest.mark.parametrize("retriever", [None, hash_retriever()])
+def test_an_empty_prompt_is_refused(model, retriever):
+    with pytest.raises(ValueError, match="no tokens"):
+        model.generate(torch.empty(2, 0, dtype=torch.long), retriever=retriever, max_new_tokens=3)
+
+
+def test_embeddings_must_say_where_their_chunks_begin(model):
+    """Virtual tokens before the text would shift its chunks against the given neighbors."""
+    embeds, neighbors = model.get_input_embeddings()(random_ids(2, 9)), random_neighbors(2, 2)
+    looked_up_for = {"neighbor_chunk_size": torch.tensor([4, 4]), "chunk_offset": torch.tensor([0, 0])}
+    for unclear in ({}, looked_up_for):
+        with pytest.raises(ValueError, match="chunk_offset"):
+            model(inputs_embeds=embeds, **neighbors, **unclear)
+    expected = model(random_ids(2, 9), **neighbors).logits
+    assert torch.equal(model(inputs_embeds=embeds, chunk_offset=0, **neighbors).logits, expected)

@@ -8,7 +8,7 @@ import torch
 from transformers.cache_utils import DynamicCache, StaticCache
 
 from retro_hf.model import cache_retro, modeling_retro_decoder
-from retro_hf.model.cache_retro import ROOM, RetroCacheMixin, RetroState, attach_state
+from retro_hf.model.cache_retro import ROOM, RetrievalState, RetroCacheMixin, attach_state
 from retro_hf.model.compatibility_retro import CACHE_NAME
 
 from .tiny import CHUNK_SIZE, hash_retriever, neighbors_from, random_ids, tiny_backbone, tiny_retro
@@ -174,7 +174,7 @@ def test_caches_without_retrieval_are_left_alone(model):
 
 def test_state_of_another_length_is_told():
     """The state knows its rows, on the host."""
-    state = RetroState([0, 3], CHUNK_SIZE)
+    state = RetrievalState([0, 3], CHUNK_SIZE)
     assert state.lengths == [0, 3]
     assert not state.is_started
     cache = DynamicCache()

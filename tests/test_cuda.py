@@ -18,8 +18,8 @@ from transformers.cache_utils import StaticCache
 from retro_hf import RetroRetriever, retrofit
 from retro_hf.datastore import ChunkEmbedder, RetroDatastore
 from retro_hf.evaluation import answer_questions, bits_per_byte, evaluate, trace
+from retro_hf.model.attention_retro import GPU_CAUSAL_BLOCK
 from retro_hf.model.compatibility_retro import CHECKPOINTING
-from retro_hf.model.modeling_retro_decoder import GPU_CAUSAL_BLOCK
 from retro_hf.training import RetroDataCollator
 
 

@@ -8,7 +8,7 @@ import traceback
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import GenerationConfig
+from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.cache_utils import DynamicCache, StaticCache
 from transformers.generation import (
     CompileConfig,
@@ -699,11 +699,37 @@ class TestEverydayOptions:
         prompt = random_ids(2, 9)
         neighbors = random_neighbors(2, 2)
         embeds = llama.get_input_embeddings()(prompt)
-        generated = llama.generate(inputs_embeds=embeds, max_new_tokens=8, **neighbors, **GREEDY)
+        generated = llama.generate(inputs_embeds=embeds, chunk_offset=0, max_new_tokens=8, **neighbors, **GREEDY)
         expected = llama.generate(prompt, max_new_tokens=8, **neighbors, **GREEDY)
         assert torch.equal(generated, expected[:, 9:])
         with pytest.raises(ValueError, match="Retrieval needs `input_ids`"):
             llama.generate(inputs_embeds=embeds, retriever=hash_retriever(), max_new_tokens=8, **GREEDY)
+
+    def test_inputs_embeds_with_their_tokens_and_a_retriever(self, llama):
+        """The tokens are looked up, the embeddings are read."""
+        prompt = random_ids(2, 9)
+        embeds = llama.get_input_embeddings()(prompt)
+        options = {"retriever": hash_retriever(), "max_new_tokens": 8, **GREEDY}
+        generated = llama.generate(prompt, inputs_embeds=embeds, **options)
+        assert torch.equal(generated, llama.generate(prompt, **options))
+        with pytest.raises(ValueError, match="shape"):
+            llama.generate(prompt, inputs_embeds=embeds[:, 1:], **options)
+
+    def test_continuous_batching_without_a_retriever(self, llama):
+        """Requests of other lengths give the tokens of `generate`."""
+        prompts = [random_ids(1, length)[0].tolist() for length in (3, 9, 6)]
+        options = GenerationConfig(
+            max_new_tokens=6, min_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0
+        )
+        memory = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=64)  # else it takes most of the machine's
+        outputs = llama.generate_batch(
+            prompts, generation_config=options, continuous_batching_config=memory, progress_bar=False
+        )
+        found = [outputs[name].generated_tokens for name in sorted(outputs, key=lambda n: int(n.split("_")[-1]))]
+        expected = [
+            llama.generate(torch.tensor([p]), retriever=None, max_new_tokens=6, **GREEDY)[0, len(p) :] for p in prompts
+        ]
+        assert found == [row.tolist() for row in expected]
 
 
 class _ReadsOnHost(TorchDispatchMode):

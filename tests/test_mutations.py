@@ -3,6 +3,8 @@
 Every test first runs its check on the model as it is, then makes one mistake, and runs it again.
 """
 
+import copy
+
 import pytest
 import torch
 
@@ -28,17 +30,20 @@ def shift_attending_chunks(by: int):
     """Attending chunks that begin `by` tokens early."""
 
     def mutate(model, monkeypatch):
-        original = chunking_retro.GridPass.__init__
+        original = chunking_retro.SequencePlan.__init__
 
-        def init(self, reader, embed, config, positions, *args, **kwargs):
-            original(self, reader, embed, config, positions, *args, **kwargs)
-            num_cells = self.num_groups * config.chunk_size
-            cells = positions + 1 + by - (0 if self.state is not None else config.chunk_size)
+        def init(self, positions, *args, **kwargs):
+            original(self, positions, *args, **kwargs)
+            size = model.config.chunk_size
+            num_cells = self.attending_tokens.numel() // len(positions)
+            cells = positions + 1 + by - (0 if self.state is not None else size)
             inside = (positions >= 0) & (cells >= 0) & (cells < num_cells)
-            self.cells = torch.where(inside, cells, num_cells)
-            self.queries = chunking_retro._invert(self.cells, num_cells)
+            cells = torch.where(inside, cells, num_cells)
+            self.token_cells = chunking_retro._flat(cells, num_cells)
+            columns = chunking_retro._invert(cells, num_cells)
+            self.attending_tokens = chunking_retro._flat(columns, positions.shape[1]).view(-1, size)
 
-        monkeypatch.setattr(chunking_retro.GridPass, "__init__", init)
+        monkeypatch.setattr(chunking_retro.SequencePlan, "__init__", init)
 
     return mutate
 
@@ -86,7 +91,7 @@ mirror_distances_to_the_chunk = change_encoder_layer(cross_features=mirrored)
 
 
 def change_cca(change):
-    """CCA whose `forward` is `change(module, original, hidden_states, neighbor_states, features, neighbor_size, recall)`."""
+    """CCA whose `forward` is `change(module, original, hidden_states, neighbor_states, features, plan)`."""
 
     def mutate(model, monkeypatch):
         for module in model.model.retro.cross_attention.values():
@@ -102,11 +107,11 @@ def change_cca(change):
 def cca_distances(function):
     """CCA with features of `function(distances, chunk_size)` in the place of equation 6."""
 
-    def change(module, original, hidden_states, neighbor_states, features, neighbor_size, recall):
-        size = features.shape[0] - neighbor_size + 1
+    def change(module, original, hidden_states, neighbor_states, features, plan):
+        size = features.shape[0] - plan.neighbor_size + 1
         distances = function(2 * size - 2 - torch.arange(len(features)), size)
         features = modeling_retro.position_features(distances, features.shape[-1], features.dtype)
-        return original(hidden_states, neighbor_states, features, neighbor_size, recall)
+        return original(hidden_states, neighbor_states, features, plan)
 
     return change_cca(change)
 
@@ -121,32 +126,34 @@ no_distances_in_cca = cca_distances(lambda distances, size: 0 * distances)
 def place_neighbors_one_after_the_other(model, monkeypatch):
     """Distances in CCA over the concatenated neighbors, as if they were one text."""
 
-    def change(module, original, hidden_states, neighbor_states, features, neighbor_size, recall):
-        size = features.shape[0] - neighbor_size + 1
+    def change(module, original, hidden_states, neighbor_states, features, plan):
+        size = features.shape[0] - plan.neighbor_size + 1
         num_tokens = neighbor_states.shape[1]
         distances = 2 * size - 2 - torch.arange(size + num_tokens - 1)
         features = modeling_retro.position_features(distances, features.shape[-1], features.dtype)
-        return original(hidden_states, neighbor_states, features, num_tokens, recall)
+        plan = copy.copy(plan)
+        plan.neighbor_input_ids = plan.neighbor_input_ids.flatten(1)  # one long neighbor
+        return original(hidden_states, neighbor_states, features, plan)
 
     change_cca(change)(model, monkeypatch)
 
 
-def _attend_unguarded(module, hidden_states, neighbor_states, features, neighbor_size, recall):
-    key, value, mask = recall(module.attention.project_key_value(neighbor_states))
-    repeats = mask.shape[1] // neighbor_size
-    update, _ = module.attention.attend(hidden_states, key, value, features, mask[:, None, None], num_repeats=repeats)
+def _attend_unguarded(module, norm, hidden_states, neighbor_states, features, plan):
+    queries = norm(plan.attending(hidden_states))
+    key, value = plan.update(module.layer_idx, *module.attention.project_key_value(neighbor_states))
+    mask = plan.attended_mask
+    repeats = mask.shape[1] // plan.neighbor_size
+    update, _ = module.attention.attend(queries, key, value, features, mask[:, None, None], num_repeats=repeats)
     return mask, update
 
 
 def ignore_the_neighbor_mask_in_cca(model, monkeypatch):
     """CCA over padding, too."""
 
-    def change(module, original, hidden_states, neighbor_states, features, neighbor_size, recall):
-        def unmasked(projected):
-            key, value, mask = recall(projected)
-            return key, value, torch.ones_like(mask)
-
-        return original(hidden_states, neighbor_states, features, neighbor_size, unmasked)
+    def change(module, original, hidden_states, neighbor_states, features, plan):
+        plan = copy.copy(plan)
+        plan.attended_mask = torch.ones_like(plan.attended_mask)
+        return original(hidden_states, neighbor_states, features, plan)
 
     change_cca(change)(model, monkeypatch)
 
@@ -160,8 +167,9 @@ def ignore_the_neighbor_mask(model, monkeypatch):
 def update_chunks_without_neighbors(model, monkeypatch):
     """CCA that lets the softmax over nothing but padding through."""
 
-    def change(module, original, hidden_states, *args):
-        return _attend_unguarded(module, module.norm(hidden_states), *args)[1]
+    def change(module, original, hidden_states, neighbor_states, features, plan):
+        _, update = _attend_unguarded(module, module.norm, hidden_states, neighbor_states, features, plan)
+        return plan.per_token(update), None
 
     change_cca(change)(model, monkeypatch)
 
@@ -169,9 +177,9 @@ def update_chunks_without_neighbors(model, monkeypatch):
 def norm_after_cca(model, monkeypatch):
     """The norm of CCA on its output rather than on its queries."""
 
-    def change(module, original, hidden_states, *args):
-        mask, update = _attend_unguarded(module, hidden_states, *args)
-        return torch.where(mask.any(dim=-1)[:, None, None], module.norm(update), 0.0)
+    def change(module, original, hidden_states, neighbor_states, features, plan):
+        mask, update = _attend_unguarded(module, lambda x: x, hidden_states, neighbor_states, features, plan)
+        return plan.per_token(torch.where(mask.any(dim=-1)[:, None, None], module.norm(update), 0.0)), None
 
     change_cca(change)(model, monkeypatch)
 
@@ -181,9 +189,10 @@ def change_call(call):
 
     def mutate(model, monkeypatch):
         def wrapped(self, layer_idx, hidden_states):
+            self.layers_read.append(layer_idx)
             return call(self, layer_idx, hidden_states, layer_idx == self.config.cross_attention_layers[0])
 
-        monkeypatch.setattr(chunking_retro.RetroPass, "__call__", wrapped)
+        monkeypatch.setattr(modeling_retro.RetroPass, "__call__", wrapped)
 
     return mutate
 

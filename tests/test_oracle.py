@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retro_hf.model import modeling_retro_decoder
+from retro_hf.model import attention_retro
 from retro_hf.model.compatibility_retro import CACHE_NAME
 
 from . import contracts
@@ -70,7 +70,7 @@ def test_gradients_agree():
 @pytest.mark.parametrize("block", [1, 5])
 def test_blocks_of_queries_agree(block, monkeypatch):
     """Causal attention over several blocks of queries: logits, gradients, information flow and padding."""
-    monkeypatch.setattr(modeling_retro_decoder, "CAUSAL_BLOCK", block)
+    monkeypatch.setattr(attention_retro, "CAUSAL_BLOCK", block)
     model = oracle_model()
     for grad in (False, True):
         for use_cache in (False, True):
@@ -85,7 +85,7 @@ def test_blocks_of_queries_agree(block, monkeypatch):
 def test_a_long_sequence_attends_as_eagerly(grad):
     """Over more than two full blocks of queries the fused and the eager path agree."""
     model = oracle_model(chunk_size=16)
-    ids = random_ids(1, 2 * modeling_retro_decoder.CAUSAL_BLOCK + 9)
+    ids = random_ids(1, 2 * attention_retro.CAUSAL_BLOCK + 9)
     neighbors = random_neighbors(1, ids.shape[1] // 16, neighbor_size=32, ragged=True)
     logits = []
     for implementation in ("sdpa", "eager"):

@@ -2,7 +2,14 @@
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from peft import (
+    AutoPeftModelForCausalLM,
+    LoraConfig,
+    PeftModel,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from transformers import AutoModel, AutoModelForCausalLM
 
 from retro_hf import RetroForCausalLM, retrofit
@@ -163,3 +170,14 @@ def test_an_adapter_on_the_backbone_alone(base, tmp_path, monkeypatch, cls, dtyp
     assert set(found) == set(expected)
     for name, weight in found.items():
         assert torch.equal(weight, expected[name]), name
+
+
+@pytest.mark.parametrize("config", [PromptTuningConfig, PromptEncoderConfig])
+def test_virtual_tokens_with_given_neighbors_are_refused(base, config):
+    """They shift the text, so that its first token would read neighbors of its own chunk."""
+    model = get_peft_model(retrofit(base, **SETTINGS), config(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    ids, neighbors = random_ids(2, 14), random_neighbors(2, 3)
+    for more in ({}, {"chunk_offset": torch.tensor([0, 0]), "neighbor_chunk_size": torch.tensor([4, 4])}):
+        with pytest.raises(ValueError, match="virtual tokens"):
+            model(input_ids=ids, labels=ids, **neighbors, **more)
+    assert model(input_ids=ids, labels=ids).loss.isfinite()

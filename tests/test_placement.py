@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from retro_hf import RetroConfig, RetroForCausalLM
+from retro_hf.model.attention_retro import position_features
 from retro_hf.model.backbone_retro import find_decoder_layers
-from retro_hf.model.modeling_retro_decoder import position_features
 
 from .tiny import CHUNK_SIZE, ENCODER, FAMILIES, random_ids, random_neighbors, randomize, tiny_retro
 from .zoo import tiny_config

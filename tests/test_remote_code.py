@@ -13,10 +13,13 @@ from .tiny import ENCODER, random_ids, random_neighbors, randomize, tiny_retro
 
 MODEL_FILES = {
     "adapter_retro.py",
+    "attention_retro.py",
     "backbone_retro.py",
     "cache_retro.py",
     "compatibility_retro.py",
     "configuration_retro.py",
+    "generation_retro.py",
+    "planning_retro.py",
     "chunking_retro.py",
     "retriever_protocol_retro.py",
     "modeling_retro.py",

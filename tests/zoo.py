@@ -15,8 +15,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from retro_hf import RetroForCausalLM, retrofit
 from retro_hf.model.backbone_retro import accepted_arguments, find_decoder_layers
-from retro_hf.model.chunking_retro import RetroPass
 from retro_hf.model.compatibility_retro import CACHE_NAME
+from retro_hf.model.modeling_retro import RetroPass
 
 from .tiny import (
     CHUNK_SIZE,

@@ -1,11 +1,100 @@
-"""torch.compile: a training step is one graph, with the loss and the gradients of the uncompiled model."""
+"""torch.compile: logits, loss and gradients are those of the uncompiled model, whatever can and cannot be compiled."""
 
 import pytest
 import torch
-from tiny import random_ids, random_neighbors, tiny_retro
+from tiny import hash_retriever, random_ids, random_neighbors, tiny_retro
 from tiny_training import make_model, make_trainer
 
 from retro_hf.model.compatibility_retro import CHECKPOINTING
+
+
+def logits_and_gradients(model, run, batch):
+    model.zero_grad()
+    outputs = run(**batch)
+    outputs.loss.backward()
+    return outputs.logits.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def assert_compiled_equals_eager(model, batch, **options):
+    """Equal logits and gradients, and RETRO's weights have a gradient."""
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="eager", **options)
+    logits, gradients = logits_and_gradients(model, model, batch)
+    found, found_gradients = logits_and_gradients(model, compiled, batch)
+    torch.testing.assert_close(found, logits)
+    assert all(gradients[name].abs().max() > 0 for name in gradients if "retro.cross_attention" in name)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(found_gradients[name], gradient, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def labelled(batch_size=2, num_tokens=16):
+    ids = random_ids(batch_size, num_tokens)
+    return {"input_ids": ids, "labels": ids}
+
+
+@pytest.mark.parametrize("extra", ["chunk_offset", "position_ids", "neighbor_chunk_size"])
+def test_tensors_that_come_with_given_neighbors_stay_in_one_graph(extra):
+    """`QuestionCollator` gives a `chunk_offset` and a `neighbor_chunk_size`."""
+    tensors = {
+        "chunk_offset": torch.tensor([0, 3]),
+        "position_ids": torch.arange(16).expand(2, -1),
+        "neighbor_chunk_size": torch.tensor([4, 4]),
+    }
+    model = tiny_retro("llama").train()
+    assert_compiled_equals_eager(
+        model, {**labelled(), **random_neighbors(2, 4), extra: tensors[extra]}, fullgraph=True
+    )
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"chunk_offset": torch.tensor([0, 4])},
+        {"position_ids": torch.arange(16).expand(2, -1) % 8},
+        {"neighbor_chunk_size": torch.tensor([4, 8])},
+    ],
+)
+def test_wrong_values_are_refused_inside_a_graph_too(wrong):
+    torch.compiler.reset()
+    compiled = torch.compile(tiny_retro("llama"), backend="aot_eager", fullgraph=True)
+    with pytest.raises(RuntimeError):
+        compiled(**labelled(), **random_neighbors(2, 4), **wrong)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_live_retriever_is_read_by_a_compiled_model(training):
+    model = tiny_retro("llama").train(training)
+    model.set_retriever(hash_retriever())
+    assert_compiled_equals_eager(model, labelled())
+
+
+def test_a_backbone_that_breaks_the_graph_still_reads():
+    """A warning of transformers inside the backbone is a graph break."""
+    assert_compiled_equals_eager(tiny_retro("gpt2"), {**labelled(), **random_neighbors(2, 4)})
+
+
+# Given neighbors are compiled anew in every step, until PyTorch's limit.
+@pytest.mark.parametrize("live", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_generation_with_a_compiled_forward_equals_eager(live):
+    """Through the boundary of a chunk, with a cache."""
+    torch.compiler.reset()
+    model = tiny_retro("llama")
+    read = {"retriever": hash_retriever()} if live else random_neighbors(2, 4)
+    options = {**read, "max_new_tokens": 7, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    expected = model.generate(random_ids(2, 6), **options)
+    model.compile(backend="eager")
+    found = model.generate(random_ids(2, 6), **options)
+    torch.testing.assert_close(torch.stack(found.logits), torch.stack(expected.logits))
+
+
+def test_layers_that_are_compiled_one_by_one_are_refused():
+    """They would share the code of a layer without cross-attention."""
+    torch.compiler.reset()
+    model = tiny_retro("llama")
+    for layer in model.model.backbone.model.layers:
+        layer.compile(backend="eager")
+    with pytest.raises(RuntimeError):
+        model(**labelled(), **random_neighbors(2, 4))
 
 
 @pytest.mark.parametrize("family", ["llama", "retro_decoder"])

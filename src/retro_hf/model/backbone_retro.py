@@ -11,20 +11,24 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Where chunked cross-attention enters a backbone: its decoder layers, and the end of the self-attention branch in each."""
+"""Where RETRO enters a backbone: its decoder layers, the end of the self-attention branch in each, and the hooks there."""
 
 import hashlib
 import inspect
 import re
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils.output_capturing import CompileableContextVar
 
 from .compatibility_retro import CACHE_NAME
+from .configuration_retro import RetroConfig
 
 
 # What mixes tokens in a layer: self-attention, or what stands in its place in some layers of a hybrid.
@@ -239,6 +243,15 @@ def accepted_arguments(module: nn.Module) -> tuple[str, ...]:
     return tuple(inspect.signature(module.forward).parameters)
 
 
+def learned_positions(backbone: PreTrainedModel) -> int | None:
+    """Length of the backbone's table of absolute positions, None if it has no table that could be overrun."""
+    limit = getattr(backbone.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    tables = [
+        m for m in backbone.modules() if isinstance(m, nn.Embedding) and m is not backbone.get_input_embeddings()
+    ]
+    return limit if limit and any(limit <= table.num_embeddings <= limit + 2 for table in tables) else None
+
+
 def placement(backbone: nn.Module) -> tuple[torch.device, torch.dtype]:
     """Device and dtype of what is added to a backbone: those of its first floating-point weight that lies in memory.
 
@@ -281,4 +294,110 @@ def fingerprint(backbone: nn.Module, sampled: bool = False) -> str | None:
     return whole.hexdigest()[: 16 if sampled else 64]
 
 
-__all__ = ["BranchEnd", "accepted_arguments", "find_branch_end", "find_decoder_layers", "fingerprint", "placement"]
+# ── hooks ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class _PassVar(CompileableContextVar):
+    """A class of its own, so that output capturing does not take it for its collector."""
+
+
+_active_pass = _PassVar("retro_pass")
+
+
+def _record_layer_input(module: nn.Module, args: tuple, kwargs: dict, *, layer_idx: int, name: str) -> None:
+    retro_pass = _active_pass.get()
+    if retro_pass is not None:
+        retro_pass.layer_inputs[layer_idx] = args[0] if args else kwargs[name]
+
+
+def _cross_attend_after_attention(
+    module: nn.Module, args: tuple, output: Any, *, layer_idx: int, includes_residual: bool, multiplier: float
+) -> Any:
+    """The paper's order ATTN → CCA → FFW: add CCA(x + branch) to the end of the self-attention branch."""
+    retro_pass = _active_pass.get()
+    if retro_pass is None:
+        return None
+    branch = output[0] if isinstance(output, tuple) else output
+    if includes_residual:
+        hidden_states = branch
+    else:
+        hidden_states = torch.add(retro_pass.layer_inputs[layer_idx], branch, alpha=multiplier)
+    branch = torch.add(branch, retro_pass(layer_idx, hidden_states), alpha=1 / multiplier)
+    return (branch, *output[1:]) if isinstance(output, tuple) else branch
+
+
+def _cross_attend_after_layer(module: nn.Module, args: tuple, output: Any, *, layer_idx: int) -> Any:
+    retro_pass = _active_pass.get()
+    if retro_pass is None:
+        return None
+    hidden_states = output[0] if isinstance(output, tuple) else output
+    hidden_states = hidden_states + retro_pass(layer_idx, hidden_states)
+    return (hidden_states, *output[1:]) if isinstance(output, tuple) else hidden_states
+
+
+def attach_hooks(backbone: PreTrainedModel, config: RetroConfig) -> None:
+    """Let the layers of `config.cross_attention_layers` call the active pass, if there is one, and add what it returns.
+
+    The hooks keep no state: the pass is a variable of the context, so that threads, recomputation and several forward passes
+    before a backward pass do not mix.
+    """
+    layers = find_decoder_layers(backbone, config.backbone_layers)
+    for idx in config.cross_attention_layers:
+        if config.cross_attention_placement == "after_layer":
+            layers[idx].register_forward_hook(partial(_cross_attend_after_layer, layer_idx=idx))
+            continue
+        end = find_branch_end(backbone, layers[idx], config.backbone_attention)
+        # Nearly always called `hidden_states`.
+        record = partial(_record_layer_input, layer_idx=idx, name=accepted_arguments(layers[idx])[0])
+        layers[idx].register_forward_pre_hook(record, with_kwargs=True)
+        end.module.register_forward_hook(
+            partial(
+                _cross_attend_after_attention,
+                layer_idx=idx,
+                includes_residual=end.includes_residual,
+                multiplier=end.multiplier,
+            )
+        )
+
+
+def run_within(retro_pass: Callable, module: nn.Module, inputs: dict[str, Any]) -> Any:
+    """Run `module(**inputs)`, the backbone or its body, while `retro_pass` is the active pass."""
+    # Where `torch.compile` gave up on the caller, it would compile the backbone by itself, without the pass.
+    run = _call if torch.compiler.is_compiling() else torch.compiler.disable(_call)
+    token = _active_pass.set(retro_pass)
+    try:
+        return run(module, inputs)
+    finally:
+        _active_pass.reset(token)
+
+
+def _call(module: nn.Module, inputs: dict[str, Any]) -> Any:
+    return module(**inputs)
+
+
+def checkpoint_within_pass(checkpoint: Callable, function: Callable, *args: Any) -> Any:
+    """Checkpoint a layer so that its recomputation, long after the pass, still finds the pass."""
+    retro_pass = _active_pass.get()
+
+    def run(*inputs: Any) -> Any:
+        token = _active_pass.set(retro_pass)
+        try:
+            return function(*inputs)
+        finally:
+            _active_pass.reset(token)
+
+    return checkpoint(run, *args)
+
+
+__all__ = [
+    "BranchEnd",
+    "accepted_arguments",
+    "attach_hooks",
+    "checkpoint_within_pass",
+    "find_branch_end",
+    "find_decoder_layers",
+    "fingerprint",
+    "learned_positions",
+    "placement",
+    "run_within",
+]

@@ -11,10 +11,10 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What cached decoding must remember of every row, riding on whatever `Cache` the backbone uses."""
+"""What cached decoding must remember of every row; it is kept on whatever `Cache` the backbone uses."""
 
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
@@ -25,12 +25,32 @@ ROOM = 256
 """Growing buffers of keys and values end at a multiple of so many tokens."""
 
 
-class RetroState:
-    """History of one batch, of constant size per row: two chunks of tokens and activations, two chunks of encoded neighbors.
+class Kept(NamedTuple):
+    """Which chunks that complete in a pass are remembered: entry `index[i]` goes to half `halves[i]` of row `rows[i]`.
 
-    Positions are chunk positions: real tokens before a token in its row, plus the row's chunk offset. Chunk u lives in
-    half `u % 2` of every buffer, so the last completed chunk, the one before it and the growing one never collide, and
-    up to one chunk can be taken back.
+    All three are `torch.LongTensor` of shape `(n,)`.
+    """
+
+    rows: torch.Tensor
+    halves: torch.Tensor
+    index: torch.Tensor
+
+    def put(self, halves: torch.Tensor, new: torch.Tensor | None) -> torch.Tensor:
+        """A copy of `halves` (B, 2, ...) with entries of `new` (V, ...), or zeros, in their places."""
+        halves = halves.clone()  # autograd may have saved the old one
+        halves[self.rows, self.halves] = 0 if new is None else new[self.index]
+        return halves
+
+
+class RetrievalState:
+    """History of one batch: per row two chunks of tokens and activations, and two chunks of encoded neighbors.
+
+    Positions are chunk positions (see `chunking_retro.py`). Chunk u is in half `u % 2` of every buffer. Two halves are
+    enough: while chunk u grows, tokens attend to the neighbors of chunk u - 1, and when tokens are taken back, at most one
+    chunk of them, chunk u - 1 grows again and its tokens are still there. With m = 4, after nine tokens:
+
+        half 0   chunk 2, growing     i . . .    (chunk 0 was here)
+        half 1   chunk 1, completed   e f g h
 
     Args:
         offsets (`list[int]`): chunk position of each row's first token.
@@ -40,6 +60,7 @@ class RetroState:
         lengths (`list[int]`): chunk position of each row's next token; on the host, so that a decoding step knows
             without a device-to-host copy whether it completes a chunk.
         num_columns (`int`): tokens in the backbone's cache, padding included.
+        neighbor_size (`int`): tokens of one neighbor, R; None before the first retrieval.
         input_ids (`torch.LongTensor` of shape `(B, 2 m + 1)`): tokens; the last cell takes what is to be left out.
         hidden_states (`torch.FloatTensor` of shape `(B, 2 m + 1, hidden_size)`): residual stream at the first layer with
             cross-attention.
@@ -64,6 +85,75 @@ class RetroState:
     def is_started(self) -> bool:
         """Whether every row has a token that is no padding."""
         return all(length > offset for length, offset in zip(self.lengths, self.offsets, strict=True))
+
+    # ── encoded neighbors ─────────────────────────────────────────────────────────────────────────────────────────────
+
+    def make_room(self, neighbor_input_ids: torch.Tensor) -> None:
+        """Make room for the neighbors `(V, K, R)` of one more pass.
+
+        Raises:
+            ValueError: if they have another length than those before.
+        """
+        num_neighbors, neighbor_size = neighbor_input_ids.shape[-2:]
+        if self.neighbor_size not in (None, neighbor_size):
+            raise ValueError(
+                f"Neighbors of {neighbor_size} tokens follow neighbors of {self.neighbor_size} in one sequence; the "
+                "neighbor_size of a retriever must not change while generating."
+            )
+        self.neighbor_size = neighbor_size
+        num_tokens = num_neighbors * neighbor_size
+        if self.neighbor_mask is None:
+            self.neighbor_mask = torch.zeros(
+                len(self.lengths), 2, num_tokens, dtype=torch.bool, device=neighbor_input_ids.device
+            )
+        self.neighbor_mask = pad_to(self.neighbor_mask, num_tokens, dim=-1)
+
+    def keep(
+        self, first_chunk: list[int], num_completed: list[int], device: torch.device, rows: list[int] | None = None
+    ) -> Kept | None:
+        """Which chunks of a pass to remember: of each row the last two that complete; None if there are none.
+
+        Args:
+            first_chunk, num_completed (`list[int]`): per row, the first chunk that can complete and how many do.
+            device (`torch.device`): of the result.
+            rows (`list[int]`, *optional*): the rows that the lists speak of; all by default.
+        """
+        width = max(num_completed, default=0)
+        places = [
+            (row, (chunk + step) % 2, number * width + step)
+            for number, (row, chunk, count) in enumerate(
+                zip(range(len(first_chunk)) if rows is None else rows, first_chunk, num_completed, strict=True)
+            )
+            for step in range(max(count - 2, 0), count)
+        ]
+        return Kept(*torch.tensor(places, device=device).unbind(dim=1)) if places else None
+
+    def update(self, layer_idx: int, key: torch.Tensor, value: torch.Tensor, kept: Kept | None) -> None:
+        """Remember keys and values (V, H, S', D) of chunks that complete; S' may be less than S."""
+        num_tokens = self.neighbor_mask.shape[-1]
+        old = self._key_values(layer_idx, key, value)
+        if kept is not None:
+            new = (pad_to(tensor, num_tokens, dim=-2) for tensor in (key, value))
+            old = tuple(kept.put(halves, tensor) for halves, tensor in zip(old, new, strict=True))
+        self.key_values[layer_idx] = old
+
+    def recall(
+        self, layer_idx: int, index: tuple, key: torch.Tensor | None, value: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values (B, H, S, D) in the half `index` of each row; `key` and `value` tell the shape of the first ones."""
+        keys, values = self._key_values(layer_idx, key, value)
+        return keys[index], values[index]
+
+    def _key_values(
+        self, layer_idx: int, key: torch.Tensor | None, value: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        num_tokens = self.neighbor_mask.shape[-1]
+        if layer_idx in self.key_values:
+            return tuple(pad_to(halves, num_tokens, dim=-2) for halves in self.key_values[layer_idx])
+        batch_size = len(self.lengths)
+        return tuple(new.new_zeros(batch_size, 2, new.shape[1], num_tokens, new.shape[-1]) for new in (key, value))
+
+    # ── rows and tokens ───────────────────────────────────────────────────────────────────────────────────────────────
 
     def _map(self, function) -> None:
         for name in ("input_ids", "hidden_states", "neighbor_mask"):
@@ -134,13 +224,6 @@ class RetroState:
             ring[rows, torch.where(positions >= 0, positions % size, size)] = values
         setattr(self, buffer, ring)
 
-    def grow_neighbors(self, num_tokens: int, device: torch.device) -> None:
-        """Make room for `num_tokens` neighbor tokens per chunk in the mask."""
-        batch_size = len(self.lengths)
-        if self.neighbor_mask is None:
-            self.neighbor_mask = torch.zeros(batch_size, 2, num_tokens, dtype=torch.bool, device=device)
-        self.neighbor_mask = pad_to(self.neighbor_mask, num_tokens, dim=-1)
-
 
 def _is_writable(tensor: torch.Tensor) -> bool:
     """Whether a tensor may be changed here: one that was made in inference mode, only there."""
@@ -196,9 +279,9 @@ class RetroDynamicLayer(DynamicLayer):
 
 
 class RetroCacheMixin:
-    """Keeps a [`RetroState`] in step with the cache that it rides on."""
+    """Keeps a [`RetrievalState`] in step with the cache that holds it."""
 
-    retro: RetroState | None = None
+    retro: RetrievalState | None = None
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Reorder rows, as beam search does."""
@@ -252,7 +335,7 @@ def _restore(cls: type[Cache], attributes: dict) -> Cache:
     return cache
 
 
-def attach_state(cache: Any, state: RetroState | None) -> None:
+def attach_state(cache: Any, state: RetrievalState | None) -> None:
     """Give a cache, of any class and in place, a retrieval state; `isinstance` and identity are kept."""
     if not isinstance(cache, RetroCacheMixin):
         cache.__class__ = _retro_class(type(cache))
@@ -264,4 +347,49 @@ def attach_state(cache: Any, state: RetroState | None) -> None:
     cache.retro = state
 
 
-__all__ = ["RetroCacheMixin", "RetroDynamicLayer", "RetroState", "attach_state", "pad_to", "per_row"]
+def state_of(
+    cache: Cache, batch_size: int, chunk_offset: int | torch.Tensor | None, chunk_size: int
+) -> RetrievalState:
+    """The history on a cache, for a batch of `batch_size` rows; a new one if the cache is empty."""
+    state = getattr(cache, "retro", None)
+    if state is None:
+        if int(cache.get_seq_length()) > 0:
+            raise ValueError(
+                f"The cache holds {int(cache.get_seq_length())} tokens that were processed without retrieval, so "
+                "their chunks are unknown. Start from an empty cache, or give the retriever from the first call on."
+            )
+        state = RetrievalState(chunk_offsets(chunk_offset, batch_size, chunk_size), chunk_size)
+        attach_state(cache, state)
+    elif len(state.lengths) != batch_size:
+        raise ValueError(
+            f"The cache holds {len(state.lengths)} rows, the input {batch_size}. Use `batch_select_indices` or "
+            "`batch_repeat_interleave` of the cache, or start from an empty one."
+        )
+    return state
+
+
+def chunk_offsets(chunk_offset: int | torch.Tensor | None, batch_size: int, chunk_size: int) -> list[int]:
+    """Chunk offsets as one integer per row, checked."""
+    if chunk_offset is None:
+        return [0] * batch_size
+    values = chunk_offset.tolist() if isinstance(chunk_offset, torch.Tensor) else chunk_offset
+    values = list(values) if isinstance(values, (list, tuple)) else [values] * batch_size
+    if len(values) != batch_size or not all(isinstance(value, int) and 0 <= value < chunk_size for value in values):
+        raise ValueError(
+            f"`chunk_offset` must be one integer from 0 to {chunk_size - 1}, or one per row of the batch of {batch_size}, "
+            f"got {chunk_offset}."
+        )
+    return values
+
+
+__all__ = [
+    "Kept",
+    "RetrievalState",
+    "RetroCacheMixin",
+    "RetroDynamicLayer",
+    "attach_state",
+    "chunk_offsets",
+    "pad_to",
+    "per_row",
+    "state_of",
+]

@@ -107,7 +107,8 @@ def accept_cache_by_any_name(forward: Callable) -> Callable:
                     f"`{CACHE_NAME}`. If transformers {transformers.__version__} passed it, install a release that RETRO "
                     "is tested with."
                 )
-        caches = {name: kwargs.pop(name) for name in CACHE_NAMES if name in kwargs}
+        names = [name for name in CACHE_NAMES if name in kwargs and not _is_paged(name, kwargs[name])]
+        caches = {name: kwargs.pop(name) for name in names}
         given = {name: cache for name, cache in caches.items() if cache is not None}
         if len(given) > 1:
             raise TypeError(f"{type(self).__name__} got a cache twice, as `cache` and as `past_key_values`; pass one.")
@@ -122,6 +123,11 @@ def accept_cache_by_any_name(forward: Callable) -> Callable:
         ]
     )
     return wrapper
+
+
+def _is_paged(name: str, value: Any) -> bool:
+    """Whether `cache` is that of continuous batching, which always had this name; attention takes it from `**kwargs`."""
+    return name != CACHE_NAME and value is not None and not isinstance(value, Cache)
 
 
 def _looks_like_cache(name: str, value: Any) -> bool:

@@ -11,18 +11,30 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""RETRO (Borgeaud et al., 2022): neighbor encoder → chunked cross-attention → one pass over the chunk grid → model.
+"""RETRO (Borgeaud et al., 2022), in the order of the paper's Algorithm 1.
 
-Shape legend: B batch, T new tokens, C chunks, m chunk_size, K neighbors, R neighbor_size (neighbor and continuation),
-S = K · R neighbor tokens of a chunk, H heads, D head_dim, N chunks of any row.
+    H ← EMB(X)                                      the backbone, any causal language model
+    for each layer p:
+        H ← ATTN(H)                                 the backbone
+        if p = min(P):  E ← ENCODER(RET(C), H)      RetroNeighborEncoder, section 2.4, equation 7
+        if p in P:      H ← CCA(H, E)               RetroChunkedCrossAttention, equations 3, 4 and 6
+        H ← FFW(H)                                  the backbone
+    O ← READ(H)                                     the backbone
+
+`RetroPass` is the body of this loop: hooks call it at the end of the self-attention of each layer in P. `RetroModel` plans a
+pass (which chunks complete, what they retrieve: `planning_retro.py`, `chunking_retro.py`) and runs the backbone within it.
 
     chunk u-1        chunk u                  chunk u+1
     … . . . . x │ x . . . . . . . x │ x . . . . . . . x │ …       H: one column per token
               └──── attends E(u-1) ──┘└ attends E(u)            C+: the last token of a chunk and the first m-1 of the next
+
+Shapes: B rows, T new tokens, m chunk_size, K neighbors of R tokens (a neighbor and its continuation), S = K · R, V chunks
+that complete in the pass, N attending chunks of Q tokens, H heads, D head_dim.
 """
 
 from collections.abc import Callable
 from functools import partial
+from inspect import Signature, signature
 from typing import Any
 
 import torch
@@ -30,29 +42,37 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
-from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, logging
-from transformers.utils.output_capturing import CompileableContextVar
+from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, is_torchdynamo_exporting, logging
 
 from .adapter_retro import RetroAdapterMixin
-from .backbone_retro import accepted_arguments, find_branch_end, find_decoder_layers
-from .cache_retro import RetroState, pad_to
-from .chunking_retro import Planner, chunk_offsets, real_tokens, state_of
-from .compatibility_retro import CACHE_NAME, CACHE_NAMES, CHECKPOINTING, accept_cache_by_any_name
-from .configuration_retro import RetroConfig, RetroDecoderConfig, RetroEncoderConfig
-from .modeling_retro_decoder import (
+from .attention_retro import (
     RetroAttention,
-    RetroDecoderForCausalLM,
     RetroMLP,
     RetroRelativePositionBias,
     RetroRMSNorm,
     position_features,
 )
-from .retriever_protocol_retro import Retriever, RetroLookup, check_neighbors, check_retriever
+from .backbone_retro import accepted_arguments, attach_hooks, checkpoint_within_pass, learned_positions, run_within
+from .cache_retro import state_of
+from .chunking_retro import PassPlan
+from .compatibility_retro import CACHE_NAME, CACHE_NAMES, CHECKPOINTING, accept_cache_by_any_name
+from .configuration_retro import RetroConfig, RetroDecoderConfig, RetroEncoderConfig
+from .generation_retro import RetroGenerationMixin
+from .modeling_retro_decoder import RetroDecoderForCausalLM
+from .planning_retro import plan_pass, real_tokens
+from .retriever_protocol_retro import (
+    ATTACHED,
+    Retriever,
+    RetroLookup,
+    check_chunk_size,
+    check_retriever,
+    given_neighbors,
+    text_of,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -61,14 +81,34 @@ logger = logging.get_logger(__name__)
 # trf-ignore: TRF041 config.share_embeddings, config.cross_attention_layers, config.text_config.model_type, config.text_config
 # trf-ignore: TRF041 config.freeze_backbone, config.cross_attention_placement, config.save_backbone
 
-_ATTACHED: Any = type("AttachedRetriever", (), {"__repr__": lambda self: "<the attached retriever>"})()
+
+# ── relative positions (B.1.2, equations 6 and 7) ─────────────────────────────────────────────────────────────────────
+
+
+def distances(num_queries: int, num_keys: int, largest: int, device: torch.device) -> torch.Tensor:
+    """The distances from queries to keys, `(num_queries + num_keys - 1,)`, from `largest`, of the last query to the first key."""
+    return largest - torch.arange(num_queries + num_keys - 1, device=device)
+
+
+def cross_attention_distances(chunk_size: int, neighbor_size: int, device: torch.device) -> torch.Tensor:
+    """Equation 6: d(i, i') = i - i' + m - 1, with m for the paper's l, from token i of an attending chunk to token i' of a neighbor.
+
+    A neighbor N lies over the chunk that retrieved it and its continuation F over the next one, so the neighbor token at the
+    place of the token that is predicted has the distance -1. The same table serves every neighbor.
+    """
+    return distances(chunk_size, neighbor_size, 2 * chunk_size - 2, device)
+
+
+def encoder_distances(neighbor_size: int, chunk_size: int, device: torch.device) -> torch.Tensor:
+    """Equation 7: d_enc(i', i) = i' - i, from token i' of a neighbor to token i of the chunk that retrieved it."""
+    return distances(neighbor_size, chunk_size, neighbor_size - 1, device)
 
 
 # ── the neighbor encoder (Algorithm 1, ENCODER) ───────────────────────────────────────────────────────────────────────
 
 
 class RetroEncoderLayer(GradientCheckpointingLayer):
-    """FFW(CA(ATTN(E), H_u)), each residual and pre-normed; CA only in the layers P_enc."""
+    """E ← FFW(CA(ATTN(E), H_u)), each operator residual and pre-normed; CA only in the layers P_enc."""
 
     def __init__(self, config: RetroEncoderConfig, chunk_states_size: int, has_cross_attention: bool):
         super().__init__()
@@ -105,8 +145,9 @@ class RetroEncoderLayer(GradientCheckpointingLayer):
         update, _ = self.self_attn(self.self_attn_norm(hidden_states), self_features, attention_mask=neighbor_mask)
         hidden_states = hidden_states + update
         if self.has_cross_attention:
-            num_neighbors = hidden_states.shape[0] // max(chunk_states.shape[0], 1)
-            key, value = self.cross_attn.project_key_value(chunk_states)  # once per chunk, for all of its neighbors
+            # H_u is projected once per chunk, for all of its neighbors.
+            num_neighbors = hidden_states.shape[0] // chunk_states.shape[0]
+            key, value = self.cross_attn.project_key_value(chunk_states)
             update, _ = self.cross_attn.attend(
                 self.cross_attn_norm(hidden_states),
                 key.repeat_interleave(num_neighbors, dim=0),
@@ -162,16 +203,14 @@ class RetroNeighborEncoder(nn.Module):
             `torch.FloatTensor` of shape `(N, K * R, encoder_hidden_size)`.
         """
         num_chunks, num_neighbors, size = neighbor_input_ids.shape
-        ids = neighbor_input_ids.masked_fill(~neighbor_mask, 0)  # whatever stands at padding is never read
+        ids = neighbor_input_ids.masked_fill(~neighbor_mask, 0)  # any id may be at padding
         hidden_states = (self.embed_tokens or embed)(ids.flatten(0, 1))
         if self.embed_proj is not None:
             hidden_states = self.embed_proj(hidden_states)
         chunk_size = chunk_states.shape[1]
         device, dtype = chunk_states.device, chunk_states.dtype
-        steps = torch.arange(2 * size - 1, device=device)
-        self_features = position_features(size - 1 - steps, self.hidden_size, dtype)  # d = i - j
-        steps = torch.arange(size + chunk_size - 1, device=device)
-        cross_features = position_features(size - 1 - steps, self.hidden_size, dtype)  # equation 7: d = i' - i
+        self_features = position_features(distances(size, size, size - 1, device), self.hidden_size, dtype)
+        cross_features = position_features(encoder_distances(size, chunk_size, device), self.hidden_size, dtype)
         chunk_states = self.chunk_norm(chunk_states)
         for layer in self.layers:
             hidden_states = layer(
@@ -185,19 +224,19 @@ class RetroNeighborEncoder(nn.Module):
         return self.norm(hidden_states).view(num_chunks, num_neighbors * size, -1)
 
 
-# ── chunked cross-attention (equations 3 and 4, Listing 1) ────────────────────────────────────────────────────────────
+# ── chunked cross-attention (equations 3, 4 and 6, Listing 1) ─────────────────────────────────────────────────────────
 
 
 class RetroChunkedCrossAttention(nn.Module):
-    """Attention from an attending chunk to the encoded neighbors of the chunk before it.
+    """CCA(H, E): attention from each attending chunk to the encoded neighbors of one chunk.
 
     One softmax runs over the tokens of all neighbors; the position table is the same for each of them (Listing 1), so
-    their order does not matter. The shift by m - 1 that makes a chunk an *attending* chunk is the caller's
-    (`chunking_retro.py`).
+    their order does not matter.
     """
 
-    def __init__(self, config: RetroConfig):
+    def __init__(self, config: RetroConfig, layer_idx: int):
         super().__init__()
+        self.layer_idx = layer_idx
         self.norm = RetroRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.attention = RetroAttention(
             config,
@@ -213,35 +252,37 @@ class RetroChunkedCrossAttention(nn.Module):
         hidden_states: torch.Tensor,
         neighbor_states: torch.Tensor | None,
         features: torch.Tensor,
-        neighbor_size: int,
-        recall: Callable,
-    ) -> torch.Tensor:
-        """Compute the update of N attending chunks.
+        plan: PassPlan,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Compute the update CCA(H, E) - H; the residual is added by the caller.
 
         Args:
-            hidden_states (`torch.FloatTensor` of shape `(N, Q, hidden_size)`): residual stream of the attending chunks.
-            neighbor_states (`torch.FloatTensor` of shape `(M, S, encoder_hidden_size)`, *optional*): E of chunks that
-                are new in this pass; their keys and values are projected once, here.
+            hidden_states (`torch.FloatTensor` of shape `(B, T, hidden_size)`): H, the residual stream.
+            neighbor_states (`torch.FloatTensor` of shape `(V, S, encoder_hidden_size)`, *optional*): E of the chunks that
+                complete in this pass; their keys and values are projected once, here.
             features (`torch.FloatTensor` of shape `(P, hidden_size)` or `(N, P, hidden_size)`): of the distances from
-                the queries to the tokens of one neighbor.
-            neighbor_size (`int`): R.
-            recall (`Callable`): takes the new keys and values (or None) and returns keys and values of shape
-                `(N, H, S, D)` and a mask of shape `(N, S)`, those of earlier chunks among them.
+                the queries to the tokens of one neighbor (equation 6).
+            plan ([`PassPlan`]): which token attends to which chunk.
         Returns:
-            `torch.FloatTensor` of shape `(N, Q, hidden_size)`: zero where a chunk has no neighbor.
+            The update of the shape of `hidden_states`, zero where a token attends to nothing, and the probabilities of
+            the attending chunks, of shape `(N, H, Q, S)`, None under sdpa.
         """
-        attention = self.attention
-        projected = None if neighbor_states is None else attention.project_key_value(neighbor_states)
-        key, value, mask = recall(projected)
-        update, _ = attention.attend(
-            self.norm(hidden_states),
+        # Equation 3: the attending chunks H_u⁺, tokens u·m + m - 1 to u·m + 2m - 2.
+        attending = plan.attending(hidden_states)
+        # E_u of each of them: of chunks that complete in this pass, and with a cache of the chunk completed before.
+        projected = (None, None) if neighbor_states is None else self.attention.project_key_value(neighbor_states)
+        key, value = plan.update(self.layer_idx, *projected)
+        mask = plan.attended_mask
+        # Equation 4: CA(H_u⁺, E_u), with the logits of equation 6.
+        update, weights = self.attention.attend(
+            self.norm(attending),
             key,
             value,
             features,
             mask[:, None, None, :],
-            num_repeats=mask.shape[1] // neighbor_size,
+            num_repeats=mask.shape[1] // plan.neighbor_size,
         )
-        return torch.where(mask.any(dim=-1)[:, None, None], update, 0.0)
+        return plan.per_token(torch.where(mask.any(dim=-1)[:, None, None], update, 0.0)), weights
 
 
 class RetroReader(nn.Module):
@@ -256,66 +297,156 @@ class RetroReader(nn.Module):
         super().__init__()
         self.encoder = RetroNeighborEncoder(config, embedding_size)
         self.cross_attention = nn.ModuleDict(
-            {str(layer): RetroChunkedCrossAttention(config) for layer in config.cross_attention_layers}
+            {str(layer): RetroChunkedCrossAttention(config, layer) for layer in config.cross_attention_layers}
         )
 
 
-# ── where the pass meets the backbone ─────────────────────────────────────────────────────────────────────────────────
+# ── the pass: the loop of Algorithm 1 inside the backbone ─────────────────────────────────────────────────────────────
 
 
-class _PassVar(CompileableContextVar):
-    """A class of its own, so that output capturing does not take it for its collector."""
+class RetroPass:
+    """RETRO's part of one forward pass; a new object every pass, so that passes never mix.
 
+    Another way to read neighbors takes the place of this class and of `RetroReader`, and uses the same [`PassPlan`].
 
-_active_pass = _PassVar("retro_pass")
+    Args:
+        reader ([`RetroReader`]): encoder and cross-attention.
+        embed (`nn.Module`): the backbone's embedding, for an encoder that shares it.
+        config ([`RetroConfig`]): of the model.
+        plan ([`PassPlan`]): what is read, and where.
+        output_attentions (`bool`): whether to collect `cross_attentions`.
+    """
 
+    def __init__(
+        self,
+        reader: RetroReader,
+        embed: nn.Module,
+        config: RetroConfig,
+        plan: PassPlan,
+        output_attentions: bool = False,
+    ):
+        self.reader = reader
+        self.embed = embed
+        self.config = config
+        self.plan = plan
+        self.output_attentions = output_attentions
+        self.layer_inputs: dict[int, torch.Tensor] = {}
+        self.layers_read: list[int] = []
+        self.neighbor_states: torch.Tensor | None = None
+        self.features: torch.Tensor | None = None
+        self.cross_attentions: dict[int, torch.Tensor] = {}
 
-def _record_layer_input(module: nn.Module, args: tuple, kwargs: dict, *, layer_idx: int, name: str) -> None:
-    retro_pass = _active_pass.get()
-    if retro_pass is not None:
-        retro_pass.layer_inputs[layer_idx] = args[0] if args else kwargs[name]
+    def __call__(self, layer_idx: int, hidden_states: torch.Tensor) -> torch.Tensor:
+        """What layer `layer_idx` adds to its residual stream after self-attention, of the same shape (B, T, hidden_size)."""
+        self._check_shape(layer_idx, hidden_states)
+        self.layers_read.append(layer_idx)
+        neighbor_states = self.neighbor_states
+        if layer_idx == self.config.cross_attention_layers[0]:
+            # A recomputation under gradient checkpointing runs this again; later layers keep the first result.
+            neighbor_states = self.encode(hidden_states)
+            if self.neighbor_states is None:
+                self.neighbor_states = neighbor_states
+        return self.attend(layer_idx, hidden_states, neighbor_states)
 
+    def encode(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """E of the chunks that complete in this pass, (V, S, d'), given H at layer min(P); None if nothing is retrieved."""
+        plan = self.plan
+        chunk_states = plan.completed(hidden_states)
+        if plan.neighbor_size is not None:
+            self.features = self._features(hidden_states)
+        if chunk_states is None:
+            return None
+        return self.reader.encoder(
+            plan.neighbor_input_ids, plan.neighbor_mask, chunk_states, plan.chunk_mask, self.embed
+        )
 
-def _cross_attend_after_attention(
-    module: nn.Module, args: tuple, output: Any, *, layer_idx: int, includes_residual: bool, multiplier: float
-) -> Any:
-    """The paper's order ATTN → CCA → FFW: add CCA(x + branch) to the end of the self-attention branch."""
-    retro_pass = _active_pass.get()
-    if retro_pass is None:
-        return None
-    branch = output[0] if isinstance(output, tuple) else output
-    if includes_residual:
-        hidden_states = branch
-    else:
-        hidden_states = torch.add(retro_pass.layer_inputs[layer_idx], branch, alpha=multiplier)
-    branch = torch.add(branch, retro_pass(layer_idx, hidden_states), alpha=1 / multiplier)
-    return (branch, *output[1:]) if isinstance(output, tuple) else branch
+    def attend(
+        self, layer_idx: int, hidden_states: torch.Tensor, neighbor_states: torch.Tensor | None
+    ) -> torch.Tensor:
+        """CCA(H, E) - H of one layer."""
+        plan = self.plan
+        is_known = plan.state is not None and layer_idx in plan.state.key_values
+        if neighbor_states is None and not is_known:
+            return torch.zeros_like(hidden_states)
+        update, weights = self.reader.cross_attention[str(layer_idx)](
+            hidden_states, neighbor_states, self.features, plan
+        )
+        if self.output_attentions and weights is not None:
+            by_query = weights.transpose(1, 2).flatten(2) * plan.attended_mask.any(dim=-1)[:, None, None]
+            self.cross_attentions[layer_idx] = (
+                plan.per_token(by_query).unflatten(-1, (weights.shape[1], -1)).transpose(1, 2)
+            )
+        return update
 
+    def _features(self, like: torch.Tensor) -> torch.Tensor:
+        """Features of the distances in cross-attention, in decreasing order: `(P, hidden_size)` or `(B, P, hidden_size)`."""
+        plan, size = self.plan, self.config.chunk_size
+        table = None if plan.state is None else plan.state.features
+        if table is None:
+            table = cross_attention_distances(size, plan.neighbor_size, like.device)
+            table = position_features(table, like.shape[-1], like.dtype)
+            if plan.state is not None:
+                plan.state.features = table
+        if plan.places is None:
+            return table
+        # Single tokens: the further into its chunk a token is, the larger are its distances.
+        first = [size - 1 - place for place in plan.places]
+        windows = table.unfold(0, plan.neighbor_size, 1)
+        window = windows[first[0] if len(set(first)) == 1 else torch.tensor(first, device=like.device)]
+        return window.transpose(-1, -2)
 
-def _cross_attend_after_layer(module: nn.Module, args: tuple, output: Any, *, layer_idx: int) -> Any:
-    retro_pass = _active_pass.get()
-    if retro_pass is None:
-        return None
-    hidden_states = output[0] if isinstance(output, tuple) else output
-    hidden_states = hidden_states + retro_pass(layer_idx, hidden_states)
-    return (hidden_states, *output[1:]) if isinstance(output, tuple) else hidden_states
+    def _check_shape(self, layer_idx: int, hidden_states: torch.Tensor) -> None:
+        shape = self.plan.shape
+        if hidden_states.shape[:-1] != shape:
+            raise ValueError(
+                f"The residual stream of the backbone's layer {layer_idx} has the shape {tuple(hidden_states.shape)}, but the "
+                f"input has {shape[0]} rows of {shape[1]} tokens; RETRO needs one vector per token. Choose another "
+                "backbone, such as Llama or GPT-2."
+            )
 
+    def finish(self, outputs: Any) -> None:
+        """Check that every layer of P has read, once, and add what was asked for to the outputs.
 
-def _checkpoint_within_pass(checkpoint: Callable, function: Callable, *args: Any) -> Any:
-    """Checkpoint a layer so that its recomputation, long after the pass, still finds the pass."""
-    retro_pass = _active_pass.get()
-
-    def run(*inputs: Any) -> Any:
-        token = _active_pass.set(retro_pass)
-        try:
-            return function(*inputs)
-        finally:
-            _active_pass.reset(token)
-
-    return checkpoint(run, *args)
+        Raises:
+            RuntimeError: if the hooks of a layer did not run, or those of another layer ran in their place. That happens
+                where `torch.compile` compiles the layers one by one: it uses the code of one layer for all of them.
+        """
+        expected = self.config.cross_attention_layers
+        if getattr(self.config.text_config, "layerdrop", 0.0):  # layers are skipped at random in training
+            expected = [layer for layer in expected if layer in self.layers_read]
+        if self.layers_read != expected:
+            raise RuntimeError(
+                f"The backbone read neighbors in its layers {self.layers_read}, but `cross_attention_layers` is "
+                f"{expected}. If the backbone or its layers are compiled by themselves, compile the whole model instead: "
+                "`torch.compile(model)`."
+            )
+        if self.output_attentions and isinstance(outputs, ModelOutput):
+            outputs["cross_attentions"] = tuple(self.cross_attentions.values())
+        if self.plan.state is not None:
+            self.plan.commit()
 
 
 # ── the model ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+RETRIEVAL_ARGUMENTS = r"""
+neighbor_input_ids (`torch.LongTensor` of shape `(batch_size, num_chunks, num_neighbors, neighbor_size)`, *optional*):
+    Tokens of the neighbors of each chunk, counted from the first chunk of the row. Chunks beyond `num_chunks` ask
+    the retriever, or have none.
+neighbor_attention_mask (`torch.Tensor` of the same shape, *optional*):
+    1 at real tokens, 0 at padding and at missing neighbors; all ones by default.
+neighbor_chunk_size (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
+    Tokens per chunk for which the given neighbors were looked up; an error if it is not the model's. The collators
+    give it: neighbors of longer chunks would tell the model what comes next.
+chunk_offset (`int` or `torch.LongTensor` of shape `(batch_size,)`, *optional*):
+    Chunk position of a row's first token, 0 by default; with `-prompt_length % chunk_size` the prompt ends a chunk.
+retriever (`Callable`, *optional*):
+    `retriever(chunk_input_ids, chunk_attention_mask)` of shapes `(N, chunk_size)` returns neighbor ids and mask of
+    shape `(N, num_neighbors, neighbor_size)`. None turns retrieval off; by default the attached one is used.
+with_head (`bool`, *optional*, defaults to `False`):
+    Whether to run the backbone with its head, as [`RetroForCausalLM`] does.
+"""
+"""What a forward pass takes beside the arguments of any causal language model."""
 
 
 @auto_docstring(custom_intro="Weight initialization, loading and saving of RETRO models.")
@@ -403,7 +534,7 @@ class RetroPreTrainedModel(RetroAdapterMixin):
                     "Reentrant gradient checkpointing would lose the gradient of the encoded neighbors, which are no input "
                     f"of the checkpointed layers. Use `{CHECKPOINTING}_kwargs={{'use_reentrant': False}}`."
                 )
-            gradient_checkpointing_func = partial(_checkpoint_within_pass, gradient_checkpointing_func)
+            gradient_checkpointing_func = partial(checkpoint_within_pass, gradient_checkpointing_func)
         if gradient_checkpointing_func is not None:
             kwargs["gradient_checkpointing_func"] = gradient_checkpointing_func
         super()._set_gradient_checkpointing(enable=enable, **kwargs)
@@ -440,33 +571,13 @@ class RetroModel(RetroPreTrainedModel):
                 part._is_hf_initialized = True  # its weights are not ours to initialize
         self.backbone = backbone
         self.retro = RetroReader(config, backbone.get_input_embeddings().embedding_dim)
-        self._attach_hooks()
+        attach_hooks(backbone, config)
         self._backbone_arguments = accepted_arguments(backbone)
-        self._max_positions = _learned_positions(backbone)
+        self._max_positions = learned_positions(backbone)
         self._retriever = _Shared(None)
         if config.freeze_backbone:
             backbone.requires_grad_(False)
         self.post_init()
-
-    def _attach_hooks(self) -> None:
-        config = self.config
-        layers = find_decoder_layers(self.backbone, config.backbone_layers)
-        for idx in config.cross_attention_layers:
-            if config.cross_attention_placement == "after_layer":
-                layers[idx].register_forward_hook(partial(_cross_attend_after_layer, layer_idx=idx))
-                continue
-            end = find_branch_end(self.backbone, layers[idx], config.backbone_attention)
-            # Nearly always called `hidden_states`.
-            record = partial(_record_layer_input, layer_idx=idx, name=accepted_arguments(layers[idx])[0])
-            layers[idx].register_forward_pre_hook(record, with_kwargs=True)
-            end.module.register_forward_hook(
-                partial(
-                    _cross_attend_after_attention,
-                    layer_idx=idx,
-                    includes_residual=end.includes_residual,
-                    multiplier=end.multiplier,
-                )
-            )
 
     # trf-ignore: TRF033 (a retriever is no hyperparameter)
     def set_retriever(self, retriever: Retriever | None) -> None:
@@ -480,7 +591,7 @@ class RetroModel(RetroPreTrainedModel):
         """The attached retriever."""
         return self._retriever.value
 
-    @auto_docstring
+    @auto_docstring(custom_args=RETRIEVAL_ARGUMENTS)
     @accept_cache_by_any_name
     def forward(
         self,
@@ -490,180 +601,140 @@ class RetroModel(RetroPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
+        *,
         neighbor_input_ids: torch.LongTensor | None = None,
         neighbor_attention_mask: torch.Tensor | None = None,
-        chunk_offset: int | torch.LongTensor | None = None,
-        retriever: Retriever | None = _ATTACHED,
         neighbor_chunk_size: torch.LongTensor | None = None,
+        chunk_offset: int | torch.LongTensor | None = None,
+        retriever: Retriever | None = ATTACHED,
+        with_head: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
-        r"""
-        neighbor_input_ids (`torch.LongTensor` of shape `(batch_size, num_chunks, num_neighbors, neighbor_size)`, *optional*):
-            Tokens of the neighbors of each chunk, counted from the first chunk of the row. Chunks beyond `num_chunks` ask
-            the retriever, or have none.
-        neighbor_attention_mask (`torch.Tensor` of the same shape, *optional*):
-            1 at real tokens, 0 at padding and at missing neighbors; all ones by default.
-        chunk_offset (`int` or `torch.LongTensor` of shape `(batch_size,)`, *optional*):
-            Chunk position of a row's first token, 0 by default; with `-prompt_length % chunk_size` the prompt ends a chunk.
-        retriever (`Callable`, *optional*):
-            `retriever(chunk_input_ids, chunk_attention_mask)` of shapes `(N, chunk_size)` returns neighbor ids and mask of
-            shape `(N, num_neighbors, neighbor_size)`. None turns retrieval off; by default the attached one is used.
-        neighbor_chunk_size (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
-            Tokens per chunk for which the given neighbors were looked up; an error if it is not the model's. The collators
-            give it: neighbors of longer chunks would tell the model what comes next.
-        """
-        return self.run(
-            self.backbone.base_model,
-            input_ids,
-            attention_mask,
-            position_ids,
-            past_key_values,
-            inputs_embeds,
-            use_cache,
-            neighbor_input_ids,
-            neighbor_attention_mask,
-            chunk_offset,
-            retriever,
-            neighbor_chunk_size=neighbor_chunk_size,
-            **kwargs,
-        )
-
-    def run(
-        self,
-        module: nn.Module,
-        input_ids: torch.Tensor | None,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
-        past_key_values: Cache | None,
-        inputs_embeds: torch.Tensor | None,
-        use_cache: bool | None,
-        neighbor_input_ids: torch.Tensor | None,
-        neighbor_attention_mask: torch.Tensor | None,
-        chunk_offset: int | torch.Tensor | None,
-        retriever: Retriever | None,
-        token_mask: torch.Tensor | None = None,
-        neighbor_chunk_size: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> ModelOutput:
-        """Run the backbone, or its body, with retrieval; `module` is one of the two, the rest as in `forward`.
-
-        `token_mask` is the 2-D padding mask where `attention_mask` is not (static caches).
-        """
+        # `generate` gives the 2-D padding mask where `attention_mask` is another one (static caches), and the tokens of a
+        # prompt whose embeddings are given.
+        token_mask, token_ids = kwargs.pop("token_mask", None), kwargs.pop("token_ids", None)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give either `input_ids` or `inputs_embeds`, not both and not neither.")
-        inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
+        tokens = inputs_embeds if input_ids is None else input_ids
+        self._check_length(tokens.shape[1], past_key_values)
+        check_chunk_size(neighbor_chunk_size, self.config.chunk_size)
+        is_whole = past_key_values is None and not use_cache
+        state = getattr(past_key_values, "retro", None)
+        is_step = state is not None and tokens.shape[1] == 1
+        given = given_neighbors(
+            neighbor_input_ids, neighbor_attention_mask, tokens, self.config, is_step=is_step, is_whole=is_whole
+        )
+        retriever = self._lookup(retriever)
+
+        module = self.backbone if with_head else self.backbone.base_model
+        inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask, **kwargs}
         if "position_ids" in self._backbone_arguments:
             inputs["position_ids"] = position_ids
-        tokens = input_ids if input_ids is not None else inputs_embeds
-        self._check_length(tokens.shape[1], past_key_values)
-        self._check_chunk_size(neighbor_chunk_size)
-
-        retriever = self.retriever if retriever is _ATTACHED else retriever
-        if retriever is not None and not isinstance(retriever, RetroLookup):
-            retriever = RetroLookup(retriever, self.config.vocab_size, self.config.chunk_size)
-        state = getattr(past_key_values, "retro", None)
-        is_whole = past_key_values is None and not use_cache
-        given = self._given_neighbors(neighbor_input_ids, neighbor_attention_mask, tokens, state, is_whole)
         if given is None and retriever is None and state is None:
-            return module(**inputs, **{CACHE_NAME: past_key_values}, use_cache=use_cache, **kwargs)
+            return module(**inputs, **{CACHE_NAME: past_key_values}, use_cache=use_cache)
 
-        if 0 in tokens.shape[:2]:
-            raise ValueError(f"The input has no tokens: its shape is {tuple(tokens.shape[:2])} (batch, tokens).")
-        if retriever is not None and input_ids is None:
-            raise ValueError(
-                "Retrieval needs `input_ids`: there are no tokens to look up in `inputs_embeds`. Give "
-                "`neighbor_input_ids`, or `retriever=None`."
-            )
-        if use_cache is None:  # nobody goes on from tokens whose labels are known
+        if input_ids is None:
+            unclear = state is None and (chunk_offset is None or neighbor_chunk_size is not None)
+            tokens = text_of(tokens, token_ids, given, retriever, is_unclear=unclear)
+        inputs |= self._cache_inputs(past_key_values, use_cache, kwargs.get("labels"), retriever)
+        read = self._read
+        if inputs[CACHE_NAME] is not None and retriever is not None:
+            # Every step would be compiled anew: what it looks up depends on values, and its history is another one.
+            read = torch.compiler.disable(read)
+        mask = attention_mask if token_mask is None else token_mask
+        sources = {"given": given, "retriever": retriever, "chunk_offset": chunk_offset}
+        return read(module, inputs, tokens, mask, position_ids, sources)
+
+    def _lookup(self, retriever: Retriever | None) -> RetroLookup | None:
+        retriever = self.retriever if retriever is ATTACHED else retriever
+        if retriever is None or isinstance(retriever, RetroLookup):
+            return retriever
+        return RetroLookup(retriever, self.config.vocab_size, self.config.chunk_size)
+
+    def _cache_inputs(
+        self,
+        past_key_values: Cache | None,
+        use_cache: bool | None,
+        labels: torch.Tensor | None,
+        retriever: RetroLookup | None,
+    ) -> dict[str, Any]:
+        """The cache of a pass with retrieval: made here, because the backbone would make it too late."""
+        exporting = is_torchdynamo_exporting()
+        if use_cache is None:  # with labels, or in training, no generation follows
             wanted = getattr(self.config.text_config, "use_cache", True)
-            use_cache = wanted and not self.training and kwargs.get("labels") is None
+            use_cache = wanted and not self.training and labels is None and not exporting
+        cached = use_cache or past_key_values is not None
+        if exporting and (cached or retriever is not None):
+            raise ValueError(
+                f"{'A cache' if cached else 'A retriever'} cannot be part of an exported pass with retrieval: chunks are "
+                "completed and looked up outside of the program. Export with `neighbor_input_ids`, `retriever=None` and "
+                "`use_cache=False`, or without retrieval."
+            )
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config.text_config.get_text_config(decoder=True))
-        if past_key_values is not None:
-            state = state_of(past_key_values, len(tokens), chunk_offset, self.config)
-        real = real_tokens(
-            attention_mask if token_mask is None else token_mask, position_ids, state, *tokens.shape[:2]
+        return {CACHE_NAME: past_key_values, "use_cache": use_cache}
+
+    def _read(
+        self,
+        module: nn.Module,
+        inputs: dict[str, Any],
+        tokens: torch.Tensor,
+        mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        sources: dict[str, Any],
+    ) -> ModelOutput:
+        """Plan the pass, and run `module(**inputs)` within it; `sources` are arguments of `plan_pass`."""
+        if 0 in tokens.shape[:2]:
+            raise ValueError(f"The input has no tokens: its shape is {tuple(tokens.shape[:2])} (batch, tokens).")
+        size, cache = self.config.chunk_size, inputs[CACHE_NAME]
+        state = None if cache is None else state_of(cache, len(tokens), sources["chunk_offset"], size)
+        real = real_tokens(mask, position_ids, state, *tokens.shape[:2])
+        plan = plan_pass
+        if sources["retriever"] is not None or not torch.compiler.is_compiling():
+            plan = torch.compiler.disable(plan)  # a retriever works on the host; the pass itself compiles
+        retro_pass = RetroPass(
+            self.retro,
+            self.get_input_embeddings(),
+            self.config,
+            plan(tokens, real, size, state=state, **sources),
+            output_attentions=_wants_attentions(inputs, self.config),
         )
-        planner = Planner(self.retro, self.get_input_embeddings(), self.config, state, given, retriever)
-        retro_pass = planner.plan(tokens, real, chunk_offset)
-        token = _active_pass.set(retro_pass)
-        try:
-            outputs = module(**inputs, **{CACHE_NAME: past_key_values}, use_cache=use_cache, **kwargs)
-        finally:
-            _active_pass.reset(token)
-        if state is not None:
-            retro_pass.commit()
+        outputs = run_within(retro_pass, module, inputs)
+        retro_pass.finish(outputs)
         return outputs
 
     def _check_length(self, num_tokens: int, past_key_values: Cache | None) -> None:
         if self._max_positions is None:
             return
-        length = num_tokens + (int(past_key_values.get_seq_length()) if past_key_values is not None else 0)
+        length = num_tokens + (int(past_key_values.get_seq_length()) if isinstance(past_key_values, Cache) else 0)
         if length > self._max_positions:
             raise ValueError(
                 f"The sequence has {length} tokens, but the backbone's position table ends at {self._max_positions}. "
                 "Shorten the prompt, or lower `max_new_tokens`."
             )
 
-    def _check_chunk_size(self, looked_up: torch.Tensor | None) -> None:
-        if looked_up is None or torch.compiler.is_compiling():  # reading values would break the graph
-            return
-        sizes = set(looked_up.tolist())
-        if sizes != {self.config.chunk_size}:
-            raise ValueError(
-                f"The neighbors were looked up for chunks of {sorted(sizes)} tokens, but the model has chunks of "
-                f"{self.config.chunk_size}: it would read neighbors of text that it is yet to predict. Take a datastore (and "
-                f"a collator) of chunk_size={self.config.chunk_size}, and cut and look up the training text with it."
-            )
 
-    def _given_neighbors(
-        self,
-        input_ids: torch.Tensor | None,
-        mask: torch.Tensor | None,
-        tokens: torch.Tensor,
-        state: RetroState | None,
-        is_whole: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """The caller's neighbors, checked; `is_whole` says that no tokens can follow."""
-        if input_ids is None:
-            if mask is not None:
-                raise ValueError(
-                    "`neighbor_attention_mask` was given without `neighbor_input_ids`. Give both, or none."
-                )
-            return None
-        size, (batch_size, num_tokens) = self.config.chunk_size, tokens.shape[:2]
-        if state is None or num_tokens > 1:  # a decoding step would only repeat the check
-            source = "`neighbor_input_ids` (batch, chunks, …)"
-            input_ids, mask = check_neighbors(input_ids, mask, (batch_size, -1), self.config.vocab_size, source)
-            if is_whole and input_ids.shape[1] > num_tokens // size + 1:
-                raise ValueError(
-                    f"`neighbor_input_ids` holds neighbors of {input_ids.shape[1]} chunks, but {num_tokens} tokens have "
-                    f"only {num_tokens // size} complete chunks of {size}. Were they made with another `chunk_size`?"
-                )
-        if mask is None:
-            mask = torch.ones((), dtype=torch.bool, device=input_ids.device).expand_as(input_ids)
-        # A chunk has at least one neighbor, if only to be masked.
-        return tuple(pad_to(tensor.to(tokens.device), 1, dim=-2) for tensor in (input_ids, mask.bool()))
+def _wants_attentions(inputs: dict[str, Any], config: RetroConfig) -> bool:
+    wanted = inputs.get("output_attentions")
+    return bool(getattr(config, "output_attentions", False) if wanted is None else wanted)
 
 
-def _prompt_rows(num_rows: int, num_sequences: int) -> list[int]:
-    """For each generated sequence a row of its prompt, which stand together: once per beam, and once per result."""
-    return [sequence * num_rows // num_sequences for sequence in range(num_sequences)]
+def _with_arguments_of(forward: Callable) -> Callable:
+    """Show the arguments of `forward` in the signature of a function that passes them on, and its own after them."""
 
+    def decorate(function: Callable) -> Callable:
+        passed_on = [p for p in signature(forward).parameters.values() if p.name not in ("with_head", "kwargs")]
+        own = [p for p in signature(function).parameters.values() if p.kind in (p.KEYWORD_ONLY, p.VAR_KEYWORD)]
+        function.__signature__ = Signature(passed_on + own)  # type: ignore[attr-defined]
+        return function
 
-def _learned_positions(backbone: PreTrainedModel) -> int | None:
-    """Length of the backbone's table of absolute positions, None if it has no table that could be overrun."""
-    limit = getattr(backbone.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    tables = [
-        m for m in backbone.modules() if isinstance(m, nn.Embedding) and m is not backbone.get_input_embeddings()
-    ]
-    return limit if limit and any(limit <= table.num_embeddings <= limit + 2 for table in tables) else None
+    return decorate
 
 
 @auto_docstring(
     custom_intro="RETRO: a causal language model that reads retrieved neighbors through chunked cross-attention."
 )
-class RetroForCausalLM(RetroPreTrainedModel, GenerationMixin):
+class RetroForCausalLM(RetroPreTrainedModel, RetroGenerationMixin):
     def __init__(self, config: RetroConfig, backbone: PreTrainedModel | None = None):
         r"""
         backbone (`PreTrainedModel`, *optional*):
@@ -690,174 +761,21 @@ class RetroForCausalLM(RetroPreTrainedModel, GenerationMixin):
         """The attached retriever."""
         return self.model.retriever
 
-    @auto_docstring
+    @auto_docstring(custom_args=RETRIEVAL_ARGUMENTS)
     @accept_cache_by_any_name
+    @_with_arguments_of(RetroModel.forward)
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        *args: Any,
         labels: torch.LongTensor | None = None,
-        use_cache: bool | None = None,
-        neighbor_input_ids: torch.LongTensor | None = None,
-        neighbor_attention_mask: torch.Tensor | None = None,
-        chunk_offset: int | torch.LongTensor | None = None,
-        retriever: Retriever | None = _ATTACHED,
-        neighbor_chunk_size: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
-        r"""
-        neighbor_input_ids (`torch.LongTensor` of shape `(batch_size, num_chunks, num_neighbors, neighbor_size)`, *optional*):
-            Tokens of the neighbors of each chunk, counted from the first chunk of the row. Chunks beyond `num_chunks` ask
-            the retriever, or have none.
-        neighbor_attention_mask (`torch.Tensor` of the same shape, *optional*):
-            1 at real tokens, 0 at padding and at missing neighbors; all ones by default.
-        chunk_offset (`int` or `torch.LongTensor` of shape `(batch_size,)`, *optional*):
-            Chunk position of a row's first token, 0 by default; with `-prompt_length % chunk_size` the prompt ends a chunk.
-        retriever (`Callable`, *optional*):
-            `retriever(chunk_input_ids, chunk_attention_mask)` of shapes `(N, chunk_size)` returns neighbor ids and mask of
-            shape `(N, num_neighbors, neighbor_size)`. None turns retrieval off; by default the attached one is used.
-        neighbor_chunk_size (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
-            Tokens per chunk for which the given neighbors were looked up; an error if it is not the model's. The collators
-            give it: neighbors of longer chunks would tell the model what comes next.
-        """
+        # As in `RetroModel`, with logits, and a loss where there are labels. Under `output_attentions` the output also has
+        # `cross_attentions`, per layer of P the probabilities of each token over the neighbor tokens of its chunk.
         if "logits_to_keep" in self.model._backbone_arguments:
-            kwargs["logits_to_keep"] = logits_to_keep
-        return self.model.run(
-            self.model.backbone,
-            input_ids,
-            attention_mask,
-            position_ids,
-            past_key_values,
-            inputs_embeds,
-            use_cache,
-            neighbor_input_ids,
-            neighbor_attention_mask,
-            chunk_offset,
-            retriever,
-            neighbor_chunk_size=neighbor_chunk_size,
-            labels=labels,
-            **kwargs,
-        )
-
-    # ── generation ────────────────────────────────────────────────────────────────────────────────────────────────────
-
-    def generate(
-        self,
-        inputs: torch.Tensor | None = None,
-        generation_config: GenerationConfig | None = None,
-        *args: Any,
-        retriever: Retriever | None = _ATTACHED,
-        **kwargs: Any,
-    ):
-        """Generate as any model of transformers does, retrieving once per completed chunk of `chunk_size` tokens.
-
-        Args:
-            inputs, generation_config, args, kwargs: as in [`~transformers.GenerationMixin.generate`];
-                `neighbor_input_ids`, `neighbor_attention_mask` and `chunk_offset` as in `forward`.
-            retriever (`Callable`, *optional*): see `forward`; None generates without retrieval, by default the attached
-                retriever is used.
-        Returns:
-            `torch.LongTensor` of token ids, or a `ModelOutput` with `return_dict_in_generate=True`; the latter has
-            `retrieval_trace`, for each sequence the list of its looked-up chunks with their neighbors.
-        """
-        retriever = self.retriever if retriever is _ATTACHED else retriever
-        if retriever is None and kwargs.get("neighbor_input_ids") is None and self.config.retriever_name_or_path:
-            logger.warning_once(
-                f"Generating without retrieval: this model was trained with '{self.config.retriever_name_or_path}'. Open it "
-                "with `RetroRetriever.from_pretrained(...)` and pass `retriever=`."
-            )
-        lookup = None if retriever is None else RetroLookup(retriever, self.config.vocab_size, self.config.chunk_size)
-        outputs = super().generate(inputs, generation_config, *args, retriever=lookup, **kwargs)
-        if lookup is None and isinstance(outputs, ModelOutput):
-            outputs["retrieval_trace"] = [[] for _ in outputs["sequences"]]
-        elif isinstance(outputs, ModelOutput):
-            used = self._prepare_generation_config(generation_config, **kwargs)[0]
-            outputs["retrieval_trace"] = self._trace(lookup, outputs, used, kwargs.get("chunk_offset"))
-        return outputs
-
-    def _trace(
-        self,
-        lookup: RetroLookup,
-        outputs: ModelOutput,
-        used: GenerationConfig,
-        chunk_offset: int | torch.Tensor | None,
-    ) -> list[list[dict]]:
-        """The trace of every sequence, of chunks that had a say in it: a token was generated after them."""
-        sequences = outputs["sequences"]
-        real = torch.ones_like(sequences, dtype=torch.bool)
-        real[:, -1] = False  # it was never an input
-        if used.eos_token_id is not None:
-            eos = used.eos_token_id if isinstance(used.eos_token_id, list) else [used.eos_token_id]
-            ends = torch.tensor([*eos, eos[0] if used.pad_token_id is None else used.pad_token_id])
-            tail = torch.isin(sequences, ends.to(sequences.device))
-            real &= ~tail.long().flip(1).cumprod(1).flip(1).bool()
-        if lookup.padding_mask is not None:
-            mask = lookup.padding_mask.bool().to(real.device)
-            real[:, : mask.shape[1]] &= mask[_prompt_rows(len(mask), len(sequences))]
-        state = getattr(outputs.get(CACHE_NAME), "retro", None)
-        if state is None:
-            num_rows = len(chunk_offset) if isinstance(chunk_offset, (list, torch.Tensor)) else 1
-            offsets = chunk_offsets(chunk_offset, num_rows, self.config.chunk_size)
-        else:
-            offsets = state.offsets
-        offsets = [offsets[row] for row in _prompt_rows(len(offsets), len(sequences))]
-        return lookup.trace(sequences, real, offsets, self.config.chunk_size)
-
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: torch.LongTensor,
-        attention_mask: torch.Tensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        neighbor_input_ids: torch.LongTensor | None = None,
-        neighbor_attention_mask: torch.Tensor | None = None,
-        chunk_offset: int | torch.LongTensor | None = None,
-        retriever: Retriever | None = _ATTACHED,
-        neighbor_chunk_size: torch.LongTensor | None = None,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """Let the backbone prepare its inputs, and add those of retrieval."""
-        inputs = self.model.backbone.prepare_inputs_for_generation(
-            input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
-        )
-        if isinstance(retriever, RetroLookup):
-            retriever.padding_mask = attention_mask
-        if neighbor_input_ids is not None and kwargs.get(CACHE_NAME) is None:
-            num_chunks = input_ids.shape[1] // self.config.chunk_size + 1  # without a cache only those of this pass
-            neighbor_input_ids = neighbor_input_ids[:, :num_chunks]
-            if neighbor_attention_mask is not None:
-                neighbor_attention_mask = neighbor_attention_mask[:, :num_chunks]
-        retro = {
-            "neighbor_input_ids": neighbor_input_ids,
-            "neighbor_attention_mask": neighbor_attention_mask,
-            "chunk_offset": chunk_offset,
-            "retriever": retriever,
-            "neighbor_chunk_size": neighbor_chunk_size,
-            "token_mask": attention_mask,  # the backbone's own may be 4-D, or as long as a static cache
-        }
-        return inputs | retro
-
-    def _valid_auto_compile_criteria(self, model_kwargs: dict[str, Any], generation_config: GenerationConfig) -> bool:
-        # Retrieval decides on the host when a chunk completes; transformers compiles the steps of a static cache on a GPU.
-        if generation_config.compile_config is not None:
-            logger.warning_once("`compile_config` is ignored: generation with retrieval is not compiled.")
-        return False
-
-    def _get_candidate_generator(self, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any):
-        # An assistant drafts without retrieval: it may be any model, and would reject our arguments.
-        ours = ("neighbor_input_ids", "neighbor_attention_mask", "neighbor_chunk_size", "chunk_offset", "retriever")
-        rest = {name: value for name, value in model_kwargs.items() if name not in ours}
-        return super()._get_candidate_generator(*args, model_kwargs=rest, **kwargs)
-
-    def init_continuous_batching(self, *args: Any, **kwargs: Any):
-        """Refused: continuous batching packs requests into one row, where chunks cannot be told apart."""
-        raise NotImplementedError(
-            "RETRO does not support continuous batching (`generate_batch`, paged caches): it packs requests into one row, "
-            "where their chunks cannot be told apart. Use `generate` on a left-padded batch."
-        )
+            kwargs |= {"logits_to_keep": logits_to_keep}
+        return self.model(*args, with_head=True, labels=labels, **kwargs)
 
 
 __all__ = ["RetroForCausalLM", "RetroModel", "RetroPreTrainedModel"]

@@ -17,12 +17,18 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from transformers.utils import is_torchdynamo_exporting
 
 from .cache_retro import pad_to
+from .configuration_retro import RetroConfig
 
 
 Retriever = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 """`retriever(chunk_input_ids (N, m), chunk_attention_mask (N, m)) -> (neighbor_input_ids (N, K, R), mask (N, K, R))`."""
+
+
+ATTACHED: Any = type("AttachedRetriever", (), {"__repr__": lambda self: "<the attached retriever>"})()
+"""The default of an argument `retriever`; None turns retrieval off."""
 
 
 def check_retriever(retriever: Any, chunk_size: int | None = None) -> None:
@@ -86,6 +92,99 @@ def check_neighbors(
             f"{vocab_size} tokens. Were they made with another tokenizer?"
         )
     return input_ids.long(), mask
+
+
+def given_neighbors(
+    input_ids: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    tokens: torch.Tensor,
+    config: RetroConfig,
+    *,
+    is_step: bool,
+    is_whole: bool,
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Neighbors that were given to a forward pass, checked; None if there are none.
+
+    Args:
+        input_ids, mask (`torch.Tensor` of shape `(B, C, K, R)`, *optional*): the neighbors of the chunks of each row.
+        tokens (`torch.Tensor` of shape `(B, T, ...)`): the new tokens, or their embeddings.
+        config ([`RetroConfig`]): of the model.
+        is_step (`bool`): whether an earlier pass has checked these neighbors.
+        is_whole (`bool`): whether no tokens can follow.
+    Returns:
+        Ids and boolean mask of shape `(B, C, K, R)`, with K at least 1.
+    """
+    if input_ids is None:
+        if mask is not None:
+            raise ValueError("`neighbor_attention_mask` was given without `neighbor_input_ids`. Give both, or none.")
+        return None
+    size, (batch_size, num_tokens) = config.chunk_size, tokens.shape[:2]
+    if not is_step:
+        source = "`neighbor_input_ids` (batch, chunks, …)"
+        input_ids, mask = check_neighbors(input_ids, mask, (batch_size, -1), config.vocab_size, source)
+        # An exported program serves other lengths, and neighbors of chunks that the text does not reach do no harm.
+        if is_whole and not is_torchdynamo_exporting() and input_ids.shape[1] > num_tokens // size + 1:
+            raise ValueError(
+                f"`neighbor_input_ids` holds neighbors of {input_ids.shape[1]} chunks, but {num_tokens} tokens have "
+                f"only {num_tokens // size} complete chunks of {size}. Were they made with another `chunk_size`?"
+            )
+    if mask is None:
+        mask = torch.ones((), dtype=torch.bool, device=input_ids.device).expand_as(input_ids)
+    # A chunk has at least one neighbor, if only to be masked.
+    return pad_to(input_ids.to(tokens.device), 1, dim=-2), pad_to(mask.bool().to(tokens.device), 1, dim=-2)
+
+
+def text_of(
+    inputs_embeds: torch.Tensor,
+    input_ids: torch.Tensor | None,
+    given: tuple[torch.Tensor, torch.Tensor] | None,
+    retriever: "RetroLookup | None",
+    is_unclear: bool,
+) -> torch.Tensor:
+    """The text of given embeddings: its tokens if they are known, else the embeddings themselves.
+
+    Args:
+        inputs_embeds (`torch.FloatTensor` of shape `(B, T, hidden_size)`): the embeddings.
+        input_ids (`torch.LongTensor` of shape `(B, T)`, *optional*): the tokens that they stand for.
+        given, retriever (*optional*): where neighbors come from.
+        is_unclear (`bool`): whether nobody said where the chunks of given neighbors begin.
+    Raises:
+        ValueError: if the embeddings do not say enough for retrieval.
+    """
+    if input_ids is not None:
+        if input_ids.shape != inputs_embeds.shape[:2]:
+            raise ValueError(
+                f"`input_ids` has the shape {tuple(input_ids.shape)} and `inputs_embeds` {tuple(inputs_embeds.shape)}, so the "
+                "chunks of the text are unknown. Give embeddings of exactly these tokens, or `input_ids` alone."
+            )
+        return input_ids
+    if retriever is not None:
+        raise ValueError(
+            "Retrieval needs `input_ids`: there are no tokens to look up in `inputs_embeds`. Give "
+            "`neighbor_input_ids`, or `retriever=None`."
+        )
+    if given is not None and is_unclear:
+        raise ValueError(
+            "With `inputs_embeds` it is unknown where the chunks of `neighbor_input_ids` begin: virtual tokens before the "
+            "text, as in PEFT's prompt tuning, would let tokens read neighbors of their own chunk. Give `input_ids` (and "
+            "tune with LoRA), or, for embeddings of the text alone, `chunk_offset=0`."
+        )
+    return inputs_embeds
+
+
+def check_chunk_size(looked_up: torch.Tensor | None, chunk_size: int) -> None:
+    """Check that given neighbors were looked up for chunks of the model's size; `looked_up` is a tensor of shape `(B,)`."""
+    if looked_up is None:
+        return
+    if torch.compiler.is_compiling():  # reading values would break the graph
+        message = f"The neighbors were looked up for chunks of another size than the model's {chunk_size}."
+        torch._assert_async((looked_up == chunk_size).all(), message)
+    elif set(looked_up.tolist()) != {chunk_size}:
+        raise ValueError(
+            f"The neighbors were looked up for chunks of {sorted(set(looked_up.tolist()))} tokens, but the model has chunks of "
+            f"{chunk_size}: it would read neighbors of text that it is yet to predict. Take a datastore (and "
+            f"a collator) of chunk_size={chunk_size}, and cut and look up the training text with it."
+        )
 
 
 class RetroLookup:
@@ -187,4 +286,13 @@ class RetroLookup:
         return rows
 
 
-__all__ = ["Retriever", "RetroLookup", "check_neighbors", "check_retriever"]
+__all__ = [
+    "ATTACHED",
+    "Retriever",
+    "RetroLookup",
+    "check_chunk_size",
+    "check_neighbors",
+    "check_retriever",
+    "given_neighbors",
+    "text_of",
+]

@@ -1,0 +1,254 @@
+# Copyright 2026 The retro-hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Planning a forward pass: which tokens are real, which chunks complete, and what is retrieved for them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .cache_retro import RetrievalState, chunk_offsets, pad_to, per_row
+from .chunking_retro import (
+    History,
+    Neighbors,
+    PassPlan,
+    SequencePlan,
+    StepPlan,
+    cells_from,
+    chunk_positions,
+    completing_tokens,
+    gather,
+)
+from .retriever_protocol_retro import RetroLookup
+
+
+def plan_pass(
+    tokens: torch.Tensor,
+    real: torch.Tensor | None,
+    chunk_size: int,
+    *,
+    state: RetrievalState | None = None,
+    given: Neighbors | None = None,
+    retriever: RetroLookup | None = None,
+    chunk_offset: int | torch.Tensor | None = None,
+) -> PassPlan:
+    """Decide which chunks complete in a pass and fetch their neighbors, before anything is computed.
+
+    Args:
+        tokens (`torch.LongTensor` of shape `(B, T)`, or embeddings of shape `(B, T, hidden_size)`): new tokens.
+        real (`torch.BoolTensor` of shape `(B, T)`, *optional*): False at padding.
+        chunk_size (`int`): m.
+        state ([`RetrievalState`], *optional*): history on the cache.
+        given (pair of tensors of shape `(B, C, K, R)`, *optional*): the caller's neighbors, by chunk of the row.
+        retriever ([`RetroLookup`], *optional*): asked for what is not given.
+        chunk_offset (`int` or `torch.LongTensor` of shape `(B,)`, *optional*): of rows without a history.
+    Returns:
+        [`PassPlan`].
+    """
+    if state is None and retriever is None and given is not None:
+        return _plan_given(tokens, real, chunk_size, given, chunk_offset)
+    if state is not None and tokens.shape[1] == 1 and state.is_started:
+        return _plan_step(tokens, state, given, retriever)
+    begins = chunk_offsets(chunk_offset, len(tokens), chunk_size) if state is None else state.lengths
+    return _plan_sequence(tokens, real, begins, chunk_size, state, given, retriever)
+
+
+def _plan_given(
+    tokens: torch.Tensor,
+    real: torch.Tensor | None,
+    chunk_size: int,
+    given: Neighbors,
+    chunk_offset: int | torch.Tensor | None,
+) -> SequencePlan:
+    """The plan of training. Shapes alone decide, so that no value has to be read back and the pass compiles."""
+    batch_size, num_tokens = tokens.shape[:2]
+    compiling = torch.compiler.is_compiling()
+    ids, mask = given
+    if not compiling:  # an exported program must serve other lengths
+        num_chunks = (num_tokens if chunk_offset is None else num_tokens + chunk_size - 1) // chunk_size
+        ids, mask = ids[:, :num_chunks], mask[:, :num_chunks]
+    if chunk_offset is None:
+        start = torch.zeros(1, dtype=torch.long, device=tokens.device)
+    elif compiling and isinstance(chunk_offset, torch.Tensor):
+        start = chunk_offset.to(tokens.device).expand(batch_size)
+        wrong = f"`chunk_offset` must be from 0 to {chunk_size - 1}."
+        torch._assert_async(((start >= 0) & (start < chunk_size)).all(), wrong)
+    else:
+        start = torch.tensor(chunk_offsets(chunk_offset, batch_size, chunk_size), device=tokens.device)
+    selected = None
+    if chunk_offset is not None and not compiling:
+        # Its values were read: reading the mask, too, spares all chunks of a question but the last.
+        has_neighbor = mask.flatten(2).any(dim=-1).flatten()
+        if 0 < int(has_neighbor.sum()) < len(has_neighbor):
+            selected = has_neighbor.nonzero().squeeze(1)
+    positions = chunk_positions(tokens, real, start)
+    completed = completing_tokens(positions, ids.shape[1], chunk_size)
+    neighbors = (ids.flatten(0, 1), mask.flatten(0, 1)) if ids.shape[1] else None
+    return SequencePlan(positions, completed, ids.shape[1], neighbors, selected)
+
+
+def _plan_sequence(
+    tokens: torch.Tensor,
+    real: torch.Tensor | None,
+    begins: list[int],
+    chunk_size: int,
+    state: RetrievalState | None,
+    given: Neighbors | None,
+    retriever: RetroLookup | None,
+) -> SequencePlan:
+    """The plan of many tokens, whose first ones have the chunk positions `begins`."""
+    device, (batch_size, num_tokens) = tokens.device, tokens.shape[:2]
+    # Without a history chunks are counted from the first one, with one from the chunk that is growing.
+    first_chunk = [0 if state is None else begin // chunk_size for begin in begins]
+    starts = [begin - chunk * chunk_size for begin, chunk in zip(begins, first_chunk, strict=True)]
+    counts = [num_tokens] * batch_size if real is None else real.sum(dim=1).tolist()
+    num_completed = [(start + count) // chunk_size for start, count in zip(starts, counts, strict=True)]
+    num_chunks = max(num_completed)
+    start = torch.tensor(starts, device=device)
+    positions = chunk_positions(tokens, real, start)
+    history = None
+    if state is not None:
+        origins = [max(o - c * chunk_size, 0) for o, c in zip(state.offsets, first_chunk, strict=True)]
+        history = History(first_chunk, num_completed, counts, start, torch.tensor(origins, device=device))
+    completed_tokens, chunk_mask = completing_tokens(positions, num_chunks, chunk_size, history)
+
+    neighbors = None
+    if num_chunks:
+        steps = torch.arange(num_chunks, device=device)
+        rows = torch.arange(batch_size, device=device).repeat_interleave(num_chunks)
+        chunks = torch.tensor(first_chunk, device=device).unsqueeze(1) + steps
+        complete = torch.tensor(num_completed, device=device).unsqueeze(1) > steps
+
+        def chunk_tokens(selected: torch.Tensor) -> Neighbors:
+            ids = tokens
+            if state is not None:
+                ring = state.read("input_ids")
+                old = tokens.new_zeros(batch_size, chunk_size)
+                if ring is not None:
+                    old = ring[per_row([chunk % 2 for chunk in first_chunk], device)]
+                ids = torch.cat([old, tokens], dim=1)
+            return gather(ids.unsqueeze(-1), completed_tokens[selected]).squeeze(-1), chunk_mask[selected]
+
+        neighbors = _fetch(given, retriever, (rows, chunks.flatten()), complete.flatten(), chunk_tokens)
+        if neighbors is not None and state is not None:
+            state.make_room(neighbors[0])
+    completed = completed_tokens, chunk_mask
+    plan = SequencePlan(positions, completed, num_chunks, neighbors, state=state, history=history)
+    if state is not None and tokens.dim() == 2:
+        plan._remember("input_ids", tokens)
+    return plan
+
+
+def _plan_step(
+    tokens: torch.Tensor, state: RetrievalState, given: Neighbors | None, retriever: RetroLookup | None
+) -> StepPlan:
+    size, device = state.chunk_size, tokens.device
+    if tokens.dim() == 2:
+        state.write("input_ids", state.lengths, tokens)
+    rows = [row for row, length in enumerate(state.lengths) if (length + 1) % size == 0]
+    neighbors = None
+    if rows:
+        chunks = [state.lengths[row] // size for row in rows]
+        index = torch.tensor(rows, device=device)
+        halves = torch.tensor([chunk % 2 for chunk in chunks], device=device)
+        origins = [state.offsets[row] - chunk * size for row, chunk in zip(rows, chunks, strict=True)]
+
+        def chunk_tokens(selected: torch.Tensor) -> Neighbors:
+            return state.read("input_ids")[index, halves][selected], cells_from(origins, size, device)[selected]
+
+        every = torch.ones_like(index, dtype=torch.bool)
+        neighbors = _fetch(given, retriever, (index, torch.tensor(chunks, device=device)), every, chunk_tokens)
+        if neighbors is not None:
+            state.make_room(neighbors[0])
+    return StepPlan(state, rows, neighbors, device)
+
+
+def _fetch(
+    given: Neighbors | None,
+    retriever: RetroLookup | None,
+    where: tuple[torch.Tensor, torch.Tensor],
+    wanted: torch.Tensor,
+    chunk_tokens: Callable[[torch.Tensor], Neighbors],
+) -> Neighbors | None:
+    """Neighbors (V, K, R) of V chunks: the given ones, else the retriever's, else masked; None if there are none.
+
+    Args:
+        given, retriever: see `plan_pass`.
+        where (pair of `torch.LongTensor` of shape `(V,)`): row, and chunk of the row.
+        wanted (`torch.BoolTensor` of shape `(V,)`): chunks that need neighbors.
+        chunk_tokens (`Callable`): maps a boolean selection to tokens and mask `(selected, m)` for the retriever.
+    """
+    ids = mask = None
+    rows, chunks = where
+    if given is not None and given[0].shape[1] > 0:
+        known = chunks < given[0].shape[1]
+        at = chunks.clamp(max=given[0].shape[1] - 1)
+        ids, mask = given[0][rows, at], given[1][rows, at] & known[:, None, None]
+        wanted = wanted & ~known
+    if retriever is not None and bool(wanted.any()):
+        found, found_mask = retriever(*chunk_tokens(wanted))
+        if ids is None:
+            ids = found.new_zeros(len(rows), *found.shape[1:])
+            mask = torch.zeros_like(ids, dtype=torch.bool)
+        elif found.shape[-1] != ids.shape[-1]:
+            raise ValueError(
+                f"The retriever returned neighbors of {found.shape[-1]} tokens, `neighbor_input_ids` has "
+                f"{ids.shape[-1]}; both must have the same neighbor_size."
+            )
+        width = max(ids.shape[1], found.shape[1])
+        ids, mask = pad_to(ids, width, 1).clone(), pad_to(mask, width, 1).clone()
+        ids[wanted], mask[wanted] = pad_to(found, width, 1), pad_to(found_mask, width, 1)
+    return None if ids is None else (ids, mask)
+
+
+def real_tokens(
+    attention_mask: Any,
+    position_ids: torch.Tensor | None,
+    state: RetrievalState | None,
+    batch_size: int,
+    num_tokens: int,
+) -> torch.Tensor | None:
+    """Which of the new tokens are no padding, (B, T), or None if all are real.
+
+    A 4-D mask says nothing about padding; then the position of the last token tells how many tokens came before it.
+    """
+    num_columns = num_tokens + (0 if state is None else state.num_columns)
+    positions = position_ids if position_ids is not None and position_ids.dim() == 2 else None
+    real = None
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
+        if attention_mask.shape != (batch_size, num_columns):
+            raise ValueError(
+                f"`attention_mask` must have shape {(batch_size, num_columns)}, one entry per token of the input and of "
+                f"the cache, got {tuple(attention_mask.shape)}."
+            )
+        real = attention_mask[:, -num_tokens:].bool()
+    elif attention_mask is not None and positions is not None:
+        num_padding = (num_columns - 1 - positions[:, -1:]).expand(batch_size, -1)
+        real = torch.arange(num_columns - num_tokens, num_columns, device=positions.device) >= num_padding
+    if positions is not None and num_tokens > 1:
+        restarts = positions.diff(dim=-1) != 1
+        if real is not None:
+            restarts = restarts & real[:, 1:] & real[:, :-1]
+        message = (
+            "`position_ids` restart inside a row, so it packs several sequences, whose chunks cannot be told apart. Give "
+            "each sequence a row of its own (`packing=False`)."
+        )
+        if torch.compiler.is_compiling():  # a value that decides would break the graph
+            torch._assert_async(~restarts.any(), message)
+        elif restarts.any():
+            raise ValueError(message)
+    return real
+
+
+__all__ = ["plan_pass", "real_tokens"]
