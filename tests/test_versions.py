@@ -20,7 +20,7 @@ def versions(tmp_path):
 
 def write_result(folder: Path, name: str, failed: list[str]) -> None:
     folder.mkdir(parents=True)
-    row = {"set": name, "python": "3.11", "python_version": "3.11.7", "date": "2026-11-30", "all": False}
+    row = {"set": name, "python": "3.11", "python_version": "3.11.7", "date": "2026-11-30", "tests": "model"}
     row |= {"versions": {"transformers": "5.20.2", "torch": "2.13.0"}, "passed": 7, "skipped": 1, "failed": failed}
     (folder / "result.json").write_text(json.dumps(row))
 

@@ -133,7 +133,8 @@ def run_set(name: str, python: str, tests: list[str], workers: int, again: bool)
     folder = WORK / f"{name}-py{python}"
     folder.mkdir(parents=True, exist_ok=True)
     result = folder / "result.json"
-    row = {"set": name, "python": python, "date": f"{datetime.now(UTC):%Y-%m-%d}", "all": not tests}
+    which = "all" if not tests else "model" if tests == list(TESTS) else " ".join(tests)
+    row = {"set": name, "python": python, "date": f"{datetime.now(UTC):%Y-%m-%d}", "tests": which}
     try:
         backend = torch_backend(python)
         versions = resolve(name, python, folder, backend)
@@ -169,9 +170,10 @@ def table() -> str:
     failures = []
     for row in rows:
         versions = " | ".join(row["versions"].get(package, "–") for package in SHOWN)
-        which = "all" if row["all"] else "model"
         numbers = f"{row['passed']} | {len(row['failed'])}"
-        lines.append(f"| {row['set']} | {row['python_version']} | {versions} | {which} | {numbers} | {row['date']} |")
+        lines.append(
+            f"| {row['set']} | {row['python_version']} | {versions} | {row['tests']} | {numbers} | {row['date']} |"
+        )
         failures += [f"- {row['set']}, Python {row['python_version']}: `{test}`" for test in row["failed"]]
     machine = f"{platform.system()} {platform.machine()}"
     lines += ["", f"Run on {machine}, on the CPU."]
