@@ -38,6 +38,15 @@ def test_table_has_a_row_for_each_result_and_names_what_failed(versions, tmp_pat
     assert "tests.test_saving::test_round_trip" in versions["table"]()
 
 
+def test_table_shows_a_set_that_could_not_be_installed(versions, tmp_path):
+    row = {"set": "newest", "python": "3.14", "date": "2026-11-30", "tests": "all", "problem": "not installed"}
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "result.json").write_text(json.dumps(row))
+    header, _, line = versions["table"]().splitlines()[:3]
+    assert line.count("|") == header.count("|")
+    assert "newest" in line and "3.14" in line and "not installed" in line
+
+
 def test_every_test_of_the_model_exists(versions):
     assert all((ROOT / path).exists() for path in versions["TESTS"])
 

@@ -20,6 +20,7 @@ import sys
 import xml.etree.ElementTree as ElementTree
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,18 +44,17 @@ TESTS = (
 )
 
 
-def uv(*arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:
+def uv(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run uv, which is installed beside this Python."""
     command = [sys.executable, "-m", "uv", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, check=check, text=True, stderr=None if check else subprocess.PIPE)
+    return subprocess.run(command, cwd=ROOT, text=True, **{"check": True, **options})
 
 
 def torch_backend(python: str) -> list[str]:
     """Options for PyTorch's builds for the CPU; none where their index cannot be reached, and PyPI has to do."""
     probe = ["pip", "compile", "-", "--quiet", "--no-deps", "--torch-backend", "cpu", "--python-version", python]
-    command = [sys.executable, "-m", "uv", *probe]
     environment = {**os.environ, "UV_HTTP_TIMEOUT": "10", "UV_HTTP_RETRIES": "0"}
-    found = subprocess.run(command, input="torch", capture_output=True, text=True, env=environment, check=False)
+    found = uv(*probe, input="torch", capture_output=True, env=environment, check=False)
     return ["--torch-backend", "cpu"] if found.returncode == 0 else []
 
 
@@ -146,10 +146,13 @@ def run_set(name: str, python: str, tests: list[str], workers: int, again: bool)
         print(f"{name}, Python {python}: installing", flush=True)
         interpreter = install(versions, python, folder, backend)
     except subprocess.CalledProcessError as error:
-        row["problem"] = f"not installed (`uv {error.cmd[3]} {error.cmd[4]}` failed)"
+        row = {name: value for name, value in row.items() if name != "inputs"}  # so that it is tried again
+        command = " ".join(part for part in error.cmd[3:6] if not part.startswith("-"))
+        row["problem"] = f"not installed: `uv {command}` failed"
+        result.write_text(json.dumps(row, indent=1))
         return row
-    listed = [sys.executable, "-m", "uv", "pip", "list", "--quiet", "--format", "json", "--python", interpreter]
-    packages = json.loads(subprocess.run(listed, capture_output=True, text=True, check=True).stdout)
+    listed = uv("pip", "list", "--quiet", "--format", "json", "--python", interpreter, capture_output=True)
+    packages = json.loads(listed.stdout)
     row["versions"] = {package["name"]: package["version"] for package in packages}
     code = "import platform; print(platform.python_version())"
     row["python_version"] = subprocess.run([interpreter, "-c", code], capture_output=True, text=True).stdout.strip()
@@ -164,13 +167,19 @@ def table() -> str:
     rows = [json.loads(file.read_text()) for file in WORK.glob("*/result.json")]
     rows.sort(key=lambda row: (*(SETS.index(row["set"]) if row["set"] in SETS else 9,), row["set"], row["python"]))
     lines = [
-        f"| set | Python | {' | '.join(SHOWN)} | tests | passed | failed | date |",
-        "|" + "---|" * (len(SHOWN) + 6),
+        f"| set | Python | {' | '.join(SHOWN)} | tests | passed | failed | skipped | date |",
+        "|" + "---|" * (len(SHOWN) + 7),
     ]
     failures = []
     for row in rows:
+        if "problem" in row:
+            blank = " | ".join("–" for _ in SHOWN)
+            lines.append(
+                f"| {row['set']} | {row['python']} | {blank} | {row['tests']} | {row['problem']} | – | – | {row['date']} |"
+            )
+            continue
         versions = " | ".join(row["versions"].get(package, "–") for package in SHOWN)
-        numbers = f"{row['passed']} | {len(row['failed'])}"
+        numbers = f"{row['passed']} | {len(row['failed'])} | {row['skipped']}"
         lines.append(
             f"| {row['set']} | {row['python_version']} | {versions} | {row['tests']} | {numbers} | {row['date']} |"
         )
@@ -186,9 +195,7 @@ def main() -> int:
     """Run the sets that were asked for, write the page, and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sets", nargs="*", help=f"{', '.join(SETS)}, or a release such as transformers-5.20")
-    parser.add_argument(
-        "--python", default="3.11", help="version, or path, of the interpreter; uv finds or fetches it"
-    )
+    parser.add_argument("--python", default="3.11", help="version of the interpreter, which uv finds or fetches")
     parser.add_argument("--all", action="store_true", help="run all tests, not only those that touch transformers")
     parser.add_argument("--again", action="store_true", help="run sets again that have a result")
     parser.add_argument("--workers", type=int, default=2, help="processes that run tests")
