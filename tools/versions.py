@@ -5,7 +5,8 @@
     python tools/versions.py transformers-5.20 --pytest "tests/test_generation.py -x"
 
 Each set gets a virtual environment of its own below .versions, made by uv. A set that has been run with the same versions, the
-same code and the same tests is not run again; `--again` does. The results are written into the table of docs/compatibility.md.
+same code and the same tests is not run again; `--again` does. The results are kept in benchmarks/results/versions.json and shown in
+the table of docs/compatibility.md.
 The exit code is 1 if a test failed, or a set could not be installed.
 """
 
@@ -13,7 +14,6 @@ import argparse
 import hashlib
 import json
 import os
-import platform
 import re
 import subprocess
 import sys
@@ -25,6 +25,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / ".versions"
+RESULTS = ROOT / "benchmarks" / "results" / "versions.json"
 PAGE = ROOT / "docs" / "compatibility.md"
 BEGIN, END = "<!-- Made by tools/versions.py: -->", "<!-- until here. -->"
 
@@ -128,67 +129,72 @@ def state_of_the_code() -> str:
     return digest.hexdigest()
 
 
-def run_set(name: str, python: str, tests: list[str], workers: int, again: bool) -> dict:
-    """Run one set, unless its result is there already."""
+def run_set(name: str, python: str, tests: list[str], workers: int, kept: dict | None) -> dict:
+    """Run one set, unless `kept` is its result for the same versions, code and tests."""
     folder = WORK / f"{name}-py{python}"
     folder.mkdir(parents=True, exist_ok=True)
-    result = folder / "result.json"
-    which = "all" if not tests else "model" if tests == list(TESTS) else " ".join(tests)
-    row = {"set": name, "python": python, "date": f"{datetime.now(UTC):%Y-%m-%d}", "tests": which}
+    which = "all" if not tests else "model" if tests == list(TESTS) else ", ".join(Path(one).stem for one in tests)
+    row = {"set": name, "python": python, "tests": which, "date": f"{datetime.now(UTC):%Y-%m-%d}"}
     try:
         backend = torch_backend(python)
         versions = resolve(name, python, folder, backend)
-        inputs = [versions.read_text(), state_of_the_code(), " ".join(tests)]
-        row["inputs"] = hashlib.sha256("\n".join(inputs).encode()).hexdigest()
-        if result.exists() and not again and json.loads(result.read_text()).get("inputs") == row["inputs"]:
+        inputs = "\n".join([versions.read_text(), state_of_the_code(), *tests])
+        digest = hashlib.sha256(inputs.encode()).hexdigest()
+        if kept is not None and kept.get("inputs") == digest:
             print(f"{name}, Python {python}: kept")
-            return json.loads(result.read_text())
+            return kept
         print(f"{name}, Python {python}: installing", flush=True)
         interpreter = install(versions, python, folder, backend)
     except subprocess.CalledProcessError as error:
-        row = {name: value for name, value in row.items() if name != "inputs"}  # so that it is tried again
         command = " ".join(part for part in error.cmd[3:6] if not part.startswith("-"))
-        row["problem"] = f"not installed: `uv {command}` failed"
-        result.write_text(json.dumps(row, indent=1))
-        return row
+        return row | {"problem": f"not installed: `uv {command}` failed"}
     listed = uv("pip", "list", "--quiet", "--format", "json", "--python", interpreter, capture_output=True)
-    packages = json.loads(listed.stdout)
-    row["versions"] = {package["name"]: package["version"] for package in packages}
-    code = "import platform; print(platform.python_version())"
-    row["python_version"] = subprocess.run([interpreter, "-c", code], capture_output=True, text=True).stdout.strip()
+    installed = {package["name"]: package["version"] for package in json.loads(listed.stdout)}
     print(f"{name}, Python {python}: running the tests", flush=True)
-    row |= run_tests(interpreter, tests, folder, workers)
-    result.write_text(json.dumps(row, indent=1))
-    return row
+    outcome = run_tests(interpreter, tests, folder, workers)
+    return row | {"versions": {package: installed[package] for package in SHOWN}, "inputs": digest} | outcome
 
 
-def table() -> str:
-    """The results of all sets that have been run, as Markdown."""
-    rows = [json.loads(file.read_text()) for file in WORK.glob("*/result.json")]
-    rows.sort(key=lambda row: (*(SETS.index(row["set"]) if row["set"] in SETS else 9,), row["set"], row["python"]))
+def table(results: list[dict]) -> str:
+    """The results as Markdown."""
     lines = [
         f"| set | Python | {' | '.join(SHOWN)} | tests | passed | failed | skipped | date |",
         "|" + "---|" * (len(SHOWN) + 7),
     ]
     failures = []
-    for row in rows:
-        if "problem" in row:
-            blank = " | ".join("–" for _ in SHOWN)
-            lines.append(
-                f"| {row['set']} | {row['python']} | {blank} | {row['tests']} | {row['problem']} | – | – | {row['date']} |"
-            )
-            continue
-        versions = " | ".join(row["versions"].get(package, "–") for package in SHOWN)
-        numbers = f"{row['passed']} | {len(row['failed'])} | {row['skipped']}"
-        lines.append(
-            f"| {row['set']} | {row['python_version']} | {versions} | {row['tests']} | {numbers} | {row['date']} |"
-        )
-        failures += [f"- {row['set']}, Python {row['python_version']}: `{test}`" for test in row["failed"]]
-    machine = f"{platform.system()} {platform.machine()}"
-    lines += ["", f"Run on {machine}, on the CPU."]
+    for row in results:
+        versions = row.get("versions", {})
+        numbers = [row.get("problem", row.get("passed")), len(row.get("failed", [])), row.get("skipped", 0)]
+        cells = [
+            row["set"],
+            row["python"],
+            *(versions.get(one, "–") for one in SHOWN),
+            row["tests"],
+            *numbers,
+            row["date"],
+        ]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+        failures += [f"- {row['set']}, Python {row['python']}: `{test}`" for test in row.get("failed", [])]
     if failures:
         lines += ["", "Tests that failed:", "", *failures]
     return "\n".join(lines)
+
+
+def summary(row: dict) -> str:
+    """The numbers of a set in one line."""
+    return f"{row['passed']} passed, {len(row['failed'])} failed, {row['skipped']} skipped"
+
+
+def write_page(results: list[dict]) -> None:
+    """Write the table into the page."""
+    before, _, rest = PAGE.read_text().partition(BEGIN)
+    PAGE.write_text(f"{before}{BEGIN}\n\n{table(results)}\n\n{END}{rest.partition(END)[2]}")
+
+
+def order(row: dict) -> tuple:
+    """Where a result stands in the table."""
+    python = [int(part) for part in row["python"].split(".")]
+    return SETS.index(row["set"]) if row["set"] in SETS else len(SETS), row["set"], python
 
 
 def main() -> int:
@@ -205,13 +211,18 @@ def main() -> int:
     if unknown:
         parser.error(f"no set is called {unknown[0]!r}; there are {', '.join(SETS)} and transformers-X.Y")
     tests = options.pytest.split() or ([] if options.all else list(TESTS))
-    rows = [run_set(name, options.python, tests, options.workers, options.again) for name in options.sets or SETS]
-    before, _, rest = PAGE.read_text().partition(BEGIN)
-    PAGE.write_text(f"{before}{BEGIN}\n{table()}\n{END}{rest.partition(END)[2]}")
-    for row in rows:
-        outcome = row.get("problem") or f"{row['passed']} passed, {len(row['failed'])} failed"
-        print(f"{row['set']}, Python {row['python']}: {outcome}")
-    return int(any(row.get("problem") or row["failed"] for row in rows))
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    problems = 0
+    for name in options.sets or SETS:
+        same = [row for row in results if (row["set"], row["python"]) == (name, options.python)]
+        kept = same[0] if same and not options.again else None
+        row = run_set(name, options.python, tests, options.workers, kept)
+        results = sorted([*(one for one in results if one not in same), row], key=order)
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+        write_page(results)
+        print(f"{name}, Python {options.python}: {row.get('problem') or summary(row)}", flush=True)
+        problems += "problem" in row or bool(row["failed"])
+    return int(problems > 0)
 
 
 if __name__ == "__main__":
