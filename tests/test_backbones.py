@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -129,8 +130,12 @@ QUICK = (
 )
 
 
+IS_RECORDED = RECORD["transformers"] == transformers.__version__
+
+
+@pytest.mark.skipif(not IS_RECORDED, reason=f"the results are those of transformers {RECORD['transformers']}")
 def test_the_results_cover_every_family():
-    """A new version of transformers needs a new run of `benchmarks/backbones.py`."""
+    """A new version in constraints.txt needs a new run of `benchmarks/backbones.py`."""
     assert sorted(RESULTS) == list(ZOO)
     assert set(QUICK) <= set(RESULTS)
     assert "fails" not in {row["status"] for row in RESULTS.values()}
@@ -155,7 +160,7 @@ def test_family_is_as_docs_backbones_says(family, tmp_path):
         assert found["check_placement"] == row["where"]
         assert found["check_rollback"] == row["rollback"]
     elif row["status"] == "refused":
-        with pytest.raises(UnsupportedBackboneError, match=re.escape(row["reason"])):
+        with pytest.raises(UnsupportedBackboneError, match=re.escape(row["reason"]) if IS_RECORDED else None):
             check_family(family, tmp_path)
     else:
         pytest.skip(row["reason"])
@@ -280,7 +285,7 @@ def test_the_backbone_stays_as_it_was():
         ("gemma3n_text", r"'gemma3n_text' mix several residual streams \(`altup`\)"),
         (
             "minimax",
-            r"'minimax' remembers tokens in a state of its own, not in a `DynamicCache` given to Mini.*`cache`",
+            rf"'minimax' remembers tokens in a state of its own, not in a `DynamicCache` given to Mini.*{CACHE_NAME}",
         ),
         ("rwkv", r"'rwkv' remembers tokens in a state of its own"),
         ("blt", r"The config of the family 'blt' has no `num_hidden_layers`"),
