@@ -164,7 +164,8 @@ def embedded(model, input_ids, neighbors: dict, **kwargs) -> tuple[torch.Tensor,
     Both are leaves of the graph. Tokens go in as `inputs_embeds`, so only neighbors pass through an embedding table, also
     where the backbone's is shared.
     """
-    table, encoder = model.get_input_embeddings(), model.model.retro.encoder
+    table = model.get_input_embeddings()
+    own_table = getattr(getattr(model.model.retro, "encoder", None), "embed_tokens", None)
     tokens = table(input_ids).detach().requires_grad_()
     num_rows, _, num_neighbors, _ = neighbors["neighbor_input_ids"].shape
     leaves = []
@@ -173,7 +174,7 @@ def embedded(model, input_ids, neighbors: dict, **kwargs) -> tuple[torch.Tensor,
         leaves.append(output.detach().unflatten(0, (num_rows, -1, num_neighbors)).requires_grad_())
         return leaves[-1].flatten(0, 2)
 
-    hook = (encoder.embed_tokens or table).register_forward_hook(make_leaf)
+    hook = (own_table or table).register_forward_hook(make_leaf)
     try:
         logits = model(inputs_embeds=tokens, **{"chunk_offset": 0, **neighbors, **kwargs}).logits
     finally:

@@ -50,9 +50,11 @@ def chunks_of(row, chunk_size=CHUNK_SIZE):
     return [tuple(row[i : i + chunk_size]) for i in range(0, len(row) - chunk_size + 1, chunk_size)]
 
 
-@pytest.fixture(scope="module", params=["retro_decoder", "llama"])
+@pytest.fixture(scope="module", params=["retro_decoder", "llama", "parallel_context"])
 def model(request):
     """A RETRO with random weights, so that retrieval changes what is generated."""
+    if request.param == "parallel_context":
+        return tiny_retro("llama", reader="parallel_context", scale=0.3)
     return tiny_retro(request.param, scale=0.3)
 
 

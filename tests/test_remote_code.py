@@ -24,6 +24,8 @@ MODEL_FILES = {
     "retriever_protocol_retro.py",
     "modeling_retro.py",
     "modeling_retro_decoder.py",
+    "neighbor_cache_retro.py",
+    "parallel_context_retro.py",
 }
 
 SAVE = """
@@ -102,12 +104,15 @@ def run(code, *args, cwd, home):
     return result.stdout
 
 
-@pytest.mark.parametrize("family", ["retro_decoder", "llama"])
-def test_a_process_without_the_package_loads_and_generates(tmp_path, family):
+@pytest.mark.parametrize(
+    ("family", "reader"),
+    [("retro_decoder", "cross_attention"), ("llama", "cross_attention"), ("llama", "parallel_context")],
+)
+def test_a_process_without_the_package_loads_and_generates(tmp_path, family, reader):
     """Code, weights and config of the folder are all that is needed."""
     folder, elsewhere = tmp_path / "model", tmp_path / "elsewhere"
     elsewhere.mkdir()
-    model = tiny_retro(family, neighbor_encoder_config=ENCODER)
+    model = tiny_retro(family, neighbor_encoder_config=ENCODER, reader=reader)
     model.save_pretrained(folder)
     run(SAVE, folder, cwd=elsewhere, home=tmp_path / "home1")
     assert {path.name for path in folder.glob("*.py")} == MODEL_FILES

@@ -23,8 +23,9 @@ from transformers.utils import logging
 
 from .errors import PretrainedNotFoundError, UnsupportedBackboneError
 from .model.backbone_retro import find_decoder_layers, fingerprint, placement
-from .model.configuration_retro import RetroConfig, RetroEncoderConfig
+from .model.configuration_retro import READERS, RetroConfig, RetroEncoderConfig
 from .model.modeling_retro import RetroForCausalLM
+from .model.parallel_context_retro import check_backbone, reading_layers
 
 
 logger = logging.get_logger(__name__)
@@ -33,6 +34,7 @@ logger = logging.get_logger(__name__)
 def retrofit(
     base: str | os.PathLike | PreTrainedModel,
     *,
+    reader: str = READERS[0],
     encoder: RetroEncoderConfig | dict | None = None,
     freeze_backbone: bool = True,
     share_embeddings: bool = True,
@@ -40,14 +42,17 @@ def retrofit(
     base_kwargs: dict[str, Any] | None = None,
     **config: Any,
 ) -> RetroForCausalLM:
-    """Add a neighbor encoder and chunked cross-attention to a causal language model.
+    """Let a causal language model read retrieved neighbors.
 
-    Before the first training step the result computes exactly what the base computes, with neighbors or without: the
-    output projections of the cross-attention start at zero.
+    The paper's reader adds a neighbor encoder and chunked cross-attention, which are to be trained. Before the first
+    training step the result computes exactly what the base computes, with neighbors or without: the output projections of
+    the cross-attention start at zero. The reader `parallel_context` adds nothing and reads at once.
 
     Args:
         base (`str`, `os.PathLike` or `PreTrainedModel`): checkpoint (folder or Hub repository), or a loaded model, which
             becomes part of the result.
+        reader (`str`, defaults to `"cross_attention"`): the paper's; or `"parallel_context"`, where the base itself encodes the
+            neighbors and attends to them beside the text (see [`RetroConfig`]).
         encoder ([`RetroEncoderConfig`] or `dict`, *optional*): the neighbor encoder; by default two layers of half the
             base's width, since each token drags `num_neighbors * neighbor_size / chunk_size` neighbor tokens through it.
         freeze_backbone (`bool`, defaults to `True`): train only what is added; then the model without retrieval stays the
@@ -82,8 +87,14 @@ def retrofit(
         backbone = _load_base(name, revision, base_kwargs or {})
     if isinstance(backbone, RetroForCausalLM):
         raise ValueError("The base is a RETRO model already; retrofit its `model.backbone`, or train it as it is.")
-    try:
-        find_decoder_layers(backbone, config.get("backbone_layers"))  # before sizes are read that only a decoder has
+    trains = reader != "parallel_context"
+    if encoder is not None and not trains:
+        raise ValueError("reader='parallel_context' has no neighbor encoder; leave `encoder` out.")
+    try:  # before sizes are read that only a decoder has
+        if trains:
+            find_decoder_layers(backbone, config.get("backbone_layers"))
+        else:
+            reading_layers(backbone)
     except ValueError as error:
         raise UnsupportedBackboneError(str(error)) from error
     if encoder is None:
@@ -97,6 +108,7 @@ def retrofit(
         config.setdefault("save_backbone", False)
     retro_config = RetroConfig(
         text_config=backbone.config,
+        reader=reader,
         neighbor_encoder_config=encoder,
         share_embeddings=share_embeddings,
         freeze_backbone=freeze_backbone,
@@ -108,6 +120,8 @@ def retrofit(
     )
     try:
         model = RetroForCausalLM(retro_config, backbone=backbone)
+        if not trains:
+            check_backbone(backbone)
     except ValueError as error:
         raise UnsupportedBackboneError(str(error)) from error
     # TRL loads its reference model from there, and pipelines the tokenizer: the base is the same model until one trains.

@@ -176,6 +176,9 @@ class RetroAdapterMixin(PreTrainedModel):
             The model in evaluation mode; with `output_loading_info=True` also the `dict` of what was missing or unexpected.
         """
         path, hub = pretrained_model_name_or_path, {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+        asked = kwargs.pop("reader", getattr(config, "reader", None))
+        if asked is not None and path is not None:
+            _check_reader(path, asked, cls.config_class, hub)
         # The folder of a PEFT adapter names the model that the adapter belongs on.
         peft_path, base_path, peft_hub = maybe_load_adapters(path, hub, **(kwargs.get("adapter_kwargs") or {}))
         if base_path is not None and not isinstance(config, PreTrainedConfig):
@@ -212,9 +215,11 @@ class RetroAdapterMixin(PreTrainedModel):
             model = cls(config, backbone=backbone)
         retro = model.base_model.retro.to(dtype=dtype)
         settings = {name: kwargs[name] for name in (*_ADAPTER_ARGUMENTS, *_FILE_ARGUMENTS) if name in kwargs}
-        info: dict = RetroAdapter.from_pretrained(
-            path, config=config, retro=retro, dtype=dtype, output_loading_info=True, **hub, **settings
-        )[1]
+        info: dict = {"missing_keys": set(), "unexpected_keys": set()}
+        if any(True for _ in retro.parameters()):  # a reader without weights has no file of them
+            info = RetroAdapter.from_pretrained(
+                path, config=config, retro=retro, dtype=dtype, output_loading_info=True, **hub, **settings
+            )[1]
         if info["missing_keys"] or info["unexpected_keys"]:
             raise ValueError(
                 f"The weights in '{path}' do not fit its config: missing {sorted(info['missing_keys'])[:3]}, unexpected "
@@ -227,6 +232,17 @@ class RetroAdapterMixin(PreTrainedModel):
                 found = given or GenerationConfig.from_pretrained(path, **hub)
                 model.generation_config = GenerationConfig.from_dict(found.to_dict())
         return model.eval(), info
+
+
+def _check_reader(path: str | os.PathLike, asked: str, config_class: type[RetroConfig], hub: dict) -> None:
+    """Raise for a folder that was saved with another reader than the one that is asked for."""
+    with suppress(OSError):  # weights without a config
+        saved = config_class.from_pretrained(path, **hub)
+        if saved.reader != asked:
+            raise ValueError(
+                f"'{path}' was saved with reader='{saved.reader}' and cannot be loaded with reader='{asked}'. Load it as it "
+                f"is, or make a new model of its base: `retrofit(base, reader='{asked}')`."
+            )
 
 
 def _load_backbone(path: str | os.PathLike, config: RetroConfig, kwargs: dict[str, Any]) -> PreTrainedModel:

@@ -87,7 +87,7 @@ def find_decoder_layers(backbone: PreTrainedModel, path: str | None = None) -> n
     Raises:
         ValueError: if the model is no causal decoder with a head and a cache, or there is no such list, or more than one.
     """
-    _check_backbone(backbone)
+    check_decoder(backbone)
     family = backbone.config.model_type
     config = backbone.config.get_text_config(decoder=True)
     # The decoder of BART and its kin has a number of its own; `num_hidden_layers` is the encoder's.
@@ -147,7 +147,7 @@ def find_decoder_layers(backbone: PreTrainedModel, path: str | None = None) -> n
     return layers
 
 
-def _check_backbone(backbone: PreTrainedModel) -> None:
+def check_decoder(backbone: PreTrainedModel) -> None:
     """Raise for a model that is no causal decoder, or one that does not remember tokens in a cache of transformers."""
     family, config = backbone.config.model_type, backbone.config
     if getattr(config, "is_encoder_decoder", False):
@@ -301,11 +301,12 @@ class _PassVar(CompileableContextVar):
     """A class of its own, so that output capturing does not take it for its collector."""
 
 
-_active_pass = _PassVar("retro_pass")
+active_pass = _PassVar("retro_pass")
+"""The pass that is running, for the parts of a backbone that ask for it."""
 
 
 def _record_layer_input(module: nn.Module, args: tuple, kwargs: dict, *, layer_idx: int, name: str) -> None:
-    retro_pass = _active_pass.get()
+    retro_pass = active_pass.get()
     if retro_pass is not None:
         retro_pass.layer_inputs[layer_idx] = args[0] if args else kwargs[name]
 
@@ -314,7 +315,7 @@ def _cross_attend_after_attention(
     module: nn.Module, args: tuple, output: Any, *, layer_idx: int, includes_residual: bool, multiplier: float
 ) -> Any:
     """The paper's order ATTN → CCA → FFW: add CCA(x + branch) to the end of the self-attention branch."""
-    retro_pass = _active_pass.get()
+    retro_pass = active_pass.get()
     if retro_pass is None:
         return None
     branch = output[0] if isinstance(output, tuple) else output
@@ -327,7 +328,7 @@ def _cross_attend_after_attention(
 
 
 def _cross_attend_after_layer(module: nn.Module, args: tuple, output: Any, *, layer_idx: int) -> Any:
-    retro_pass = _active_pass.get()
+    retro_pass = active_pass.get()
     if retro_pass is None:
         return None
     hidden_states = output[0] if isinstance(output, tuple) else output
@@ -360,15 +361,15 @@ def attach_hooks(backbone: PreTrainedModel, config: RetroConfig) -> None:
         )
 
 
-def run_within(retro_pass: Callable, module: nn.Module, inputs: dict[str, Any]) -> Any:
+def run_within(retro_pass: Any, module: nn.Module, inputs: dict[str, Any]) -> Any:
     """Run `module(**inputs)`, the backbone or its body, while `retro_pass` is the active pass."""
     # Where `torch.compile` gave up on the caller, it would compile the backbone by itself, without the pass.
     run = _call if torch.compiler.is_compiling() else torch.compiler.disable(_call)
-    token = _active_pass.set(retro_pass)
+    token = active_pass.set(retro_pass)
     try:
         return run(module, inputs)
     finally:
-        _active_pass.reset(token)
+        active_pass.reset(token)
 
 
 def _call(module: nn.Module, inputs: dict[str, Any]) -> Any:
@@ -377,14 +378,14 @@ def _call(module: nn.Module, inputs: dict[str, Any]) -> Any:
 
 def checkpoint_within_pass(checkpoint: Callable, function: Callable, *args: Any) -> Any:
     """Checkpoint a layer so that its recomputation, long after the pass, still finds the pass."""
-    retro_pass = _active_pass.get()
+    retro_pass = active_pass.get()
 
     def run(*inputs: Any) -> Any:
-        token = _active_pass.set(retro_pass)
+        token = active_pass.set(retro_pass)
         try:
             return function(*inputs)
         finally:
-            _active_pass.reset(token)
+            active_pass.reset(token)
 
     return checkpoint(run, *args)
 
@@ -392,7 +393,9 @@ def checkpoint_within_pass(checkpoint: Callable, function: Callable, *args: Any)
 __all__ = [
     "BranchEnd",
     "accepted_arguments",
+    "active_pass",
     "attach_hooks",
+    "check_decoder",
     "checkpoint_within_pass",
     "find_branch_end",
     "find_decoder_layers",

@@ -66,6 +66,7 @@ class RetrievalState:
             cross-attention.
         features (`torch.FloatTensor` of shape `(m + R - 1, hidden_size)`): of the distances in cross-attention.
         key_values (`dict[int, tuple]`): per layer, keys and values of shape `(B, 2, H, S, D)` of the encoded neighbors.
+        neighbors (`list` of B lists of two tuples): encoded neighbors, where the reader is `parallel_context`.
         neighbor_mask (`torch.BoolTensor` of shape `(B, 2, S)`): which of the S = K · R neighbor tokens are real.
     """
 
@@ -73,6 +74,7 @@ class RetrievalState:
         self.chunk_size = chunk_size
         self.offsets = list(offsets)
         self.lengths = list(offsets)
+        self.neighbors: list[list[tuple]] = [[(), ()] for _ in offsets]
         self.num_columns = 0
         self.neighbor_size: int | None = None
         self.input_ids: torch.Tensor | None = None
@@ -164,6 +166,10 @@ class RetrievalState:
     def select(self, indices: torch.Tensor) -> None:
         """Keep or reorder rows; `indices` of shape `(new batch size,)`."""
         self._map(lambda tensor: tensor.index_select(0, indices.to(tensor.device)))
+        if any(map(any, self.neighbors)):
+            self.neighbors = [list(self.neighbors[i]) for i in indices.tolist()]
+        else:
+            self.neighbors = [[(), ()] for _ in indices]
         if len(set(zip(self.lengths, self.offsets, strict=True))) > 1:  # otherwise the order of the rows says nothing
             order = indices.tolist()
             self.lengths = [self.lengths[i] for i in order]
@@ -180,6 +186,7 @@ class RetrievalState:
     def repeat(self, repeats: int) -> None:
         """Repeat every row `repeats` times."""
         self._map(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+        self.neighbors = [list(row) for row in self.neighbors for _ in range(repeats)]
         self.lengths = [length for length in self.lengths for _ in range(repeats)]
         self.offsets = [offset for offset in self.offsets for _ in range(repeats)]
 
@@ -247,24 +254,44 @@ def pad_to(tensor: torch.Tensor, size: int, dim: int) -> torch.Tensor:
     return torch.cat([tensor, tensor.new_zeros(shape)], dim=dim)
 
 
+def _room_before(seen: torch.Tensor) -> int:
+    """Slots before the first token of `seen` (B, H, L, D) in its buffer."""
+    return seen.storage_offset() % seen.stride(1) // seen.stride(2) if seen.numel() else 0
+
+
+def _move(seen: torch.Tensor, before: int, length: int) -> torch.Tensor:
+    """Copy `seen` (B, H, L, D), and what its buffer holds before it, to a buffer with `before` slots before L >= `length` ones."""
+    buffer = seen.new_zeros(*seen.shape[:2], -(-(before + length) // ROOM) * ROOM, seen.shape[-1])
+    kept = min(_room_before(seen), before)
+    size = kept + seen.shape[-2]
+    offset = seen.storage_offset() - kept * seen.stride(2)
+    old = seen.as_strided((*seen.shape[:2], size, seen.shape[-1]), seen.stride(), offset)
+    buffer[:, :, before - kept : before - kept + size] = old
+    return buffer[:, :, before : before + seen.shape[-2]]
+
+
 def _append(seen: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-    """Append `new` (B, H, T, D) to `seen` (B, H, L, D), in place where `seen` is the front of a buffer with room for it."""
-    length = seen.shape[-2] if seen.numel() else 0
-    total = length + new.shape[-2]
-    capacity = seen.stride(1) // seen.stride(2) if length else 0
-    if capacity < total or not _is_writable(seen):
-        buffer = new.new_empty(*new.shape[:2], -(-total // ROOM) * ROOM, new.shape[-1])
-        grown = buffer[:, :, :total]
-        if length:
-            grown[:, :, :length] = seen
-    else:
-        grown = seen.as_strided((*seen.shape[:2], total, seen.shape[-1]), seen.stride())
-    grown[:, :, length:] = new
+    """Append `new` (B, H, T, D) to `seen` (B, H, L, D), in place where the buffer of `seen` has room for it."""
+    if seen.numel() == 0:
+        grown = new.new_empty(*new.shape[:2], -(-new.shape[-2] // ROOM) * ROOM, new.shape[-1])[:, :, : new.shape[-2]]
+        grown.copy_(new)
+        return grown
+    total = seen.shape[-2] + new.shape[-2]
+    before = _room_before(seen)
+    if seen.stride(1) // seen.stride(2) - before < total or not _is_writable(seen):
+        seen = _move(seen, before, total)
+    grown = seen.as_strided((*seen.shape[:2], total, seen.shape[-1]), seen.stride())
+    grown[:, :, seen.shape[-2] :] = new
     return grown
 
 
 class RetroDynamicLayer(DynamicLayer):
-    """A layer of a `DynamicCache` that writes new tokens behind the old ones, where its parent copies all of them."""
+    """A layer of a `DynamicCache` that writes new tokens behind the old ones, where its parent copies all of them.
+
+    Its buffer may also hold keys and values of neighbors before those of the text; `before` says for each row which.
+    """
+
+    before: list[Any]
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -275,6 +302,15 @@ class RetroDynamicLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.keys, self.values = _append(self.keys, key_states), _append(self.values, value_states)
+        return self.keys, self.values
+
+    def make_room_before(self, size: int, room: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values with `size` slots before them; where there are fewer, they move to a buffer with `room` of them."""
+        if min(_room_before(self.keys), _room_before(self.values)) < size or not _is_writable(self.keys):
+            self.keys, self.values = (
+                _move(tensor, max(size, room), tensor.shape[-2]) for tensor in (self.keys, self.values)
+            )
+            self.before = [None] * len(self.keys)
         return self.keys, self.values
 
 

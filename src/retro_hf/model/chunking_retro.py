@@ -177,6 +177,8 @@ class SequencePlan(PassPlan):
         self.positions = positions
         self.completed_tokens = completed_tokens
         self.history = history
+        self.num_chunks = num_chunks
+        self.selected = selected
         num_tokens, size = positions.shape[1], chunk_mask.shape[-1]
 
         # Cells of attending chunks, numbered within a row. The cell 0 belongs to the last token of the chunk before the

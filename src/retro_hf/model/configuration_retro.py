@@ -44,6 +44,9 @@ _ALIASES = {spelling: name for name, spellings in _SPELLINGS.items() for spellin
 # Sizes of a transformer; those of the backbone can't be set on `RetroConfig`.
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim")
 
+READERS = ("cross_attention", "parallel_context")
+"""How neighbors are read: see `RetroConfig.reader`."""
+
 
 def _implementations(config: PreTrainedConfig) -> list[tuple[PreTrainedConfig, str | None, str | None]]:
     """How a config and its sub-configs, which may differ, compute attention and experts; the outer ones first."""
@@ -220,6 +223,10 @@ class RetroConfig(_RetroConfigMixin, PreTrainedConfig):
     r"""
     text_config (`PreTrainedConfig` or `dict`, *optional*): the backbone, any decoder-only language model;
         [`RetroDecoderConfig`] by default.
+    reader (`str`, defaults to `"cross_attention"`): how neighbors are read. `"cross_attention"` is the paper's: a neighbor
+        encoder and chunked cross-attention, which are trained. `"parallel_context"` adds no weights and needs no training: the
+        backbone encodes the neighbors itself and attends to them beside the text; the fields of the encoder and of
+        cross-attention then have no effect.
     neighbor_encoder_config ([`RetroEncoderConfig`] or `dict`, *optional*): the neighbor encoder.
     chunk_size (`int`, defaults to 64): tokens per chunk, the paper's *m*.
     num_neighbors (`int`, defaults to 2): neighbors per chunk that the model is trained with, *k*; any other number
@@ -260,6 +267,7 @@ class RetroConfig(_RetroConfigMixin, PreTrainedConfig):
     sub_configs_defaults = {name: SubConfigSpec(config_class=part) for name, part in sub_configs.items()}
 
     text_config: dict | PreTrainedConfig | None = None
+    reader: str = READERS[0]
     neighbor_encoder_config: dict | PreTrainedConfig | None = None
     chunk_size: int = 64
     num_neighbors: int = 2
@@ -360,6 +368,8 @@ class RetroConfig(_RetroConfigMixin, PreTrainedConfig):
         _require_range(self, "rms_norm_eps", "initializer_range", least=0.0)
         _require_range(self, "chunk_size", "num_neighbors", "neighbor_size")
         _require_range(self, "cross_attention_num_heads", "cross_attention_head_dim")
+        if self.reader not in READERS:
+            raise ValueError(f"`reader` must be one of {', '.join(map(repr, READERS))}, got '{self.reader}'.")
         backbone = self.text_config.get_text_config(decoder=True)
         _require_layers(self, "cross_attention_layers", backbone.num_hidden_layers)
         _require_even(backbone, "hidden_size")
@@ -397,4 +407,4 @@ class RetroConfig(_RetroConfigMixin, PreTrainedConfig):
         return self.text_config.get_text_config(decoder=True).per_layer_config[0].num_attention_heads
 
 
-__all__ = ["RetroConfig", "RetroDecoderConfig", "RetroEncoderConfig"]
+__all__ = ["READERS", "RetroConfig", "RetroDecoderConfig", "RetroEncoderConfig"]

@@ -63,6 +63,7 @@ from .compatibility_retro import CACHE_NAME, CACHE_NAMES, CHECKPOINTING, accept_
 from .configuration_retro import RetroConfig, RetroDecoderConfig, RetroEncoderConfig
 from .generation_retro import RetroGenerationMixin
 from .modeling_retro_decoder import RetroDecoderForCausalLM
+from .parallel_context_retro import ParallelContextPass, ParallelContextReader
 from .planning_retro import plan_pass, real_tokens
 from .retriever_protocol_retro import (
     ATTACHED,
@@ -78,7 +79,7 @@ from .retriever_protocol_retro import (
 logger = logging.get_logger(__name__)
 
 # The linter asks which checkpoints take which path; here the user's config decides, and each field says what it does.
-# trf-ignore: TRF041 config.share_embeddings, config.cross_attention_layers, config.text_config.model_type, config.text_config
+# trf-ignore: TRF041 config.reader, config.share_embeddings, config.cross_attention_layers, config.text_config.model_type, config.text_config
 # trf-ignore: TRF041 config.freeze_backbone, config.cross_attention_placement, config.save_backbone
 
 
@@ -307,7 +308,8 @@ class RetroReader(nn.Module):
 class RetroPass:
     """RETRO's part of one forward pass; a new object every pass, so that passes never mix.
 
-    Another way to read neighbors takes the place of this class and of `RetroReader`, and uses the same [`PassPlan`].
+    `ParallelContextPass` and `ParallelContextReader` take the place of this class and of `RetroReader` where the reader is
+    `"parallel_context"`, and use the same [`PassPlan`].
 
     Args:
         reader ([`RetroReader`]): encoder and cross-attention.
@@ -513,8 +515,8 @@ class RetroPreTrainedModel(RetroAdapterMixin):
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
         """Resize the vocabulary of the backbone and of the neighbor encoder; arguments as in transformers."""
         embeddings = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
-        encoder = self.base_model.retro.encoder
-        if encoder.embed_tokens is not None:
+        encoder = getattr(self.base_model.retro, "encoder", None)
+        if encoder is not None and encoder.embed_tokens is not None:
             encoder.embed_tokens = self._get_resized_embeddings(encoder.embed_tokens, embeddings.num_embeddings)
         return embeddings
 
@@ -570,8 +572,11 @@ class RetroModel(RetroPreTrainedModel):
             for part in parts:
                 part._is_hf_initialized = True  # its weights are not ours to initialize
         self.backbone = backbone
-        self.retro = RetroReader(config, backbone.get_input_embeddings().embedding_dim)
-        attach_hooks(backbone, config)
+        if config.reader == "parallel_context":
+            self.retro = ParallelContextReader(config, backbone)
+        else:
+            self.retro = RetroReader(config, backbone.get_input_embeddings().embedding_dim)
+            attach_hooks(backbone, config)
         self._backbone_arguments = accepted_arguments(backbone)
         self._max_positions = learned_positions(backbone)
         self._retriever = _Shared(None)
@@ -638,7 +643,8 @@ class RetroModel(RetroPreTrainedModel):
             tokens = text_of(tokens, token_ids, given, retriever, is_unclear=unclear)
         inputs |= self._cache_inputs(past_key_values, use_cache, kwargs.get("labels"), retriever)
         read = self._read
-        if inputs[CACHE_NAME] is not None and retriever is not None:
+        is_cached_lookup = inputs[CACHE_NAME] is not None and retriever is not None
+        if is_cached_lookup or isinstance(self.retro, ParallelContextReader):
             # Every step would be compiled anew: what it looks up depends on values, and its history is another one.
             read = torch.compiler.disable(read)
         mask = attention_mask if token_mask is None else token_mask
@@ -692,13 +698,15 @@ class RetroModel(RetroPreTrainedModel):
         plan = plan_pass
         if sources["retriever"] is not None or not torch.compiler.is_compiling():
             plan = torch.compiler.disable(plan)  # a retriever works on the host; the pass itself compiles
-        retro_pass = RetroPass(
-            self.retro,
-            self.get_input_embeddings(),
-            self.config,
-            plan(tokens, real, size, state=state, **sources),
-            output_attentions=_wants_attentions(inputs, self.config),
-        )
+        planned = plan(tokens, real, size, state=state, **sources)
+        retro_pass: RetroPass | ParallelContextPass
+        if isinstance(self.retro, ParallelContextReader):
+            retro_pass = self.retro.begin(self.backbone, planned, cache)
+        else:
+            attentions = _wants_attentions(inputs, self.config)
+            retro_pass = RetroPass(
+                self.retro, self.get_input_embeddings(), self.config, planned, output_attentions=attentions
+            )
         outputs = run_within(retro_pass, module, inputs)
         retro_pass.finish(outputs)
         return outputs

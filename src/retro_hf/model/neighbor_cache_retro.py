@@ -1,0 +1,119 @@
+# Copyright 2026 The retro-hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Neighbors that the reader `parallel_context` has encoded, and how long they are kept."""
+
+import os
+import threading
+from collections import OrderedDict
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+
+NEIGHBOR_BYTES = 2**30
+"""Memory of the encoded neighbors that are kept between calls."""
+
+
+class EncodedNeighbor(NamedTuple):
+    """Keys and values of one neighbor, `(H, r - 1, D)` in every layer that reads."""
+
+    keys: tuple[torch.Tensor, ...]
+    values: tuple[torch.Tensor, ...]
+
+    def __deepcopy__(self, memo: dict) -> "EncodedNeighbor":
+        return self  # never changed, and shared between rows, caches and calls
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that are read."""
+        return self.keys[0].shape[-2]
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the keys and values."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.keys + self.values)
+
+
+Neighbors = tuple[EncodedNeighbor, ...]
+"""What a token attends to besides the text."""
+
+
+class NeighborCache:
+    """Encoded neighbors by their tokens; the least recently used are dropped first. A copy starts empty.
+
+    Args:
+        max_bytes (`int`): memory of keys and values that are kept.
+    """
+
+    def __init__(self, max_bytes: int = NEIGHBOR_BYTES):
+        self.max_bytes = max_bytes
+        self.num_bytes = 0
+        self._weights: Any = None
+        self._kept: OrderedDict[tuple[int, ...], EncodedNeighbor] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple:
+        return NeighborCache, (self.max_bytes,)
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def use(self, weights: Any) -> None:
+        """Forget everything unless `weights` is what it was; None is always something new."""
+        with self._lock:
+            if weights is None or weights != self._weights:
+                self._kept.clear()
+                self.num_bytes = 0
+            self._weights = weights
+
+    def get(self, tokens: tuple[int, ...]) -> EncodedNeighbor | None:
+        """The neighbor of these tokens, if it is kept."""
+        with self._lock:
+            if tokens in self._kept:
+                self._kept.move_to_end(tokens)
+            return self._kept.get(tokens)
+
+    def put(self, tokens: tuple[int, ...], neighbor: EncodedNeighbor) -> None:
+        """Keep a neighbor."""
+        with self._lock:
+            if tokens not in self._kept:
+                self._kept[tokens] = neighbor
+                self.num_bytes += neighbor.num_bytes
+            while self.num_bytes > self.max_bytes:
+                self.num_bytes -= self._kept.popitem(last=False)[1].num_bytes
+
+
+def weights_version(backbone: nn.Module) -> Any:
+    """Changes with the weights of a base, and with the adapters of PEFT that are active in it."""
+    versions = [(p.data_ptr(), None if p.is_inference() else p._version) for p in backbone.parameters()]
+    names = ("_active_adapter", "_disable_adapters", "merged_adapters", "scaling")
+    adapters = [
+        str([vars(module).get(name) for name in names])
+        for module in backbone.modules()
+        if "_active_adapter" in vars(module)
+    ]
+    return versions, adapters
+
+
+def total_memory(device: torch.device) -> int | None:
+    """All the memory of a device, in bytes, if that can be told."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    if device.type == "cpu" and hasattr(os, "sysconf"):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return None
+
+
+__all__ = ["EncodedNeighbor", "NeighborCache", "Neighbors", "total_memory", "weights_version"]

@@ -1,0 +1,500 @@
+# Copyright 2026 The retro-hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The reader `parallel_context`: the base reads its neighbors itself, without training (Ratner et al., 2023).
+
+The base encodes each neighbor alone, at positions before the text. In every layer that attends to the whole text, the
+tokens of an attending chunk attend to the keys and values of its neighbors and to their own past, in one softmax:
+
+    neighbor 1   -R … -1 ┐
+    neighbor 2   -R … -1 ┼─ keys and values ─► softmax over [neighbors of chunk u | text up to t] ◄─ query of token t
+    text          0 … t  ┘
+
+The text keeps its positions, so its keys never change: where a chunk ends, only the neighbors are exchanged. The first
+token of a neighbor is not read. It attracts the attention that a head has no use for, as the first token of any text does
+("attention sink"), and each further one would take weight from the text. The scores of neighbor tokens are multiplied by
+1.1, because attention to neighbors that were encoded alone is spread too evenly (APE, Yang et al., 2025). Both numbers
+were chosen on validation text (docs/results/readers.md).
+
+Shape legend: B batch, T new tokens, L tokens in the cache and new ones, K neighbors, R neighbor_size, r tokens of one neighbor,
+S neighbor tokens that a row attends to, H heads, D head_dim.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .backbone_retro import accepted_arguments, active_pass, check_decoder, placement, run_within
+from .cache_retro import RetroDynamicLayer
+from .chunking_retro import PassPlan, SequencePlan, StepPlan
+from .configuration_retro import RetroConfig
+from .neighbor_cache_retro import EncodedNeighbor, NeighborCache, Neighbors, total_memory, weights_version
+
+
+ENCODED_TOKENS = 4096
+"""Neighbor tokens that the base encodes in one pass."""
+NUM_SINKS = 1
+"""First tokens of a neighbor that are not read."""
+FOCUS = 1.1
+"""The scores of neighbor tokens are multiplied by this."""
+_PREFIX = "parallel_context_"
+_REMEDY = "Use the paper's reader for this base: `retrofit(base, reader='cross_attention')`."
+
+
+# ── attention ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _attention_function(name: str) -> Callable:
+    """The attention function `name` of transformers, made to ask the active pass first."""
+
+    def attend(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        function = ALL_ATTENTION_FUNCTIONS.get(name) or sys.modules[type(module).__module__].eager_attention_forward
+        current = active_pass.get()
+        if getattr(module, "layer_idx", None) not in getattr(current, "layers", ()):
+            return function(module, *args, **kwargs)
+        return current.attend(function, module, *args, **kwargs)
+
+    return attend
+
+
+for _name in ("eager", "sdpa"):
+    AttentionInterface.register(_PREFIX + _name, _attention_function(_name))
+    AttentionMaskInterface.register(_PREFIX + _name, ALL_MASK_ATTENTION_FUNCTIONS[_name])
+
+
+def _use_attention(backbone: PreTrainedModel) -> None:
+    """Let a base attend through this file, in the way that was set for it."""
+    config = backbone.config.get_text_config(decoder=True)
+    name = config._attn_implementation or "sdpa"
+    if name.startswith(_PREFIX):
+        return
+    if name not in ("eager", "sdpa"):
+        raise ValueError(
+            f"reader='parallel_context' attends by 'sdpa' or 'eager', got attn_implementation='{name}'. Set one of the two."
+        )
+    config._attn_implementation = _PREFIX + name
+
+
+# ── what a base must be able to do ────────────────────────────────────────────────────────────────────────────────────
+
+
+def reading_layers(backbone: PreTrainedModel) -> list[int]:
+    """The layers of a base that read neighbors: those that attend to the whole text.
+
+    Layers with a sliding window, a recurrence or a sparse selection read nothing.
+
+    Raises:
+        ValueError: if the positions of the base cannot be shifted, its attention cannot be reached, or no layer remains.
+    """
+    check_decoder(backbone)
+    config = backbone.config.get_text_config(decoder=True)
+    family = config.model_type
+    if not getattr(config, "rope_parameters", None) or "position_ids" not in accepted_arguments(backbone):
+        raise ValueError(
+            "reader='parallel_context' places neighbors before the text, which needs rotary positions; the family "
+            f"'{family}' has others. {_REMEDY}"
+        )
+    if not backbone._can_set_attn_implementation():
+        raise ValueError(
+            "reader='parallel_context' needs a base that attends through transformers' attention interface; the family "
+            f"'{family}' has code of its own. {_REMEDY}"
+        )
+    layers = [idx for idx, layer in enumerate(DynamicCache(config=config).layers) if type(layer) is DynamicLayer]
+    if not layers:
+        raise ValueError(
+            f"reader='parallel_context' needs layers that attend to the whole text; those of this '{family}' model have a "
+            f"window or mix tokens in another way. {_REMEDY}"
+        )
+    return layers
+
+
+@torch.no_grad()
+def check_backbone(backbone: PreTrainedModel) -> None:
+    """Try a base with real weights: every layer that should read is reached, and positions may be negative.
+
+    Raises:
+        ValueError: if that is not so.
+    """
+    layers = reading_layers(backbone)
+    _use_attention(backbone)
+    family = backbone.config.get_text_config(decoder=True).model_type
+    device, dtype = placement(backbone)
+    input_ids = torch.arange(3, 9, device=device).unsqueeze(0)
+    states = []
+    for start in (0, -128):
+        recorder = _Recorder(layers)
+        try:
+            positions = torch.arange(start, start + 6, device=device).unsqueeze(0)
+            states.append(recorder.run(backbone, input_ids, None, positions).float())
+        except (IndexError, RuntimeError) as error:
+            raise ValueError(
+                f"The family '{family}' does not run at positions before the text ({error}), where "
+                f"reader='parallel_context' places neighbors. {_REMEDY}"
+            ) from error
+        missed = sorted(set(layers) - recorder.states.keys())
+        if missed:
+            raise ValueError(
+                f"reader='parallel_context' does not reach the attention of the layers {missed} of the family '{family}'. "
+                f"{_REMEDY}"
+            )
+    difference = float((states[1] - states[0]).abs().max() / states[0].abs().max())
+    if not difference < (0.01 if dtype == torch.float32 else 0.2):
+        raise ValueError(
+            f"The family '{family}' computes something else at shifted positions (by {difference:.1%} of the largest value), "
+            f"so reader='parallel_context' cannot place neighbors before the text. {_REMEDY}"
+        )
+
+
+# ── encoding neighbors ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class _Recorder:
+    """A pass of the base over neighbors; `states` has the keys and values `(N, H, r, D)` of the layers that read."""
+
+    def __init__(self, layers: Sequence[int]):
+        self.layers = layers
+        self.states: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def attend(
+        self, function: Callable, module: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        # A recomputation under gradient checkpointing comes here again; what the text reads is the first result.
+        self.states.setdefault(module.layer_idx, (key, value))
+        return function(module, query, key, value, *args, **kwargs)
+
+    def run(
+        self, backbone: PreTrainedModel, input_ids: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor
+    ) -> torch.Tensor:
+        """The last hidden states of `input_ids` (N, r) at `positions` (N, r)."""
+        inputs = {"input_ids": input_ids, "attention_mask": mask, "position_ids": positions, "use_cache": False}
+        return run_within(self, backbone.base_model, inputs)[0]
+
+
+class ParallelContextReader(nn.Module):
+    """Reads neighbors with the base alone; it has no weights.
+
+    Args:
+        config ([`RetroConfig`]): of the model.
+        backbone (`PreTrainedModel`): the base.
+
+    Attributes:
+        cache ([`NeighborCache`]): encoded neighbors that are kept between calls, in evaluation without gradients.
+    """
+
+    def __init__(self, config: RetroConfig, backbone: PreTrainedModel):
+        super().__init__()
+        self.config = config
+        self.layers = {idx: place for place, idx in enumerate(reading_layers(backbone))}
+        self.cache = NeighborCache()
+        _use_attention(backbone)
+
+    def encode(self, backbone: PreTrainedModel, input_ids: torch.Tensor, mask: torch.Tensor) -> list[Neighbors]:
+        """Encode the neighbors of N chunks, each distinct one once.
+
+        Args:
+            backbone (`PreTrainedModel`): the base.
+            input_ids, mask (`torch.Tensor` of shape `(N, K, R)`, long and bool): neighbors, and which tokens are real.
+        Returns:
+            For each chunk a tuple of [`EncodedNeighbor`], without those that have nothing to read.
+        Raises:
+            ValueError: if a neighbor is longer than the context of the base, or memory would not hold all of them.
+        """
+        chunks = [
+            [tuple(token for token, real in zip(*one, strict=True) if real) for one in zip(*chunk, strict=True)]
+            for chunk in zip(input_ids.tolist(), mask.tolist(), strict=True)
+        ]
+        keeps = not (torch.is_grad_enabled() or backbone.training)
+        self.cache.use(weights_version(backbone) if keeps else None)
+        found: dict[tuple[int, ...], Any]
+        found = {tokens: self.cache.get(tokens) for chunk in chunks for tokens in chunk if len(tokens) > NUM_SINKS}
+        missing = sorted((tokens for tokens, neighbor in found.items() if neighbor is None), key=len)
+        longest = len(missing[-1]) if missing else 0
+        limit = self.config.max_position_embeddings
+        if limit is not None and longest > limit:
+            raise ValueError(
+                f"A neighbor has {longest} tokens, but the context of the base ends at {limit}. Build the datastore with a "
+                "smaller `neighbor_size`."
+            )
+        size = max(ENCODED_TOKENS // max(longest, 1), 1)
+        for start in range(0, len(missing), size):
+            batch = missing[start : start + size]
+            for tokens, neighbor in zip(batch, self._encode(backbone, batch, input_ids.device, keeps), strict=True):
+                found[tokens] = neighbor
+                if keeps:
+                    self.cache.put(tokens, neighbor)
+            if start == 0:
+                self._check_memory(found[batch[0]], sum(map(len, missing)))
+        return [tuple(found[tokens] for tokens in chunk if tokens in found) for chunk in chunks]
+
+    def _encode(
+        self, backbone: PreTrainedModel, batch: Sequence[tuple[int, ...]], device: torch.device, copy: bool
+    ) -> list[EncodedNeighbor]:
+        """One pass of the base over neighbors, padded on the right."""
+        lengths = torch.tensor([len(tokens) for tokens in batch], device=device).unsqueeze(1)
+        width = len(batch[-1])  # the longest
+        input_ids = torch.tensor([tokens + (0,) * (width - len(tokens)) for tokens in batch], device=device)
+        steps = torch.arange(width, device=device)
+        mask = (steps < lengths).long() if len(batch[0]) < width else None
+        recorder = _Recorder(list(self.layers))
+        recorder.run(backbone, input_ids, mask, steps - lengths.clamp(min=self.config.neighbor_size))
+        neighbors = []
+        for row, tokens in enumerate(batch):
+            read = slice(NUM_SINKS, len(tokens))
+            pairs = [[states[row, :, read] for states in recorder.states[idx]] for idx in self.layers]
+            keys = tuple(key * FOCUS for key, _ in pairs)
+            values = tuple(value.clone() if copy else value for _, value in pairs)  # a view would keep the whole batch
+            neighbors.append(EncodedNeighbor(keys, values))
+        return neighbors
+
+    def _check_memory(self, example: EncodedNeighbor, num_tokens: int) -> None:
+        device = example.keys[0].device
+        memory, needed = total_memory(device), num_tokens * example.num_bytes // example.num_tokens
+        if memory is not None and needed > memory:
+            raise ValueError(
+                f"The keys and values of the neighbors of this pass, {num_tokens:,} tokens, need {needed / 2**30:.1f} GiB, but "
+                f"'{device}' has {memory / 2**30:.1f} GiB. Retrieve fewer neighbors (`num_neighbors`), or give fewer or "
+                "shorter rows at a time."
+            )
+
+    def begin(self, backbone: PreTrainedModel, plan: PassPlan, cache: Cache | None) -> "ParallelContextPass":
+        """The pass over new tokens of text.
+
+        Args:
+            backbone (`PreTrainedModel`): the base.
+            plan ([`PassPlan`]): which chunks complete in the pass, and their neighbors.
+            cache ([`~transformers.Cache`], *optional*): of the text.
+        """
+        _use_attention(backbone)  # another one may have been set since
+        size, state = self.config.chunk_size, cast("Any", plan.state)  # a step always has one
+        found: list[Neighbors] = []
+        if plan.neighbor_input_ids is not None and plan.neighbor_mask is not None:
+            found = self.encode(backbone, plan.neighbor_input_ids, plan.neighbor_mask)
+        if isinstance(plan, SequencePlan):
+            (num_rows, _), count = plan.shape, plan.num_chunks
+            if plan.selected is not None:
+                chunks = dict(zip(plan.selected.tolist(), found, strict=True))
+                found = [chunks.get(chunk, ()) for chunk in range(num_rows * count)]
+            known = [[(), *found[row * count : (row + 1) * count]] for row in range(num_rows)]
+            if state is not None and plan.history is not None:
+                steps = zip(plan.history.first_chunk, plan.history.num_completed, strict=True)
+                for row, (halves, (first, completed)) in enumerate(zip(state.neighbors, steps, strict=True)):
+                    if first:
+                        known[row][0] = halves[(first - 1) % 2]
+                    for chunk in range(completed):
+                        halves[(first + chunk) % 2] = _at(known[row], 1 + chunk)
+            groups = [[(p + 1) // size if p >= 0 else -1 for p in row] for row in plan.positions.tolist()]
+        elif isinstance(plan, StepPlan):
+            for place, row in enumerate([] if plan.kept is None else plan.kept.rows.tolist()):
+                state.neighbors[row][state.lengths[row] // size % 2] = _at(found, place)
+            last = [(length + 1) // size - 1 for length in state.lengths]
+            known = [
+                [halves[chunk % 2] if chunk >= 0 else ()] for chunk, halves in zip(last, state.neighbors, strict=True)
+            ]
+            groups = [[0] for _ in last]
+        return ParallelContextPass(self, plan, known, groups, cache)
+
+
+# ── reading them ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _at(known: list[Neighbors], group: int) -> Neighbors:
+    return known[group] if 0 <= group < len(known) else ()
+
+
+def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+
+
+class _Segment:
+    """Tokens of each row that attend to the same neighbors.
+
+    Args:
+        columns (`list` of B lists of n `int`): where they are among the new tokens.
+        end (`int`): where the last of them is in the text.
+        neighbors (`list` of B tuples of [`EncodedNeighbor`]): what they attend to.
+    """
+
+    def __init__(self, columns: list[list[int]], end: int, neighbors: list[Neighbors]):
+        first = columns[0]
+        is_slice = all(row == first for row in columns) and first[-1] - first[0] + 1 == len(first)
+        self.columns = slice(first[0], first[-1] + 1) if is_slice else torch.tensor(columns)
+        self.length = end + 1  # of the text that they attend to
+        self.neighbors = neighbors
+        self.lengths = [sum(neighbor.num_tokens for neighbor in row) for row in neighbors]
+        self.size = max(self.lengths)  # S; rows with fewer neighbor tokens are padded on the left
+
+    def take(self, states: torch.Tensor) -> torch.Tensor:
+        """Their part of `states` (B or 1, H, T, D)."""
+        if isinstance(self.columns, slice):
+            return states[:, :, self.columns]
+        states = states.expand(len(self.columns), -1, -1, -1)
+        return states.take_along_dim(self.columns.to(states.device)[:, None, :, None], dim=2)
+
+    def mask(
+        self, of_text: torch.Tensor | None, num_past: int, query: torch.Tensor, additive: bool
+    ) -> torch.Tensor | None:
+        """What they attend to, `(B or 1, H or 1, n, S + length)`; None for everything.
+
+        Args:
+            of_text (`torch.Tensor` of shape `(B or 1, H or 1, T, L)`, *optional*): mask of the base, boolean or additive;
+                causal if None.
+            num_past (`int`): tokens in the cache before the pass.
+            query (`torch.Tensor` of shape `(B, H, T, D)`): all queries of the pass.
+            additive (`bool`): whether a mask that is made here is added to the scores.
+        """
+        device = query.device
+        if of_text is not None:
+            text = self.take(of_text)[..., : self.length]
+        elif query.shape[2] == 1 and min(self.lengths) == self.size:
+            return None
+        else:
+            columns = self.take(torch.arange(query.shape[2], device=device)[None, None, :, None])
+            text = torch.arange(self.length, device=device) <= num_past + columns
+            text = _additive(text, query.dtype) if additive else text
+        padding = self.size - torch.tensor(self.lengths, device=device)
+        seen = (torch.arange(self.size, device=device) >= padding[:, None])[:, None, None, :]
+        seen = seen if text.dtype == torch.bool else _additive(seen, text.dtype)
+        return torch.cat([seen.expand(-1, *text.shape[1:3], -1), text.expand(len(seen), -1, -1, -1)], dim=-1)
+
+    def before(self, place: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Keys and values of their neighbors and then of the text, `(B, H, S + length, D)`, copied together."""
+        joined = []
+        for kind, text in enumerate((key, value)):
+            text = text[:, :, : self.length]
+            if self.size:
+                rows = []
+                for row, length in zip(self.neighbors, self.lengths, strict=True):
+                    padding = text.new_zeros(text.shape[1], self.size - length, text.shape[-1])
+                    rows.append(torch.cat([padding, *(neighbor[kind][place] for neighbor in row)], dim=-2))
+                text = torch.cat([torch.stack(rows), text], dim=-2)
+            joined.append(text)
+        return tuple(joined)
+
+    def exchange(self, place: int, layer: RetroDynamicLayer, room: int) -> tuple[torch.Tensor, ...]:
+        """As `before`, in the cache itself: only neighbors that are not there yet are written before the text."""
+        joined = []
+        for kind, text in enumerate(layer.make_room_before(self.size, room)):
+            shape = (*text.shape[:2], self.size + self.length, text.shape[-1])
+            joined.append(text.as_strided(shape, text.stride(), text.storage_offset() - self.size * text.stride(2)))
+            for row, neighbors in enumerate(self.neighbors):
+                if neighbors and layer.before[row] is not neighbors:
+                    states = torch.cat([neighbor[kind][place] for neighbor in neighbors], dim=-2)
+                    joined[kind][row, :, self.size - states.shape[-2] : self.size] = states
+        layer.before = list(self.neighbors)
+        return tuple(joined)
+
+
+class ParallelContextPass:
+    """A pass over text whose tokens attend to neighbors; a new object every pass, so that passes never mix.
+
+    Args:
+        reader ([`ParallelContextReader`]): of the model.
+        plan ([`PassPlan`]): the chunks of the pass.
+        known (`list` of B lists of tuples of [`EncodedNeighbor`]): the neighbors of each row's chunks.
+        groups (`list` of B lists of T `int`): for each token the index into `known` of what it attends to, -1 at padding.
+        cache ([`~transformers.Cache`], *optional*): of the text.
+    """
+
+    def __init__(
+        self,
+        reader: ParallelContextReader,
+        plan: PassPlan,
+        known: list[list[Neighbors]],
+        groups: list[list[int]],
+        cache: Cache | None,
+    ):
+        self.plan, self.cache = plan, cache
+        self.num_past = 0 if plan.state is None else plan.state.num_columns
+        self.room = reader.config.num_neighbors * (reader.config.neighbor_size or 0)
+        is_off = not any(_at(own, group) for own, row in zip(known, groups, strict=True) for group in set(row))
+        self.layers = {} if is_off else reader.layers
+        self.segments: list[_Segment] = []
+        self._masks: list[tuple[torch.Tensor | None, list[torch.Tensor | None]]] = []
+        num_tokens, num_slots = len(groups[0]), 0
+        slots = [[0] * num_tokens for _ in groups]  # of each token, in the segments one after the other
+        if num_tokens == 1:  # one segment, though rows complete their chunks at different steps
+            known = [[_at(own, row[0])] for own, row in zip(known, groups, strict=True)]
+            groups = [[0] for _ in groups]
+        for group in range(max(map(max, groups)) + 1):
+            columns = [[t for t, found in enumerate(row) if found == group] for row in groups]
+            width = max(map(len, columns))
+            if width == 0:
+                continue
+            end = max(row[-1] for row in columns if row)
+            for row, own, found in zip(slots, columns, groups, strict=True):
+                for place, column in enumerate(own):
+                    row[column] = num_slots + place
+                # A row with fewer tokens here repeats one; nobody reads its second result.
+                other = own[-1] if own else max((t for t in range(end + 1) if found[t] >= 0), default=end)
+                own += [other] * (width - len(own))
+            num_slots += width
+            self.segments.append(_Segment(columns, self.num_past + end, [_at(own, group) for own in known]))
+        self.order = None if slots == [list(range(num_slots))] * len(slots) else torch.tensor(slots)
+
+    def finish(self, outputs: Any) -> None:
+        """Count the tokens of the pass."""
+        if self.plan.state is not None:
+            self.plan.commit()
+
+    def attend(
+        self,
+        function: Callable,
+        module: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """Attention of one layer: `query` (B, H, T, D) over `key` and `value` of the text (B, H, L, D) and the neighbors'."""
+        place = self.layers[module.layer_idx]
+        outputs = []
+        for segment, mask in zip(self.segments, self._masks_of(attention_mask, query, function), strict=True):
+            layer = self._layer_with_room(module.layer_idx, key, value)
+            if segment.size and layer is not None:
+                joined = segment.exchange(place, layer, self.room)
+            else:
+                joined = segment.before(place, key, value)
+            outputs.append(function(module, segment.take(query), *joined, mask, *args, **kwargs)[0])
+        output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+        if self.order is not None:
+            output = output.take_along_dim(self.order.to(output.device)[:, :, None, None], dim=1)
+        return output, None
+
+    def _masks_of(self, mask: torch.Tensor | None, query: torch.Tensor, function: Callable) -> list:
+        """The masks of all segments, made once for all layers that have the mask `mask`."""
+        for known, masks in self._masks:
+            if known is mask:
+                return masks
+        additive = function is not ALL_ATTENTION_FUNCTIONS["sdpa"]
+        masks = [segment.mask(mask, self.num_past, query, additive) for segment in self.segments]
+        self._masks.append((mask, masks))
+        return masks
+
+    def _layer_with_room(self, layer_idx: int, key: torch.Tensor, value: torch.Tensor) -> RetroDynamicLayer | None:
+        """The layer of the cache, if neighbors can be written into it."""
+        if self.cache is None or len(self.segments) > 1 or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        layer = self.cache.layers[layer_idx]
+        return layer if isinstance(layer, RetroDynamicLayer) and layer.keys is key and layer.values is value else None
+
+
+__all__ = ["ParallelContextPass", "ParallelContextReader", "check_backbone"]
