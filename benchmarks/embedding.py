@@ -62,13 +62,16 @@ def main() -> None:
             if num_chunks >= args.chunks:
                 break
         rows = np.concatenate([read_token_block(folder, block).tokens.reshape(-1, CHUNK) for block in blocks])
-        encoded = embedder._tokenize(chunk_texts(tokenizer, rows, rows != 0))
+        encoder = embedder._model
+        options = {"truncation": True, "max_length": encoder.max_seq_length, "return_attention_mask": False}
+        encoded = encoder.tokenizer(chunk_texts(tokenizer, rows, rows != 0), **options)["input_ids"]
         ordered = sorted(encoded, key=len, reverse=True)
 
+        @torch.inference_mode()
         def forward(ids: list[list[int]]) -> None:
             for start in range(0, len(ids), BATCH):
-                pooled = embedder._pooled(ids[start : start + BATCH])
-                torch.nn.functional.normalize(pooled, dim=-1).numpy()
+                pooled = encoder._forward(ids[start : start + BATCH])
+                pooled / np.linalg.norm(pooled, axis=1, keepdims=True)
 
         def build() -> None:
             for block in blocks:
