@@ -270,3 +270,9 @@ def test_embeddings_must_say_where_their_chunks_begin(model):
             model(inputs_embeds=embeds, **neighbors, **unclear)
     expected = model(random_ids(2, 9), **neighbors).logits
     assert torch.equal(model(inputs_embeds=embeds, chunk_offset=0, **neighbors).logits, expected)
+
+
+def test_early_exit_is_refused(model):
+    """The layers left out could not read what the pass retrieved."""
+    with pytest.raises(NotImplementedError):
+        model.generate(random_ids(1, 5), assistant_early_exit=1, max_new_tokens=2, do_sample=False)

@@ -310,6 +310,30 @@ def test_the_attention_of_the_whole_can_be_chosen(implementation):
         assert layer.self_attn.config._attn_implementation == implementation
 
 
+def test_a_field_of_the_backbone_that_was_set_on_the_whole_can_be_saved(tmp_path):
+    """Training scripts set `model.config.pretraining_tp = 1`, whatever the model is."""
+    config = tiny_retro("llama").config
+    config.pretraining_tp = config.text_config.pretraining_tp
+    config.save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path).text_config.pretraining_tp == config.pretraining_tp
+    with pytest.raises(ValueError, match="pretraining_tp"):
+        RetroConfig(text_config=config.text_config, pretraining_tp=config.pretraining_tp + 1)
+
+
+@pytest.mark.parametrize("name", ["", "text_config", "neighbor_encoder_config"])
+def test_the_attention_of_one_part_can_be_chosen(name):
+    """A dict sets the parts that it names, and no others."""
+    model = tiny_retro("llama")
+    model.set_attn_implementation("eager")
+    model.set_attn_implementation({name: "sdpa"})
+    config = model.config
+    parts = {"": config, "text_config": config.text_config, "neighbor_encoder_config": config.neighbor_encoder_config}
+    found = {key: part._attn_implementation for key, part in parts.items()}
+    assert found == {**dict.fromkeys(parts, "eager"), name: "sdpa"}
+    with pytest.raises(ValueError):
+        model.set_attn_implementation({name: "no such attention"})
+
+
 def test_text_config_of_a_backbone_that_reads_images_too():
     """`get_text_config` is what Trainer, TRL and `generate` ask for the vocabulary: the innermost config."""
     config = RetroConfig(text_config={"model_type": "gemma3"}, cross_attention_layers=[1])

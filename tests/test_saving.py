@@ -311,6 +311,14 @@ def test_resized_embeddings(tmp_path):
     torch.testing.assert_close(loaded(ids, **neighbors).logits, model(ids, **neighbors).logits)
 
 
+def test_resized_embeddings_without_a_head():
+    """The model without a head is resized as the one with a head is: neighbors of new tokens can be read."""
+    model = tiny_retro("llama").model
+    model.resize_token_embeddings(104)
+    assert model.retro.encoder.embed_tokens.num_embeddings == 104
+    model(random_ids(2, 14, vocab_size=104), **random_neighbors(2, 3, vocab_size=104))
+
+
 def test_what_a_backbone_computes_when_it_loads(tmp_path):
     """Falcon-H1's multipliers are in no file: the backbone's own initialization fills them in."""
     model = retrofit(AutoModelForCausalLM.from_config(tiny_config("falcon_h1")), chunk_size=4)

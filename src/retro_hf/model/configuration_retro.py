@@ -347,10 +347,12 @@ class RetroConfig(_RetroConfigMixin, PreTrainedConfig):
         return hasattr(self.text_config, name) and not shared
 
     def _reject_backbone_fields(self, unknown: dict) -> None:
-        for name in unknown:
+        for name, value in unknown.items():
             match = _ALIASES.get(name) or next(iter(get_close_matches(name, _SIZES, 1, 0.85)), name)
-            # Trainer sets `use_cache` on every config, so saved ones have it.
-            if name != "use_cache" and (match in _SIZES or self._is_of_the_backbone(match)):
+            # Code that knows no composites sets fields on every config, and they are saved with it: Trainer does so with
+            # `use_cache`. One that says what the backbone says does no harm.
+            is_harmless = name == "use_cache" or (name == match and value == getattr(self.text_config, name, None))
+            if not is_harmless and (match in _SIZES or self._is_of_the_backbone(match)):
                 remedy = f"`text_config={{'{match}': ...}}`"
                 raise ValueError(f"RetroConfig has no field '{name}'. It is one of the backbone's: {remedy}.")
 

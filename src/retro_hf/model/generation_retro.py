@@ -147,6 +147,11 @@ class RetroGenerationMixin(GenerationMixin):
         return False
 
     def _get_candidate_generator(self, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any):
+        if kwargs["generation_config"].assistant_early_exit is not None:
+            raise NotImplementedError(
+                "RETRO does not support `assistant_early_exit`: the first layers alone would read no neighbors. Use "
+                "`assistant_model` or `prompt_lookup_num_tokens`."
+            )
         # An assistant drafts without retrieval: it may be any model, and would reject our arguments.
         ours = ("neighbor_input_ids", "neighbor_attention_mask", "neighbor_chunk_size", "chunk_offset", "retriever")
         rest = {name: value for name, value in model_kwargs.items() if name not in ours}

@@ -482,8 +482,8 @@ class RetroPreTrainedModel(RetroAdapterMixin):
     def set_attn_implementation(self, attn_implementation: str | dict, **kwargs: Any) -> None:
         """Set the attention implementation of the backbone and of what RETRO adds; as in transformers.
 
-        A `dict` has the keys `"text_config"` for the backbone, `"neighbor_encoder_config"` for the neighbor encoder and `""`
-        for chunked cross-attention, and for the encoder too if that is not named.
+        A `dict` sets the parts that it names: `"text_config"` is the backbone, `"neighbor_encoder_config"` the neighbor
+        encoder, and `""` chunked cross-attention.
         """
         parts = ("", *self.config.sub_configs)
         if not isinstance(attn_implementation, dict):
@@ -493,7 +493,7 @@ class RetroPreTrainedModel(RetroAdapterMixin):
                 f"`attn_implementation` has the keys {sorted(unknown)}, but a RETRO model has the parts {sorted(parts)}."
             )
         requested = dict(attn_implementation)
-        encoder = requested.pop("neighbor_encoder_config", requested.get("", None))
+        encoder = requested.pop("neighbor_encoder_config", None)
         super().set_attn_implementation(requested, **kwargs)
         if encoder is not None:  # not a model of its own, so transformers would set it unchecked and warn
             self.config.neighbor_encoder_config._attn_implementation_internal = self.get_correct_attn_implementation(

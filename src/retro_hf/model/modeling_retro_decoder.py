@@ -159,7 +159,7 @@ class RetroDecoderModel(RetroDecoderPreTrainedModel):
         features = _distance_features(num_past + num_queries - 1, num_distances, inputs_embeds, past_key_values)
 
         hidden_states = inputs_embeds
-        for layer in self.layers:
+        for layer in self.layers[: self.config.num_hidden_layers]:  # fewer while `generate` drafts by early exit
             hidden_states = layer(
                 hidden_states, causal_mask, features, **{CACHE_NAME: past_key_values}, use_cache=use_cache, **kwargs
             )
