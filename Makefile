@@ -12,7 +12,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo demo-train test test-slow test-versions check style bench dist clean
+.PHONY: help install demo demo-train test test-slow test-versions test-suites check style bench dist clean
 
 RUN       := $(VENV)/bin
 STAMP     := $(VENV)/.installed
@@ -65,6 +65,9 @@ test-slow: $(STAMP) ## Run the tests marked slow; they want Chromium, and instal
 test-versions: $(STAMP) ## Test the lowest, locked and newest versions of all dependencies: make test-versions VERSIONS="newest"
 	$(PIP) install -q "uv>=0.9"
 	$(RUN)/python tools/versions.py --workers $(WORKERS) $(VERSIONS)
+
+test-suites: $(STAMP) ## Run transformers' own suites on our classes (15 minutes at most on 2 cores)
+	$(RUN)/python -m pytest -m suites -n $(WORKERS) --dist worksteal tests/suites $(PYTEST)
 
 check: $(STAMP) ## Check format, lint, types, layers and the rules for model files
 	$(RUN)/ruff format --check .
