@@ -116,7 +116,7 @@ def read_in_context(model: PreTrainedModel, document: Document, neighbors: str) 
 def load(name: str) -> PreTrainedModel:
     """The model of a reader."""
     if name == "retro":
-        return RetroForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+        return RetroForCausalLM.from_pretrained(MODEL, backbone_name_or_path=BASE, dtype=torch.float32)
     if name == "parallel_context":
         sizes = {"chunk_size": CHUNK_SIZE, "neighbor_size": NEIGHBOR_SIZE}
         return retrofit(BASE, reader="parallel_context", base_kwargs={"dtype": torch.float32}, **sizes)
