@@ -225,7 +225,8 @@ class RetroAdapterMixin(PreTrainedModel):
                 f"The weights in '{path}' do not fit its config: missing {sorted(info['missing_keys'])[:3]}, unexpected "
                 f"{sorted(info['unexpected_keys'])[:3]}. Restore the config.json that was saved with them."
             )
-        retro.to(device=device)
+        # A copy: a memory-mapped file holds weights at odd addresses, where kernels round differently.
+        retro._apply(lambda weight: weight.to(device, copy=True))
         if model.can_generate():
             given = kwargs.get("generation_config")
             with suppress(OSError):  # the backbone's, if the folder has none of its own
