@@ -40,7 +40,7 @@ class TextGenerationPipelineTests:
         messages = [{"role": "user", "content": prompt}]
         (chat,) = pipeline(messages)
         assert chat["generated_text"][:1] == messages and chat["generated_text"][1]["role"] == "assistant"
-        (cut,) = pipeline(prompt * 20, handle_long_generation="hole", return_tensors=True)
+        (cut,) = pipeline(prompt * 20, max_new_tokens=NUM_NEW, handle_long_generation="hole", return_tensors=True)
         assert len(cut["generated_token_ids"]) <= pipeline.tokenizer.model_max_length
 
 

@@ -22,7 +22,7 @@ pipelines = load("test_pipeline_mixin")
 ConfigTester = load("test_configuration_common").ConfigTester
 
 
-class SuiteCase(unittest.TestCase):
+class SuiteMixin:
     """What all suites share; `target` is the model under test."""
 
     target: Target
@@ -90,8 +90,8 @@ def suite_of(target: Target) -> type[unittest.TestCase]:
         # Without neighbors, nothing that RETRO adds is used.
         "test_all_params_have_gradient": target.is_live or not target.is_retro,
     }
-    bases = (SuiteCase, models.ModelTesterMixin, GenerationTesterMixin, pipelines.PipelineTesterMixin)
-    suite = type(target.suite_name, bases, body)
+    mixins = (models.ModelTesterMixin, GenerationTesterMixin, pipelines.PipelineTesterMixin)
+    suite = type(target.suite_name, (SuiteMixin, *mixins, unittest.TestCase), body)
     for test in unittest.TestLoader().getTestCaseNames(suite):
         if entry := not_applicable.find(test, target):
             setattr(suite, test, expected_to_fail(getattr(suite, test), entry))
