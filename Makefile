@@ -75,6 +75,9 @@ check: $(STAMP) ## Check format, lint, types, layers and the rules for model fil
 	$(RUN)/mypy
 	$(RUN)/lint-imports --no-cache
 	$(RUN)/mlinter src/retro_hf --no-progress --no-cache
+	@# At most 500 lines a file; the model file, which is the paper from top to bottom, has 800.
+	@find src -name '*.py' | xargs wc -l | awk '$$2 != "total" && $$1 > ($$2 ~ /modeling_retro\.py$$/ ? 800 : 500) \
+	  { print $$2 " has " $$1 " lines; split it by its jobs"; long = 1 } END { exit long }'
 
 style: $(STAMP) ## Format the code and repair what ruff can
 	$(RUN)/ruff format .
