@@ -15,6 +15,7 @@ import termios
 import pytest
 import typer
 from datastore.fixtures import corpus
+from tiny import tiny_backbone
 from tiny_training import CHUNK_SIZE, make_model, make_world
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
@@ -113,6 +114,32 @@ def test_generate_with_and_without_a_datastore(world):
     assert off.startswith(prompt[:20])
     assert on.startswith(prompt[:20])
     assert on != off
+
+
+@pytest.mark.parametrize("source", ["--store", "--texts"])
+@pytest.mark.parametrize("name", ["model", "base"])
+def test_ask_answers_and_names_its_sources(world, name, source):
+    """A RETRO model answers, and so does a model of another family; from a datastore, and from texts."""
+    if name == "base" and not (world / name).exists():
+        tokenizer = AutoTokenizer.from_pretrained(world / "model")
+        tiny_backbone("llama", vocab_size=len(tokenizer)).save_pretrained(world / name)
+        tokenizer.save_pretrained(world / name)
+    documents = world / "store" if source == "--store" else world / "texts.jsonl"
+    arguments = ("ask", world / name, "the lighthouse", source, documents, "--embedder", world / "encoder")
+    printed = retro(*arguments, "--passages", 3, "--max-new-tokens", 5).splitlines()
+    found = json.loads(retro(*arguments, "--passages", 3, "--max-new-tokens", 5, "--json"))
+    assert len(found["sources"]) == 3
+    assert [line.split("]")[1] for line in printed[-3:]] == [
+        f" {passage['title'] or passage['document_id']}: {' '.join(passage['text'].split())[:100]}"
+        for passage in found["sources"]
+    ]
+
+
+def test_ask_needs_one_source(world):
+    """Neither, or both, is an error before anything is loaded."""
+    for options in ((), ("--store", world / "store", "--texts", world / "texts.jsonl")):
+        with pytest.raises(ValueError, match="--store"):
+            retro("ask", world / "model", "who", *options)
 
 
 def result_line(printed, start):

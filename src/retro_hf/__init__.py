@@ -15,6 +15,7 @@ from .retrofit import retrofit
 
 
 if TYPE_CHECKING:
+    from .answering import Answer, answer
     from .datastore import ChunkEmbedder, RetroDatastore
     from .errors import RetroError
     from .retriever import RetrievedNeighbor, RetroRetriever
@@ -25,16 +26,19 @@ __version__ = "0.1.0"
 
 # The model needs torch and transformers alone; what needs faiss or datasets is imported when it is first used.
 _LAZY = {
+    "Answer": "answering",
     "ChunkEmbedder": "datastore",
     "RetrievedNeighbor": "retriever",
     "RetroDataCollator": "training",
     "RetroDatastore": "datastore",
     "RetroError": "errors",
     "RetroRetriever": "retriever",
+    "answer": "answering",
     "precompute_neighbors": "training",
 }
 
 __all__ = [
+    "Answer",
     "ChunkEmbedder",
     "RetrievedNeighbor",
     "RetroConfig",
@@ -49,6 +53,7 @@ __all__ = [
     "RetroModel",
     "RetroPreTrainedModel",
     "RetroRetriever",
+    "answer",
     "precompute_neighbors",
     "retrofit",
 ]

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from . import datastore, evaluate, model
+from . import ask, datastore, evaluate, model
 
 
 app = typer.Typer(
@@ -36,7 +36,7 @@ def _options(
     pass
 
 
-for group in (datastore, model, evaluate):
+for group in (ask, datastore, model, evaluate):
     app.add_typer(group.commands)
 
 

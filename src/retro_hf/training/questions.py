@@ -21,13 +21,19 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["PROMPT", "QuestionCollator", "check_same_tokenizer", "tokenize_questions"]
+__all__ = ["PROMPT", "QuestionCollator", "check_same_tokenizer", "passage_text", "tokenize_questions"]
 
 logger = logging.get_logger(__name__)
 
 PROMPT = "question: {question} \n answer:"
 """What the paper writes before an answer."""
 PASSAGE = "title: {title}, source: {text}"
+
+
+def passage_text(title: str, text: str) -> str:
+    """A passage as the paper writes it, on one line."""
+    return " ".join(PASSAGE.format(title=title, text=text).split())
+
 
 _PROMPT_COLUMN = "prompt_input_ids"
 _ANSWER_COLUMN = "answer_input_ids"
@@ -339,7 +345,4 @@ def _passages(value: Any, row: int) -> list[str]:
             f"The passages in row {row} are {textwrap.shorten(repr(value), 100)}, but they must be a list of texts, or of dicts "
             "with `text` and optionally `title`."
         )
-    texts = [
-        PASSAGE.format(title=part.get("title") or "", text=part["text"]) for part in parts if part["text"].strip()
-    ]
-    return [" ".join(text.split()) for text in texts]
+    return [passage_text(part.get("title") or "", part["text"]) for part in parts if part["text"].strip()]

@@ -1,0 +1,222 @@
+"""Answer a question from a datastore, and say which passages were read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .errors import RetrieverError
+from .model.modeling_retro import RetroForCausalLM
+from .passages import Passage, find_passages
+from .retriever import RetroRetriever
+from .training.questions import PROMPT, passage_text
+
+
+__all__ = ["Answer", "Question", "answer", "prepare_question"]
+
+Message = Mapping[str, str]
+INSTRUCTION = "Answer the question in one short sentence."
+"""The system message of a chat that has none."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A generated answer and what was read for it.
+
+    Attributes:
+        text (`str`): the answer.
+        sources (`list[Passage]`): the passages that the model read, best first.
+    """
+
+    text: str
+    sources: list[Passage]
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question that is ready for `model.generate(**question.inputs)`.
+
+    Attributes:
+        inputs (`dict`): `input_ids` and `attention_mask` of shape `(1, prompt_length)`, `neighbor_input_ids` and
+            `neighbor_attention_mask` of shape `(1, num_chunks, num_passages, neighbor_size)`, `chunk_offset` of shape `(1,)`,
+            and `retriever=None`. All int64, on the model's device.
+        sources (`list[Passage]`): the passages in the neighbors.
+        num_tokens (`int`): tokens of the prompt; what is generated follows them.
+    """
+
+    inputs: dict[str, Any]
+    sources: list[Passage]
+    num_tokens: int
+
+
+def answer(
+    model: RetroForCausalLM,
+    retriever: RetroRetriever,
+    question: str | Sequence[Message],
+    *,
+    query: str | None = None,
+    prompt: str | None = None,
+    num_passages: int | None = None,
+    max_new_tokens: int = 64,
+    **options: Any,
+) -> Answer:
+    """Look a question up, let the model read the passages, and generate an answer.
+
+    The question as a whole is looked up once, and the model reads the same passages from there to the end of its answer.
+    A model with `reader="parallel_context"` reads them from the first token of the question on, and is asked through the
+    tokenizer's chat template if it has one. A model with the paper's reader is asked as in section 4.3: its question ends a
+    chunk, and the answer reads the passages. That is how [`QuestionCollator`] trains it.
+
+    Args:
+        model ([`RetroForCausalLM`]): with either reader.
+        retriever ([`RetroRetriever`]): where to look. Its tokenizer must be the model's.
+        question (`str` or a list of messages): a text, or a chat as `[{"role": "user", "content": ...}]`, whose last message
+            is the question.
+        query (`str`, *optional*): what to look up; by default the question.
+        prompt (`str`, *optional*): how the question is written, with `{question}` in it, instead of a chat.
+        num_passages (`int`, *optional*): passages to read; by default the retriever's `num_neighbors`.
+        max_new_tokens (`int`, defaults to 64): longest answer, in tokens.
+        options: for [`~transformers.GenerationMixin.generate`]. Without any, the answer is the most likely one, token by
+            token (`do_sample=False`).
+    Returns:
+        [`Answer`]: its text, and the passages that were read.
+    Raises:
+        RetrieverError: if the question is empty, or the retriever is not a [`RetroRetriever`].
+    """
+    asked = prepare_question(
+        model,
+        retriever,
+        question,
+        query=query,
+        prompt=prompt,
+        num_passages=num_passages,
+        max_new_tokens=max_new_tokens,
+    )
+    options = {"do_sample": False, **options}
+    sequences = model.generate(**asked.inputs, **options, max_new_tokens=max_new_tokens, return_dict_in_generate=False)
+    text = str(retriever.tokenizer.decode(sequences[0, asked.num_tokens :], skip_special_tokens=True))
+    return Answer(text=text.strip(), sources=asked.sources)
+
+
+def prepare_question(
+    model: RetroForCausalLM,
+    retriever: RetroRetriever,
+    question: str | Sequence[Message],
+    *,
+    query: str | None = None,
+    prompt: str | None = None,
+    num_passages: int | None = None,
+    max_new_tokens: int = 64,
+) -> Question:
+    """Look a question up and make the inputs of `generate`, for callers that generate themselves, such as a server.
+
+    Args:
+        model, retriever, question, query, prompt, num_passages, max_new_tokens: as in [`answer`].
+    Returns:
+        [`Question`].
+    Raises:
+        RetrieverError: as in [`answer`].
+    """
+    if not isinstance(retriever, RetroRetriever):
+        raise RetrieverError(
+            f"The retriever is of type {type(retriever).__name__}. Questions are looked up as text, which needs a RetroRetriever."
+        )
+    if not isinstance(model, RetroForCausalLM):
+        raise RetrieverError(
+            f"The model is a {type(model).__name__}, which reads no passages. Make it read them: "
+            "`retrofit(model, reader='parallel_context')`."
+        )
+    messages = _checked_messages(question)
+    asked = messages[-1]["content"].strip()
+    config, tokenizer = model.config, retriever.tokenizer
+    reads_question = config.reader == "parallel_context"
+    if prompt is None and reads_question and tokenizer.chat_template:
+        text = _chat(tokenizer, messages)
+    else:
+        text = _one_question(prompt or PROMPT, messages, asked)
+        if reads_question:  # a question that was trained on begins without it
+            text = (tokenizer.bos_token or "") + text
+    input_ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    length = input_ids.shape[1]
+
+    num_passages = retriever.num_neighbors if num_passages is None else num_passages
+    if num_passages < 1:
+        raise ValueError(f"num_passages is {num_passages}, but it must be at least 1.")
+    (sources,) = find_passages(retriever, [query or asked], num_passages)
+    write = _plain_passage if reads_question else passage_text
+    texts = [write(source.title, source.text) for source in sources]
+    ids, mask = _encoded(texts, tokenizer, config.neighbor_size)  # type: ignore[arg-type]  # a config has it
+
+    # The chunk that ends right before `start` is the first one with neighbors; its last token reads them, too. With chunks
+    # of 8 and a question that starts at token 13, the offset is 3: chunk 0 has tokens 0 to 4, chunk 1 has tokens 5 to 12.
+    before = len(tokenizer(text[: max(text.rfind(asked), 0)], add_special_tokens=False)["input_ids"])
+    start = max(before, 1) if reads_question else length
+    offset = -start % config.chunk_size
+    chunks = torch.arange((offset + length + max_new_tokens) // config.chunk_size + 1)
+    reads = (chunks >= (offset + start) // config.chunk_size - 1)[None, :, None, None]
+    inputs = {
+        "input_ids": input_ids,
+        "attention_mask": torch.ones_like(input_ids),
+        "neighbor_input_ids": torch.where(reads, ids, 0),
+        "neighbor_attention_mask": torch.where(reads, mask, 0),
+        "chunk_offset": torch.tensor([offset]),
+    }
+    inputs = {name: values.to(model.device) for name, values in inputs.items()}
+    return Question(inputs | {"retriever": None}, sources, length)
+
+
+def _checked_messages(question: str | Sequence[Message]) -> list[dict[str, str]]:
+    """A chat whose last message is the question; raises RetrieverError for anything else."""
+    messages = [{"role": "user", "content": question}] if isinstance(question, str) else question
+    if not isinstance(messages, Sequence) or not all(
+        isinstance(one, Mapping) and isinstance(one.get("content"), str) and isinstance(one.get("role"), str)
+        for one in messages
+    ):
+        raise RetrieverError(
+            f"The question is of type {type(question).__name__}. Pass a text, or a list of messages such as "
+            "[{'role': 'user', 'content': 'Who founded the library?'}]."
+        )
+    if not messages or messages[-1]["role"] != "user" or not messages[-1]["content"].strip():
+        raise RetrieverError("There is no question. The last message must be the user's, with at least one word.")
+    return [dict(one) for one in messages]
+
+
+def _chat(tokenizer: Any, messages: list[dict[str, str]]) -> str:
+    """The chat as the template of the tokenizer writes it, up to the place of the answer."""
+    if messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": INSTRUCTION}, *messages]
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def _one_question(prompt: str, messages: list[dict[str, str]], question: str) -> str:
+    """A question that is asked without a chat."""
+    if "{question}" not in prompt:
+        raise ValueError(f"The prompt {prompt!r} has no place for the question. Write it as {{question}}.")
+    if len(messages) > 1:
+        raise RetrieverError(
+            f"The chat has {len(messages)} messages, but this model is asked one question without a chat template. Pass the "
+            "question as a text."
+        )
+    return prompt.replace("{question}", question)
+
+
+def _plain_passage(title: str, text: str) -> str:
+    """A passage as the base reads it best: as text that begins with its title."""
+    return f"{title}: {text}" if title else text
+
+
+def _encoded(texts: list[str], tokenizer: Any, neighbor_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and mask of passages, both int64 of shape `(num_passages, neighbor_size)`; one masked row without any."""
+    ids = torch.zeros(max(len(texts), 1), neighbor_size, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, text in enumerate(texts):
+        tokens = tokenizer(text, add_special_tokens=False)["input_ids"][:neighbor_size]
+        ids[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.long)
+        mask[row, : len(tokens)] = 1
+    return ids, mask

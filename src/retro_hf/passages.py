@@ -1,0 +1,99 @@
+"""Passages for questions: what a datastore has to say about a text of any length."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .datastore import RetroDatastore, chunk_texts
+from .datastore.documents import without_lone_surrogates
+from .retriever import RetroRetriever
+
+
+__all__ = ["Passage", "find_passages"]
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A part of a stored document.
+
+    Attributes:
+        text (`str`): at most `neighbor_size` tokens of the datastore.
+        title, source, document_id (`str`): of the document; title and source may be empty.
+        score (`float`): of the chunk that was found; bigger is nearer.
+    """
+
+    text: str
+    title: str
+    source: str
+    document_id: str
+    score: float
+
+
+def find_passages(retriever: RetroRetriever, questions: Sequence[str], num_passages: int) -> list[list[Passage]]:
+    """Look questions up, and return what to read for each.
+
+    A passage is a chunk that was found and what follows it in its document, `neighbor_size` tokens of the datastore. If the
+    document ends sooner, the passage begins earlier, so that a short document is read whole. A chunk that an earlier
+    passage of the same question contains is skipped; for this, twice as many chunks as wanted are looked up.
+
+    Args:
+        retriever ([`RetroRetriever`]): where to look.
+        questions (`Sequence[str]`): texts with at least one word each.
+        num_passages (`int`): passages per question.
+    Returns:
+        `list[list[Passage]]`: for each question at most `num_passages` passages, best first.
+    """
+    datastore = retriever.datastore
+    readable = [without_lone_surrogates(question) for question in questions]
+    scores, chunk_ids = retriever.searcher.search(readable, 2 * num_passages)
+    starts, found_at = _starts(datastore, chunk_ids, num_passages)
+    numbers = datastore.document_of(starts)
+    # In order, so that each group of the documents' file is read once.
+    documents = {number: datastore.document(number) for number in np.unique(numbers).tolist() if number >= 0}
+    known = starts >= 0
+    texts = iter(chunk_texts(datastore.tokenizer, *(values[known] for values in datastore.gather(starts))))
+    passages: list[list[Passage]] = []
+    for row in range(len(readable)):
+        passages.append([])
+        for number, place in zip(numbers[row].tolist(), found_at[row].tolist(), strict=True):
+            if number < 0:
+                continue
+            document = documents[number]
+            passages[row].append(
+                Passage(
+                    # A chunk border within a character leaves U+FFFD.
+                    text=next(texts).strip("\ufffd").strip(),
+                    title=document["title"],
+                    source=document["source"],
+                    document_id=document["id"],
+                    score=float(scores[row, place]),
+                )
+            )
+    return passages
+
+
+def _starts(datastore: RetroDatastore, chunk_ids: np.ndarray, num_passages: int) -> tuple[np.ndarray, np.ndarray]:
+    """The chunks that passages begin with, and the places in `chunk_ids` of the chunks that were found.
+
+    Args:
+        chunk_ids (`np.ndarray` of int64 and shape `(num_questions, any)`): chunks that were found, best first.
+    Returns:
+        Two `np.ndarray` of int64 and shape `(num_questions, num_passages)`, -1 for none.
+    """
+    first = datastore.first_chunks(np.maximum(datastore.document_of(chunk_ids), 0))
+    room = datastore.neighbor_size - datastore.gather(chunk_ids)[1].sum(axis=-1)
+    begins = np.maximum(first, chunk_ids - room // datastore.chunk_size)
+    width = datastore.neighbor_size // datastore.chunk_size
+    starts = np.full((len(chunk_ids), num_passages), -1, dtype=np.int64)
+    found_at = np.full_like(starts, -1)
+    for row, (found, moved) in enumerate(zip(chunk_ids.tolist(), begins.tolist(), strict=True)):
+        kept: list[tuple[int, int]] = []
+        for place, (chunk, begin) in enumerate(zip(found, moved, strict=True)):
+            if chunk >= 0 and not any(start <= chunk < start + width for start, _ in kept):
+                kept.append((begin, place))
+        for column, (start, place) in enumerate(kept[:num_passages]):
+            starts[row, column], found_at[row, column] = start, place
+    return starts, found_at

@@ -1,0 +1,77 @@
+"""The command that answers a question from documents."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from . import paths
+from .datastore import DEFAULT_EMBEDDER, STORE, TEXTS, AsJson, Embedder, open_retriever, readable
+
+
+commands = typer.Typer()
+
+
+@commands.command(
+    rich_help_panel="Model", epilog='retro ask HuggingFaceTB/SmolLM2-135M-Instruct "Who wrote it?" --texts notes/'
+)
+def ask(
+    model: Annotated[str, typer.Argument(help="Folder or Hub name of a RETRO model, or of any decoder-only model.")],
+    question: Annotated[str, typer.Argument(help="The question.")],
+    store: Annotated[str | None, typer.Option(help=STORE)] = None,
+    texts: Annotated[Path | None, typer.Option(help=f"Instead of a datastore: {TEXTS}")] = None,
+    embedder: Embedder = None,
+    passages: Annotated[int, typer.Option(min=1, help="Passages to read.")] = 2,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
+    as_json: AsJson = False,
+) -> None:
+    """Answer a question from a datastore or from texts, and name the passages that were read."""
+    if (store is None) == (texts is None):
+        raise ValueError("Give exactly one of --store (a datastore) and --texts (documents, for a few of them).")
+    if texts is not None:
+        paths.source(texts)
+
+    import dataclasses
+    import json
+
+    from retro_hf import RetroRetriever, answer
+    from retro_hf.datastore.compatibility import load_tokenizer
+
+    tokenizer = load_tokenizer(model)
+    if texts is None:
+        retriever = open_retriever(str(store), embedder, tokenizer)
+    else:
+        retriever = RetroRetriever.from_texts(str(texts), tokenizer, embedder=embedder or DEFAULT_EMBEDDER)
+    reader = load_reader(model, retriever)
+    result = answer(reader, retriever, readable(question), num_passages=passages, max_new_tokens=max_new_tokens)
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(result), ensure_ascii=False))
+        return
+    typer.echo(result.text)
+    for source in result.sources:
+        name = source.title or source.document_id
+        typer.echo(f"  [{source.score:.2f}] {name}: {' '.join(source.text.split())[:100]}")
+
+
+def load_reader(name: str, retriever: Any) -> Any:
+    """A RETRO model, or a model of another family that reads in parallel context, from a folder or the Hub.
+
+    Raises:
+        PretrainedNotFoundError: if there is none.
+        UnsupportedBackboneError: for a model that can't read.
+    """
+    from transformers import AutoConfig
+
+    from retro_hf import retrofit
+    from retro_hf.errors import PretrainedNotFoundError
+
+    from .model import load_model
+
+    try:
+        family = AutoConfig.from_pretrained(name).model_type
+    except (OSError, ValueError) as error:
+        raise PretrainedNotFoundError.for_name("model", name, error) from error
+    if family == "retro":
+        return load_model(name)
+    sizes = {"chunk_size": retriever.chunk_size, "neighbor_size": retriever.neighbor_size}
+    return retrofit(name, reader="parallel_context", **sizes)
