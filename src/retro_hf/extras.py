@@ -15,11 +15,14 @@ EXTRAS = {
     "bm25s": "bm25",
     "datasets": "train",
     "datasketch": "dedup",
+    "fastapi": "serve",
     "lm_eval": "lm-eval",
     "matplotlib": "plot",
+    "prometheus_client": "serve",
     "ray": "ray",
     "sentence_transformers": "sentence-transformers",
     "torchmetrics": "qa",
+    "uvicorn": "serve",
 }
 
 

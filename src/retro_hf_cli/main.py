@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from . import ask, datastore, evaluate, model
+from . import ask, datastore, evaluate, model, serve
 
 
 app = typer.Typer(
@@ -36,7 +36,7 @@ def _options(
     pass
 
 
-for group in (ask, datastore, model, evaluate):
+for group in (ask, datastore, model, evaluate, serve):
     app.add_typer(group.commands)
 
 

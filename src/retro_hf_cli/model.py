@@ -51,6 +51,61 @@ def retrofit(
     typer.echo(parameter_report(model))
 
 
+def open_model(
+    name: str,
+    store: str | None,
+    embedder: str | None,
+    reader: str | None = None,
+    num_neighbors: int | None = None,
+    dtype: str = "auto",
+) -> tuple[Any, Any, Any]:
+    """A model on the best device, its tokenizer, and the retriever of its store, which is None without a store.
+
+    Raises:
+        ValueError: for a model without retrieval and no reader, or a reader for a model that has one.
+        DatastoreMismatchError: if the store belongs to another tokenizer or chunk size.
+    """
+    import torch
+
+    from retro_hf.datastore.compatibility import load_tokenizer
+
+    if dtype not in ("auto", "float32", "bfloat16"):
+        raise ValueError(f"--dtype is {dtype!r}, but it is float32, bfloat16 or auto.")
+    tokenizer = load_tokenizer(name)
+    retriever = None if store is None else open_retriever(store, embedder, tokenizer)
+    if retriever is not None and num_neighbors is not None:
+        retriever.num_neighbors = num_neighbors
+    if reader is None:
+        model = load_model(name)
+        if retriever is not None:
+            retriever.datastore.check_compatible(tokenizer=tokenizer, chunk_size=model.config.chunk_size)
+    else:
+        model = _with_reader(name, reader, retriever)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    if dtype != "auto":
+        model.to(getattr(torch, dtype))
+    return model.eval(), tokenizer, retriever
+
+
+def _with_reader(name: str, reader: str, retriever: Any) -> Any:
+    """A base that reads without training, with the sizes of the store."""
+    from .ask import load_reader
+
+    if reader != "parallel_context":
+        raise ValueError(
+            f"--reader is {reader!r}, but only parallel_context reads without training. For the paper's reader, make a model with "
+            "`retro retrofit` and train it."
+        )
+    if retriever is None:
+        raise ValueError("With --reader the model reads a store, but there is none: add --store.")
+    model = load_reader(name, retriever)
+    if model.config.reader != reader:
+        raise ValueError(
+            f"'{name}' reads with {model.config.reader} already, so --reader is not needed. Leave it out."
+        )
+    return model
+
+
 def load_model(name: str) -> Any:
     """A RETRO model, from a folder or the Hub.
 
@@ -69,6 +124,6 @@ def load_model(name: str) -> Any:
     except (OSError, ValueError) as error:
         raise PretrainedNotFoundError.for_name("model", name, error) from error
     raise ValueError(
-        f"'{name}' is a model of the family '{family}', not a RETRO model. Make one of it with `retro retrofit`, if it is a "
-        "decoder-only language model, and train that."
+        f"'{name}' is a model of the family '{family}', not a RETRO model. If it is a decoder-only language model, let it read "
+        "without training with `--reader parallel_context`, or make a RETRO model of it with `retro retrofit` and train that."
     )

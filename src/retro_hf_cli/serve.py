@@ -1,0 +1,87 @@
+"""The command that serves a model to other programs and to people: serve."""
+
+import os
+from typing import Annotated
+
+import typer
+
+from .datastore import STORE, Embedder
+from .model import open_model
+
+
+commands = typer.Typer()
+
+Reader = Annotated[
+    str | None,
+    typer.Option(help="parallel_context lets a model without retrieval read the store, without training."),
+]
+Dtype = Annotated[str, typer.Option(help="Of the weights: float32, bfloat16, or auto for the checkpoint's.")]
+NumNeighbors = Annotated[int | None, typer.Option("-k", min=1, help="Neighbors per chunk; by default the store's.")]
+
+
+@commands.command(rich_help_panel="Model", epilog="retro serve model --store store --port 8000")
+def serve(
+    model: Annotated[str, typer.Argument(help="Folder or Hub name of a RETRO model, or of any with --reader.")],
+    store: Annotated[str | None, typer.Option(help=f"{STORE} Without one, retrieval is off.")] = None,
+    embedder: Embedder = None,
+    reader: Reader = None,
+    num_neighbors: NumNeighbors = None,
+    dtype: Dtype = "auto",
+    host: Annotated[
+        str, typer.Option(help="Address to listen on. By default only this machine can call.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any that is free.")] = 8000,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the model for clients; by default that of its folder.")
+    ] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(envvar="RETRO_API_KEY", help="Clients must send it. Needed to listen on other addresses."),
+    ] = None,
+    allow_store_changes: Annotated[
+        bool, typer.Option("--allow-store-changes", help="Let clients add, replace and delete documents.")
+    ] = False,
+    max_batch: Annotated[int, typer.Option(min=1, help="Requests that are generated together.")] = 8,
+    max_queue: Annotated[int, typer.Option(min=1, help="Requests that may wait; more get the status 429.")] = 64,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")] = 2048,
+    max_body: Annotated[int, typer.Option(min=1, help="Bytes of a request at most.")] = 1_000_000,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds for an answer, with the time in the queue.")] = 300.0,
+) -> None:
+    """Serve a model over HTTP in OpenAI's protocol, with a page to try it.
+
+    The page is at /, the API at /v1. SIGTERM and Ctrl-C finish the running answers first.
+    """
+    from retro_hf import extras
+
+    extras.load("fastapi", "`retro serve`")
+    extras.load("prometheus_client", "`retro serve`")
+    extras.load("uvicorn", "`retro serve`")
+    from retro_hf_server import run
+    from retro_hf_server.limits import Limits
+
+    if not run.is_loopback(host) and not api_key:
+        raise ValueError(
+            f"On the address {host}, other machines could use the model and read the store. Set a key with `--api-key` or in "
+            "the variable RETRO_API_KEY, or leave out `--host`."
+        )
+    listening = run.bind(host, port)  # what is taken shows before the model is loaded
+    try:
+        loaded, tokenizer, retriever = open_model(model, store, embedder, reader, num_neighbors, dtype)
+        address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
+        served = name or os.path.basename(os.path.normpath(model))
+        typer.echo(f"Serving {served} at {address} (the page) and {address}/v1 (the API). Ctrl-C ends it.")
+        run.serve(
+            loaded,
+            tokenizer,
+            retriever,
+            listening,
+            name=served,
+            limits=Limits(
+                max_body=max_body, timeout=timeout, max_tokens=max_tokens, max_batch=max_batch, max_queue=max_queue
+            ),
+            host=host,
+            api_key=api_key,
+            allow_store_changes=allow_store_changes,
+        )
+    finally:
+        listening.close()

@@ -1,0 +1,104 @@
+"""Opening a model and its store, and serving them until the process is told to end."""
+
+from __future__ import annotations
+
+import signal
+import socket
+from typing import TYPE_CHECKING, Any
+
+import uvicorn
+
+from .app import make_app
+from .engine import Engine
+from .limits import Gate, Limits
+from .service import Service
+from .source import Source
+
+
+if TYPE_CHECKING:
+    from retro_hf import RetroRetriever
+
+_LOOPBACK = {"127.0.0.1", "::1", "localhost"}
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can call a server at this address."""
+    return host in _LOOPBACK or host.startswith("127.")
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """
+    A listening socket.
+
+    Raises:
+        OSError: if the address is taken or is none of this machine; the message has the remedy.
+    """
+    family, kind, protocol, _, address = _resolved(host, port)
+    listening = socket.socket(family, kind, protocol)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind(address)
+        listening.listen(2048)
+    except OSError as error:
+        listening.close()
+        raise OSError(
+            f"The server cannot listen on {host}, port {port}: {error.strerror}. Choose another with `--port`, or `--port 0` for "
+            "any that is free."
+        ) from error
+    return listening
+
+
+def _resolved(host: str, port: int) -> tuple[Any, ...]:
+    try:
+        return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise OSError(f"There is no address {host!r}: {error.strerror}. Check `--host`.") from error
+
+
+def serve(
+    model: Any,
+    tokenizer: Any,
+    retriever: RetroRetriever | None,
+    listening: socket.socket,
+    *,
+    name: str,
+    limits: Limits,
+    host: str,
+    api_key: str | None = None,
+    allow_store_changes: bool = False,
+) -> None:
+    """
+    Serve a model until the process gets SIGTERM or SIGINT; then finish what runs.
+
+    Args:
+        model ([`RetroForCausalLM`]): in evaluation mode.
+        tokenizer (`PreTrainedTokenizerBase`): of the model.
+        retriever ([`RetroRetriever`], *optional*): over the store.
+        listening (`socket.socket`): from [`bind`].
+        name (`str`): under which the model is served.
+        limits ([`Limits`]): of a request.
+        host (`str`): that the socket is bound to.
+        api_key (`str`, *optional*): that clients must send.
+        allow_store_changes (`bool`, defaults to `False`): whether clients may change the store.
+    """
+    source = None if retriever is None else Source(retriever, tokenizer, model.config.chunk_size)
+    engine = Engine(model, tokenizer, source, max_batch=limits.max_batch, max_queue=limits.max_queue)
+    service = Service(engine, name, limits, allow_store_changes=allow_store_changes)
+    gate = Gate(
+        make_app(service),
+        limits=limits,
+        hosts=frozenset(_LOOPBACK | {host}) | {"[::1]"} if is_loopback(host) else None,
+        api_key=api_key,
+        count=lambda path, status: service.metrics.requests.labels(path, str(status)).inc(),
+    )
+    config = uvicorn.Config(
+        gate,
+        log_level="warning",
+        timeout_graceful_shutdown=int(limits.timeout) + 10,
+        limit_concurrency=limits.max_queue + limits.max_batch + 1000,
+        server_header=False,
+    )
+    # uvicorn ends in order and then sends itself the signal once more; to end so is no error.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    uvicorn.Server(config).run(sockets=[listening])

@@ -1,0 +1,225 @@
+"""The engine: batches whose rows do not know each other, stop words, ends, and what was read for which tokens."""
+
+import queue
+import time
+
+import pytest
+import torch
+from server.serving import make_parts
+
+from retro_hf import RetroDatastore, RetroRetriever
+from retro_hf_server.engine import (
+    ChunkRead,
+    Delta,
+    Engine,
+    Failed,
+    Finished,
+    Job,
+    QueueFullError,
+    Sampling,
+    StoppedError,
+)
+from retro_hf_server.source import Source
+from retro_hf_server.text import TextStream
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A tiny model and its store."""
+    folder = tmp_path_factory.mktemp("engine")
+    made = make_parts(folder)
+    made.folder = folder
+    return made
+
+
+@pytest.fixture
+def engine(world):
+    """An engine over the store."""
+    retriever = RetroRetriever(RetroDatastore.load(world.folder / "store"), embedder=world.embedder)
+    running = Engine(world.model, world.tokenizer, Source(retriever, world.tokenizer, world.model.config.chunk_size))
+    yield running
+    running.close()
+
+
+class Asked:
+    """A request and its events."""
+
+    def __init__(self, engine, text, *, query=None, retrieve=True, deadline=float("inf"), **sampling):
+        self._events = queue.Queue()
+        settings = Sampling(**{"max_tokens": 20, **sampling})
+        ids = engine.tokenizer(text).input_ids
+        self.job = Job(ids, settings, self._events.put, retrieve, query, deadline)
+        engine.submit(self.job)
+
+    def result(self):
+        """All events."""
+        events = []
+        while not (events and isinstance(events[-1], (Finished, Failed))):
+            events.append(self._events.get(timeout=60))
+        return events
+
+    def text(self):
+        """The text of the answer."""
+        return "".join(event.text for event in self.result() if isinstance(event, Delta))
+
+
+REQUESTS = [
+    ("the river runs over the old castle", {}),
+    ("a king", {"temperature": 1.0, "seed": 3}),
+    ("the golden lighthouse", {"temperature": 0.8, "top_p": 0.9, "top_k": 50, "seed": 4, "max_tokens": 9}),
+    ("a quiet baker", {"query": "golden lighthouse", "max_tokens": 30}),
+]
+
+
+def test_requests_of_different_settings_in_one_batch_are_answered_as_each_alone(engine):
+    """A row's draws come from its own generator, and its neighbors from its own chunks."""
+    alone = [Asked(engine, text, **options).text() for text, options in REQUESTS]
+    engine.call(lambda: time.sleep(0.3))  # so that all wait when the next batch begins
+    together = [Asked(engine, text, **options) for text, options in REQUESTS]
+    assert [one.text() for one in together] == alone
+    assert all(alone)
+
+
+def test_a_greedy_answer_is_what_generate_writes(world, engine):
+    """The engine adds nothing to generation with a retriever but the alignment of the prompt's end."""
+    text = "the river runs over the old castle"
+    ids = world.tokenizer(text, return_tensors="pt").input_ids
+    offset = -ids.shape[1] % world.model.config.chunk_size
+    options = {"do_sample": False, "max_new_tokens": 20, "retriever": engine.source.retriever, "chunk_offset": offset}
+    expected = world.model.generate(ids, **options)[0, ids.shape[1] :]
+    assert Asked(engine, text).text() == world.tokenizer.decode(expected, skip_special_tokens=True)
+
+
+def test_without_retrieval_an_answer_is_that_of_the_backbone(world, engine):
+    """Off is off."""
+    ids = world.tokenizer("a king", return_tensors="pt").input_ids
+    expected = world.model.model.backbone.generate(ids, do_sample=False, max_new_tokens=20)[0, ids.shape[1] :]
+    assert Asked(engine, "a king", retrieve=False).text() == world.tokenizer.decode(expected)
+
+
+def test_every_chunk_tells_which_tokens_were_written_while_its_passages_were_read(world, engine):
+    """The prompt ends a chunk, so passages change every `chunk_size` tokens of the answer from its first token on."""
+    reads = [one for one in Asked(engine, "the river runs over the old castle").result() if isinstance(one, ChunkRead)]
+    size = world.model.config.chunk_size
+    answered = [one for one in reads if one.is_read]
+    assert [one.first_token for one in answered] == [0, size, 2 * size]
+    assert all(len(one.passages) == 2 and one.passages[0]["document_id"] for one in reads)
+
+
+def test_a_given_text_is_looked_up_instead_of_the_end_of_the_prompt(engine):
+    """In a chat that is the last turn of the user, not the marks that open the answer."""
+    text = "golden lighthouse"
+    reads = [one for one in Asked(engine, "a king", query=text).result() if isinstance(one, ChunkRead)]
+    first = next(one for one in reads if one.is_read)
+    assert first.query == text
+    assert [one["chunk_id"] for one in first.passages] == [
+        one.chunk_id for one in engine.source.retriever.find(text)[0]
+    ]
+
+
+def test_requests_with_the_same_end_that_look_up_different_texts_are_not_mixed(engine):
+    """They would get each other's passages."""
+    engine.call(lambda: time.sleep(0.3))
+    asked = [Asked(engine, "a king", query=text) for text in ("golden lighthouse", "quiet baker")]
+    found = [next(e for e in one.result() if isinstance(e, ChunkRead) and e.is_read) for one in asked]
+    assert [one.query for one in found] == ["golden lighthouse", "quiet baker"]
+    assert found[0].passages != found[1].passages
+
+
+def test_an_answer_ends_before_a_stop_word_which_is_never_shown(engine):
+    """Not even its beginning, while it could still become the stop word."""
+    text = Asked(engine, "the river runs", temperature=1.0, seed=1).text()
+    stop = text[5:9]
+    asked = Asked(engine, "the river runs", temperature=1.0, seed=1, stop=(stop,))
+    events = asked.result()
+    shown = "".join(event.text for event in events if isinstance(event, Delta))
+    assert shown == text[: text.index(stop)]
+    assert events[-1].reason == "stop"
+
+
+def test_an_answer_of_an_end_token_ends_there(world, engine):
+    """And its token is counted, but not shown."""
+    expected = Asked(engine, "a king").result()
+    before = world.model.generation_config.eos_token_id
+    world.model.generation_config.eos_token_id = world.tokenizer.encode(
+        "".join(e.text for e in expected if isinstance(e, Delta))
+    )[0]
+    try:
+        events = Asked(engine, "a king").result()
+    finally:
+        world.model.generation_config.eos_token_id = before
+    assert events[-1].reason == "stop"
+    assert events[-1].num_tokens == 1
+
+
+def test_a_cancelled_answer_ends_and_the_others_go_on(engine):
+    """A client that hangs up costs nothing more."""
+    engine.call(lambda: time.sleep(0.3))
+    first, second = Asked(engine, "a king", max_tokens=200), Asked(engine, "the river", max_tokens=12)
+    first.job.cancelled = True
+    assert second.result()[-1].num_tokens == 12
+    assert first.result()[-1].reason == "cancelled"
+
+
+def test_an_answer_past_its_deadline_ends_whether_it_waits_or_runs(engine):
+    """A limit on time holds in the queue, too."""
+    assert Asked(engine, "a king", deadline=time.monotonic() - 1).result()[-1].reason == "timeout"
+    running = Asked(engine, "a king", max_tokens=200, deadline=time.monotonic() + 0.1).result()[-1]
+    assert running.reason == "timeout"
+    assert running.num_tokens < 200
+
+
+def test_a_full_queue_and_a_stopped_engine_refuse_work(world):
+    """And a stopped engine finishes what it has taken."""
+    engine = Engine(world.model, world.tokenizer, max_queue=2)
+    engine.call(lambda: time.sleep(0.5))
+    time.sleep(0.1)
+    asked = [Asked(engine, "a king", max_tokens=5) for _ in range(2)]
+    with pytest.raises(QueueFullError):
+        Asked(engine, "a king")
+    engine.close()
+    assert [one.result()[-1].num_tokens for one in asked] == [5, 5]
+    with pytest.raises(StoppedError):
+        Asked(engine, "a king")
+
+
+def test_a_failing_batch_is_reported_and_the_engine_goes_on(world, engine, monkeypatch):
+    """One bad request must not end the server."""
+    with monkeypatch.context() as patch:
+        patch.setattr(type(world.model), "generate", lambda *_, **__: 1 / 0)
+        assert isinstance(Asked(engine, "a king").result()[-1], Failed)
+    assert Asked(engine, "a king", max_tokens=3).result()[-1].num_tokens == 3
+
+
+def test_an_answer_says_that_retrieval_failed_and_is_written_without(world, engine, monkeypatch):
+    """Never silently."""
+    with monkeypatch.context() as patch:
+        patch.setattr(RetroRetriever, "trace", lambda *_, **__: 1 / 0)
+        events = Asked(engine, "a king").result()
+    assert events[-1].retrieval == "unavailable"
+    assert "ZeroDivisionError" in events[-1].message
+    assert "".join(e.text for e in events if isinstance(e, Delta)) == Asked(engine, "a king", retrieve=False).text()
+    assert Asked(engine, "a king").result()[-1].retrieval == "on"
+
+
+def test_draws_follow_the_softmax_of_the_scores(world):
+    """At temperature 1, and at another with the likeliest tokens only."""
+    from retro_hf_server.engine import _Row
+
+    scores = torch.tensor([2.0, 1.0, 0.0, -1.0])
+    for options, kept in (({}, 4), ({"top_p": 0.9}, 2), ({"top_k": 3}, 3)):
+        row = _Row(Job([1], Sampling(1, temperature=0.5, seed=0, **options), print), world.tokenizer, 8, None)
+        counts = torch.bincount(torch.stack([row.draw(scores).argmax() for _ in range(4000)]), minlength=4)
+        expected = (scores / 0.5)[:kept].softmax(-1)
+        assert (counts[kept:] == 0).all()
+        assert torch.allclose(counts[:kept] / 4000, expected, atol=0.03)
+
+
+def test_text_comes_whole_character_by_whole_character(world):
+    """All pieces together are the decoded text, and none ends inside a character."""
+    text = "the king — 日本語 ✨ golden"
+    stream = TextStream(world.tokenizer)
+    pieces = [stream.add(token) for token in world.tokenizer(text).input_ids] + [stream.finish()]
+    assert "".join(pieces) == text
+    assert stream.length == len(text)
+    assert not any("�" in piece for piece in pieces)

@@ -1,0 +1,129 @@
+"""`retro serve` as a process: it starts, answers, finishes what runs when it is told to end, and explains what is wrong."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+
+import httpx
+import pytest
+from server.serving import make_parts
+from tiny import tiny_backbone
+from typer.testing import CliRunner
+
+from retro_hf_cli.main import app
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Folders of a model, a base without retrieval, an encoder and a store."""
+    folder = tmp_path_factory.mktemp("command")
+    made = make_parts(folder)
+    made.model.save_pretrained(folder / "model")
+    tiny_backbone("llama", vocab_size=400, max_position_embeddings=256).save_pretrained(folder / "base")
+    for name in ("model", "base"):
+        made.tokenizer.save_pretrained(folder / name)
+    return folder
+
+
+def started(*arguments):
+    """A running server and its address."""
+    command = [sys.executable, "-m", "retro_hf_cli", "serve", *map(str, arguments), "--port", "0"]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if found := re.search(r"http://127\.0\.0\.1:\d+", line):
+            return process, found[0]
+    raise AssertionError("".join(lines))
+
+
+def test_a_server_finishes_what_runs_when_it_is_told_to_end(world):
+    """The client gets the whole answer, and the process ends without an error."""
+    process, url = started(world / "model", "--store", world / "store", "--embedder", world / "encoder")
+    try:
+        body = {"prompt": "a king", "max_tokens": 240, "stream": True}
+        with (
+            httpx.Client(timeout=120, trust_env=False) as client,
+            client.stream("POST", f"{url}/v1/completions", json=body) as answer,
+        ):
+            lines = answer.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGTERM)
+            rest = [line for line in lines if line]
+        assert rest[-1] == "data: [DONE]"
+        assert json.loads(rest[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        process.stdout.close()
+
+
+def test_a_base_without_retrieval_is_served_with_the_reader_that_needs_no_training(world):
+    """With the sizes of the store."""
+    options = ("--store", world / "store", "--embedder", world / "encoder", "--reader", "parallel_context")
+    process, url = started(world / "base", *options)
+    try:
+        body = {"messages": [{"role": "user", "content": "golden lighthouse"}], "max_tokens": 10}
+        answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60, trust_env=False).json()
+        assert answer["retrieval"]["status"] == "on"
+        assert answer["model"] == "base"
+    finally:
+        process.terminate()
+        process.communicate()
+
+
+def refused(*arguments):
+    """The error of a server that does not start."""
+    with pytest.raises((ValueError, OSError)) as error:
+        CliRunner().invoke(app, ["serve", *map(str, arguments)], catch_exceptions=False)
+    return str(error.value)
+
+
+def test_what_cannot_be_served_is_explained(world, tmp_path):
+    """With the remedy, before or after the model is loaded."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert "--port" in refused(world / "model", "--port", port)
+    assert "--api-key" in refused(world / "model", "--host", "0.0.0.0", "--port", 0)
+    store = ("--store", world / "store", "--embedder", world / "encoder", "--port", 0)
+    assert "--reader parallel_context" in refused(world / "base", *store)
+    assert "parallel_context" in refused(world / "base", *store, "--reader", "other")
+    assert "already" in refused(world / "model", *store, "--reader", "parallel_context")
+
+
+def test_a_store_of_another_tokenizer_or_chunk_size_is_refused_with_the_remedy(world, tmp_path):
+    """Before any request."""
+    from tiny import tiny_retro
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(world / "model")
+    tiny_retro("llama", {"vocab_size": 401}, chunk_size=4, neighbor_size=8).save_pretrained(tmp_path / "sizes")
+    tokenizer.save_pretrained(tmp_path / "sizes")
+    store = ("--store", world / "store", "--embedder", world / "encoder", "--port", 0)
+    assert "chunk_size=8" in refused(tmp_path / "sizes", *store)
+    tiny_retro("llama", {"vocab_size": 401}, chunk_size=8, neighbor_size=16).save_pretrained(tmp_path / "other")
+    tokenizer.add_tokens(["new"])
+    tokenizer.save_pretrained(tmp_path / "other")
+    assert "retokenize" in refused(tmp_path / "other", *store)
+
+
+def test_a_second_signal_is_not_needed_while_clients_keep_their_connections(world):
+    """An idle connection does not hold the process."""
+    process, url = started(world / "model")
+    try:
+        with httpx.Client(timeout=60, trust_env=False) as client:
+            assert client.get(f"{url}/health").json()["retrieval"] == "off"
+            process.send_signal(signal.SIGTERM)
+            ended = threading.Thread(target=process.wait)
+            ended.start()
+            ended.join(30)
+            assert process.poll() == 0
+    finally:
+        process.kill()
+        process.stdout.close()
