@@ -72,7 +72,6 @@ def test_annotations_are_types(config_class):
         (RetroConfig, "cross_attention_layers", [], "at least one layer"),
         (RetroConfig, "cross_attention_placement", "before", "'after_attention'.*'after_layer', got 'before'"),
         (RetroConfig, "rms_norm_eps", -1.0, "at least 0.0, got -1.0"),
-        (RetroConfig, "save_backbone", False, "backbone_name_or_path"),
     ],
 )
 def test_wrong_values_are_refused(config_class, field, value, message):
@@ -314,10 +313,42 @@ def test_a_field_of_the_backbone_that_was_set_on_the_whole_can_be_saved(tmp_path
     """Training scripts set `model.config.pretraining_tp = 1`, whatever the model is."""
     config = tiny_retro("llama").config
     config.pretraining_tp = config.text_config.pretraining_tp
+    config.attention_dropout = 0.25
+    config.max_position_embeddings = 77
+    config.use_cache = False
     config.save_pretrained(tmp_path)
-    assert AutoConfig.from_pretrained(tmp_path).text_config.pretraining_tp == config.pretraining_tp
+    for read in (config, AutoConfig.from_pretrained(tmp_path)):
+        assert read.max_position_embeddings == 77
+        text_config = read.text_config
+        assert (text_config.attention_dropout, text_config.max_position_embeddings) == (0.25, 77)
+        assert (text_config.pretraining_tp, text_config.use_cache) == (config.pretraining_tp, False)
+    config.text_config.attention_dropout = 0.5  # what the backbone reads is what is saved
+    config.save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path).text_config.attention_dropout == 0.5
     with pytest.raises(ValueError, match="pretraining_tp"):
         RetroConfig(text_config=config.text_config, pretraining_tp=config.pretraining_tp + 1)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
+def test_a_field_of_the_backbone_can_be_given_at_loading(family, tmp_path):
+    """It reaches the config that the layers read, that of the language model inside a composite too, and can be saved again."""
+    name, value = {
+        "llama": ("attention_dropout", 0.25),
+        "gpt2": ("attn_pdrop", 0.25),
+        "gemma3": ("sliding_window", 77),
+    }[family]
+    RetroConfig(text_config={"model_type": family}, cross_attention_layers=[1]).save_pretrained(tmp_path)
+    for config_class in (AutoConfig, RetroConfig):
+        config = config_class.from_pretrained(tmp_path, **{name: value})
+        config.save_pretrained(tmp_path / "again")
+        for read in (config, config_class.from_pretrained(tmp_path / "again")):
+            assert getattr(read.get_text_config(decoder=True), name) == value
+
+
+def test_the_error_says_where_a_field_of_a_composite_backbone_belongs():
+    """The layers read the config inside the backbone's, so the remedy names both."""
+    with pytest.raises(ValueError, match=r"`text_config=\{'text_config': \{'sliding_window': \.\.\.\}\}`"):
+        RetroConfig(text_config={"model_type": "gemma3"}, sliding_window=77, cross_attention_layers=[1])
 
 
 @pytest.mark.parametrize("name", ["", "text_config", "neighbor_encoder_config"])

@@ -332,6 +332,7 @@ PUSH_AND_PULL = """
 import json
 import torch
 from huggingface_hub import hf_hub_download
+from safetensors import safe_open
 from transformers import AutoModel, AutoModelForCausalLM
 import retro_hf
 
@@ -365,21 +366,66 @@ for name, given in (("me/full", {}), ("me/adapter", {}), ("me/copy", {}), ("me/a
     assert torch.equal(model(ids).logits, again(ids).logits), name
     body = AutoModel.from_pretrained(name, **given)
     assert torch.equal(model.model(ids).last_hidden_state, body(ids).last_hidden_state), name
+with safe_open(hf_hub_download("me/adapter", "model.safetensors"), "pt") as weights:
+    assert all(name.startswith("model.retro.") for name in weights.keys())
 # From the two caches, without asking the Hub.
 for given in ({}, settings):
     AutoModelForCausalLM.from_pretrained("me/adapter", local_files_only=True, **given)
 """
 
 
-def test_an_adapter_goes_to_the_hub_and_comes_back(tmp_path):
+TRAIN_AND_PUSH = """
+import os
+import torch
+from huggingface_hub import create_repo, snapshot_download, upload_folder
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
+import retro_hf
+
+model = retro_hf.retrofit("base", chunk_size=4, cross_attention_layers=[1, 3])
+os.mkdir("store")
+model.config.retriever_name_or_path = "./store"
+ids = torch.arange(3, 23)
+rows = [{"input_ids": ids, "labels": ids, "neighbor_input_ids": ids[:8].expand(5, 2, 8)}] * 2
+settings = {"max_steps": 1, "save_steps": 1, "report_to": [], "use_cpu": True, "push_to_hub": True, "disable_tqdm": True}
+for name, save_backbone in (("me/whole", True), ("me/part", False)):
+    model.config.save_backbone = save_backbone
+    arguments = TrainingArguments(name[3:], hub_model_id=name, hub_strategy="all_checkpoints", **settings)
+    trainer = Trainer(model, arguments, train_dataset=rows)
+    trainer.train()
+    trainer.push_to_hub()
+    again = AutoModelForCausalLM.from_pretrained(name[3:])  # here, everything is found again
+    assert again.config.retriever_name_or_path == "./store", again.config
+    assert again.config.backbone_name_or_path == os.path.abspath("base"), again.config
+    create_repo(f"{name}-by-hand")
+    upload_folder(repo_id=f"{name}-by-hand", folder_path=name[3:], allow_patterns=["*.json", "*.md"])
+model.config.push_to_hub("me/config")
+os.chdir("part")
+model.config.push_to_hub("me/config-from-elsewhere")
+
+for name in ("me/whole", "me/part", "me/whole-by-hand", "me/part-by-hand", "me/config", "me/config-from-elsewhere"):
+    folder = snapshot_download(name)
+    config = AutoConfig.from_pretrained(folder)
+    assert config.backbone_name_or_path is None and config.retriever_name_or_path is None, config
+    for where, _, files in os.walk(folder):
+        for file in files:
+            content = open(os.path.join(where, file), "rb").read()
+            assert b"/base" not in content and b'"base"' not in content and b"/store" not in content, file
+AutoModelForCausalLM.from_pretrained("me/whole")
+try:
+    AutoModelForCausalLM.from_pretrained("me/part")
+except OSError as error:
+    assert "backbone_name_or_path=" in str(error)
+AutoModelForCausalLM.from_pretrained("me/part", backbone_name_or_path="../base")
+"""
+
+
+@pytest.mark.parametrize("program", [PUSH_AND_PULL, TRAIN_AND_PUSH], ids=["save_pretrained", "Trainer"])
+def test_a_model_goes_to_the_hub_and_comes_back(tmp_path, program):
     """Against a local Hub: no path of this machine goes up; the names find model and backbone again, whole or in parts."""
     tiny_backbone("llama").save_pretrained(tmp_path / "base")
     with running_hub() as server:
         settings = {"HF_ENDPOINT": server.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
         environment = os.environ | settings | {"HF_TOKEN": "hf_test", "HF_HUB_DISABLE_XET": "1"}
-        command = [sys.executable, "-c", PUSH_AND_PULL]
+        command = [sys.executable, "-c", program]
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    (file,) = (tmp_path / "home").glob("hub/models--me--adapter/snapshots/*/*.safetensors")
-    with safe_open(file, "pt") as weights:
-        assert all(name.startswith("model.retro.") for name in weights.keys())

@@ -306,6 +306,30 @@ def test_a_store_that_recorded_the_vocabulary_alone_still_opens(tokenizer, embed
         store.check_compatible(tokenizer=make_tokenizer(vocab_size=380))
 
 
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_store_that_recorded_the_vocabulary_alone_can_be_merged(which, tokenizer, embedder, tmp_path, monkeypatch):
+    """The stores' own copies of the tokenizer are compared, which must be the same in every stage."""
+
+    def make(number, tokenizer):
+        texts = [{"id": str(number), "text": "the old river"}]
+        store = RetroDatastore.from_texts(texts, tokenizer, embedder=embedder, chunk_size=4)
+        store.save(tmp_path / str(number))
+        return RetroDatastore.load(tmp_path / str(number))
+
+    stores = [make(0, tokenizer), make(1, tokenizer)]
+    with monkeypatch.context() as version:
+        version.setattr("retro_hf.datastore.manifest.tokenizer_fingerprint", vocabulary_fingerprint)
+        stores[which] = make(2, tokenizer)
+    merged = RetroDatastore.merge(stores, tmp_path / "merged")
+    assert merged.num_documents == 2
+    merged.check_compatible(tokenizer=tokenizer)
+    other = make_tokenizer()
+    change(other, "normalizer")
+    stores[1 - which] = make(3, other)
+    with pytest.raises(DatastoreMismatchError):
+        RetroDatastore.merge(stores, tmp_path / "refused")
+
+
 @pytest.mark.parametrize("ids", [[-2], [10_000], [0.5], ["a"]])
 def test_unknown_chunk_ids_are_refused(datastore, ids):
     for call in (datastore.gather, datastore.document_of):

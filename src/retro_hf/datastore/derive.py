@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from ..errors import DatastoreInputError, DatastoreMismatchError, counted
 from .build import work_folder
 from .chunks import token_dtype
-from .compatibility import load_tokenizer, vocabulary_size
+from .compatibility import load_tokenizer, tokenizer_fingerprint, vocabulary_size
 from .documents import document_ids
 from .edit import placed, rewrite
 from .executors import progress_bar
@@ -194,6 +194,8 @@ def _check_alike(first: RetroDatastore, other: RetroDatastore) -> None:
             if known["fingerprint"] == found["fingerprint"] and known.get("query") == found.get("query"):
                 continue
             known, found = (f"{part['name']!r} ({part['fingerprint'][:12]})" for part in (known, found))
+        if name == "tokenizer" and tokenizer_fingerprint(first.tokenizer) == tokenizer_fingerprint(other.tokenizer):
+            continue  # version 0.1 recorded the vocabulary alone
         if known != found:
             raise DatastoreMismatchError(
                 f"{str(first.path)!r} has {name}={known}, but {str(other.path)!r} has {name}={found}. Rebuild one of them, or, for "

@@ -14,6 +14,7 @@
 """Saving and loading: the whole model, or an adapter, which holds only what RETRO adds to a backbone saved elsewhere."""
 
 import copy
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -39,6 +40,9 @@ _HUB_ARGUMENTS = ("revision", "subfolder", "cache_dir", "force_download", "local
 # About the file of the adapter's weights alone, and about every file of weights.
 _ADAPTER_ARGUMENTS = ("variant", "ignore_mismatched_sizes", "key_mapping")
 _FILE_ARGUMENTS = ("use_safetensors", "weights_only", "disable_mmap")
+# Beside a saved config.json: the Hub's client keeps what belongs to one machine in this folder of a folder, and uploads nothing of
+# it, whoever uploads the folder. A name in config.json goes before the one here.
+_LOCAL_PATHS = os.path.join(".cache", "huggingface", "retro.json")
 # What a config would store or swallow, although it is meant for the weights.
 _NOT_OF_THE_CONFIG = ("dtype", "torch_dtype", "quantization_config", "trust_remote_code", "gguf_file")
 
@@ -98,6 +102,8 @@ class RetroAdapterMixin(PreTrainedModel):
             self._check_backbone_can_be_saved()
             with self._without_local_paths() if kwargs.get("push_to_hub") else nullcontext():
                 super().save_pretrained(save_directory, *args, **kwargs)
+                if kwargs.get("is_main_process", True):
+                    _keep_local_paths(self.config, save_directory)
         finally:
             self.config.save_backbone = before
 
@@ -112,8 +118,7 @@ class RetroAdapterMixin(PreTrainedModel):
 
     @contextmanager
     def _without_local_paths(self) -> Iterator[None]:
-        fields = ("backbone_name_or_path", "retriever_name_or_path")
-        local = {field: name for field in fields if _is_local(name := getattr(self.config, field))}
+        local = self.config.local_paths()
         if "backbone_name_or_path" in local and not self.config.save_backbone:
             raise ValueError(
                 f"The model would be uploaded with the name of its backbone alone, and '{local['backbone_name_or_path']}' is a "
@@ -131,6 +136,11 @@ class RetroAdapterMixin(PreTrainedModel):
 
     def _check_backbone_can_be_saved(self) -> None:
         backbone, name = self.base_model.backbone, self.config.backbone_name_or_path
+        if not self.config.save_backbone and name is None:
+            raise ValueError(
+                "`save_backbone=False` keeps only the name of the backbone, but `backbone_name_or_path` is None. Set it "
+                "to the checkpoint that the backbone came from, or save with `save_backbone=True`."
+            )
         recorded = self.config.backbone_fingerprint
         found = None
         if not self.config.save_backbone:
@@ -185,12 +195,14 @@ class RetroAdapterMixin(PreTrainedModel):
             held = {name: kwargs.pop(name) for name in _NOT_OF_THE_CONFIG if name in kwargs}
             config, kwargs = cls.config_class.from_pretrained(config or base_path, return_unused_kwargs=True, **kwargs)
             kwargs |= held | hub
+        if base_path is not None:
+            config = _recall_local_paths(copy.deepcopy(config), os.path.join(base_path, hub.get("subfolder") or ""))
         try:
             if base_path is None or config.save_backbone:
                 loaded = super().from_pretrained(path, *args, config=config, **kwargs)
                 model = loaded[0] if isinstance(loaded, tuple) else loaded
             else:
-                model, info = cls._from_adapter(base_path, copy.deepcopy(config), hub, **kwargs)
+                model, info = cls._from_adapter(base_path, config, hub, **kwargs)
                 loaded = (model, info) if kwargs.get("output_loading_info") else model
                 if peft_path is not None:
                     model.load_adapter(peft_path, kwargs.get("adapter_name"), adapter_kwargs=hub | peft_hub)
@@ -249,6 +261,11 @@ def _check_reader(path: str | os.PathLike, asked: str, config_class: type[RetroC
 def _load_backbone(path: str | os.PathLike, config: RetroConfig, kwargs: dict[str, Any]) -> PreTrainedModel:
     """Load the backbone that the adapter at `path` was made for; `kwargs` are those of `from_pretrained`."""
     name, revision = config.backbone_name_or_path, config.backbone_revision
+    if name is None:
+        raise OSError(
+            f"'{path}' holds only what RETRO adds to a backbone, and does not name it: it was a folder of the machine that saved "
+            "the model. Say where it is: `from_pretrained(..., backbone_name_or_path=...)`."
+        )
     if os.path.isabs(name) and not os.path.isdir(name):
         name = config.backbone_name_or_path = _folder_beside(path, name)
     checkpoint = f"'{name}' (revision {revision})"
@@ -297,8 +314,36 @@ def _check_same(path: Any, checkpoint: str, field: str, expected: Any, found: An
         )
 
 
-def _is_local(name: str | None) -> bool:
-    return bool(name) and (os.path.isabs(name) or os.path.isdir(name) or name.startswith(".") or name.count("/") > 1)
+def _keep_local_paths(config: RetroConfig, folder: str | os.PathLike) -> None:
+    """Write what config.json leaves out, into a file that no upload includes."""
+    file = os.path.join(folder, _LOCAL_PATHS)
+    local = config.local_paths()
+    if local:
+        if not config.save_backbone and "backbone_name_or_path" in local:
+            logger.warning_once(
+                f"The backbone '{local['backbone_name_or_path']}' is a folder of this machine, so what is saved is found again here "
+                "only. Before it is uploaded, name the backbone's repository: `model.config.backbone_name_or_path = 'org/name'`."
+            )
+        os.makedirs(os.path.dirname(file), exist_ok=True)
+        with open(os.path.join(os.path.dirname(file), ".gitignore"), "w", encoding="utf-8") as opened:
+            opened.write("*")  # as the Hub's client does there
+        with open(f"{file}.tmp", "w", encoding="utf-8") as opened:
+            json.dump(local, opened, indent=2)
+        os.replace(f"{file}.tmp", file)
+    elif os.path.exists(file):
+        os.remove(file)
+
+
+def _recall_local_paths(config: RetroConfig, folder: str) -> RetroConfig:
+    """Fill in the names that config.json leaves out, where the folder is still on the machine that saved it."""
+    file = os.path.join(folder, _LOCAL_PATHS)
+    if os.path.isfile(file):
+        with open(file, encoding="utf-8") as opened:
+            saved = json.load(opened)
+        for field in ("backbone_name_or_path", "retriever_name_or_path"):
+            if getattr(config, field) is None:
+                setattr(config, field, saved.get(field))
+    return config
 
 
 def _folder_beside(path: str | os.PathLike, name: str) -> str:

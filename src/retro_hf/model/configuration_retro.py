@@ -14,6 +14,7 @@
 """RETRO configuration: the paper's decoder, the neighbor encoder, and the model that joins them to any backbone."""
 
 # No `from __future__ import annotations` here: it would turn the type checks of `@strict` off without a word.
+import copy
 import os
 from dataclasses import fields
 from difflib import get_close_matches
@@ -76,6 +77,10 @@ def _require_layers(config: PreTrainedConfig, name: str, num_layers: int) -> Non
             f"`{name}` must name at least one layer, in increasing order, counted from 0 to {num_layers - 1}, got "
             f"{layers}. (The paper counts from 1: its P = 6, 9, 12 is [5, 8, 11] here.)"
         )
+
+
+def _is_local(name: str) -> bool:
+    return os.path.isabs(name) or os.path.isdir(name) or name.startswith(".") or name.count("/") > 1
 
 
 def _of_backbone(name: str, docstring: str) -> property:
@@ -327,33 +332,72 @@ class RetroConfig(_RetroConfigMixin, PreTrainedConfig):
             head_dim = getattr(backbone.per_layer_config[0], "head_dim", None)
             self.cross_attention_head_dim = head_dim or backbone.hidden_size // heads
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set a field; one of the backbone's also where the backbone reads it, as on a config that is no composite."""
+        owner = self._owner(name)
+        if owner is not None:
+            setattr(owner, name, value)
+        if owner is None or not hasattr(type(self), name):  # our properties read the owner's
+            super().__setattr__(name, value)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All values, as in transformers; those of the backbone in `text_config` alone."""
+        return {name: value for name, value in super().to_dict().items() if self._owner(name) is None}
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Write config.json, as in transformers; the names of folders of this machine are left out, since it may be uploaded."""
+        portable = copy.copy(self)
+        for name in self.local_paths():
+            setattr(portable, name, None)
+        super(RetroConfig, portable).save_pretrained(save_directory, push_to_hub, **kwargs)
+
+    def local_paths(self) -> dict[str, str]:
+        """What names a folder of this machine, and nothing anywhere else.
+
+        Returns:
+            `dict` from fields, `backbone_name_or_path` or `retriever_name_or_path`, to paths.
+        """
+        names = {field: getattr(self, field) for field in ("backbone_name_or_path", "retriever_name_or_path")}
+        return {field: name for field, name in names.items() if name and _is_local(name)}
+
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Make a config of saved values; as in transformers, and fields of the backbone alone reach `text_config`."""
-        if kwargs.get("backbone_name_or_path") is not None:
-            kwargs["backbone_name_or_path"] = os.fspath(kwargs["backbone_name_or_path"])
+        if (name := kwargs.get("backbone_name_or_path")) is not None:
+            kwargs["backbone_name_or_path"] = os.path.abspath(name) if os.path.isdir(name) else os.fspath(name)
             kwargs.setdefault("backbone_revision", None)  # the saved one is of the saved name
         unknown = set(kwargs) - {field.name for field in fields(cls)}
         saved = cls(**config_dict) if unknown else None
-        theirs = {name: kwargs.pop(name) for name in unknown if saved._is_of_the_backbone(name)}
-        if theirs:
-            kwargs["text_config"] = theirs | kwargs.get("text_config", {})
-        return super().from_dict(config_dict, **kwargs)
+        theirs = {name: kwargs.pop(name) for name in unknown if saved._owner(name) is not None}
+        loaded = super().from_dict(config_dict, **kwargs)
+        for name, value in theirs.items():
+            setattr(loaded[0] if isinstance(loaded, tuple) else loaded, name, value)
+        return loaded
 
-    def _is_of_the_backbone(self, name: str) -> bool:
-        """Whether a field is one of the backbone's family, and not one that other configs have, too."""
+    def _owner(self, name: str) -> PreTrainedConfig | None:
+        """The backbone's config, or that of the language model in it, if a field is its own and no other config has it."""
+        text_config = self.__dict__.get("text_config")  # a dict, or not there, while the config is being built
         shared = name.startswith("_") or name.endswith("_token_id") or name == "quantization_config"
+        shared = shared or name in self.__dataclass_fields__
         shared = shared or hasattr(PreTrainedConfig, name) or hasattr(_RetroConfigMixin, name)
-        return hasattr(self.text_config, name) and not shared
+        if shared or not isinstance(text_config, PreTrainedConfig):
+            return None
+        parts = (text_config, text_config.get_text_config(decoder=True))
+        return next((part for part in parts if hasattr(part, name)), None)
 
     def _reject_backbone_fields(self, unknown: dict) -> None:
         for name, value in unknown.items():
             match = _ALIASES.get(name) or next(iter(get_close_matches(name, _SIZES, 1, 0.85)), name)
-            # Code that knows no composites sets fields on every config, and they are saved with it: Trainer does so with
-            # `use_cache`. One that says what the backbone says does no harm.
-            is_harmless = name == "use_cache" or (name == match and value == getattr(self.text_config, name, None))
-            if not is_harmless and (match in _SIZES or self._is_of_the_backbone(match)):
-                remedy = f"`text_config={{'{match}': ...}}`"
+            owner = self._owner(match)
+            # Trainer sets `use_cache` on every config; any other that says what the backbone says does no harm either.
+            is_harmless = name == "use_cache" or (name == match and value == getattr(owner, name, None))
+            if not is_harmless and (match in _SIZES or owner is not None):
+                inner = (
+                    f"{{'{match}': ...}}"
+                    if owner in (None, self.text_config)
+                    else f"{{'text_config': {{'{match}': ...}}}}"
+                )
+                remedy = f"`text_config={inner}`"
                 raise ValueError(f"RetroConfig has no field '{name}'. It is one of the backbone's: {remedy}.")
 
     def _check_family(self, name: str, expected: str | None) -> None:
@@ -378,11 +422,6 @@ class RetroConfig(_RetroConfigMixin, PreTrainedConfig):
         if self.cross_attention_placement not in ("after_attention", "after_layer"):
             allowed = "'after_attention' (the paper's order) or 'after_layer'"
             raise ValueError(f"`cross_attention_placement` must be {allowed}, got '{self.cross_attention_placement}'.")
-        if not self.save_backbone and self.backbone_name_or_path is None:
-            raise ValueError(
-                "`save_backbone=False` keeps only the name of the backbone, but `backbone_name_or_path` is None. Set it "
-                "to the checkpoint that the backbone came from, or save with `save_backbone=True`."
-            )
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """The config of the language model itself, also where the backbone reads images or sound too."""
@@ -390,15 +429,7 @@ class RetroConfig(_RetroConfigMixin, PreTrainedConfig):
         return text_config if text_config is self else text_config.get_text_config(decoder=decoder, encoder=encoder)
 
     # Trainer, TRL, lm-eval and DeepSpeed read these on the composite.
-    @property
-    def vocab_size(self) -> int:
-        """Number of tokens of the backbone."""
-        return self.text_config.get_text_config(decoder=True).vocab_size
-
-    @vocab_size.setter
-    def vocab_size(self, value: int) -> None:
-        self.text_config.get_text_config(decoder=True).vocab_size = value
-
+    vocab_size = _of_backbone("vocab_size", "Number of the backbone's tokens.")
     hidden_size = _of_backbone("hidden_size", "Width of the backbone's residual stream.")
     num_hidden_layers = _of_backbone("num_hidden_layers", "Number of the backbone's layers.")
     max_position_embeddings = _of_backbone("max_position_embeddings", "Longest sequence of the backbone, or None.")
