@@ -229,8 +229,11 @@ class RetroAdapterMixin(PreTrainedModel):
         settings = {name: kwargs[name] for name in (*_ADAPTER_ARGUMENTS, *_FILE_ARGUMENTS) if name in kwargs}
         info: dict = {"missing_keys": set(), "unexpected_keys": set()}
         if any(True for _ in retro.parameters()):  # a reader without weights has no file of them
+            added = copy.deepcopy(config)
+            for part in (added.text_config, added.get_text_config(decoder=True)):
+                part.__dict__.pop("quantization_config", None)  # the backbone's; what is added is never quantized
             info = RetroAdapter.from_pretrained(
-                path, config=config, retro=retro, dtype=dtype, output_loading_info=True, **hub, **settings
+                path, config=added, retro=retro, dtype=dtype, output_loading_info=True, **hub, **settings
             )[1]
         if info["missing_keys"] or info["unexpected_keys"]:
             raise ValueError(
