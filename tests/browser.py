@@ -111,21 +111,24 @@ class Browser:
         message, _, self._buffer = self._buffer.partition(b"\0")
         return json.loads(message)
 
-    def open(self, path: Path, fragment: str = "", *, width: int = 1280, scale: float = 1, dark: bool = False) -> None:
-        """Load a file, at `#fragment`, in a window of that width and pixel ratio, and wait until it is complete."""
+    def open(
+        self, page: Path | str, fragment: str = "", *, width: int = 1280, scale: float = 1, dark: bool = False
+    ) -> None:
+        """Load a file or an address, at `#fragment`, in a window of that width and pixel ratio, and wait until it is complete."""
+        address = page if isinstance(page, str) else page.resolve().as_uri()
         sizes = {"width": width, "height": 900, "deviceScaleFactor": scale}
         self.call("Emulation.setDeviceMetricsOverride", mobile=False, **sizes)
         self.call("Emulation.setScrollbarsHidden", hidden=True)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
         self.call("Page.navigate", url="about:blank")  # another fragment alone would not load the page again
-        self.call(
-            "Page.navigate", url=f"{path.resolve().as_uri()}#{fragment}" if fragment else path.resolve().as_uri()
-        )
+        self.call("Page.navigate", url=f"{address}#{fragment}" if fragment else address)
         deadline = time.monotonic() + self._timeout
-        while self.evaluate("document.readyState + location.protocol") != "completefile:":
+        while self.evaluate("document.readyState + location.protocol") in ("completeabout:", "loadingabout:") or (
+            self.evaluate("document.readyState") != "complete"
+        ):
             if time.monotonic() > deadline:
-                raise TimeoutError(f"{path} did not load within {self._timeout} seconds.")
+                raise TimeoutError(f"{page} did not load within {self._timeout} seconds.")
             time.sleep(0.05)
 
     def evaluate(self, expression: str) -> Any:
