@@ -146,6 +146,7 @@ def contestant(who: str, folder: Path):
     import faiss
 
     from retro_hf.datastore import RetroDatastore
+    from retro_hf.datastore.files import mapped
     from retro_hf.datastore.index import open_index
 
     store_path = folder / "store"
@@ -168,7 +169,8 @@ def contestant(who: str, folder: Path):
             k_factor=float(entry.index["search"]["k_factor"]), base_index_params=ivf
         )
     if who == "faiss":
-        index = open_index(store_path / "index-00000.faiss", len(keys), DIM)
+        path = store_path / "index-00000.faiss"
+        index = open_index(path, mapped(path), entry.index["factory"], len(keys), DIM)
         if params:
             return lambda q: index.search(q, NEIGHBORS, params=params)[1], None, time.perf_counter() - start, before
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 import textwrap
 
+from .outside import printable
+
 
 __all__ = [
     "DatasetError",
@@ -16,6 +18,7 @@ __all__ = [
     "DatastoreInputError",
     "DatastoreMismatchError",
     "DatastoreNotFoundError",
+    "DatastoreReadError",
     "DatastoreWriteError",
     "MissingExtraError",
     "PretrainedNotFoundError",
@@ -32,7 +35,13 @@ def counted(count: int, noun: str) -> str:
 
 
 class RetroError(Exception):
-    """Base of the errors below. A wrong argument of a model or an evaluation is a plain ValueError, as in transformers."""
+    """Base of the errors below. A wrong argument of a model or an evaluation is a plain ValueError, as in transformers.
+
+    Its text may quote names and content of somebody else's folder, so characters that control a terminal are written out.
+    """
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class DatasetError(RetroError, ValueError):
@@ -55,6 +64,10 @@ class DatastoreCorruptError(RetroError, ValueError):
     """The files of a datastore contradict its manifest. Restore the folder, or build the datastore again."""
 
 
+class DatastoreReadError(RetroError, OSError):
+    """The system refused to read a datastore: too many open files, no permission, a failing disk. It may be intact."""
+
+
 class DatastoreWriteError(RetroError, OSError):
     """The disk refused to store a datastore: it is full or read-only, or a name is too long. Existing data is unharmed."""
 
@@ -67,7 +80,7 @@ class PretrainedNotFoundError(RetroError, FileNotFoundError):
     """A model, tokenizer or embedder was found neither as a folder nor on the Hub. Check its name."""
 
     @classmethod
-    def for_name(cls, what: str, name: str, cause: Exception) -> PretrainedNotFoundError:
+    def for_name(cls, what: str, name: str, cause: BaseException) -> PretrainedNotFoundError:
         """The error for a `what` ("model", "tokenizer" …) called `name`, when transformers raised `cause`."""
         said = textwrap.shorten(str(cause), 600, placeholder=" …").rstrip(".")
         if os.path.isdir(name):

@@ -22,6 +22,7 @@ from .datastore.files import write_file
 from .datastore.hub import local_folder, push
 from .datastore.search import check_num_neighbors
 from .errors import RetrieverError
+from .outside import read_json
 
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["RetrievalResult", "RetrievedNeighbor", "RetroRetriever"]
 
 _CONFIG_NAME = "retriever.json"
+_MAX_SAVED_NEIGHBORS = 1 << 10
 
 
 @dataclass(frozen=True)
@@ -406,10 +408,13 @@ class RetroRetriever:
 
 def _saved_num_neighbors(path: Path) -> int:
     """The saved number of neighbors; 2, the paper's, for a folder that was saved as a datastore only."""
-    file = path / _CONFIG_NAME
-    if not file.is_file():
+    if not os.path.lexists(path / _CONFIG_NAME):
         return 2
     try:
-        return json.loads(file.read_text())["num_neighbors"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise RetrieverError(f"{str(file)!r} is damaged ({error}). Remove it, or save the retriever again.") from error
+        number = read_json(path, _CONFIG_NAME).get("num_neighbors")
+        if type(number) is not int or not 1 <= number <= _MAX_SAVED_NEIGHBORS:
+            raise ValueError(f"its num_neighbors is {number!r:.100}")
+    except (OSError, ValueError) as error:
+        file = str(path / _CONFIG_NAME)
+        raise RetrieverError(f"{file!r} is damaged ({error}). Remove it, or save the retriever again.") from error
+    return number

@@ -134,7 +134,9 @@ def retrofit(
 
 def _load_base(name: str, revision: str | None, base_kwargs: dict[str, Any]) -> PreTrainedModel:
     try:
-        return AutoModelForCausalLM.from_pretrained(name, revision=revision or "main", **base_kwargs)
+        # No question at the terminal: code of a checkpoint runs only if the caller says so.
+        options = {"trust_remote_code": False, **base_kwargs}
+        return AutoModelForCausalLM.from_pretrained(name, revision=revision or "main", **options)
     except OSError as error:
         raise PretrainedNotFoundError.for_name("model", name, error) from error
     except ValueError as error:

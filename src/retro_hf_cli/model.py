@@ -118,9 +118,9 @@ def load_model(name: str) -> Any:
     from retro_hf.errors import PretrainedNotFoundError  # the package registers the model
 
     try:
-        family = AutoConfig.from_pretrained(name).model_type
+        family = AutoConfig.from_pretrained(name, trust_remote_code=False).model_type
         if family == "retro":
-            return AutoModelForCausalLM.from_pretrained(name)
+            return AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise PretrainedNotFoundError.for_name("model", name, error) from error
     raise ValueError(

@@ -21,7 +21,6 @@ from retro_hf.errors import (
     DatastoreCorruptError,
     DatastoreInputError,
     DatastoreMismatchError,
-    DatastoreNotFoundError,
     DatastoreWriteError,
 )
 from retro_hf.retriever import RetroRetriever
@@ -192,16 +191,16 @@ def test_compaction_removes_deleted_documents_and_joins_shards(store, embedder, 
     RetroDatastore.load(store.path, verify=True)
 
 
-def test_store_opened_before_compaction_works_or_asks_for_a_refresh(store, embedder):
-    """What it has mapped it keeps; what it has not opened yet is gone, and the message names the remedy."""
+def test_store_opened_before_compaction_keeps_its_generation_until_it_is_refreshed(store, embedder):
+    """Everything is mapped when a store is opened, also what is read only later."""
     warm, cold = (RetroDatastore.load(store.path) for _ in range(2))
     queries = warm.keys_of(np.arange(5))
     expected = warm.search(queries, 2)[1]
     store.delete(["doc-1"])
     store.compact()
     np.testing.assert_array_equal(warm.search(queries, 2)[1], expected)
-    with pytest.raises(DatastoreNotFoundError):
-        cold.search(queries, 2)
+    np.testing.assert_array_equal(cold.search(queries, 2)[1], expected)
+    assert cold.document(cold.document_number("doc-1"))["id"] == "doc-1"
     cold.refresh()
     assert cold.search(queries, 2)[1].shape == (5, 2)
 
@@ -286,7 +285,7 @@ def test_document_damaged_beyond_utf8_is_reported(store):
     )
     views = [pa.Array.from_buffers(pa.string(), len(column), column.chunk(0).buffers()) for column in broken.columns]
     pq.write_table(pa.Table.from_arrays(views, schema=table.schema), path)
-    documents = DocumentTable(path, store.num_documents)
+    documents = DocumentTable(path, files.mapped(path), store.num_documents)
     with pytest.raises(DatastoreCorruptError):
         documents.document(3)
     with pytest.raises(DatastoreCorruptError):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from retro_hf.datastore import index as index_module
+from retro_hf.datastore.files import mapped
 from retro_hf.datastore.index import (
     build_index,
     exact_search,
@@ -39,7 +40,7 @@ def queries(keys) -> np.ndarray:
 
 def build_and_open(keys, factory, path):
     built = build_index(keys, factory, path)
-    return built, open_index(path, *keys.shape)
+    return built, open_index(path, mapped(path), factory, *keys.shape)
 
 
 def test_exact_search_equals_brute_force(keys, queries, monkeypatch):
@@ -117,13 +118,13 @@ def test_an_index_of_other_vectors_is_refused(keys, tmp_path):
     build_index(keys, "Flat", tmp_path / "index")
     for shape in ((2999, 32), (3000, 16)):
         with pytest.raises(DatastoreCorruptError):
-            open_index(tmp_path / "index", *shape)
+            open_index(tmp_path / "index", mapped(tmp_path / "index"), "Flat", *shape)
     faiss.write_index(faiss.index_factory(32, "Flat", faiss.METRIC_L2), str(tmp_path / "l2"))
     with pytest.raises(DatastoreCorruptError):
-        open_index(tmp_path / "l2", 0, 32)
+        open_index(tmp_path / "l2", mapped(tmp_path / "l2"), "Flat", 0, 32)
     (tmp_path / "index").write_bytes((tmp_path / "index").read_bytes()[:1000])
     with pytest.raises(DatastoreCorruptError):
-        open_index(tmp_path / "index", 3000, 32)
+        open_index(tmp_path / "index", mapped(tmp_path / "index"), "Flat", 3000, 32)
 
 
 def test_opening_an_index_restores_faiss_settings(keys, tmp_path):
@@ -131,7 +132,7 @@ def test_opening_an_index_restores_faiss_settings(keys, tmp_path):
     build_and_open(keys, "Flat", tmp_path / "index")
     (tmp_path / "index").write_bytes(b"nonsense")
     with pytest.raises(DatastoreCorruptError):
-        open_index(tmp_path / "index", 3000, 32)
+        open_index(tmp_path / "index", mapped(tmp_path / "index"), "Flat", 3000, 32)
     assert faiss.get_deserialization_vector_byte_limit() == before
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from retro_hf.datastore import RetroDatastore
+from retro_hf.datastore.files import mapped
 from retro_hf.datastore.index import build_index, open_index
 from retro_hf.datastore.index_plan import IndexOptions, check_factory, parse_bytes, plan_index
 from retro_hf.errors import DatastoreInputError
@@ -53,7 +54,7 @@ def test_index_has_the_planned_size(tmp_path):
     for options in (IndexOptions(recall=1.0), IndexOptions(memory_budget=1_000_000)):
         plan = plan_index(20_000, 64, options)
         build_index(keys, plan.factory, tmp_path / "index", recall=0.5)
-        assert open_index(tmp_path / "index", 20_000, 64).ntotal == 20_000
+        assert open_index(tmp_path / "index", mapped(tmp_path / "index"), plan.factory, 20_000, 64).ntotal == 20_000
         assert abs((tmp_path / "index").stat().st_size - plan.disk) < 0.1 * plan.disk
 
 

@@ -99,7 +99,7 @@ def test_parts_searched_separately_give_the_results_of_the_whole(tmp_path, shard
 def test_part_opens_only_its_own_files(tmp_path, sharded):
     RetroDatastore.load(sharded).save(tmp_path / "store")
     store = RetroDatastore.load(tmp_path / "store")
-    for name in store.manifest.shard_files(store.shards[0].entry.name).values():
+    for name in (file.name for file in store.shards[0].files.values()):
         (store.path / name).unlink()
     assert len(Generation.open(store.path, store.manifest, places=slice(1, 2)).shards) == 1
 

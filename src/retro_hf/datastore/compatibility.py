@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from ..errors import DatastoreInputError, DatastoreMismatchError, PretrainedNotFoundError
-from .files import digest_of, sha256_of
+from ..errors import DatastoreInputError, DatastoreMismatchError, PretrainedNotFoundError, RetroError
+from ..outside import check_pretrained_folder
+from .files import digest_of, reading, sha256_of
 
 
 if TYPE_CHECKING:
@@ -29,14 +33,44 @@ def load_tokenizer(tokenizer: PreTrainedTokenizerBase | str | os.PathLike[str]) 
                 f"The tokenizer is of type {type(tokenizer).__name__}. Pass a tokenizer, or its folder or Hub name."
             )
         return tokenizer
-    try:
-        loaded = AutoTokenizer.from_pretrained(tokenizer)
+    with loading("tokenizer", str(tokenizer)):
+        loaded = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
         # For a model folder without a vocabulary, transformers makes one up from the family's special tokens.
         if len(loaded) <= len(set(loaded.all_special_ids)):
             raise ValueError("there is no vocabulary, such as a tokenizer.json")
-    except (OSError, ValueError) as error:
-        raise PretrainedNotFoundError.for_name("tokenizer", str(tokenizer), error) from error
     return loaded
+
+
+def load_own_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in the folder of a datastore, which somebody else may have made.
+
+    Raises:
+        DatastoreCorruptError: if it cannot be loaded, or names files of other folders or code.
+    """
+    with reading(folder):
+        check_pretrained_folder(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+
+
+@contextmanager
+def loading(what: str, name: str) -> Iterator[None]:
+    """Check the folder that a caller named, if it is one, and explain whatever goes wrong while it is loaded.
+
+    Raises:
+        PretrainedNotFoundError: if it cannot be loaded.
+    """
+    try:
+        if os.path.isdir(name):
+            check_pretrained_folder(name)
+        yield
+    except (RetroError, ImportError):
+        raise
+    except Exception as error:
+        raise PretrainedNotFoundError.for_name(what, name, error) from error
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of a library in Rust, which is not an `Exception`
+            raise
+        raise PretrainedNotFoundError.for_name(what, name, error) from error
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -19,7 +19,8 @@ from .compatibility import load_tokenizer, tokenizer_fingerprint, vocabulary_siz
 from .documents import document_ids
 from .edit import placed, rewrite
 from .executors import progress_bar
-from .files import INT64, MANIFEST_NAME, NpyWriter, hash_of, link_or_copy, new_folder, write_npy
+from .files import INT64, NpyWriter, hash_of, link_or_copy, new_folder, write_npy
+from .generation import at_rest
 from .index_plan import IndexOptions
 from .manifest import (
     SHARD_FILES,
@@ -47,10 +48,16 @@ def save(datastore: RetroDatastore, path: str | os.PathLike[str]) -> None:
         datastore ([`RetroDatastore`]): the store, for example a downloaded one.
         path (`str` or `Path`): the folder to make.
     """
-    with new_folder(new_path(path)) as folder:
-        # The manifest last, as in a build.
-        for name in (*(entry.name for entry in datastore.manifest.files), MANIFEST_NAME):
-            shutil.copyfile(datastore.path / name, folder / name)
+
+    def copy() -> None:
+        manifest = datastore.manifest
+        with new_folder(new_path(path)) as folder:
+            for entry in manifest.files:
+                shutil.copyfile(datastore.path / entry.name, folder / entry.name)
+            # The manifest last, as in a build.
+            manifest.write(folder)
+
+    at_rest([datastore], copy)
 
 
 def subset(
@@ -153,10 +160,15 @@ def merge(datastores: Sequence[RetroDatastore], path: str | os.PathLike[str]) ->
             f"Pass a list of opened datastores, such as `RetroDatastore.load(path)`, not {kinds}."
         )
     path = new_path(path)
-    first = datastores[0]
     for number, store in enumerate(datastores):
-        _check_alike(first, store)
+        _check_alike(datastores[0], store)
         _check_disjoint(store, datastores[:number])
+    at_rest(datastores, lambda: _merged(datastores, path))
+    return type(datastores[0]).load(path)
+
+
+def _merged(datastores: Sequence[RetroDatastore], path: Path) -> None:
+    first = datastores[0]
     shards: list[ShardEntry] = []
     files: list[FileEntry] = []
     deleted: list[np.ndarray] = []
@@ -183,7 +195,6 @@ def merge(datastores: Sequence[RetroDatastore], path: str | os.PathLike[str]) ->
             num_empty_documents=sum(store.manifest.num_empty_documents for store in datastores),
             sources=unique_sources(source for store in datastores for source in store.manifest.sources),
         )
-    return type(first).load(path)
 
 
 def _check_alike(first: RetroDatastore, other: RetroDatastore) -> None:
@@ -246,6 +257,13 @@ def retokenize(
                 f"The tokenizer {one.name_or_path!r} is not a fast one, which can tell where its tokens are in the text. Build the "
                 "datastore again instead."
             )
+    at_rest([datastore], lambda: _write_retokenized(datastore, path, tokenizer, show_progress))
+    return type(datastore).load(path)
+
+
+def _write_retokenized(
+    datastore: RetroDatastore, path: Path, tokenizer: PreTrainedTokenizerBase, show_progress: bool | None
+) -> None:
     dtype = token_dtype(vocabulary_size(tokenizer))
     shards: list[ShardEntry] = []
     files: list[FileEntry] = []
@@ -268,7 +286,6 @@ def retokenize(
             token_dtype=dtype.name,
             tokenizer=describe_tokenizer(tokenizer),
         )
-    return type(datastore).load(path)
 
 
 def _retokenized(

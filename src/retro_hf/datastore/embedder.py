@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +16,8 @@ from transformers.utils.hub import cached_file
 
 from .. import extras
 from ..errors import DatastoreMismatchError, PretrainedNotFoundError, UnsupportedEmbedderError
-from .compatibility import vocabulary_fingerprint
+from ..outside import MAX_JSON_BYTES, check_base, check_hub_name, check_pretrained, parse_json
+from .compatibility import loading, vocabulary_fingerprint
 from .files import sha256_of
 
 
@@ -33,7 +33,7 @@ def _default_dtype(device: torch.device) -> torch.dtype:
 
 
 def _read_json(name_or_path: str, filename: str, revision: str | None) -> Any:
-    """A JSON file of a model folder or Hub repository; None if there is none."""
+    """A JSON file of a model folder or Hub repository, as somebody else made it; None if there is none."""
     path = cached_file(
         name_or_path,
         filename,
@@ -42,7 +42,11 @@ def _read_json(name_or_path: str, filename: str, revision: str | None) -> Any:
         _raise_exceptions_for_connection_errors=False,
         _raise_exceptions_for_gated_repo=False,
     )
-    return None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
+    if path is None:
+        return None
+    if (size := os.path.getsize(path)) > MAX_JSON_BYTES:
+        raise ValueError(f"{filename} has {size:,} bytes, more than {MAX_JSON_BYTES:,}")
+    return parse_json(Path(path).read_bytes())
 
 
 def _is_mean_pooling(name_or_path: str, modules: list[dict[str, Any]], revision: str | None) -> bool:
@@ -67,13 +71,14 @@ class _Encoder:
     """
 
     def __init__(self, name: str, revision: str | None) -> None:
-        config = AutoConfig.from_pretrained(name, revision=revision)
+        options: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
+        config = AutoConfig.from_pretrained(name, **options)
         # `AutoModel` takes every DPR checkpoint for a question encoder.
         kind: Any = DPRContextEncoder if "DPRContextEncoder" in (config.architectures or []) else AutoModel
         self.pooling = "pooler" if config.model_type == "dpr" else "mean"
-        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, revision=revision)
+        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, **options)
         # In float32, whatever the checkpoint has: the same model gets the same fingerprint on every machine.
-        self.model = kind.from_pretrained(name, revision=revision, dtype=torch.float32)
+        self.model = kind.from_pretrained(name, dtype=torch.float32, **options)
         settings = _read_json(name, "sentence_bert_config.json", revision) or {}
         positions = getattr(self.model.config, "max_position_embeddings", None)
         limits = [settings.get("max_seq_length"), self.tokenizer.model_max_length, positions]
@@ -153,11 +158,15 @@ def _tensor_digests(model: torch.nn.Module) -> list[str]:
 
 
 def _origin(made: dict[str, Any]) -> str:
-    """The name under which an encoder of a manifest can be loaded: one of the Hub, or an existing folder."""
+    """The name on the Hub under which an encoder of a manifest can be loaded; a folder is named by the caller alone."""
     name: str = made["name"]
+    try:
+        check_hub_name(name)
+    except ValueError as error:
+        raise PretrainedNotFoundError(f"A datastore stores only the name of a local embedder: {error}.") from error
     # A manifest records only the last part of a local folder. A name without an owner may also be an old model of the Hub,
     # which is loaded if it is in the cache.
-    known = "/" in name or made["revision"] is not None or os.path.isdir(name)
+    known = "/" in name or made["revision"] is not None
     if not known and not os.path.isdir(os.path.join(constants.HF_HUB_CACHE, f"models--{name}")):
         raise PretrainedNotFoundError(f"A datastore stores only the name of a local embedder, here {name!r}.")
     return name
@@ -272,18 +281,25 @@ class ChunkEmbedder:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         name, revision = self.name_or_path, self.revision
         encoder: Any
-        try:
+        with loading("embedder", name):
+
+            def read(filename: str) -> Any:
+                return _read_json(name, filename, revision)
+
+            check_base(read)
+            if not os.path.isdir(name):
+                check_pretrained(read)
             modules = _read_json(name, "modules.json", revision)
             if modules is None or _is_mean_pooling(name, modules, revision):
                 encoder = _Encoder(name, revision)
                 self.pooling, model, default = encoder.pooling, encoder.model, _default_dtype(self.device)
             else:
                 library = extras.load("sentence_transformers", f"The embedder {name!r}, which is not a plain mean,")
-                encoder = model = library.SentenceTransformer(name, revision=revision, device=str(self.device))
+                encoder = model = library.SentenceTransformer(
+                    name, revision=revision, device=str(self.device), trust_remote_code=False
+                )
                 # The modules of such a model may expect float32, so it gets another dtype only if the user asks for it.
                 self.pooling, default = "sentence-transformers", torch.float32
-        except (OSError, ValueError) as error:
-            raise PretrainedNotFoundError.for_name("embedder", name, error) from error
         self._identify(encoder, model, *given)
         self.dtype = dtype or default
         model.to(device=self.device, dtype=self.dtype).eval().requires_grad_(False)

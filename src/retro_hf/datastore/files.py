@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import errno
 import hashlib
 import json
 import os
@@ -9,15 +11,23 @@ import shutil
 import struct
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from tokenize import TokenError
 from typing import Any, BinaryIO
 
 import numpy as np
+import pyarrow as pa
 import xxhash
+from filelock import FileLock, Timeout
 
-from ..errors import DatastoreCorruptError, DatastoreExistsError, DatastoreWriteError, RetroError
+from ..errors import (
+    DatastoreCorruptError,
+    DatastoreExistsError,
+    DatastoreReadError,
+    DatastoreWriteError,
+    RetroError,
+)
+from ..outside import file_inside, parse_json
 
 
 MANIFEST_NAME = "datastore.json"
@@ -27,7 +37,19 @@ _KEYS = "keys"
 # The keys start here in their file: after room for the longest header, at a multiple of a cache line.
 _KEYS_OFFSET = 256
 _HASH_BLOCK = 1 << 20
+_MAX_REASON = 500
 _MAX_HEADER_BYTES = 1 << 20
+_MAX_NPY_HEADER_BYTES = 1 << 12
+# A file that is not there, or is something else than a file: the folder is damaged. Any other error is the system's.
+_DAMAGE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO, errno.EINVAL)
+_READ_REMEDIES = {
+    errno.EMFILE: "Close files or raise the limit (`ulimit -n`), and repeat the call.",
+    errno.ENFILE: "Close files or raise the limit of the system, and repeat the call.",
+    errno.EACCES: "Allow this user to read it, and repeat the call.",
+    errno.EPERM: "Allow this user to read it, and repeat the call.",
+    errno.EIO: "The disk or the network failed: check it, and repeat the call.",
+    errno.ENOMEM: "Free memory, and repeat the call.",
+}
 
 
 # ── checksums ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -72,6 +94,52 @@ def damaged(path: Path, reason: str, remedy: str = RESTORE) -> DatastoreCorruptE
     return DatastoreCorruptError(f"{str(path)!r} is damaged: {reason}. {remedy}")
 
 
+def not_readable(path: Path, error: OSError | MemoryError) -> DatastoreReadError:
+    """The error for a file that the system did not let us read."""
+    number = errno.ENOMEM if isinstance(error, MemoryError) else error.errno or 0
+    reason = os.strerror(number) if number else str(error)
+    remedy = _READ_REMEDIES.get(number, "Check the disk and the permissions, and repeat the call.")
+    raised = DatastoreReadError(f"{str(path)!r} could not be read: {reason}. {remedy}")
+    raised.errno = number
+    return raised
+
+
+@contextmanager
+def reading(path: Path, remedy: str = RESTORE) -> Iterator[None]:
+    """Explain whatever goes wrong while something at `path` is read: it may be damaged, or made to do harm.
+
+    Raises:
+        DatastoreReadError: if the system refused to read it, or memory is short.
+        DatastoreCorruptError: for any other error.
+    """
+    try:
+        yield
+    except RetroError:
+        raise
+    except OSError as error:
+        if error.errno is None or error.errno in _DAMAGE:
+            raise damaged(path, _one_line(error), remedy) from error
+        raise not_readable(path, error) from error
+    except MemoryError as error:
+        raise not_readable(path, error) from error
+    except Exception as error:
+        raise damaged(path, _one_line(error), remedy) from error
+    except BaseException as error:
+        # A panic of a library in Rust is not an `Exception`.
+        if type(error).__name__ != "PanicException":
+            raise
+        raise damaged(path, _one_line(error), remedy) from error
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    if isinstance(error, FileNotFoundError):
+        return "it is missing"
+    text = " ".join(str(error).split())[:_MAX_REASON].rstrip(".")
+    return text if isinstance(error, ValueError) and text else f"{type(error).__name__}: {text}"
+
+
 # ── atomic writes ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -92,15 +160,17 @@ def complete_file(path: Path) -> Iterator[Path]:
     """
     # Every writer gets its own name: another machine may write the same file in a shared folder.
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-    try:
-        yield partial
-        # The content must be on the disk before the name is, or a power cut could leave an empty file under the name.
-        sync(partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    # The rename itself is stored in the folder.
-    sync(path.parent)
+    with writing(path):
+        try:
+            yield partial
+            # The content must be on the disk before the name is, or a power cut could leave an empty file under the name.
+            sync(partial)
+            os.replace(partial, path)
+        finally:
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+        # The rename itself is stored in the folder.
+        sync(path.parent)
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -145,10 +215,28 @@ def check_free(path: Path) -> None:
         )
 
 
-def not_written(path: Path, error: OSError) -> DatastoreWriteError:
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Explain that the disk refused a write to `path`.
+
+    Raises:
+        DatastoreWriteError: instead of the error of the system, or of a library in Rust that passes it on as a text.
+    """
+    try:
+        yield
+    except RetroError:
+        raise
+    except Exception as error:
+        if not isinstance(error, OSError) and "(os error " not in str(error):
+            raise
+        raise not_written(path, error) from error
+
+
+def not_written(path: Path, error: Exception) -> DatastoreWriteError:
     """The error for a disk that refused a write to `path`."""
     # numpy reports only how many bytes a full disk has taken.
-    reason = error if error.errno else f"the disk took only a part ({error})"
+    partly = isinstance(error, OSError) and not error.errno
+    reason = f"the disk took only a part ({error})" if partly else error
     return DatastoreWriteError(
         f"{str(path)!r} could not be written: {reason}. Existing data is unharmed: free disk space or allow writing and "
         "repeat the call, or choose another path."
@@ -167,26 +255,53 @@ def new_folder(path: Path, within: Path | None = None) -> Iterator[Path]:
     """
     path = Path(os.path.abspath(path))
     check_free(path)
-    partial = (within or path.parent) / f".{path.name}.{uuid.uuid4().hex}.partial"
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.mkdir()
-        yield partial
-        for file in partial.iterdir():
-            sync(file)
-        sync(partial)
-        try:
-            os.replace(partial, path)
-        except OSError as error:
-            raise DatastoreExistsError(
-                f"{str(path)!r} was created by another process in the meantime. Choose another path and repeat the call."
-            ) from error
+        with partial_folder(within or path.parent, path.name) as partial:
+            yield partial
+            for file in partial.iterdir():
+                sync(file)
+            sync(partial)
+            try:
+                os.replace(partial, path)
+            except OSError as error:
+                raise DatastoreExistsError(
+                    f"{str(path)!r} was created by another process in the meantime. Choose another path and repeat the call."
+                ) from error
         sync(path.parent)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError) and not isinstance(error, RetroError):
-            raise not_written(path, error) from error
-        raise
+
+
+@contextmanager
+def partial_folder(parent: Path, name: str) -> Iterator[Path]:
+    """A new hidden folder in `parent` for unfinished work on `name`; what is left of it in the end is removed.
+
+    Those of calls that were killed are removed first. A lock beside the folder tells them from those that are in use, also
+    by other processes.
+    """
+    for entry in list(os.scandir(parent)):
+        if entry.name.startswith(f".{name}.") and entry.name.endswith((".partial", ".partial.lock")):
+            stale = parent / entry.name.removesuffix(".lock")
+            with suppress(Timeout, OSError), _locked(stale):
+                shutil.rmtree(stale, ignore_errors=True)
+    partial = parent / f".{name}.{uuid.uuid4().hex}.partial"
+    with _locked(partial):
+        partial.mkdir()
+        try:
+            yield partial
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder, which ends with the process; `Timeout` if another holds it."""
+    lock = FileLock(folder.with_name(f"{folder.name}.lock"), timeout=0)
+    with lock:
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                os.unlink(lock.lock_file)
 
 
 # ── arrays that grow block by block ───────────────────────────────────────────────────────────────────────────────────
@@ -253,38 +368,71 @@ def write_npy(path: Path, values: np.ndarray) -> None:
 # ── memory maps ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def mapped(path: Path) -> np.ndarray:
+    """The bytes of a regular file, mapped read-only (uint8). Nothing stays open, and a file that is removed stays readable.
+
+    A map of Python or numpy keeps its file open, so a store of many shards would exceed the limit of open files.
+    """
+    if not file_inside(path.parent, path.name).st_size:
+        return np.empty(0, dtype=np.uint8)
+    with pa.memory_map(str(path)) as file:
+        return np.frombuffer(file.read_buffer(), dtype=np.uint8)
+
+
 def map_npy(path: Path, dtype: np.dtype, length: int) -> np.ndarray:
     """Map a one-dimensional .npy file read-only; DatastoreCorruptError unless it holds `length` values of `dtype`."""
+    with reading(path):
+        data = mapped(path)
+        start, found, shape = _npy_header(data)
+        if found != dtype or shape != (length,):
+            raise ValueError(f"it holds {found} of shape {shape} instead of {dtype} of shape {(length,)}")
+        if len(data) != start + length * dtype.itemsize:
+            raise ValueError(f"it has {len(data):,} bytes for {length:,} values of {dtype}")
+        return np.frombuffer(data, dtype=dtype, offset=start, count=length)
+
+
+def _npy_header(data: np.ndarray) -> tuple[int, np.dtype, tuple[int, ...]]:
+    """Where the values of a .npy file begin, their type and their shape."""
+    prefix = data[:12].tobytes()
+    major = prefix[6] if len(prefix) == 12 and prefix[:6] == b"\x93NUMPY" else 0
+    if major not in (1, 2, 3):
+        raise ValueError("it is not a .npy file")
+    # Checked before it is read: a header may claim to be as long as the memory, and numpy parses it as Python.
+    begin, layout = (10, "<H") if major == 1 else (12, "<I")
+    size = struct.unpack_from(layout, prefix, 8)[0]
+    if not 2 <= size <= min(_MAX_NPY_HEADER_BYTES, len(data) - begin):
+        raise ValueError(f"its header claims {size:,} bytes in a file of {len(data):,}")
     try:
-        values = np.load(path, mmap_mode="r", allow_pickle=False)
-    # All that numpy was seen to raise on damaged headers, which it parses as Python literals.
-    except (OSError, ValueError, EOFError, SyntaxError, TypeError, TokenError) as error:
-        raise damaged(path, f"it is not a .npy file ({error})") from error
-    if not isinstance(values, np.ndarray) or values.dtype != dtype or values.shape != (length,):
-        found = f"{values.dtype} of shape {values.shape}" if isinstance(values, np.ndarray) else type(values).__name__
-        raise damaged(path, f"it holds {found} instead of {dtype} of shape {(length,)}")
-    return values
+        header = ast.literal_eval(data[begin : begin + size].tobytes().decode("latin-1").strip())
+    except MemoryError:  # what Python's parser raises where it is nested too deeply
+        raise ValueError("its header is nested too deeply") from None
+    if not isinstance(header, dict) or header.keys() != {"descr", "fortran_order", "shape"}:
+        raise ValueError("its header is not that of an array")
+    found, shape = np.dtype(header["descr"]), header["shape"]
+    if found.hasobject or not isinstance(shape, tuple) or not all(type(size) is int for size in shape):
+        raise ValueError("its header is not that of an array of numbers")
+    return begin + size, found, shape
 
 
 def map_tensor(path: Path, shape: tuple[int, int]) -> np.ndarray:
     """Map the float16 matrix `keys` of a safetensors file read-only; DatastoreCorruptError for another header."""
     # Not by `safetensors`, which copies what it reads into memory.
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        prefix = file.read(8)
-        header_size = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-        # Checked before reading: a hostile header may claim to be as long as the memory.
-        if not 2 <= header_size <= min(_MAX_HEADER_BYTES, size - 8):
-            raise damaged(path, f"its header claims {header_size:,} bytes in a file of {size:,}")
-        try:
-            header: Any = json.loads(file.read(header_size))
-        except (ValueError, RecursionError) as error:
-            raise damaged(path, f"its header is not JSON ({error})") from error
-    expected = _tensor_header(shape)
-    end = 8 + header_size + expected["data_offsets"][1]
-    if not isinstance(header, dict) or header.get(_KEYS) != expected or size != end:
-        raise damaged(path, f"its header does not describe a float16 matrix of shape {shape}")
-    return np.memmap(path, dtype=np.float16, mode="r", offset=8 + header_size, shape=shape)
+    with reading(path):
+        data = mapped(path)
+        header_size = struct.unpack("<Q", data[:8].tobytes())[0] if len(data) >= 8 else 0
+        # Checked before it is read: a hostile header may claim to be as long as the memory.
+        if not 2 <= header_size <= min(_MAX_HEADER_BYTES, len(data) - 8):
+            raise ValueError(f"its header claims {header_size:,} bytes in a file of {len(data):,}")
+        header: Any = parse_json(data[8 : 8 + header_size].tobytes())
+        expected = _tensor_header(shape)
+        start = 8 + header_size
+        if (
+            not isinstance(header, dict)
+            or header.get(_KEYS) != expected
+            or len(data) != start + expected["data_offsets"][1]
+        ):
+            raise ValueError(f"its header does not describe a float16 matrix of shape {shape}")
+        return np.frombuffer(data, dtype=np.float16, offset=start, count=shape[0] * shape[1]).reshape(shape)
 
 
 def _tensor_header(shape: tuple[int, int]) -> dict[str, Any]:

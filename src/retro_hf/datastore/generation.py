@@ -2,19 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import DatastoreInputError
+from ..errors import DatastoreCorruptError, DatastoreInputError, RetroError
 from .files import INT64, damaged, map_npy
 from .manifest import DatastoreManifest, check_sizes
 from .search import Deleted, merge_results
 from .shard import Shard
+
+
+if TYPE_CHECKING:
+    from .store import RetroDatastore
+
+
+# How often a reader starts again because a writer was faster. A writer takes much longer than opening.
+_ATTEMPTS = 20
+# Tokens gathered in one call: 2 GB of them, and 2 GB of their mask.
+MAX_GATHERED = 1 << 28
+
+
+def at_rest(datastores: Sequence[RetroDatastore], action: Callable[[], Any]) -> Any:
+    """Do what reads files of datastores by name; again on the next generation, if a writer has removed some of them."""
+    for _ in range(_ATTEMPTS):
+        try:
+            return action()
+        except (RetroError, OSError):
+            changed = [store for store in datastores if DatastoreManifest.read(store.path) != store.manifest]
+            if not changed:
+                raise
+            for store in changed:
+                store.refresh()
+    return action()
 
 
 @dataclass(frozen=True)
@@ -49,8 +73,9 @@ class Generation:
         entries = manifest.shards[places]
         names = {None, *(entry.name for entry in entries)}
         check_sizes(folder, [file for file in manifest.files if file.shard in names])
-        # A name is used once in the life of a store, so a shard of the same name has the same files.
-        opened = {shard.entry.name: shard for shard in known}
+        files = manifest.files_by_shard()
+        # With the same files: another store may have been built at the path.
+        opened = {shard.entry.name: shard for shard in known if shard.files == files.get(shard.entry.name)}
         deleted = np.empty(0, dtype=np.int64)
         for file in manifest.entries("deleted"):
             deleted = np.array(map_npy(folder / file.name, INT64, manifest.num_deleted_documents))
@@ -59,11 +84,47 @@ class Generation:
         first, end, _ = places.indices(len(manifest.shards))
         return cls(
             manifest,
-            tuple(opened.get(entry.name) or Shard(folder, manifest, entry) for entry in entries),
+            tuple(opened.get(entry.name) or Shard(folder, manifest, entry, files[entry.name]) for entry in entries),
             np.cumsum([0, *(entry.num_chunks for entry in manifest.shards)])[first : end + 1],
             np.cumsum([0, *(entry.num_documents for entry in manifest.shards)])[first : end + 1],
             deleted,
         )
+
+    @classmethod
+    def current(cls, folder: Path, known: Iterable[Shard] = ()) -> Generation:
+        """Open what is in a folder now. If another process changes it in the meantime, the next generation is opened.
+
+        Raises:
+            DatastoreNotFoundError: if there is no datastore.
+            DatastoreCorruptError: if a file is missing, or not as the manifest says.
+        """
+
+        for _ in range(_ATTEMPTS):
+            manifest = DatastoreManifest.read(folder)
+            try:
+                return cls.open(folder, manifest, known)
+            except DatastoreCorruptError:
+                if DatastoreManifest.read(folder) == manifest:
+                    raise
+        return cls.open(folder, DatastoreManifest.read(folder), known)
+
+    def gather(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The neighbors of chunk ids; see [`RetroDatastore.gather`]."""
+        size = self.manifest.neighbor_size
+        if ids.size * size > MAX_GATHERED:
+            raise DatastoreInputError(
+                f"{ids.size:,} neighbors of {size:,} tokens are more than the {MAX_GATHERED:,} tokens that are gathered at once. Ask "
+                "for fewer chunks or neighbors in one call."
+            )
+        if len(self.deleted):
+            ids = np.where(np.isin(self.document_of(ids), self.deleted), -1, ids)
+        if len(self.shards) == 1:
+            return self.shards[0].gather(ids)
+        tokens = np.zeros((*ids.shape, size), dtype=np.int64)
+        mask = np.zeros_like(tokens)
+        for number, here in self.by_shard(ids):
+            tokens[here], mask[here] = self.shards[number].gather(ids[here] - self.chunk_starts[number])
+        return tokens, mask
 
     def without(self, documents: np.ndarray) -> Generation:
         """The same with more documents (numbers, int64) that are not found, as if they were deleted."""

@@ -21,7 +21,8 @@ import numpy as np
 from transformers.utils import logging
 
 from ..errors import DatastoreInputError, DatastoreWriteError, counted
-from .files import damaged
+from .files import mapped, reading
+from .index_format import check_index
 
 
 logger = logging.get_logger(__name__)
@@ -124,7 +125,7 @@ def build_index(keys: np.ndarray, factory: str, path: Path, *, recall: float = 0
     if factory == "Flat":
         return {"factory": factory, "search": {}, "recall": None}
     # Tuned as it will be searched: through a memory map.
-    search, measured = _tune(open_index(path, num_chunks, dim), keys, generator, recall)
+    search, measured = _tune(open_index(path, mapped(path), factory, num_chunks, dim), keys, generator, recall)
     return {"factory": factory, "search": search, "recall": measured}
 
 
@@ -257,22 +258,29 @@ def exact_search(keys: np.ndarray, queries: np.ndarray, num_neighbors: int) -> t
 # ── opening and searching ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def open_index(path: Path, num_chunks: int, dim: int) -> Any:
-    """Open an index through a memory map.
+def open_index(path: Path, data: np.ndarray, factory: str, num_chunks: int, dim: int) -> Any:
+    """Open an index in a memory map, from which FAISS reads its vectors without a copy.
 
+    Args:
+        path (`Path`): of the file, for messages.
+        data (`np.ndarray` of uint8): the file, as [`mapped`] gives it. The index keeps it.
+        factory (`str`), num_chunks (`int`), dim (`int`): what the index must be.
     Raises:
-        DatastoreCorruptError: if FAISS cannot read it, or it does not hold `num_chunks` vectors of length `dim`.
+        DatastoreCorruptError: if it is another index, or FAISS cannot read it.
     """
     faiss = import_faiss()
-    try:
-        with _bounded_reading(path.stat().st_size):
-            index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
-    except (RuntimeError, MemoryError) as error:
-        raise damaged(path, f"FAISS says {_short(error)}") from error
-    found = (index.ntotal, index.d, index.metric_type)
-    expected = (num_chunks, dim, faiss.METRIC_INNER_PRODUCT)
-    if found != expected:
-        raise damaged(path, f"its (vectors, dimension, metric) are {found} instead of {expected}")
+    with reading(path):
+        check_index(data, factory, num_chunks, dim)
+        try:
+            with _bounded_reading(len(data)):
+                # From the bytes that were checked, not by the name: FAISS opens no file.
+                index = faiss.read_index(
+                    faiss.ZeroCopyIOReader(faiss.swig_ptr(data), len(data)), faiss.IO_FLAG_MMAP_IFC
+                )
+        except RuntimeError as error:
+            raise ValueError(f"FAISS says {_short(error)}") from error
+        # As FAISS itself keeps what an index was made from.
+        index.referenced_objects = [data]
     return index
 
 

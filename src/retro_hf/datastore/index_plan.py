@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from ..errors import DatastoreInputError, counted
 from .index import BLOCK_ROWS, TRAINING_ROWS_PER_LIST, import_faiss, training_points
+from .index_format import parse_factory
 
 
 if TYPE_CHECKING:
@@ -171,20 +172,19 @@ def check_factory(factory: str, num_chunks: int | None, dim: int) -> None:
     """
     faiss = import_faiss()
     try:
+        # First: FAISS would take the memory for any number of lists.
+        if parse_factory(factory) is None:
+            raise ValueError("a datastore does not have indexes of this kind")
         faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
     except (RuntimeError, TypeError, ValueError) as error:
         raise DatastoreInputError(
-            f"FAISS cannot make the index {factory!r} for vectors of length {dim}. Use index='auto', or a factory string such as "
+            f"There is no index {factory!r} for vectors of length {dim}. Use index='auto', or a factory string such as "
             "'Flat', 'IVF1024,Flat', 'HNSW32' or 'IVF1024,PQ96x4fs,Refine(SQfp16)'; case counts, and the number after PQ must "
             "divide the length."
         ) from error
     # FAISS accepts the following strings, and fails when the index is trained or searched.
     reason, needed = "", training_points(factory)
-    if "IDMap" in factory:
-        reason = "gives chunks ids of its own. Leave IDMap out"
-    elif re.search(r"IVF0+(?!\d)", factory):
-        reason = "has no lists. Use IVF1 or more"
-    elif max([0, *map(int, re.findall(r"PCA[WR]*(\d+)", factory))]) > dim:
+    if max([0, *map(int, re.findall(r"PCA[WR]*(\d+)", factory))]) > dim:
         reason = f"keeps more dimensions than the {dim} of the vectors. Use a smaller number after PCA"
     elif num_chunks is not None and num_chunks < needed:
         reason = f"is trained on at least {counted(needed, 'chunk')}, but the documents make {num_chunks:,}. Use index='Flat'"

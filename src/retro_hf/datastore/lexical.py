@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from huggingface_hub.errors import StrictDataclassError
 from transformers.utils import logging
 
 from .. import extras
@@ -19,13 +18,14 @@ from ..errors import (
     DatastoreInputError,
     DatastoreMismatchError,
     DatastoreNotFoundError,
-    RetroError,
     counted,
 )
+from ..outside import read_json
 from .chunks import chunk_texts, ranges
 from .executors import progress_bar
-from .files import damaged, map_npy, new_folder, write_file
-from .manifest import FileEntry, check_content, check_sizes, describe_file, read_json
+from .files import damaged, map_npy, new_folder, reading, write_file
+from .generation import MAX_GATHERED
+from .manifest import FileEntry, check_content, check_sizes, describe_file
 from .search import check_num_neighbors, checked_exclusion
 
 
@@ -105,8 +105,9 @@ class LexicalSearcher:
         rows = []
         size, count = datastore.chunk_size, datastore.num_chunks
         with progress_bar(show_progress, total=count, unit="chunk", desc="Indexing words") as progress:
-            for first in range(0, count, _BLOCK_CHUNKS):
-                tokens, mask = datastore.gather(np.arange(first, min(first + _BLOCK_CHUNKS, count)))
+            step = max(1, min(_BLOCK_CHUNKS, MAX_GATHERED // datastore.neighbor_size))
+            for first in range(0, count, step):
+                tokens, mask = datastore.gather(np.arange(first, min(first + step, count)))
                 texts = chunk_texts(datastore.tokenizer, tokens[:, :size], mask[:, :size])
                 # Word ids in compact arrays: lists of Python integers would take ten times the memory.
                 rows += [array("i", [vocabulary.setdefault(w, len(vocabulary)) for w in row]) for row in _words(texts)]
@@ -167,17 +168,18 @@ class LexicalSearcher:
         check_content(path, [file for file in files if file.name in _READ], _REMEDY)
         num_words, num_entries = content["num_words"], content["num_entries"]
         lengths = {"data": num_entries, "indices": num_entries, "indptr": num_words + 1}
-        try:
+        with reading(path, _REMEDY):
             arrays = {key: map_npy(path / name, np.dtype(kind), lengths[key]) for key, (name, kind) in _MAPPED.items()}
+            # Read and mapped by bm25s from files that were just checked.
             bm25 = bm25s.BM25.load(path, mmap=True, show_progress=False)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RetroError) as error:
-            raise damaged(path, str(error), _REMEDY) from error
-        starts = arrays["indptr"]
-        sound = (starts[0], starts[-1]) == (0, num_entries) and bool((np.diff(starts) >= 0).all())
-        if not sound or sorted(bm25.vocab_dict.values()) != list(range(num_words)):
-            raise damaged(path, "its words and their lists contradict each other", _REMEDY)
-        if bm25.scores["num_docs"] != datastore.num_chunks:
-            raise damaged(path, f"it has {bm25.scores['num_docs']} instead of {datastore.num_chunks} chunks", _REMEDY)
+            starts = arrays["indptr"]
+            sound = (starts[0], starts[-1]) == (0, num_entries) and bool((np.diff(starts) >= 0).all())
+            if not sound or sorted(bm25.vocab_dict.values()) != list(range(num_words)):
+                raise ValueError("its words and their lists contradict each other")
+            if bm25.scores["num_docs"] != datastore.num_chunks:
+                raise ValueError(f"it has {bm25.scores['num_docs']} instead of {datastore.num_chunks} chunks")
+            # Of the same arrays without open files, which bm25s would keep.
+            bm25.scores |= arrays
         searcher = cls(datastore, bm25, path)
         if verify:
             searcher.verify()
@@ -257,15 +259,13 @@ def _shards_of(datastore: RetroDatastore) -> list[str]:
 
 def _read_description(path: Path) -> tuple[dict[str, Any], list[FileEntry]]:
     """The content of `lexical.json` after validation, and the files that it names."""
-    try:
-        content = read_json(path / _NAME)
+    with reading(path, _REMEDY):
+        content = read_json(path, _NAME)
         counts = content["num_words"], content["num_entries"]
         sound = set(content) == _FIELDS and set(content["files"]) == set(_FILES)
         if not sound or not all(type(number) is int and 0 < number < _MAX_COUNT for number in counts):
             raise ValueError(f"{_NAME} has other fields, files or counts than this library writes")
         return content, [FileEntry(name=name, kind="words", **entry) for name, entry in content["files"].items()]
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, StrictDataclassError) as error:
-        raise damaged(path, " ".join(str(error).split()), _REMEDY) from error
 
 
 def _mismatch(datastore: RetroDatastore, path: Path | None) -> DatastoreMismatchError:

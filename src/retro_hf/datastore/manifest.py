@@ -2,6 +2,7 @@
 
 # No `from __future__ import annotations` here: `strict` validates the types that it finds in the annotations.
 import dataclasses
+import errno
 import importlib.metadata
 import json
 import os
@@ -12,26 +13,34 @@ from pathlib import Path
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
-from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import DatastoreInputError, DatastoreNotFoundError
+from ..outside import file_inside, is_file_name, read_json
 from .compatibility import tokenizer_fingerprint, vocabulary_size
 from .documents import without_lone_surrogates
-from .files import MANIFEST_NAME, RESTORE, building_folder, damaged, sha256_of, sha256_of_file, write_file
+from .files import (
+    MANIFEST_NAME,
+    RESTORE,
+    building_folder,
+    damaged,
+    not_readable,
+    reading,
+    sha256_of,
+    sha256_of_file,
+    write_file,
+)
 
 
 FORMAT_VERSION = 2
 MAX_TOKENS = 1 << 20
 
 # A manifest may come from a stranger. These bounds keep it from claiming absurd amounts of memory before any file is read.
-_MAX_MANIFEST_BYTES = 16 << 20
 _MAX_COUNT = 1 << 48
 _MAX_FILES = 50_000
 _MAX_SHARDS = 5_000
 _MAX_SOURCES = 1_000
 _MAX_TEXT = 1 << 16
-_MAX_REASON = 500
 _MORE_SOURCES = {"name": "and more, which the table of documents names"}
 
 # The files of a shard by kind, each named after the shard. Only a retokenized shard has `chunk_starts`.
@@ -73,6 +82,11 @@ def _matching(pattern: str) -> Rule:
 def _text(value: Any) -> None:
     if not isinstance(value, str) or len(value) > _MAX_TEXT or value != without_lone_surrogates(value):
         raise ValueError(f"{value!r:.100} is not a text of at most {_MAX_TEXT:,} characters that UTF-8 can encode")
+
+
+def _file_name(value: Any) -> None:
+    if not is_file_name(value):
+        raise ValueError(f"{value!r:.100} is not the name of a file")
 
 
 def _share(value: Any) -> None:
@@ -152,7 +166,7 @@ class FileEntry:
         shard: name of the shard that it belongs to; None for files of the whole store.
     """
 
-    name: str = field(metadata=_rule(_matching(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")))
+    name: str = field(metadata=_rule(_file_name))
     kind: str
     size: int = field(metadata=_rule(_integer(0, 1 << 56)))
     sha256: str = field(metadata=_rule(_sha256))
@@ -256,8 +270,12 @@ class DatastoreManifest:
         found = sorted((entry.shard or "", entry.kind) for entry in self.files if entry.kind not in _OPTIONAL)
         shared = [("", entry.kind) for entry in self.files if entry.shard is None and entry.kind in _STORE_KINDS]
         needed = [(shard.name, kind) for shard in self.shards for kind in SHARD_FILES if kind not in _OPTIONAL]
-        if found != sorted(shared + needed) or any(
-            (entry.shard, "tokens") not in needed for entry in self.files if entry.kind in _OPTIONAL
+        optional = [(entry.shard, entry.kind) for entry in self.files if entry.kind in _OPTIONAL]
+        shards = {shard.name for shard in self.shards}
+        if (
+            found != sorted(shared + needed)
+            or len(set(optional)) != len(optional)
+            or not shards.issuperset(shard for shard, _ in optional)
         ):
             raise ValueError("its files are not those of its shards, one of each kind")
         if len(self.entries("deleted")) != bool(self.num_deleted_documents):
@@ -297,9 +315,12 @@ class DatastoreManifest:
         """The files of one kind, in the order of their shards."""
         return [entry for entry in self.files if entry.kind == kind]
 
-    def shard_files(self, shard: str) -> dict[str, str]:
-        """File names of one shard, by kind."""
-        return {entry.kind: entry.name for entry in self.files if entry.shard == shard}
+    def files_by_shard(self) -> dict[str | None, dict[str, FileEntry]]:
+        """The files by shard and kind."""
+        files: dict[str | None, dict[str, FileEntry]] = {}
+        for entry in self.files:
+            files.setdefault(entry.shard, {})[entry.kind] = entry
+        return files
 
     def to_bytes(self) -> bytes:
         """The content of `datastore.json`, with a checksum over itself."""
@@ -322,10 +343,14 @@ class DatastoreManifest:
         """
         folder = checked_path(folder)
         path = folder / MANIFEST_NAME
-        if not os.path.isfile(path):  # unlike `Path.is_file`, it answers for names that are too long
-            raise _not_found(folder)
         try:
-            content = read_json(path)
+            os.lstat(path)
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
+                raise _not_found(folder) from error
+            raise not_readable(path, error) from error
+        with reading(path):
+            content = read_json(folder, MANIFEST_NAME)
             version = content.get("format_version")
             if version != FORMAT_VERSION:
                 raise ValueError(f"its format version is {version!r:.100}, but this version of retro-hf reads 2")
@@ -336,20 +361,6 @@ class DatastoreManifest:
             content["files"] = tuple(FileEntry(**entry) for entry in content["files"][: _MAX_FILES + 1])
             content["shards"] = tuple(ShardEntry(**entry) for entry in content["shards"])
             return cls(**content)
-        # A hostile manifest may hold anything anywhere, so whatever fails means that it is not one of ours.
-        except (StrictDataclassError, ValueError, TypeError, KeyError, RecursionError) as error:
-            reason = " ".join(str(error).split())[:_MAX_REASON]
-            raise damaged(path, f"it is not a manifest of a datastore ({reason})") from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a file of bounded size; ValueError for anything else."""
-    if (size := path.stat().st_size) > _MAX_MANIFEST_BYTES:
-        raise ValueError(f"it has {size:,} bytes, more than {_MAX_MANIFEST_BYTES:,}")
-    content = json.loads(path.read_bytes())
-    if not isinstance(content, dict):
-        raise ValueError(f"it holds a {type(content).__name__} instead of an object")
-    return content
 
 
 def _checksum(content: dict[str, Any]) -> str:
@@ -385,10 +396,8 @@ def check_sizes(folder: Path, files: Iterable[FileEntry], remedy: str = RESTORE)
     Do this before mapping a file: a read past the end of a mapped file that was cut short kills the process (SIGBUS).
     """
     for entry in files:
-        try:
-            size = (folder / entry.name).stat().st_size
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise damaged(folder / entry.name, "it is missing", remedy) from error
+        with reading(folder / entry.name, remedy):
+            size = file_inside(folder, entry.name).st_size
         if size != entry.size:
             raise damaged(folder / entry.name, f"it has {size:,} bytes instead of {entry.size:,}", remedy)
 
@@ -397,7 +406,9 @@ def check_content(folder: Path, files: Collection[FileEntry], remedy: str = REST
     """Check the size and the sha256 of every file; DatastoreCorruptError at the first that differs."""
     check_sizes(folder, files, remedy)
     for entry in files:
-        if (found := sha256_of_file(folder / entry.name)) != entry.sha256:
+        with reading(folder / entry.name, remedy):
+            found = sha256_of_file(folder / entry.name)
+        if found != entry.sha256:
             raise damaged(folder / entry.name, f"its sha256 is {found} instead of {entry.sha256}", remedy)
 
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import threading
-import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
@@ -16,12 +14,26 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ..errors import DatastoreNotFoundError
+from ..outside import parse_json
 from .chunks import document_of, gather_tokens, ranges
-from .files import INT64, NpyWriter, TensorWriter, damaged, hash_of, link_or_copy, map_npy, map_tensor, write_file
-from .index import build_index, import_faiss, max_effort, open_index, search_index, search_parameters
+from .files import (
+    INT64,
+    NpyWriter,
+    TensorWriter,
+    damaged,
+    hash_of,
+    link_or_copy,
+    map_npy,
+    map_tensor,
+    mapped,
+    partial_folder,
+    reading,
+    write_file,
+)
+from .index import build_index, max_effort, open_index, search_index, search_parameters
 from .manifest import SHARD_FILES, DatastoreManifest, FileEntry, ShardEntry, describe_file
 from .search import Deleted, search_excluding
 
@@ -29,6 +41,11 @@ from .search import Deleted, search_excluding
 DOCUMENT_SCHEMA = pa.schema([(name, pa.string()) for name in ("id", "title", "source", "text", "metadata")])
 # Documents are read back one by one, so row groups are small.
 GROUP_DOCUMENTS = 512
+# A row group is read as a whole, so what it may take is bounded, and known before it is read.
+MAX_GROUP_BYTES = 1 << 30
+_MAX_GROUP_DOCUMENTS = 1 << 16
+_PARQUET_LIMITS = {"thrift_string_size_limit": 64 << 20, "thrift_container_size_limit": 1 << 20}
+_OPTIONAL_TEXTS = ("metadata",)
 _DESCRIPTION_NAME = "shard.json"
 _CACHED_GROUPS = 4
 _CACHED_ID_GROUPS = 4096
@@ -95,14 +112,15 @@ class ShardWriter:
 
     def __init__(self, final: Path, name: str, dtype: np.dtype, dim: int) -> None:
         self._final = final
-        # An executor may repeat a task while the first worker, believed dead, still runs: each gets a folder of its own.
-        self._folder = final.with_name(f"{final.name}.{uuid.uuid4().hex}.partial")
         self._name, self._dim = name, dim
-        self._path = {kind: self._folder / pattern.format(name) for kind, pattern in SHARD_FILES.items()}
         self._hashes: list[np.ndarray] = []
         self._num_chunks = self._num_documents = self._num_tokens = self._stream_length = self._max_token_id = 0
-        self._folder.mkdir(parents=True)
-        with ExitStack() as files:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as unfinished:
+            # An executor may repeat a task while the first worker, believed dead, still runs: each gets its own folder.
+            self._folder = unfinished.enter_context(partial_folder(final.parent, final.name))
+            self._path = {kind: self._folder / pattern.format(name) for kind, pattern in SHARD_FILES.items()}
+            files = unfinished.enter_context(ExitStack())
             self._tokens = files.enter_context(NpyWriter(self._path["tokens"], dtype))
             self._offsets, self._lengths, self._starts = (
                 files.enter_context(NpyWriter(self._path[kind], INT64))
@@ -111,14 +129,14 @@ class ShardWriter:
             self._keys = files.enter_context(TensorWriter(self._path["keys"], dim))
             documents = pq.ParquetWriter(self._path["documents"], DOCUMENT_SCHEMA, compression="zstd")
             self._documents = files.enter_context(documents)
-            self._files = files.pop_all()
+            self._files = files
+            self._unfinished = unfinished.pop_all()
 
     def __enter__(self) -> ShardWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._files.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._unfinished.close()
 
     def add(self, piece: Piece) -> None:
         """Append documents."""
@@ -131,8 +149,10 @@ class ShardWriter:
         if piece.chunk_starts is not None:
             self._starts.append(piece.chunk_starts + self._stream_length)
         self._keys.append(piece.keys)
-        for start in range(0, piece.documents.num_rows, GROUP_DOCUMENTS):
-            self._documents.write_table(piece.documents.slice(start, GROUP_DOCUMENTS))
+        # Long documents get row groups of their own, which stay below what a reader accepts.
+        step = GROUP_DOCUMENTS if piece.documents.nbytes <= MAX_GROUP_BYTES // 2 else 1
+        for start in range(0, piece.documents.num_rows, step):
+            self._documents.write_table(piece.documents.slice(start, step))
         self._hashes.append(piece.hashes)
         self._num_chunks += int(ends[-1])
         self._num_documents += len(piece.lengths)
@@ -172,6 +192,14 @@ class ShardWriter:
 # ── reading ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def _text_bytes(texts: pa.Array) -> int:
+    """The bytes of an array of texts, or of an array that names texts of a dictionary."""
+    if not pa.types.is_dictionary(texts.type):
+        return int(pc.sum(pc.binary_length(texts)).as_py() or 0)
+    sizes = pc.fill_null(pc.binary_length(texts.dictionary), 0).cast(pa.int64())
+    return int(pc.sum(sizes.take(texts.indices)).as_py() or 0)
+
+
 class DocumentTable:
     """Random access to a parquet file of documents, by row groups of at most 512 documents, with the last few cached.
 
@@ -179,19 +207,27 @@ class DocumentTable:
         DatastoreCorruptError: if the file is not a parquet file of `num_documents` documents.
     """
 
-    def __init__(self, path: Path, num_documents: int) -> None:
+    def __init__(self, path: Path, data: np.ndarray, num_documents: int) -> None:
         self._path = path
         self._lock = threading.Lock()
-        try:
-            self._file = pq.ParquetFile(path, memory_map=True)
+        with reading(path):
+            # Texts stay in the form that the file has them in until their size is known: a dictionary of one long text can
+            # stand for any number of copies.
+            source = pa.BufferReader(pa.py_buffer(data))
+            self._file = pq.ParquetFile(source, read_dictionary=DOCUMENT_SCHEMA.names, **_PARQUET_LIMITS)
             metadata = self._file.metadata
-            rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
-            names = set(self._file.schema_arrow.names)
-        except (OSError, pa.ArrowException) as error:
-            raise damaged(path, str(error)) from error
-        self._starts = np.cumsum([0, *rows])
-        if self._starts[-1] != num_documents or not names.issuperset(DOCUMENT_SCHEMA.names):
-            raise damaged(path, f"it has {self._starts[-1]} documents with {sorted(names)} instead of {num_documents}")
+            groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
+            schema = {field.name: field.type for field in self._file.schema_arrow}
+            self._starts = np.cumsum([0, *(group.num_rows for group in groups)])
+            if self._starts[-1] != num_documents or any(group.num_rows < 0 for group in groups):
+                raise ValueError(f"it has {self._starts[-1]} documents instead of {num_documents}")
+            texts = pa.dictionary(pa.int32(), pa.string())
+            if not all(schema.get(name) in (pa.string(), texts) for name in DOCUMENT_SCHEMA.names):
+                raise ValueError(f"it has the columns {sorted(schema)} instead of texts in {DOCUMENT_SCHEMA.names}")
+            for number, group in enumerate(groups):
+                size = sum(group.column(place).total_uncompressed_size for place in range(group.num_columns))
+                if group.num_rows > _MAX_GROUP_DOCUMENTS or not 0 <= size <= MAX_GROUP_BYTES:
+                    raise ValueError(f"its row group {number} has {group.num_rows} documents of {size:,} bytes")
         self._rows = lru_cache(_CACHED_GROUPS)(lambda group: self._read(group, DOCUMENT_SCHEMA.names).to_pylist())
         self._ids = lru_cache(_CACHED_ID_GROUPS)(lambda group: self._read(group, ["id"]).column("id").to_pylist())
 
@@ -204,10 +240,8 @@ class DocumentTable:
         group, place = self._place(number)
         row = dict(self._rows(group)[place])
         metadata = row.pop("metadata")
-        try:
-            return {**json.loads(metadata), **row} if metadata else row
-        except (ValueError, TypeError) as error:
-            raise damaged(self._path, f"the metadata of document {number} is not a JSON object") from error
+        with reading(self._path):
+            return {**parse_json(metadata), **row} if metadata else row
 
     def document_id(self, number: int) -> str:
         """The id of the document at a position, without reading its text."""
@@ -220,14 +254,17 @@ class DocumentTable:
             yield self._read(group, DOCUMENT_SCHEMA.names)
 
     def _read(self, group: int, columns: list[str]) -> pa.Table:
-        try:
-            with self._lock:
-                # One small group: threads would cost more than they save, and they do not survive a fork.
-                table = self._file.read_row_group(group, columns=columns, use_threads=False)
+        with reading(self._path), self._lock:
+            # One small group: threads would cost more than they save, and they do not survive a fork.
+            table = self._file.read_row_group(group, columns=columns, use_threads=False)
             table.validate(full=True)  # finds texts that are not UTF-8
+            size = sum(_text_bytes(chunk) for column in table.columns for chunk in column.chunks)
+            if size > MAX_GROUP_BYTES:
+                raise ValueError(f"its row group {group} has {size:,} bytes of text")
+            table = table.cast(pa.schema([DOCUMENT_SCHEMA.field(name) for name in columns]))
+            if any(table.column(name).null_count for name in columns if name not in _OPTIONAL_TEXTS):
+                raise ValueError(f"a document of its row group {group} has no text, id, title or source")
             return table
-        except (OSError, pa.ArrowException) as error:
-            raise damaged(self._path, str(error)) from error
 
 
 class Shard:
@@ -237,22 +274,37 @@ class Shard:
         folder (`Path`): of the datastore.
         manifest ([`DatastoreManifest`]): of the datastore.
         entry ([`ShardEntry`]): which of its shards to open.
+        files (`Mapping[str, FileEntry]`): its files by kind.
+
+    Everything is mapped when a shard is opened, so it can be read to the end even if another process compacts the store and
+    removes its files. No file stays open.
 
     Raises:
         DatastoreCorruptError: if its files contradict the manifest.
     """
 
-    def __init__(self, folder: Path, manifest: DatastoreManifest, entry: ShardEntry) -> None:
-        self.entry = entry
+    def __init__(
+        self, folder: Path, manifest: DatastoreManifest, entry: ShardEntry, files: Mapping[str, FileEntry]
+    ) -> None:
+        self.entry, self.files = entry, files
         self.chunk_size, self.neighbor_size, self.dim = manifest.chunk_size, manifest.neighbor_size, manifest.dim
         self.num_chunks, self.num_documents = entry.num_chunks, entry.num_documents
-        self._files = {kind: folder / name for kind, name in manifest.shard_files(entry.name).items()}
+        self._files = {kind: folder / file.name for kind, file in files.items()}
         self.doc_offsets = map_npy(self._files["doc_offsets"], INT64, self.num_documents + 1)
         self.doc_lengths = map_npy(self._files["doc_lengths"], INT64, self.num_documents)
         self.tokens = map_npy(self._files["tokens"], np.dtype(manifest.token_dtype), entry.stream_length)
         self.chunk_starts = None
         if "chunk_starts" in self._files:
             self.chunk_starts = map_npy(self._files["chunk_starts"], INT64, self.num_chunks)
+        self.keys = map_tensor(self._files["keys"], (self.num_chunks, self.dim))
+        ids = map_npy(self._files["ids"], np.dtype(np.uint64), 2 * self.num_documents)
+        # Sorted hashes of the document ids, and the document of each.
+        self._ids = ids[: self.num_documents], ids[self.num_documents :]
+        self._max_token_id = entry.max_token_id
+        with reading(self._files["index"]):
+            self._index_file = mapped(self._files["index"])
+        with reading(self._files["documents"]):
+            self._documents_file = mapped(self._files["documents"])
         # Prepared search parameters by effort and by the share of the results that is wanted: a few of each.
         self._parameters: dict[tuple[int, float], Any] = {}
         self._check_borders()
@@ -271,43 +323,20 @@ class Shard:
             raise damaged(self._files["chunk_starts"], "its chunks are not in order")
 
     @cached_property
-    def keys(self) -> np.ndarray:
-        """The keys: a read-only float16 memory map of shape `(num_chunks, dim)`, rows of length 1."""
-        return map_tensor(self._present("keys"), (self.num_chunks, self.dim))
-
-    @cached_property
     def index(self) -> Any:
-        """The FAISS index over the keys, opened on first use through a memory map."""
-        path, factory = self._present("index"), self.entry.index["factory"]
-        index = open_index(path, self.num_chunks, self.dim)
-        if (factory == "Flat") != isinstance(index, import_faiss().IndexFlat):
-            raise damaged(path, f"it is a {type(index).__name__}, but the manifest says {factory!r}")
-        return index
+        """The FAISS index over the keys, made on first use; its vectors stay in the memory map."""
+        return open_index(
+            self._files["index"], self._index_file, self.entry.index["factory"], self.num_chunks, self.dim
+        )
 
     @cached_property
     def documents(self) -> DocumentTable:
         """The documents as they were given."""
-        return DocumentTable(self._present("documents"), self.num_documents)
-
-    @cached_property
-    def _ids(self) -> tuple[np.ndarray, np.ndarray]:
-        """Sorted hashes of the document ids, and the document of each."""
-        pairs = map_npy(self._present("ids"), np.dtype(np.uint64), 2 * self.num_documents)
-        return pairs[: self.num_documents], pairs[self.num_documents :]
+        return DocumentTable(self._files["documents"], self._documents_file, self.num_documents)
 
     @cached_property
     def _max_effort(self) -> int:
         return max_effort(self.index, self.entry.index["search"])
-
-    def _present(self, kind: str) -> Path:
-        """The path of a file that is opened on first use. By then, another process may have compacted the store."""
-        path = self._files[kind]
-        if not path.exists():
-            raise DatastoreNotFoundError(
-                f"{str(path)!r} does not exist any more. If the datastore was compacted, call `refresh()` and search again "
-                "(older chunk ids are void); otherwise restore the folder from a copy."
-            )
-        return path
 
     def find_ids(self, hashes: np.ndarray) -> Iterator[tuple[int, int]]:
         """Candidates for document ids by their hashes (uint64, `(n,)`): pairs of a place in `hashes` and a document."""
@@ -354,15 +383,19 @@ class Shard:
 
     def gather(self, chunk_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and mask of neighbors by chunk id, -1 for none; see [`gather_tokens`]."""
-        return gather_tokens(
-            chunk_ids,
-            self.tokens,
-            self.doc_offsets,
-            self.doc_lengths,
-            chunk_size=self.chunk_size,
-            neighbor_size=self.neighbor_size,
-            chunk_starts=self.chunk_starts,
-        )
+        with reading(self._files["doc_offsets"]):
+            tokens, mask = gather_tokens(
+                chunk_ids,
+                self.tokens,
+                self.doc_offsets,
+                self.doc_lengths,
+                chunk_size=self.chunk_size,
+                neighbor_size=self.neighbor_size,
+                chunk_starts=self.chunk_starts,
+            )
+        if tokens.max(initial=0) > self._max_token_id:
+            raise damaged(self._files["tokens"], f"it has tokens above its largest id {self._max_token_id:,}")
+        return tokens, mask
 
     def document_of(self, chunk_ids: np.ndarray) -> np.ndarray:
         """Document numbers of chunks, -1 for -1."""

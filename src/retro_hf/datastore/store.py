@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ..errors import DatastoreInputError
 from . import compatibility, derive, edit, hub
@@ -19,9 +19,9 @@ from .build import BuildOptions, build_datastore
 from .embedder import ChunkEmbedder
 from .executors import Executor, as_executor
 from .files import hash_of
-from .generation import Generation
+from .generation import Generation, at_rest
 from .index_plan import DEFAULT_SHARD_CHUNKS, IndexOptions
-from .manifest import DatastoreManifest, check_content
+from .manifest import DatastoreManifest, check_content, checked_path
 from .search import checked_search
 from .searchers import RestrictedIndex
 from .shard import Shard
@@ -48,10 +48,10 @@ class RetroDatastore:
     *Processes*: pickling keeps the path, and each process opens its own files. Forked children search with one thread.
     """
 
-    def __init__(self, path: str | os.PathLike[str], manifest: DatastoreManifest) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = checked_path(path)
         self._tokenizer: PreTrainedTokenizerBase | None = None
-        self._opened = Generation.open(self.path, manifest)
+        self._opened = Generation.current(self.path)
 
     @classmethod
     def build(
@@ -155,7 +155,7 @@ class RetroDatastore:
             DatastoreCorruptError: if a file is missing, or has another size or (with `verify`) other content than its
                 manifest says.
         """
-        datastore = cls(path, DatastoreManifest.read(path))
+        datastore = cls(path)
         if verify:
             datastore.verify()
         return datastore
@@ -195,9 +195,19 @@ class RetroDatastore:
         Raises:
             DatastoreCorruptError: if the folder is damaged; the opened generation stays open.
         """
-        manifest = DatastoreManifest.read(self.path)
-        if manifest != self.manifest:
-            self._opened = Generation.open(self.path, manifest, self.shards)
+        if DatastoreManifest.read(self.path) != self.manifest:
+            self._opened = Generation.current(self.path, self.shards)
+
+    def snapshot(self) -> RetroDatastore:
+        """The same datastore, which stays at its generation until its own `refresh()`. Nothing is copied or opened.
+
+        Threads may refresh or change a datastore that others read. Calls that belong together are made on one snapshot: chunk
+        ids of one generation may name other text in the next.
+        """
+        snapshot = object.__new__(type(self))
+        # The original is kept: a temporary folder exists as long as it does.
+        snapshot.__dict__ |= self.__dict__ | {"_original": self}
+        return snapshot
 
     # Each is documented where it is defined, with the datastore as its first argument.
     append = edit.append
@@ -212,7 +222,7 @@ class RetroDatastore:
 
     def verify(self) -> None:
         """Check the size and the sha256 of every file; raises `DatastoreCorruptError` at the first that differs."""
-        check_content(self.path, self.manifest.files)
+        at_rest([self], lambda: check_content(self.path, self.manifest.files))
 
     @property
     def manifest(self) -> DatastoreManifest:
@@ -268,7 +278,7 @@ class RetroDatastore:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer of the token stream, from the store's own copy."""
         if self._tokenizer is None:
-            self._tokenizer = AutoTokenizer.from_pretrained(self.path)
+            self._tokenizer = compatibility.load_own_tokenizer(self.path)
         return self._tokenizer
 
     def gather(self, chunk_ids: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -283,16 +293,7 @@ class RetroDatastore:
             DatastoreInputError: for an id that is not in the store.
         """
         opened = self._opened
-        ids = opened.chunk_ids(chunk_ids)
-        if len(opened.deleted):
-            ids = np.where(np.isin(opened.document_of(ids), opened.deleted), -1, ids)
-        if len(opened.shards) == 1:
-            return opened.shards[0].gather(ids)
-        tokens = np.zeros((*ids.shape, opened.manifest.neighbor_size), dtype=np.int64)
-        mask = np.zeros_like(tokens)
-        for number, here in opened.by_shard(ids):
-            tokens[here], mask[here] = opened.shards[number].gather(ids[here] - opened.chunk_starts[number])
-        return tokens, mask
+        return opened.gather(opened.chunk_ids(chunk_ids))
 
     def keys_of(self, chunk_ids: Any) -> np.ndarray:
         """The keys of given chunk ids (integers, `(n,)`): float32 of shape `(n, dim)`, rows of length 1; zeros for -1."""
@@ -305,7 +306,8 @@ class RetroDatastore:
 
     def document_of(self, chunk_ids: Any) -> np.ndarray:
         """Document numbers (int64, in the shape of `chunk_ids`) of chunks; -1 for -1."""
-        return self._opened.document_of(self._opened.chunk_ids(chunk_ids))
+        opened = self._opened
+        return opened.document_of(opened.chunk_ids(chunk_ids))
 
     def first_chunks(self, documents: np.ndarray) -> np.ndarray:
         """The first chunk (int64) of documents by number; for `num_documents` the number of chunks."""
@@ -321,14 +323,16 @@ class RetroDatastore:
 
     def random_chunks(self, generator: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
         """Chunk ids (int64) drawn uniformly from the documents that are not deleted; -1 if there are none."""
-        ids = generator.integers(self.num_chunks, size=shape)
-        while len(self.deleted_documents):
-            hidden = np.isin(self.document_of(ids), self.deleted_documents)
+        opened = self._opened
+        num_chunks, num_documents = int(opened.chunk_starts[-1]), int(opened.document_starts[-1])
+        ids = generator.integers(num_chunks, size=shape)
+        while len(opened.deleted):
+            hidden = np.isin(opened.document_of(ids), opened.deleted)
             if not hidden.any():
                 break
-            if self.num_deleted_documents == self.num_documents:
+            if len(opened.deleted) == num_documents:
                 return np.full(shape, -1, dtype=np.int64)
-            ids[hidden] = generator.integers(self.num_chunks, size=np.count_nonzero(hidden))
+            ids[hidden] = generator.integers(num_chunks, size=np.count_nonzero(hidden))
         return ids
 
     def document(self, number: int) -> dict[str, Any]:
@@ -338,9 +342,10 @@ class RetroDatastore:
             DatastoreInputError: if there is no such document, or it has been deleted.
         """
         opened = self._opened
-        if not isinstance(number, (int, np.integer)) or not 0 <= number < self.num_documents:
+        num_documents = int(opened.document_starts[-1])
+        if not isinstance(number, (int, np.integer)) or not 0 <= number < num_documents:
             raise DatastoreInputError(
-                f"There is no document {number!r}. Pass a number from 0 to {self.num_documents - 1}, such as "
+                f"There is no document {number!r}. Pass a number from 0 to {num_documents - 1}, such as "
                 "`document_number(id)`."
             )
         if number in opened.deleted:
@@ -405,7 +410,7 @@ class RetroDatastore:
         return {"path": os.path.abspath(self.path)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["path"], DatastoreManifest.read(Path(state["path"])))  # type: ignore[misc]
+        self.__init__(state["path"])  # type: ignore[misc]
 
     def __repr__(self) -> str:
         return (

@@ -276,6 +276,7 @@ def _load_backbone(path: str | os.PathLike, config: RetroConfig, kwargs: dict[st
     theirs = {key: value for key, value in kwargs.items() if key not in (*ours, *_ADAPTER_ARGUMENTS)}
     theirs = {key: value for key, value in theirs.items() if not key.startswith("_")}  # what Auto classes add
     theirs["revision"] = revision or "main"
+    theirs.setdefault("trust_remote_code", False)  # no question at the terminal
     dtype = theirs.pop("torch_dtype", None) or theirs.get("dtype") or "auto"
     theirs["dtype"] = config.dtype or "auto" if dtype == "auto" else dtype
     text_config = copy.deepcopy(config.text_config)
@@ -284,7 +285,7 @@ def _load_backbone(path: str | os.PathLike, config: RetroConfig, kwargs: dict[st
     try:
         where = {key: theirs[key] for key in _HUB_ARGUMENTS if key in theirs}
         _, base, _ = maybe_load_adapters(name, where)  # if the name is that of a PEFT adapter
-        stored = AutoConfig.from_pretrained(base, trust_remote_code=theirs.get("trust_remote_code"), **where)
+        stored = AutoConfig.from_pretrained(base, trust_remote_code=theirs["trust_remote_code"], **where)
         for field in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size"):
             values = [getattr(part.get_text_config(decoder=True), field, None) for part in (text_config, stored)]
             _check_same(path, checkpoint, field, *values)

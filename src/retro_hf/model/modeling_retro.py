@@ -566,7 +566,7 @@ class RetroModel(RetroPreTrainedModel):
             if config.text_config.model_type == RetroDecoderConfig.model_type:
                 backbone = RetroDecoderForCausalLM._from_config(config.text_config)
             else:
-                backbone = AutoModelForCausalLM.from_config(config.text_config)
+                backbone = AutoModelForCausalLM.from_config(config.text_config, trust_remote_code=False)
         else:
             parts: list[Any] = [*backbone.modules(), *backbone.parameters()]
             for part in parts:
