@@ -128,7 +128,7 @@ class _Reader:
 
     def value(self, layout: str, name: str, expected: Any = None) -> Any:
         """One number; `expected` is its value, or a function that says whether it is right."""
-        (found,) = struct.unpack(layout, self._take(struct.calcsize(layout), name))
+        (found,) = struct.unpack(layout, self._take(struct.calcsize(layout), name).tobytes())
         if expected is not None and not (expected(found) if callable(expected) else found == expected):
             wanted = "" if callable(expected) else f" instead of {expected}"
             raise ValueError(f"its {name} is {found}{wanted}")

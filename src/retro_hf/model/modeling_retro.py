@@ -566,7 +566,8 @@ class RetroModel(RetroPreTrainedModel):
             if config.text_config.model_type == RetroDecoderConfig.model_type:
                 backbone = RetroDecoderForCausalLM._from_config(config.text_config)
             else:
-                backbone = AutoModelForCausalLM.from_config(config.text_config, trust_remote_code=False)
+                no_code = {"trust_remote_code": False}  # nor a question at the terminal
+                backbone = AutoModelForCausalLM.from_config(config.text_config, **no_code)
         else:
             parts: list[Any] = [*backbone.modules(), *backbone.parameters()]
             for part in parts:
