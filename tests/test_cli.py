@@ -113,7 +113,18 @@ def test_generate_with_and_without_a_datastore(world):
     on = retro(*arguments, "--store", world / "store", "--embedder", world / "encoder")
     assert off.startswith(prompt[:20])
     assert on.startswith(prompt[:20])
-    assert on != off
+    text, *lookups = on.split("\nLooked up: ")
+    assert text.strip() != off.strip()
+    assert [look_up.count("→") for look_up in lookups] == [2] * len(lookups)
+
+
+def test_generate_reads_before_the_first_token_of_a_short_prompt(world):
+    """A prompt shorter than a chunk is looked up; what was found is shown, and so is a query of one's own."""
+    arguments = ("generate", world / "model", "the lighthouse", "--max-new-tokens", 2, "--store", world / "store")
+    printed = retro(*arguments, "--embedder", world / "encoder")
+    assert "Looked up: the lighthouse\n" in printed and printed.count("→") == 2
+    printed = retro(*arguments, "--embedder", world / "encoder", "--query", "an old bridge")
+    assert "Looked up: an old bridge\n" in printed
 
 
 @pytest.mark.parametrize("source", ["--store", "--texts"])

@@ -28,11 +28,11 @@ PROMPT_LENGTHS = [1, CHUNK_SIZE - 1, CHUNK_SIZE, CHUNK_SIZE + 1, 2 * CHUNK_SIZE 
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
-def full_greedy(model, input_ids, num_tokens, retriever):
+def full_greedy(model, input_ids, num_tokens, retriever, chunk_offset=0):
     """Greedy decoding with one full forward pass per token, its neighbors given as tensors."""
     for _ in range(num_tokens):
-        neighbors = neighbors_from(retriever, input_ids)
-        logits = model(input_ids, use_cache=False, retriever=None, **neighbors).logits
+        neighbors = neighbors_from(retriever, input_ids, chunk_offset=chunk_offset)
+        logits = model(input_ids, use_cache=False, retriever=None, chunk_offset=chunk_offset, **neighbors).logits
         input_ids = torch.cat([input_ids, logits[:, -1].argmax(-1, keepdim=True)], dim=1)
     return input_ids
 
@@ -72,12 +72,14 @@ class TestSameAsAFullForwardPass:
         """Transformers calls its own assistants in a way that it calls deprecated."""
         caplog.set_level(logging.ERROR, logger="transformers.generation.utils")
 
+    @pytest.mark.parametrize("chunk_offset", [None, 0])
     @pytest.mark.parametrize("length", PROMPT_LENGTHS)
-    def test_greedy(self, model, length):
-        """Greedy decoding from prompts that end at every place of a chunk."""
-        prompt = random_ids(2, length)
-        generated = model.generate(prompt, retriever=hash_retriever(), max_new_tokens=10, **GREEDY)
-        assert torch.equal(generated, full_greedy(model, prompt, 10, hash_retriever()))
+    def test_greedy(self, model, length, chunk_offset):
+        """Greedy decoding from prompts of every length: they end a chunk, or with `chunk_offset=0` begin one."""
+        prompt, options = random_ids(2, length), dict(max_new_tokens=10, **GREEDY)
+        generated = model.generate(prompt, retriever=hash_retriever(), chunk_offset=chunk_offset, **options)
+        offset = -length % CHUNK_SIZE if chunk_offset is None else chunk_offset
+        assert torch.equal(generated, full_greedy(model, prompt, 10, hash_retriever(), offset))
 
     def test_retrieval_matters(self, model):
         """The tokens differ from those without retrieval; otherwise this file would show nothing."""
@@ -91,6 +93,7 @@ class TestSameAsAFullForwardPass:
         out = model.generate(
             prompt,
             retriever=hash_retriever(),
+            chunk_offset=0,
             max_new_tokens=11,
             return_dict_in_generate=True,
             output_logits=True,
@@ -237,7 +240,7 @@ class TestSameAsAFullForwardPass:
         """A second turn continues from the cache of the first, of which a copy serves another continuation."""
         retriever = hash_retriever()
         options = dict(max_new_tokens=6, return_dict_in_generate=True, retriever=retriever, **GREEDY)
-        first = model.generate(random_ids(2, 7), **options)
+        first = model.generate(random_ids(2, 7), chunk_offset=0, **options)
         kept = copy.deepcopy(first[CACHE_NAME])
         for seed, cache in ((1, first[CACHE_NAME]), (2, kept)):
             prompt = torch.cat([first.sequences, random_ids(2, 5, seed=seed)], dim=1)
@@ -254,7 +257,7 @@ class TestGivenNeighbors:
     def test_replace_the_retriever(self, model):
         """Tensors for all chunks give what a retriever with the same answers gives."""
         prompt = random_ids(2, 9)
-        expected = model.generate(prompt, retriever=hash_retriever(), max_new_tokens=8, **GREEDY)
+        expected = model.generate(prompt, retriever=hash_retriever(), chunk_offset=0, max_new_tokens=8, **GREEDY)
         neighbors = neighbors_from(hash_retriever(), expected)
         for use_cache in (True, False):
             generated = model.generate(prompt, max_new_tokens=8, use_cache=use_cache, **neighbors, **GREEDY)
@@ -278,7 +281,7 @@ class TestGivenNeighbors:
     def test_of_the_prompt_with_a_retriever_for_the_rest(self, model):
         """The retriever answers only for chunks that no tensor covers."""
         prompt, retriever = random_ids(2, 9), hash_retriever()
-        expected = model.generate(prompt, retriever=hash_retriever(), max_new_tokens=8, **GREEDY)
+        expected = model.generate(prompt, retriever=hash_retriever(), chunk_offset=0, max_new_tokens=8, **GREEDY)
         neighbors = neighbors_from(hash_retriever(), prompt)
         generated = model.generate(prompt, retriever=retriever, max_new_tokens=8, **neighbors, **GREEDY)
         assert torch.equal(generated, expected)
@@ -408,7 +411,7 @@ class TestOneLookupPerChunk:
     def test_calls_and_rows(self, model):
         """One call for the prompt, one per completed chunk after it, for all rows together."""
         retriever = hash_retriever()
-        out = model.generate(random_ids(3, 9), retriever=retriever, max_new_tokens=12, **GREEDY)
+        out = model.generate(random_ids(3, 9), retriever=retriever, chunk_offset=0, max_new_tokens=12, **GREEDY)
         by_chunk = zip(*(chunks_of(row[:-1]) for row in out.tolist()), strict=True)
         new = [set(chunks) for chunks in by_chunk]  # of the prompt's two chunks, then of each that was generated
         assert [len(call) for call in retriever.calls] == [6, len(new[2]), len(new[3] - new[2]), len(new[4] - new[3])]
@@ -427,7 +430,7 @@ class TestOneLookupPerChunk:
     def test_ragged_rows_ask_when_they_complete(self, llama):
         """Rows of different lengths ask at different steps, each chunk once."""
         retriever, inputs = hash_retriever(), left_padded([5, 7])
-        out = llama.generate(**inputs, retriever=retriever, max_new_tokens=8, **GREEDY)
+        out = llama.generate(**inputs, retriever=retriever, chunk_offset=0, max_new_tokens=8, **GREEDY)
         assert [len(call) for call in retriever.calls] == [2, 1, 1, 1, 1]
         rows = [out[0, 2:].tolist(), out[1].tolist()]
         asked = {tuple(row) for call in retriever.calls for row in call.tolist()}
@@ -534,7 +537,7 @@ class TestTrace:
         ],
     )
     def test_of_left_padded_rows(self, llama, options):
-        """Chunks are counted from a row's first real token, however it was generated."""
+        """Chunks are counted so that the row's prompt ends one, however it was generated."""
         lengths = [3, 9, 6]
         out = llama.generate(
             **left_padded(lengths),
@@ -547,7 +550,8 @@ class TestTrace:
         per_row = len(out.sequences) // 3
         assert len(out.retrieval_trace) == len(out.sequences)
         for index, (sequence, trace) in enumerate(zip(out.sequences.tolist(), out.retrieval_trace, strict=True)):
-            assert trace == self.expected(sequence[9 - lengths[index // per_row] :])
+            length = lengths[index // per_row]
+            assert trace == self.expected(sequence[9 - length :], -length % CHUNK_SIZE)
 
     @pytest.mark.parametrize("options", [{}, {"num_beams": 2, "num_return_sequences": 2}, {"use_cache": False}])
     def test_with_offsets(self, llama, options):
@@ -619,6 +623,112 @@ class TestTrace:
         second = llama.generate(prompt, **{CACHE_NAME: first[CACHE_NAME]}, **options)
         whole = self.expected(second.sequences[0].tolist(), 3)
         assert first.retrieval_trace[0] + second.retrieval_trace[0] == whole
+
+
+class TextRetriever:
+    """`hash_retriever` that also looks up texts, as sums of their letters, and knows the user turn in token 5."""
+
+    def __init__(self):
+        self.inner, self.texts = hash_retriever(), []
+
+    def __call__(self, ids, mask):
+        return self.inner(ids, mask)
+
+    def look_up(self, texts):
+        self.texts += texts
+        ids = torch.tensor([[sum(map(ord, text)), 0, 0, 0] for text in texts])
+        return hash_retriever(1)(ids, torch.ones_like(ids))
+
+    def chat_queries(self, ids, mask):
+        return [f"turn {int(row[m.bool()].sum())}" if 5 in row[m.bool()] else None for row, m in zip(ids, mask)]
+
+
+class TestQuery:
+    """What is looked up for a prompt: its last tokens, the last turn of a user, or a text of one's own."""
+
+    @pytest.mark.parametrize("length", PROMPT_LENGTHS)
+    def test_prompt_of_any_length_is_looked_up_before_the_first_token(self, model, length):
+        """The logits of the first new token depend on what was found, however short the prompt."""
+        options = dict(max_new_tokens=1, return_dict_in_generate=True, output_logits=True, **GREEDY)
+        on = model.generate(random_ids(1, length), retriever=hash_retriever(), **options)
+        off = model.generate(random_ids(1, length), **options)
+        assert not torch.equal(on.logits[0], off.logits[0])
+        assert on.retrieval_trace[0][-1]["chunk_input_ids"] == random_ids(1, length)[0, -CHUNK_SIZE:].tolist()
+
+    def prompts(self):
+        """A ragged batch: a chat, no chat, and another chat that ends with the same chunk as the first."""
+        inputs = left_padded([9, 6, 11])
+        ids = inputs["input_ids"]
+        ids[ids == 5] = 6
+        ids[0, -7], ids[2, -9] = 5, 5
+        ids[2, -CHUNK_SIZE:] = ids[0, -CHUNK_SIZE:]
+        return inputs
+
+    @pytest.mark.parametrize(
+        "options",
+        [{}, {"use_cache": False}, {"prefill_chunk_size": 3}, {"num_beams": 3, "num_return_sequences": 2}],
+    )
+    def test_rows_of_a_batch_are_those_alone(self, model, options):
+        """Each row reads what was found for its own turn, before its first new token, in a batch or alone."""
+        inputs, retriever = self.prompts(), TextRetriever()
+        settings = dict(max_new_tokens=9, return_dict_in_generate=True, **GREEDY)
+        together = model.generate(**inputs, retriever=retriever, **options, **settings)
+        assert len(set(retriever.texts)) == 2
+        per_row = len(together.sequences) // 3
+        for row, length in enumerate([9, 6, 11]):
+            prompt = inputs["input_ids"][row : row + 1, -length:]
+            alone = model.generate(prompt, retriever=TextRetriever(), **options, **settings)
+            for result in range(per_row):
+                assert torch.equal(
+                    together.sequences[row * per_row + result, -length - 9 :], alone.sequences[result]
+                )
+                assert together.retrieval_trace[row * per_row + result] == alone.retrieval_trace[result]
+            queries = [entry.get("query") for entry in alone.retrieval_trace[0]]
+            assert queries[0] == (f"turn {int(prompt.sum())}" if row != 1 else None)
+
+    def test_same_as_neighbors_that_are_given(self, model):
+        """A query is the neighbors of the prompt's last chunk; the chunks before it read nothing."""
+        prompt, text = random_ids(1, 6), "a query"
+        settings = dict(max_new_tokens=6, **GREEDY)
+        found = model.generate(prompt, retriever=TextRetriever(), query=text, **settings)
+        ids, mask = TextRetriever().look_up([text])
+        given = {
+            "neighbor_input_ids": torch.stack([torch.zeros_like(ids), ids], dim=1),
+            "neighbor_attention_mask": torch.stack([torch.zeros_like(mask), mask], dim=1),
+        }
+        assert torch.equal(
+            found, model.generate(prompt, retriever=hash_retriever(), chunk_offset=2, **given, **settings)
+        )
+
+    def test_of_ones_own_comes_before_the_turn(self, llama):
+        """A text, or one per row, is looked up instead of the last turn of the user."""
+        inputs = self.prompts()
+        for query, expected in (("one", ["one"]), (["a", "b", "a"], ["a", "b"])):
+            retriever = TextRetriever()
+            llama.generate(**inputs, retriever=retriever, query=query, max_new_tokens=2, **GREEDY)
+            assert retriever.texts == expected
+
+    def test_counting_from_the_first_token_looks_no_turn_up(self, llama):
+        """`chunk_offset=0` is the paper's count, in a chat, too."""
+        retriever = TextRetriever()
+        llama.generate(**self.prompts(), retriever=retriever, chunk_offset=0, max_new_tokens=2, **GREEDY)
+        assert retriever.texts == []
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"query": "a text"},
+            {"query": "a text", "retriever": hash_retriever()},
+            {"query": ["a", "b"], "retriever": TextRetriever()},
+            {"query": " ", "retriever": TextRetriever()},
+            {"query": "a text", "retriever": TextRetriever(), "chunk_offset": 1},
+            {"query": "a text", "retriever": TextRetriever(), **random_neighbors(1, 1)},
+        ],
+    )
+    def test_that_cannot_be_read_is_refused(self, llama, options):
+        """Without a retriever of texts, with a wrong number of texts, or where the prompt ends no chunk."""
+        with pytest.raises(ValueError):
+            llama.generate(random_ids(1, 6), max_new_tokens=2, **options, **GREEDY)
 
 
 class TestOffset:
@@ -791,7 +901,7 @@ class TestCost:
             state = out[CACHE_NAME].retro
             tensors = [state.input_ids, state.hidden_states, state.neighbor_mask]
             tensors += [tensor for pair in state.key_values.values() for tensor in pair]
-            assert state.lengths == [num_chunks * CHUNK_SIZE + 3] * 2
+            assert state.lengths == [num_chunks * CHUNK_SIZE + 5] * 2
             return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
         assert size(10) == size(40)

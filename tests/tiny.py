@@ -168,13 +168,15 @@ def hash_retriever(
 
 
 def neighbors_from(
-    retriever: Callable, input_ids: torch.Tensor, chunk_size: int = CHUNK_SIZE
+    retriever: Callable, input_ids: torch.Tensor, chunk_size: int = CHUNK_SIZE, chunk_offset: int = 0
 ) -> dict[str, torch.Tensor]:
     """What `retriever` returns for every complete chunk of unpadded rows, ready for `forward`; {} without a chunk."""
+    mask = torch.nn.functional.pad(torch.ones_like(input_ids), (chunk_offset, 0))
+    input_ids = torch.nn.functional.pad(input_ids, (chunk_offset, 0))
     batch_size, num_chunks = len(input_ids), input_ids.shape[1] // chunk_size
     if num_chunks == 0:
         return {}
-    chunks = input_ids[:, : num_chunks * chunk_size].reshape(-1, chunk_size)
-    ids, mask = retriever(chunks, torch.ones_like(chunks))
+    chunks, mask = (part[:, : num_chunks * chunk_size].reshape(-1, chunk_size) for part in (input_ids, mask))
+    ids, mask = retriever(chunks, mask)
     shape = (batch_size, num_chunks, *ids.shape[1:])
     return {"neighbor_input_ids": ids.view(shape), "neighbor_attention_mask": mask.view(shape)}

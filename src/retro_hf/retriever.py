@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from .chat import chat_markers, last_user_turn
 from .datastore import ChunkEmbedder, EmbeddingSearcher, RetroDatastore, Searcher, chunk_texts
 from .datastore.compatibility import load_tokenizer
 from .datastore.documents import without_lone_surrogates
@@ -178,6 +179,32 @@ class RetroRetriever:
         device = chunk_input_ids.device
         return torch.from_numpy(tokens).to(device), torch.from_numpy(mask).to(device)  # type: ignore[return-value]
 
+    def look_up(self, texts: list[str]) -> tuple[torch.LongTensor, torch.LongTensor]:
+        """Retrieve the neighbors of texts of any length, as tokens: what a model reads for a query.
+
+        Args:
+            texts (`list[str]`): queries.
+        Returns:
+            `(neighbor_input_ids, neighbor_attention_mask)`, both `torch.LongTensor` of shape
+            `(len(texts), num_neighbors, neighbor_size)`.
+        """
+        tokens, mask = self.datastore.gather(self._find(texts, self.num_neighbors).chunk_ids)
+        return torch.from_numpy(tokens), torch.from_numpy(mask)  # type: ignore[return-value]
+
+    def chat_queries(
+        self, prompt_input_ids: torch.LongTensor, prompt_attention_mask: torch.LongTensor
+    ) -> list[str | None]:
+        """The last user turn of each prompt that the tokenizer's chat template has made; None for any other prompt.
+
+        Args:
+            prompt_input_ids, prompt_attention_mask (`torch.LongTensor` of shape `(batch_size, prompt_length)`): prompts.
+        """
+        markers = chat_markers(self.tokenizer)
+        if markers is None:
+            return [None] * len(prompt_input_ids)
+        rows = zip(prompt_input_ids, prompt_attention_mask.bool(), strict=True)
+        return [last_user_turn(self.tokenizer.decode(ids[real]), *markers) for ids, real in rows]
+
     def search(
         self,
         chunk_input_ids: torch.LongTensor,
@@ -251,7 +278,9 @@ class RetroRetriever:
         Returns:
             `list[list[RetrievedNeighbor]]`: for each text its neighbors, nearest first.
         """
-        wanted = self.num_neighbors if num_neighbors is None else num_neighbors
+        return self._describe(self._find(texts, self.num_neighbors if num_neighbors is None else num_neighbors))
+
+    def _find(self, texts: str | list[str], wanted: int) -> RetrievalResult:
         queries = list(texts) if isinstance(texts, Iterable) and not isinstance(texts, str) else [texts]
         for number, query in enumerate(queries):
             if not isinstance(query, str) or not query.strip():
@@ -260,7 +289,7 @@ class RetroRetriever:
                     f"Query {number} {what}. Pass a text or a list of texts, each with at least one word."
                 )
         readable = [without_lone_surrogates(query) for query in queries]
-        return self._describe(RetrievalResult(*self._ask(readable, wanted)))
+        return RetrievalResult(*self._ask(readable, wanted))
 
     def _ask(self, texts: list[str], wanted: int, **options: Any) -> tuple[np.ndarray, np.ndarray]:
         """What the searcher finds. A user's own may return anything, and numpy would broadcast what is too small."""

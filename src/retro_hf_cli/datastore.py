@@ -125,8 +125,8 @@ def search(
         reason = f"all documents of {store} have been deleted" if gone else "no chunk has a word of the query"
         typer.echo(f"Nothing was found: {reason}.")
     for neighbor in found:
-        typer.echo(f"{neighbor.score:.3f}  {_harmless(neighbor.document_id)}  {_harmless(neighbor.title)}")
-        typer.echo(f"    {_harmless(neighbor.text)}\n  → {_harmless(neighbor.continuation)}\n")
+        typer.echo(f"{neighbor.score:.3f}  {harmless(neighbor.document_id)}  {harmless(neighbor.title)}")
+        typer.echo(f"    {harmless(neighbor.text)}\n  → {harmless(neighbor.continuation)}\n")
 
 
 @commands.command(rich_help_panel="Datastore", epilog="retro inspect store --verify")
@@ -158,7 +158,7 @@ def inspect(
         "version": f"generation {manifest.generation}, format {manifest.format_version}, retro-hf {manifest.library_version}",
     }
     for name, value in lines.items():
-        typer.echo(f"{name:<10} {_harmless(value)}")
+        typer.echo(f"{name:<10} {harmless(value)}")
     for file in manifest.files:
         typer.echo(f"  {file.size / 1e6:>12,.2f} MB  {file.name}")
     typer.echo("all checksums match" if verify else "sizes match; --verify checks the content, too")
@@ -214,7 +214,7 @@ def _first(texts: list[str]) -> str:
     return "; ".join([*texts[:5], *more])
 
 
-def _harmless(text: str) -> str:
+def harmless(text: str) -> str:
     """The text in one line, its control characters written out, which could move the cursor or colour the terminal."""
     text = text.replace("\n", "⏎")
     return "".join(repr(letter)[1:-1] if unicodedata.category(letter) == "Cc" else letter for letter in text)

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .datastore import STORE, Embedder, open_retriever, readable
+from .datastore import STORE, Embedder, harmless, open_retriever, readable
 
 
 commands = typer.Typer()
@@ -18,8 +18,9 @@ def generate(
     store: Annotated[str | None, typer.Option(help=f"{STORE} Without one, retrieval is off.")] = None,
     embedder: Embedder = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 64,
+    query: Annotated[str | None, typer.Option(help="Text to look up for the prompt, instead of the prompt.")] = None,
 ) -> None:
-    """Continue a text, with a datastore to read or without."""
+    """Continue a text, with a datastore to read or without; after the text comes what was read."""
     from retro_hf.datastore.compatibility import load_tokenizer
 
     tokenizer = load_tokenizer(model)
@@ -27,9 +28,28 @@ def generate(
     inputs = tokenizer(readable(prompt), return_tensors="pt", return_token_type_ids=False)
     if inputs.input_ids.shape[1] == 0:
         raise ValueError("The prompt is empty; give at least one word to continue.")
-    options = {"retriever": retriever, "max_new_tokens": max_new_tokens, "do_sample": False}
-    output = load_model(model).generate(**inputs, **options)
-    typer.echo(tokenizer.decode(output[0], skip_special_tokens=True))
+    options: dict[str, Any] = {"retriever": retriever, "max_new_tokens": max_new_tokens, "do_sample": False}
+    if query is not None:
+        options["query"] = readable(query)
+    output = load_model(model).generate(**inputs, return_dict_in_generate=True, **options)
+    typer.echo(tokenizer.decode(output.sequences[0], skip_special_tokens=True))
+    if retriever is not None:
+        _show_read(output.retrieval_trace[0], tokenizer)
+
+
+def _show_read(trace: list[dict[str, Any]], tokenizer: Any) -> None:
+    """Show what was looked up, and what was found for it."""
+    if not any(entry["neighbors"] for entry in trace):
+        typer.echo("\nNothing was read: no neighbor was found.")
+        return
+    for entry in trace:
+        query = entry.get("query") or tokenizer.decode(entry["chunk_input_ids"], skip_special_tokens=True)
+        typer.echo(f"\nLooked up: {harmless(query)}")
+        for neighbor in entry["neighbors"]:
+            typer.echo(f"  {neighbor.score:.3f}  {harmless(neighbor.document_id)}  {harmless(neighbor.title)}")
+            typer.echo(f"      {harmless(neighbor.text)}\n    → {harmless(neighbor.continuation)}")
+        if not entry["neighbors"]:
+            typer.echo("  nothing was found")
 
 
 @commands.command(rich_help_panel="Model", epilog="retro retrofit org/base -o my-retro")

@@ -43,20 +43,36 @@ class RetroGenerationMixin(GenerationMixin):
         generation_config: GenerationConfig | None = None,
         *args: Any,
         retriever: Retriever | None = ATTACHED,
+        query: str | list[str] | None = None,
         **kwargs: Any,
     ):
         """Generate as any model of transformers does, retrieving once per completed chunk of `chunk_size` tokens.
+
+        With a retriever, the chunks of each row are counted so that its prompt ends a chunk. So a prompt of any length is
+        looked up before the first new token. `chunk_offset=0` counts them from the first token instead, as the paper
+        does; then a prompt is only looked up as far as it fills chunks. A cache that holds tokens, or neighbors that are
+        given, keep the count that they have.
 
         Args:
             inputs, generation_config, args, kwargs: as in [`~transformers.GenerationMixin.generate`];
                 `neighbor_input_ids`, `neighbor_attention_mask` and `chunk_offset` as in `forward`.
             retriever (`Callable`, *optional*): see `forward`; None generates without retrieval, by default the attached
                 retriever is used.
+            query (`str` or `list[str]`, *optional*): what to look up for the prompt, one text for all rows or one per row.
+                By default it is the last user turn in a prompt that a chat template has made, if the retriever knows its
+                tokenizer, as [`RetroRetriever`] does; in any other prompt every chunk is looked up, the last tokens of the
+                prompt among them. With a query, the prompt reads what was found for it, and nothing else.
         Returns:
             `torch.LongTensor` of token ids, or a `ModelOutput` with `return_dict_in_generate=True`; the latter has
             `retrieval_trace`, for each sequence the list of its looked-up chunks with their neighbors.
         """
         retriever = self.retriever if retriever is ATTACHED else retriever
+        given = kwargs.get("neighbor_input_ids") is not None
+        if query is not None and (retriever is None or given):
+            raise ValueError(
+                f"`query` is {query!r}, but there is {'no retriever' if retriever is None else 'no need to look it up'}: "
+                f"{'pass `retriever=` with it' if retriever is None else '`neighbor_input_ids` are given'}."
+            )
         prompt = kwargs.get("input_ids") if inputs is None else inputs
         if isinstance(prompt, torch.Tensor) and 0 in prompt.shape and kwargs.get("inputs_embeds") is None:
             raise ValueError(
@@ -68,22 +84,57 @@ class RetroGenerationMixin(GenerationMixin):
                 f"Generating without retrieval: this model was trained with '{self.config.retriever_name_or_path}'. Open it "
                 "with `RetroRetriever.from_pretrained(...)` and pass `retriever=`."
             )
-        lookup = None if retriever is None else RetroLookup(retriever, self.config.vocab_size, self.config.chunk_size)
+        lookup = None
+        if retriever is not None:
+            lookup = RetroLookup(retriever, self.config.vocab_size, self.config.chunk_size)
+            lookup.query, lookup.aligns = query, not given
         outputs = super().generate(inputs, generation_config, *args, retriever=lookup, **kwargs)
         if lookup is None and isinstance(outputs, ModelOutput):
             outputs["retrieval_trace"] = [[] for _ in outputs["sequences"]]
         elif isinstance(outputs, ModelOutput):
             used = self._prepare_generation_config(generation_config, **kwargs)[0]
-            outputs["retrieval_trace"] = self._trace(lookup, outputs, used, kwargs.get("chunk_offset"))
+            outputs["retrieval_trace"] = self._trace(lookup, outputs, used)
         return outputs
 
-    def _trace(
+    def _expand_inputs_for_generation(
         self,
-        lookup: RetroLookup,
-        outputs: ModelOutput,
-        used: GenerationConfig,
-        chunk_offset: int | torch.Tensor | None,
-    ) -> list[list[dict]]:
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: torch.Tensor | None = None,
+        **model_kwargs: Any,
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        # `generate` calls it once, when it knows which tokens are padding, and before rows are repeated.
+        lookup = model_kwargs.get("retriever")
+        if isinstance(lookup, RetroLookup):
+            prompt = input_ids if input_ids is not None and input_ids.shape[1] else model_kwargs.get("inputs_embeds")
+            model_kwargs["chunk_offset"] = self._begin(lookup, prompt, model_kwargs)
+            lookup.repeats = expand_size
+        return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
+
+    def _begin(self, lookup: RetroLookup, prompt: torch.Tensor, model_kwargs: dict[str, Any]) -> torch.Tensor | None:
+        """Decide where the chunks of each row begin, and look up what stands for a whole prompt; returns the offsets."""
+        cache, size = model_kwargs.get(CACHE_NAME), self.config.chunk_size
+        offset, mask = model_kwargs.get("chunk_offset"), model_kwargs.get("attention_mask")
+        has_history = cache is not None and int(cache.get_seq_length()) > 0
+        if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
+            mask = torch.ones(prompt.shape[:2], dtype=torch.long, device=prompt.device)
+        lengths = mask.long().sum(dim=1).tolist()
+        aligns = offset is None and lookup.aligns and not has_history
+        if aligns:
+            offset = torch.tensor([-length % size for length in lengths], device=prompt.device)
+        lookup.offsets = chunk_offsets(offset, len(lengths), size)
+        ends = [start + length for start, length in zip(lookup.offsets, lengths, strict=True)]
+        if lookup.query is not None and (has_history or any(end % size for end in ends)):
+            why = "the cache holds tokens already" if has_history else f"`chunk_offset` is {offset}"
+            raise ValueError(
+                f"`query` is read where the prompt ends a chunk, which it does not here: {why}. Leave that out."
+            )
+        if aligns or lookup.query is not None:
+            tokens = prompt if prompt.dim() == 2 else None
+            lookup.look_up_prompts(tokens, mask, [end // size - 1 for end in ends])
+        return offset
+
+    def _trace(self, lookup: RetroLookup, outputs: ModelOutput, used: GenerationConfig) -> list[list[dict]]:
         """The trace of every sequence, of chunks that had a say in it: a token was generated after them."""
         sequences = outputs["sequences"]
         real = torch.ones_like(sequences, dtype=torch.bool)
@@ -97,11 +148,7 @@ class RetroGenerationMixin(GenerationMixin):
             mask = lookup.padding_mask.bool().to(real.device)
             real[:, : mask.shape[1]] &= mask[_prompt_rows(len(mask), len(sequences))]
         state = getattr(outputs.get(CACHE_NAME), "retro", None)
-        if state is None:
-            num_rows = len(chunk_offset) if isinstance(chunk_offset, (list, torch.Tensor)) else 1
-            offsets = chunk_offsets(chunk_offset, num_rows, self.config.chunk_size)
-        else:
-            offsets = state.offsets
+        offsets = lookup.offsets if state is None else state.offsets
         offsets = [offsets[row] for row in _prompt_rows(len(offsets), len(sequences))]
         return lookup.trace(sequences, real, offsets, self.config.chunk_size)
 

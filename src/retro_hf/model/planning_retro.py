@@ -197,7 +197,7 @@ def _fetch(
         ids, mask = given[0][rows, at], given[1][rows, at] & known[:, None, None]
         wanted = wanted & ~known
     if retriever is not None and bool(wanted.any()):
-        found, found_mask = retriever(*chunk_tokens(wanted))
+        found, found_mask = retriever(*chunk_tokens(wanted), rows[wanted], chunks[wanted])
         if ids is None:
             ids = found.new_zeros(len(rows), *found.shape[1:])
             mask = torch.zeros_like(ids, dtype=torch.bool)

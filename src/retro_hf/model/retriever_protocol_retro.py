@@ -203,28 +203,77 @@ class RetroLookup:
         check_retriever(retriever, chunk_size)
         self.retriever = retriever
         self.vocab_size = vocab_size
-        self.found: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]] = {}
+        self.found: dict[Any, tuple[torch.Tensor, torch.Tensor]] = {}
         self.padding_mask: torch.Tensor | None = None
+        # What `generate` knows of its prompts: see `look_up_prompts`.
+        self.query: str | list[str] | None = None
+        self.aligns = False
+        self.offsets: list[int] = [0]
+        self.repeats = 1
+        self.queries: list[str | None] = []
+        self.ends: list[int] = []
 
-    def __call__(self, chunk_input_ids: torch.Tensor, chunk_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def look_up_prompts(self, input_ids: torch.Tensor | None, mask: torch.Tensor, ends: list[int]) -> None:
+        """Look up the texts that stand for whole prompts: those of the user, or those that the retriever sees in them.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(B, T)`, *optional*), mask (`torch.Tensor` of shape `(B, T)`): prompts.
+            ends (`list[int]`): for each row the last chunk of its prompt, which reads what was found.
+        Raises:
+            ValueError: for a query that is no text, or if the retriever can't look up texts.
+        """
+        queries: list[str | None] = [None] * len(ends)
+        if self.query is not None:
+            queries = [self.query] * len(ends) if isinstance(self.query, str) else list(self.query)
+            if len(queries) != len(ends) or not all(isinstance(text, str) and text.strip() for text in queries):
+                raise ValueError(f"`query` must be a text, or one for each of {len(ends)} prompts, got {self.query!r}.")
+            if not hasattr(self.retriever, "look_up"):
+                raise ValueError(
+                    f"A retriever of type {type(self.retriever).__name__} has no method `look_up(texts)`, so it can't look up "
+                    "`query`. Use a RetroRetriever, or give `neighbor_input_ids`."
+                )
+        elif input_ids is not None and hasattr(self.retriever, "chat_queries"):
+            queries = self.retriever.chat_queries(input_ids, mask)
+        self.queries, self.ends = queries, ends
+        texts = list(dict.fromkeys(text for text in queries if text is not None))
+        if texts:
+            answer = self._ask(self.retriever.look_up, (texts,), f"{len(texts)} texts", len(texts))  # type: ignore[attr-defined]
+            self.found.update(zip(texts, zip(*answer, strict=True), strict=True))
+
+    def _key(self, prompt: int, chunk: int, tokens: tuple[int, ...]) -> Any:
+        """What a chunk of a row is looked up by: its tokens, or the query for its prompt; None for a chunk that reads nothing."""
+        query = self.queries[prompt] if prompt < len(self.queries) else None
+        if query is None or chunk > self.ends[prompt]:
+            return tokens
+        return query if chunk == self.ends[prompt] else None
+
+    def __call__(
+        self, chunk_input_ids: torch.Tensor, chunk_mask: torch.Tensor, rows: torch.Tensor, chunks: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Answer from memory where possible, with one call of the retriever for the rest.
 
         Args:
             chunk_input_ids, chunk_mask (`torch.Tensor` of shape `(N, m)`): completed chunks, and which tokens are real.
+            rows, chunks (`torch.LongTensor` of shape `(N,)`): the row of each chunk, and its number in that row.
         Returns:
             Neighbor ids and mask `(N, K, R)`, on the device of the chunks; K is the largest number among them.
         """
         # One hashable key per chunk; -1 at padding.
-        keys = [tuple(row) for row in chunk_input_ids.masked_fill(~chunk_mask.bool(), -1).tolist()]
-        missing: dict[tuple[int, ...], int] = {}
-        for row, key in enumerate(keys):
-            if key not in self.found:
-                missing.setdefault(key, row)
+        cells = map(tuple, chunk_input_ids.masked_fill(~chunk_mask.bool(), -1).tolist())
+        places = zip(rows.tolist(), chunks.tolist(), cells, strict=True)
+        keys = [self._key(row // self.repeats, chunk, tokens) for row, chunk, tokens in places]
+        missing: dict[Any, int] = {}
+        for place, key in enumerate(keys):
+            if key is not None and key not in self.found:
+                missing.setdefault(key, place)
         if missing:
-            rows = list(missing.values())
-            answer = self._ask(chunk_input_ids[rows], chunk_mask[rows])
+            at = list(missing.values())
+            what = f"{len(at)} chunks of {chunk_input_ids.shape[1]} tokens"
+            answer = self._ask(self.retriever, (chunk_input_ids[at], chunk_mask[at].long()), what, len(at))
             self.found.update(zip(missing, zip(*answer, strict=True), strict=True))
-        found = [self.found[key] for key in keys]
+        some, _ = next(iter(self.found.values()))  # a chunk that reads nothing has a query beside it, which was answered
+        nothing = some[:0], some[:0].bool()
+        found = [nothing if key is None else self.found[key] for key in keys]
         sizes = sorted({ids.shape[1] for ids, _ in found})
         if len(sizes) > 1:
             raise ValueError(
@@ -235,20 +284,19 @@ class RetroLookup:
         ids, mask = (torch.stack([pad_to(row, width, dim=0) for row in rows]) for rows in zip(*found, strict=True))
         return ids.to(chunk_input_ids.device), mask.to(chunk_input_ids.device)
 
-    def _ask(self, chunk_input_ids: torch.Tensor, chunk_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        num_chunks, size = chunk_input_ids.shape
+    def _ask(
+        self, look_up: Callable, arguments: tuple, what: str, count: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         try:
-            answer = self.retriever(chunk_input_ids, chunk_mask.long())
+            answer = look_up(*arguments)
         except Exception as error:
-            raise RuntimeError(
-                f"The retriever failed on {num_chunks} chunks of {size} tokens: {type(error).__name__}: {error}"
-            ) from error
+            raise RuntimeError(f"The retriever failed on {what}: {type(error).__name__}: {error}") from error
         if not isinstance(answer, tuple) or len(answer) != 2:
             found = f"a tuple of {len(answer)}" if isinstance(answer, tuple) else type(answer).__name__
             raise ValueError(
                 f"The retriever must return a pair (neighbor_input_ids, neighbor_attention_mask), got {found}."
             )
-        return check_neighbors(*answer, (num_chunks,), self.vocab_size, "What the retriever returned")
+        return check_neighbors(*answer, (count,), self.vocab_size, "What the retriever returned")
 
     def trace(
         self, sequences: torch.Tensor, real: torch.Tensor, offsets: list[int], chunk_size: int
@@ -261,26 +309,32 @@ class RetroLookup:
             chunk_size (`int`): tokens per chunk.
         Returns:
             For each row a list of dicts with `chunk` (index), `chunk_input_ids` (`list[int]`), `neighbor_input_ids`
-            (list of lists, without padding) and, if the retriever has a `trace` method, `neighbors`: ids, scores,
-            document ids and text.
+            (list of lists, without padding), if a text was looked up instead of the chunk `query`, and, if the retriever
+            has the methods `trace` and `find`, `neighbors`: ids, scores, document ids and text.
         """
         rows = []
-        for tokens, mask, offset in zip(sequences, real, offsets, strict=True):
+        for row, (tokens, mask, offset) in enumerate(zip(sequences, real, offsets, strict=True)):
+            prompt = row * len(self.queries) // len(sequences)
             cells = [-1] * offset + tokens[mask].tolist()
             entries = []
             for index in range(len(cells) // chunk_size):
-                key = tuple(cells[index * chunk_size : (index + 1) * chunk_size])
+                chunk = tuple(cells[index * chunk_size : (index + 1) * chunk_size])
+                key = self._key(prompt, index, chunk)
                 if key not in self.found:
                     continue
                 ids, neighbor_mask = self.found[key]
                 entry: dict[str, Any] = {
                     "chunk": index,
-                    "chunk_input_ids": [token for token in key if token >= 0],
+                    "chunk_input_ids": [token for token in chunk if token >= 0],
                     "neighbor_input_ids": [i[m].tolist() for i, m in zip(ids, neighbor_mask, strict=True)],
                 }
-                if hasattr(self.retriever, "trace"):
-                    chunk = torch.tensor([key])
-                    entry["neighbors"] = self.retriever.trace(chunk.clamp(min=0), (chunk >= 0).long())[0]
+                if isinstance(key, str):
+                    entry["query"] = key
+                    if hasattr(self.retriever, "find"):
+                        entry["neighbors"] = self.retriever.find(key)[0]
+                elif hasattr(self.retriever, "trace"):
+                    tensor = torch.tensor([chunk])
+                    entry["neighbors"] = self.retriever.trace(tensor.clamp(min=0), (tensor >= 0).long())[0]
                 entries.append(entry)
             rows.append(entries)
         return rows
