@@ -107,7 +107,7 @@ def test_search_prints_text_and_continuation(world):
 
 def test_generate_with_and_without_a_datastore(world):
     """A datastore changes what is written; without one, retrieval is off."""
-    prompt = "the king reads seven letters under the old bridge near the harbor today because winter falls again"
+    prompt = "the king reads seven letters under the old bridge near the harbor today because winter falls"
     arguments = ("generate", world / "model", prompt, "--max-new-tokens", 12)
     off = retro(*arguments)
     on = retro(*arguments, "--store", world / "store", "--embedder", world / "encoder")

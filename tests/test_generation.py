@@ -640,7 +640,10 @@ class TextRetriever:
         return hash_retriever(1)(ids, torch.ones_like(ids))
 
     def chat_queries(self, ids, mask):
-        return [f"turn {int(row[m.bool()].sum())}" if 5 in row[m.bool()] else None for row, m in zip(ids, mask)]
+        return [
+            f"turn {int(row[m.bool()].sum())}" if 5 in row[m.bool()] else None
+            for row, m in zip(ids, mask, strict=True)
+        ]
 
 
 class TestQuery:
@@ -679,9 +682,7 @@ class TestQuery:
             prompt = inputs["input_ids"][row : row + 1, -length:]
             alone = model.generate(prompt, retriever=TextRetriever(), **options, **settings)
             for result in range(per_row):
-                assert torch.equal(
-                    together.sequences[row * per_row + result, -length - 9 :], alone.sequences[result]
-                )
+                assert torch.equal(together.sequences[row * per_row + result, -length - 9 :], alone.sequences[result])
                 assert together.retrieval_trace[row * per_row + result] == alone.retrieval_trace[result]
             queries = [entry.get("query") for entry in alone.retrieval_trace[0]]
             assert queries[0] == (f"turn {int(prompt.sum())}" if row != 1 else None)

@@ -28,7 +28,9 @@ def chat_markers(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str] | None:
             for asks in (True, False)
         )
     except Exception as error:  # a template is a program of its author, which may raise anything
-        logger.warning_once(f"The chat template failed on a plain conversation ({error}), so user turns are not found.")
+        logger.warning_once(
+            f"The chat template failed on a plain conversation ({error}), so user turns are not found."
+        )
         return None
     parts: list[str] = []
     for turn in _TURNS:

@@ -226,7 +226,9 @@ class RetroLookup:
         if self.query is not None:
             queries = [self.query] * len(ends) if isinstance(self.query, str) else list(self.query)
             if len(queries) != len(ends) or not all(isinstance(text, str) and text.strip() for text in queries):
-                raise ValueError(f"`query` must be a text, or one for each of {len(ends)} prompts, got {self.query!r}.")
+                raise ValueError(
+                    f"`query` must be a text, or one for each of {len(ends)} prompts, got {self.query!r}."
+                )
             if not hasattr(self.retriever, "look_up"):
                 raise ValueError(
                     f"A retriever of type {type(self.retriever).__name__} has no method `look_up(texts)`, so it can't look up "
@@ -271,7 +273,9 @@ class RetroLookup:
             what = f"{len(at)} chunks of {chunk_input_ids.shape[1]} tokens"
             answer = self._ask(self.retriever, (chunk_input_ids[at], chunk_mask[at].long()), what, len(at))
             self.found.update(zip(missing, zip(*answer, strict=True), strict=True))
-        some, _ = next(iter(self.found.values()))  # a chunk that reads nothing has a query beside it, which was answered
+        some, _ = next(
+            iter(self.found.values())
+        )  # a chunk that reads nothing has a query beside it, which was answered
         nothing = some[:0], some[:0].bool()
         found = [nothing if key is None else self.found[key] for key in keys]
         sizes = sorted({ids.shape[1] for ids, _ in found})
@@ -284,9 +288,7 @@ class RetroLookup:
         ids, mask = (torch.stack([pad_to(row, width, dim=0) for row in rows]) for rows in zip(*found, strict=True))
         return ids.to(chunk_input_ids.device), mask.to(chunk_input_ids.device)
 
-    def _ask(
-        self, look_up: Callable, arguments: tuple, what: str, count: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _ask(self, look_up: Callable, arguments: tuple, what: str, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         try:
             answer = look_up(*arguments)
         except Exception as error:
