@@ -203,7 +203,7 @@ class RetroRetriever:
         if markers is None:
             return [None] * len(prompt_input_ids)
         rows = zip(prompt_input_ids, prompt_attention_mask.bool(), strict=True)
-        return [last_user_turn(self.tokenizer.decode(ids[real]), *markers) for ids, real in rows]
+        return [last_user_turn(str(self.tokenizer.decode(ids[real])), *markers) for ids, real in rows]
 
     def search(
         self,
