@@ -7,15 +7,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from .errors import RetrieverError
+from .model.configuration_retro import RetroConfig
 from .model.modeling_retro import RetroForCausalLM
 from .passages import Passage, find_passages
 from .retriever import RetroRetriever
 from .training.questions import PROMPT, passage_text
 
 
-__all__ = ["Answer", "Question", "answer", "prepare_question"]
+__all__ = ["Answer", "Question", "answer", "passage_inputs", "prepare_question"]
 
 Message = Mapping[str, str]
 INSTRUCTION = "Answer the question in one short sentence."
@@ -149,26 +151,51 @@ def prepare_question(
     if num_passages < 1:
         raise ValueError(f"num_passages is {num_passages}, but it must be at least 1.")
     (sources,) = find_passages(retriever, [query or asked], num_passages)
+    before = len(tokenizer(text[: max(text.rfind(asked), 0)], add_special_tokens=False)["input_ids"])
+    inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)} | passage_inputs(
+        config, tokenizer, sources, num_tokens=length, question_start=before, max_new_tokens=max_new_tokens
+    )
+    inputs = {name: values.to(model.device) for name, values in inputs.items()}
+    return Question(inputs | {"retriever": None}, sources, length)
+
+
+def passage_inputs(
+    config: RetroConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    sources: Sequence[Passage],
+    *,
+    num_tokens: int,
+    question_start: int,
+    max_new_tokens: int,
+) -> dict[str, torch.Tensor]:
+    """The passages as neighbors that a model reads from a question on to the end of its answer.
+
+    Args:
+        config ([`RetroConfig`]): of the model.
+        tokenizer (`PreTrainedTokenizerBase`): of the model.
+        sources (`Sequence[Passage]`): what to read.
+        num_tokens (`int`): tokens of the prompt.
+        question_start (`int`): the prompt's token that the question begins with. The paper's reader begins after the prompt.
+        max_new_tokens (`int`): longest answer, in tokens.
+    Returns:
+        `neighbor_input_ids` and `neighbor_attention_mask` of shape `(1, num_chunks, num_passages, neighbor_size)`, and
+        `chunk_offset` of shape `(1,)`; all int64.
+    """
+    reads_question = config.reader == "parallel_context"
     write = _plain_passage if reads_question else passage_text
     texts = [write(source.title, source.text) for source in sources]
     ids, mask = _encoded(texts, tokenizer, config.neighbor_size)  # type: ignore[arg-type]  # a config has it
-
     # The chunk that ends right before `start` is the first one with neighbors; its last token reads them, too. With chunks
     # of 8 and a question that starts at token 13, the offset is 3: chunk 0 has tokens 0 to 4, chunk 1 has tokens 5 to 12.
-    before = len(tokenizer(text[: max(text.rfind(asked), 0)], add_special_tokens=False)["input_ids"])
-    start = max(before, 1) if reads_question else length
+    start = max(question_start, 1) if reads_question else num_tokens
     offset = -start % config.chunk_size
-    chunks = torch.arange((offset + length + max_new_tokens) // config.chunk_size + 1)
+    chunks = torch.arange((offset + num_tokens + max_new_tokens) // config.chunk_size + 1)
     reads = (chunks >= (offset + start) // config.chunk_size - 1)[None, :, None, None]
-    inputs = {
-        "input_ids": input_ids,
-        "attention_mask": torch.ones_like(input_ids),
+    return {
         "neighbor_input_ids": torch.where(reads, ids, 0),
         "neighbor_attention_mask": torch.where(reads, mask, 0),
         "chunk_offset": torch.tensor([offset]),
     }
-    inputs = {name: values.to(model.device) for name, values in inputs.items()}
-    return Question(inputs | {"retriever": None}, sources, length)
 
 
 def _checked_messages(question: str | Sequence[Message]) -> list[dict[str, str]]:

@@ -95,7 +95,6 @@ class Answer:
         first = (read.first_token, read.first_character)
         last = min((place for place in places if place > first), default=first) if read.is_read else first
         return {
-            "chunk": read.chunk,
             "query": read.query,
             "tokens": [first[0], last[0]],
             "characters": [min(first[1], len(self.text)), min(last[1], len(self.text))],

@@ -8,19 +8,18 @@ from typing import Any
 import torch
 
 from .engine import Engine
+from .readers import Prompt, Reader, reader_for
 from .requests import RequestError
-from .source import BatchReader
 
 
-def compare(engine: Engine, prompt: list[int], answer: str, query: str | None) -> dict[str, Any]:
+def compare(engine: Engine, prompt: Prompt, answer: str) -> dict[str, Any]:
     """
     Score an answer with retrieval and without. Runs in the engine's thread.
 
     Args:
         engine ([`Engine`]): the model and its store.
-        prompt (`list[int]`): tokens before the answer.
+        prompt ([`Prompt`]): what comes before the answer.
         answer (`str`): the text to score.
-        query (`str`, *optional*): looked up instead of the prompt's last chunk.
     Returns:
         `dict` with `tokens`, each with `text` and its cost in bits `off` and `on`, and with `retrieval`, `on` or `unavailable`.
     Raises:
@@ -30,12 +29,12 @@ def compare(engine: Engine, prompt: list[int], answer: str, query: str | None) -
         raise RequestError("This server has no store. Start it with `--store`.", 404, code="no_store")
     tokens = engine.tokenizer(answer, add_special_tokens=False).input_ids
     room = engine.context_size
-    if room is not None and len(prompt) + len(tokens) > room:
+    if room is not None and len(prompt.tokens) + len(tokens) > room:
         raise RequestError(
-            f"The model has room for {room:,} tokens, but prompt and answer have {len(prompt) + len(tokens):,}.",
+            f"The model has room for {room:,} tokens, but prompt and answer have {len(prompt.tokens) + len(tokens):,}.",
             code="context_length_exceeded",
         )
-    reader = engine.reader_for([(prompt, query)])
+    reader = reader_for(engine.source, engine.model, [prompt], engine.tokenizer)
     off, on = (_bits(engine, prompt, tokens, one) for one in (None, reader))
     texts = _texts(engine.tokenizer, tokens)
     return {
@@ -45,14 +44,17 @@ def compare(engine: Engine, prompt: list[int], answer: str, query: str | None) -
     }
 
 
-def _bits(engine: Engine, prompt: list[int], tokens: list[int], reader: BatchReader | None) -> list[float]:
+def _bits(engine: Engine, prompt: Prompt, tokens: list[int], reader: Reader | None) -> list[float]:
     """Bits that each token costs."""
     device = engine.model.device
-    input_ids = torch.tensor([prompt + tokens], device=device)
-    offset = -len(prompt) % engine.model.config.chunk_size
+    input_ids = torch.tensor([prompt.tokens + tokens], device=device)
+    reads: dict[str, Any] = {"retriever": None} if reader is None else reader.inputs(len(tokens))
+    # A pass over the whole text takes no neighbors of chunks that end after it.
+    num_chunks = input_ids.shape[1] // engine.model.config.chunk_size + 1
+    reads |= {name: values[:, :num_chunks] for name, values in reads.items() if name.startswith("neighbor_")}
     with torch.inference_mode():
-        logits = engine.model(input_ids, retriever=reader, chunk_offset=offset, use_cache=False).logits[0]
-    scores = logits[len(prompt) - 1 : -1].float().log_softmax(-1)
+        logits = engine.model(input_ids, **reads, use_cache=False).logits[0]
+    scores = logits[len(prompt.tokens) - 1 : -1].float().log_softmax(-1)
     chosen = scores.gather(-1, torch.tensor(tokens, device=device).unsqueeze(-1)).squeeze(-1)
     return (-chosen / math.log(2)).tolist()
 

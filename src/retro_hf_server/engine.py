@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from .source import BatchReader, Key, Source, described
+from .readers import ChunkRead, Prompt, Reader, reader_for
+from .source import Source
 from .text import TextStream
 
 
@@ -69,28 +70,6 @@ class Delta:
 
 
 @dataclass(frozen=True)
-class ChunkRead:
-    """
-    Passages that were looked up for one chunk.
-
-    Attributes:
-        chunk (`int`): its index. Chunks are counted from the beginning of the prompt.
-        query (`str`): the text that was looked up.
-        first_token (`int`): the first token of the answer that was written while these passages were read.
-        first_character (`int`): where that token begins in the text of the answer.
-        is_read (`bool`): whether the answer's tokens read them. Passages of earlier chunks of the prompt are read by the prompt.
-        passages (`list[dict]`): nearest first.
-    """
-
-    chunk: int
-    query: str
-    first_token: int
-    first_character: int
-    is_read: bool
-    passages: list[dict[str, Any]]
-
-
-@dataclass(frozen=True)
 class Finished:
     """
     The end of an answer.
@@ -126,20 +105,18 @@ class Job:
     One answer to be generated.
 
     Attributes:
-        prompt (`list[int]`): its tokens.
+        prompt ([`Prompt`]): what it follows.
         sampling ([`Sampling`]): how to choose tokens.
         emit (`Callable[[Event], None]`): is told what happens, in the engine's thread. It must not wait.
         retrieve (`bool`): whether to read the store.
-        query (`str`, *optional*): is looked up instead of the last chunk of the prompt.
         deadline (`float`): of `time.monotonic()`.
         cancelled (`bool`): set by whoever does not want the answer any more.
     """
 
-    prompt: list[int]
+    prompt: Prompt
     sampling: Sampling
     emit: Callable[[Event], None]
     retrieve: bool = True
-    query: str | None = None
     deadline: float = float("inf")
     cancelled: bool = False
 
@@ -241,7 +218,7 @@ class Engine:
             self.num_running = 0
 
     def _next(self) -> list[Job] | _Work | None:
-        """The next batch: the first request and others with or without retrieval, as it is. None at the end."""
+        """The next batch: the first request and others that read in the same way. None at the end."""
         with self._changed:
             while not self._waiting:
                 if self._stopping:
@@ -254,56 +231,43 @@ class Engine:
                 self._changed.wait(_GATHERING)
             batch: list[Job] = []
             rest: deque[Job | _Work] = deque()
-            queries: dict[Key, str | None] = {}
             for item in self._waiting:
                 if isinstance(item, Job) and (item.cancelled or time.monotonic() > item.deadline):
                     item.emit(Finished("cancelled" if item.cancelled else "timeout", 0, "off"))
-                elif self._fits(item, batch, queries):
-                    batch.append(item)  # type: ignore[arg-type]
+                elif isinstance(item, Job) and self._fits(item, batch):
+                    batch.append(item)
                 else:
                     rest.append(item)
             self._waiting = rest
             return batch
 
-    def _fits(self, item: Job | _Work, batch: list[Job], queries: dict[Key, str | None]) -> bool:
-        """Whether a request can be generated with a batch. Those that look up different texts for the same tokens cannot."""
-        if isinstance(item, _Work) or len(batch) == self.max_batch or (batch and item.retrieve != batch[0].retrieve):
-            return False
-        key = self._last_chunk(item.prompt)
-        return queries.setdefault(key, item.query) == item.query
-
-    def _last_chunk(self, prompt: list[int]) -> Key:
-        """The chunk that the prompt ends."""
-        size = self.model.config.chunk_size
-        return tuple(([-1] * size + prompt)[-size:])
-
-    def reader_for(self, prompts: list[tuple[list[int], str | None]]) -> BatchReader:
-        """The retriever for prompts, each with the text that is looked up instead of its last chunk, or None."""
-        if self.source is None:
-            raise ValueError("The engine has no store to read.")
-        return BatchReader(self.source, {self._last_chunk(prompt): query for prompt, query in prompts if query})
+    def _fits(self, job: Job, batch: list[Job]) -> bool:
+        """Whether a request can be generated with a batch: both read the store or not, for a question or for a text."""
+        alike = [(one.retrieve, one.prompt.query is None) for one in (job, *batch[:1])]
+        return len(batch) < self.max_batch and len(set(alike)) == 1
 
     def _generate(self, jobs: list[Job]) -> None:
         if not jobs:
             return
         reader = None
+        prompts = [job.prompt for job in jobs]
         if jobs[0].retrieve and self.source is not None:
-            reader = self.reader_for([(job.prompt, job.query) for job in jobs])
-        rows = [_Row(job, self.tokenizer, self.model.config.chunk_size, reader) for job in jobs]
-        width = max(len(job.prompt) for job in jobs)
+            reader = reader_for(self.source, self.model, prompts, self.tokenizer)
+        rows = [_Row(number, job, self.tokenizer, reader) for number, job in enumerate(jobs)]
+        width = max(len(prompt.tokens) for prompt in prompts)
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
-        input_ids = torch.tensor([[pad] * (width - len(job.prompt)) + job.prompt for job in jobs])
-        mask = torch.tensor([[0] * (width - len(job.prompt)) + [1] * len(job.prompt) for job in jobs])
+        input_ids = torch.tensor([[pad] * (width - len(prompt.tokens)) + prompt.tokens for prompt in prompts])
+        mask = torch.tensor([[0] * (width - len(prompt.tokens)) + [1] * len(prompt.tokens) for prompt in prompts])
+        max_tokens = max(job.sampling.max_tokens for job in jobs)
         config = copy.deepcopy(self.model.generation_config)
         config.update(do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None, max_length=None)
-        config.update(max_new_tokens=max(job.sampling.max_tokens for job in jobs), pad_token_id=pad)
+        config.update(max_new_tokens=max_tokens, pad_token_id=pad)
         device = self.model.device
         self.model.generate(
             input_ids.to(device),
             generation_config=config,
             attention_mask=mask.to(device),
-            chunk_offset=torch.tensor([row.offset for row in rows]),
-            retriever=reader,
+            **({"retriever": None} if reader is None else reader.inputs(max_tokens)),
             logits_processor=LogitsProcessorList([_Sampler(rows)]),
             stopping_criteria=StoppingCriteriaList([_Progress(rows, self._ends())]),
         )
@@ -319,19 +283,16 @@ class Engine:
 
 
 class _Row:
-    """One request in a batch. The grid is placed so that its prompt ends a chunk, which is looked up before the first token."""
+    """One request in a batch."""
 
-    def __init__(self, job: Job, tokenizer: Any, chunk_size: int, reader: BatchReader | None) -> None:
+    def __init__(self, number: int, job: Job, tokenizer: Any, reader: Reader | None) -> None:
         self.job = job
-        self.offset = -len(job.prompt) % chunk_size
         self.reason: str | None = None
         seed = job.sampling.seed
         self.generator = torch.Generator()
         self.generator.seed() if seed is None else self.generator.manual_seed(seed)
+        self._number = number
         self._text = TextStream(tokenizer, job.sampling.stop)
-        self._tokenizer = tokenizer
-        self._cells = [-1] * self.offset + job.prompt
-        self._size = chunk_size
         self._reader = reader
 
     def draw(self, scores: torch.Tensor) -> torch.Tensor:
@@ -352,9 +313,9 @@ class _Row:
 
     def add(self, token: int, ends: set[int]) -> None:
         """Take the next token, tell what was read for it and what it shows, and end where the request says so."""
-        if len(self._text.ids) == 0 or len(self._cells) % self._size == 0:
-            self._tell_chunks()
-        self._cells.append(token)
+        if self._reader is not None:
+            for read in self._reader.reads(self._number, self._text.ids, self._text.length):
+                self.job.emit(read)
         if token in ends:
             self._text.ids.append(token)
             return self.end("stop")
@@ -386,22 +347,6 @@ class _Row:
     def _show(self, text: str) -> None:
         if text:
             self.job.emit(Delta(text))
-
-    def _tell_chunks(self) -> None:
-        """Tell what the chunks were given that end before the next token: all of the prompt's at first, then one."""
-        if self._reader is None:
-            return
-        num_chunks, written = len(self._cells) // self._size, len(self._text.ids)
-        for chunk in range(0 if written == 0 else num_chunks - 1, num_chunks):
-            key = tuple(self._cells[chunk * self._size : (chunk + 1) * self._size])
-            if key not in self._reader.found:
-                continue
-            last = chunk == num_chunks - 1
-            query = self.job.query if last and written == 0 else None
-            if query is None:
-                query = self._tokenizer.decode([token for token in key if token >= 0])
-            passages = described(self._reader.found[key])
-            self.job.emit(ChunkRead(chunk, query, written, self._text.length, last, passages))
 
 
 class _Sampler(LogitsProcessor):
@@ -436,6 +381,7 @@ __all__ = [
     "Failed",
     "Finished",
     "Job",
+    "Prompt",
     "QueueFullError",
     "Sampling",
     "StoppedError",

@@ -7,7 +7,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from .engine import Engine, Sampling
+from .engine import Engine, Prompt, Sampling
 from .requests import ChatRequest, CompletionRequest, RequestError
 
 
@@ -42,15 +42,16 @@ class Prompts:
         """Whether the model has a chat template."""
         return bool(self._tokenizer.chat_template)
 
-    def of(self, asked: ChatRequest | CompletionRequest) -> tuple[list[int], Sampling, str | None]:
-        """The prompt, how to sample, and what to look up instead of the prompt's last chunk."""
-        prompt = self.tokens(asked.question)
-        room = self._max_tokens if self._room is None else self._room - len(prompt)
+    def of(self, asked: ChatRequest | CompletionRequest) -> tuple[Prompt, Sampling]:
+        """The prompt, and how to sample."""
+        prompt = self.prompt(asked.question, asked.query)
+        length = len(prompt.tokens)
+        room = self._max_tokens if self._room is None else self._room - length
         wanted = asked.wanted_tokens
         if room < 1 or (wanted is not None and self._room is not None and wanted > room):
             asked_for = f" and {wanted:,} for the answer" if wanted is not None else ""
             raise RequestError(
-                f"The model has room for {self._room:,} tokens, but the prompt has {len(prompt):,}{asked_for}. Shorten the "
+                f"The model has room for {self._room:,} tokens, but the prompt has {length:,}{asked_for}. Shorten the "
                 "prompt, or ask for fewer tokens.",
                 param="messages" if isinstance(asked, ChatRequest) else "prompt",
                 code="context_length_exceeded",
@@ -62,25 +63,27 @@ class Prompts:
                 param="max_tokens",
             )
         most = wanted or min(room, self._max_tokens, _DEFAULT_TOKENS)
-        return prompt, asked.sampling(self._defaults, most), asked.query
+        return prompt, asked.sampling(self._defaults, most)
 
-    def tokens(self, question: list[dict[str, str]] | str) -> list[int]:
-        """The tokens of a conversation, or of a text."""
-        if not isinstance(question, str):
-            return self._chat(question)
+    def prompt(self, question: list[dict[str, str]] | str, query: str | None) -> Prompt:
+        """The prompt of a conversation, whose last turn is the query, or of a text."""
         with self._lock:
-            return self._checked(self._tokenizer(question).input_ids)
+            if isinstance(question, str):
+                return Prompt(self._checked(self._tokenizer(question).input_ids))
+            text = self._written(question)
+            # The template writes the special tokens itself.
+            tokens = self._checked(self._tokenizer(text, add_special_tokens=False).input_ids)
+            before = text[: max(text.rfind(query or ""), 0)]
+            return Prompt(tokens, query, len(self._tokenizer(before, add_special_tokens=False).input_ids))
 
-    def _chat(self, messages: list[dict[str, str]]) -> list[int]:
+    def _written(self, messages: list[dict[str, str]]) -> str:
+        """The conversation as the chat template writes it."""
         if not self.has_chat:
             raise RequestError(
                 "The model has no chat template, so it cannot chat. Use `/v1/completions`.", code="no_chat_template"
             )
         try:
-            with self._lock:
-                text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-                # The template writes the special tokens itself.
-                return self._checked(self._tokenizer(text, add_special_tokens=False).input_ids)
+            return self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         except TemplateError as error:
             raise RequestError(
                 f"The model's chat template refuses the messages: {error}.", param="messages"

@@ -218,8 +218,8 @@ def _conversation(messages: list[Message]) -> list[dict[str, str]]:
 
 def _last_turn(messages: list[Message]) -> str | None:
     """The last turn of the user, if it has text."""
-    texts = [one.text() for one in messages if one.role == "user"]
-    return texts[-1] if texts and texts[-1].strip() else None
+    texts = [one.text().strip() for one in messages if one.role == "user"]
+    return texts[-1] or None if texts else None
 
 
 class CompareRequest(BaseModel):

@@ -88,17 +88,17 @@ class Service:
         """Generate an answer, whole or streamed."""
         asked = parsed(ChatRequest if kind == "chat.completion" else CompletionRequest, await request.body())
         self._check_model(asked.model)
-        prompt, sampling, query = await run_in_threadpool(self.prompts.of, asked)
+        prompt, sampling = await run_in_threadpool(self.prompts.of, asked)
         loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
 
         def emit(event: Event) -> None:
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits for the answer
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
-        job = Job(prompt, sampling, emit, asked.retrieval, query, time.monotonic() + self.limits.timeout)
+        job = Job(prompt, sampling, emit, asked.retrieval, time.monotonic() + self.limits.timeout)
         self._accepted(lambda: self.engine.submit(job))
-        answer = Answer(kind, self.name, len(prompt))
-        self.metrics.prompt_tokens.inc(len(prompt))
+        answer = Answer(kind, self.name, len(prompt.tokens))
+        self.metrics.prompt_tokens.inc(len(prompt.tokens))
         if asked.stream:
             usage = asked.stream_options is not None and asked.stream_options.include_usage
             pieces = self._pieces(job, answer, events, usage)
@@ -163,8 +163,8 @@ class Service:
     async def compare(self, request: Request) -> dict[str, Any]:
         """How likely each token of an answer is with retrieval and without."""
         asked: CompareRequest = parsed(CompareRequest, await request.body())
-        prompt = await run_in_threadpool(self.prompts.tokens, asked.question)
-        return await self._result(lambda: compare(self.engine, prompt, asked.answer, asked.query))
+        prompt = await run_in_threadpool(self.prompts.prompt, asked.question, asked.query)
+        return await self._result(lambda: compare(self.engine, prompt, asked.answer))
 
     async def document(self, id: str) -> dict[str, Any]:
         """A document of the store."""

@@ -6,8 +6,11 @@ import time
 import pytest
 import torch
 from server.serving import make_parts
+from tiny import tiny_backbone
 
-from retro_hf import RetroDatastore, RetroRetriever
+from retro_hf import RetroDatastore, RetroRetriever, answer, retrofit
+from retro_hf.passages import find_passages
+from retro_hf_server import readers
 from retro_hf_server.engine import (
     ChunkRead,
     Delta,
@@ -15,10 +18,12 @@ from retro_hf_server.engine import (
     Failed,
     Finished,
     Job,
+    Prompt,
     QueueFullError,
     Sampling,
     StoppedError,
 )
+from retro_hf_server.prompts import Prompts
 from retro_hf_server.source import Source
 from retro_hf_server.text import TextStream
 
@@ -44,11 +49,11 @@ def engine(world):
 class Asked:
     """A request and its events."""
 
-    def __init__(self, engine, text, *, query=None, retrieve=True, deadline=float("inf"), **sampling):
+    def __init__(self, engine, text, *, query=None, prompt=None, retrieve=True, deadline=float("inf"), **sampling):
         self._events = queue.Queue()
         settings = Sampling(**{"max_tokens": 20, **sampling})
         ids = engine.tokenizer(text).input_ids
-        self.job = Job(ids, settings, self._events.put, retrieve, query, deadline)
+        self.job = Job(prompt or Prompt(ids, query), settings, self._events.put, retrieve, deadline)
         engine.submit(self.job)
 
     def result(self):
@@ -67,15 +72,17 @@ REQUESTS = [
     ("the river runs over the old castle", {}),
     ("a king", {"temperature": 1.0, "seed": 3}),
     ("the golden lighthouse", {"temperature": 0.8, "top_p": 0.9, "top_k": 50, "seed": 4, "max_tokens": 9}),
-    ("a quiet baker", {"query": "golden lighthouse", "max_tokens": 30}),
+    ("a quiet baker", {"max_tokens": 30}),
 ]
+QUESTIONS = [(text, {**options, "query": text}) for text, options in REQUESTS]
 
 
-def test_requests_of_different_settings_in_one_batch_are_answered_as_each_alone(engine):
+@pytest.mark.parametrize("requests", [REQUESTS, QUESTIONS], ids=["texts", "questions"])
+def test_requests_of_different_settings_in_one_batch_are_answered_as_each_alone(engine, requests):
     """A row's draws come from its own generator, and its neighbors from its own chunks."""
-    alone = [Asked(engine, text, **options).text() for text, options in REQUESTS]
+    alone = [Asked(engine, text, **options).text() for text, options in requests]
     engine.call(lambda: time.sleep(0.3))  # so that all wait when the next batch begins
-    together = [Asked(engine, text, **options) for text, options in REQUESTS]
+    together = [Asked(engine, text, **options) for text, options in requests]
     assert [one.text() for one in together] == alone
     assert all(alone)
 
@@ -106,22 +113,33 @@ def test_every_chunk_tells_which_tokens_were_written_while_its_passages_were_rea
     assert all(len(one.passages) == 2 and one.passages[0]["document_id"] for one in reads)
 
 
-def test_a_given_text_is_looked_up_instead_of_the_end_of_the_prompt(engine):
+def test_a_question_is_looked_up_once_and_its_passages_are_read_to_the_end(engine):
     """In a chat that is the last turn of the user, not the marks that open the answer."""
     text = "golden lighthouse"
-    reads = [one for one in Asked(engine, "a king", query=text).result() if isinstance(one, ChunkRead)]
-    first = next(one for one in reads if one.is_read)
-    assert first.query == text
-    assert [one["chunk_id"] for one in first.passages] == [
-        one.chunk_id for one in engine.source.retriever.find(text)[0]
-    ]
+    (read,) = [one for one in Asked(engine, "a king", query=text).result() if isinstance(one, ChunkRead)]
+    assert (read.query, read.first_token, read.is_read) == (text, 0, True)
+    (found,) = find_passages(engine.source.retriever, [text], 2)
+    assert [one["text"] for one in read.passages] == [one.text for one in found]
 
 
-def test_requests_with_the_same_end_that_look_up_different_texts_are_not_mixed(engine):
-    """They would get each other's passages."""
+def test_an_answer_to_a_question_is_that_of_answer(world, engine):
+    """The server and Python say the same."""
+    base = retrofit(tiny_backbone("llama", vocab_size=400), reader="parallel_context", chunk_size=8, neighbor_size=16)
+    retriever = RetroRetriever(world.datastore, embedder=world.embedder, tokenizer=world.tokenizer)
+    messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "golden lighthouse"}]
+    expected = answer(base, retriever, messages, max_new_tokens=20).text
+    other = Engine(base, world.tokenizer, Source(retriever, world.tokenizer, 8))
+    prompt = Prompts(other, 20).prompt(messages, "golden lighthouse")
+    asked = Asked(other, "", prompt=prompt)
+    assert asked.text().strip() == expected
+    other.close()
+
+
+def test_questions_with_the_same_end_in_one_batch_read_their_own_passages(engine):
+    """Rows are not told apart by their tokens."""
     engine.call(lambda: time.sleep(0.3))
     asked = [Asked(engine, "a king", query=text) for text in ("golden lighthouse", "quiet baker")]
-    found = [next(e for e in one.result() if isinstance(e, ChunkRead) and e.is_read) for one in asked]
+    found = [next(e for e in one.result() if isinstance(e, ChunkRead)) for one in asked]
     assert [one.query for one in found] == ["golden lighthouse", "quiet baker"]
     assert found[0].passages != found[1].passages
 
@@ -191,11 +209,13 @@ def test_a_failing_batch_is_reported_and_the_engine_goes_on(world, engine, monke
     assert Asked(engine, "a king", max_tokens=3).result()[-1].num_tokens == 3
 
 
-def test_an_answer_says_that_retrieval_failed_and_is_written_without(world, engine, monkeypatch):
+@pytest.mark.parametrize("query", [None, "golden lighthouse"])
+def test_an_answer_says_that_retrieval_failed_and_is_written_without(engine, monkeypatch, query):
     """Never silently."""
     with monkeypatch.context() as patch:
         patch.setattr(RetroRetriever, "trace", lambda *_, **__: 1 / 0)
-        events = Asked(engine, "a king").result()
+        patch.setattr(readers, "find_passages", lambda *_, **__: 1 / 0)
+        events = Asked(engine, "a king", query=query).result()
     assert events[-1].retrieval == "unavailable"
     assert "ZeroDivisionError" in events[-1].message
     assert "".join(e.text for e in events if isinstance(e, Delta)) == Asked(engine, "a king", retrieve=False).text()
@@ -208,7 +228,7 @@ def test_draws_follow_the_softmax_of_the_scores(world):
 
     scores = torch.tensor([2.0, 1.0, 0.0, -1.0])
     for options, kept in (({}, 4), ({"top_p": 0.9}, 2), ({"top_k": 3}, 3)):
-        row = _Row(Job([1], Sampling(1, temperature=0.5, seed=0, **options), print), world.tokenizer, 8, None)
+        row = _Row(0, Job(Prompt([1]), Sampling(1, temperature=0.5, seed=0, **options), print), world.tokenizer, None)
         counts = torch.bincount(torch.stack([row.draw(scores).argmax() for _ in range(4000)]), minlength=4)
         expected = (scores / 0.5)[:kept].softmax(-1)
         assert (counts[kept:] == 0).all()

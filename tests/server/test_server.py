@@ -52,12 +52,11 @@ def test_the_openai_client_chats_and_is_told_what_was_read(client):
     assert answer.usage.completion_tokens == 12
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + 12
     assert answer.retrieval["status"] == "on"
-    read = [chunk for chunk in answer.retrieval["chunks"] if chunk["tokens"][1] > 0]
-    assert [chunk["tokens"] for chunk in read] == [[0, 8], [8, 12]]
-    assert read[0]["query"] == "the golden lighthouse"
-    assert read[0]["passages"][0]["document_id"].startswith("doc-")
-    text = answer.choices[0].message.content
-    assert "".join(text[slice(*chunk["characters"])] for chunk in read) == text
+    (read,) = answer.retrieval["chunks"]
+    assert read["query"] == "the golden lighthouse"
+    assert read["tokens"] == [0, 12]
+    assert read["characters"] == [0, len(answer.choices[0].message.content)]
+    assert read["passages"][0]["document_id"].startswith("doc-")
 
 
 def test_a_streamed_answer_is_the_whole_answer_in_pieces(client):
@@ -70,16 +69,20 @@ def test_a_streamed_answer_is_the_whole_answer_in_pieces(client):
     assert pieces[-1].usage == whole.usage
     assert pieces[-2].choices[0].finish_reason == "length"
     assert pieces[-2].retrieval == whole.retrieval
-    told = [chunk["chunk"] for one in pieces[:-2] for chunk in getattr(one, "retrieval", {"chunks": []})["chunks"]]
-    assert told == [chunk["chunk"] for chunk in whole.retrieval["chunks"]]
+    told = [chunk["query"] for one in pieces[:-2] for chunk in getattr(one, "retrieval", {"chunks": []})["chunks"]]
+    assert told == [chunk["query"] for chunk in whole.retrieval["chunks"]]
 
 
 def test_completions_continue_a_text(client):
     """The older protocol, whole and streamed."""
-    options = {"model": "tiny", "prompt": "a king", "max_tokens": 5, "temperature": 0}
-    whole = client.completions.create(**options).choices[0].text
-    assert whole
-    assert "".join(one.choices[0].text for one in client.completions.create(**options, stream=True)) == whole
+    options = {"model": "tiny", "prompt": "the river runs over the old castle", "max_tokens": 12, "temperature": 0}
+    whole = client.completions.create(**options)
+    text = whole.choices[0].text
+    assert "".join(one.choices[0].text for one in client.completions.create(**options, stream=True)) == text
+    read = [chunk for chunk in whole.retrieval["chunks"] if chunk["tokens"][1] > 0]
+    assert [chunk["tokens"] for chunk in read] == [[0, 8], [8, 12]]
+    assert read[0]["query"].endswith("castle")
+    assert "".join(text[slice(*chunk["characters"])] for chunk in read) == text
 
 
 def test_the_model_is_listed_with_what_it_can(client):
