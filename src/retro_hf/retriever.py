@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from .datastore.files import write_file
 from .datastore.hub import local_folder, push
 from .datastore.search import check_num_neighbors
 from .errors import RetrieverError
+from .locks import Lock
 from .outside import read_json
 
 
@@ -63,6 +63,40 @@ class RetrievedNeighbor:
     text: str
     continuation: str
     metric: str
+
+
+class _Cache:
+    """What was found for chunks in one generation of a datastore; the least recently used are dropped first."""
+
+    def __init__(self, datastore: RetroDatastore) -> None:
+        self._opened = datastore._opened
+        self._found: OrderedDict[bytes, tuple[np.ndarray, np.ndarray]] = OrderedDict()
+        self._lock = Lock()
+
+    def is_of(self, datastore: RetroDatastore) -> bool:
+        """Whether it belongs to the generation that a datastore has open."""
+        return self._opened is datastore._opened
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def get(self, names: list[bytes], wanted: int) -> dict[bytes, tuple[np.ndarray, np.ndarray]]:
+        """Results with at least the wanted number of neighbors."""
+        with self._lock:
+            results = {}
+            for name in names:
+                known = self._found.get(name)
+                if known is not None and len(known[0]) >= wanted:
+                    self._found.move_to_end(name)
+                    results[name] = known
+            return results
+
+    def put(self, results: dict[bytes, tuple[np.ndarray, np.ndarray]], size: int) -> None:
+        """Keep results, `size` of all at most."""
+        with self._lock:
+            self._found |= results
+            while len(self._found) > size:
+                self._found.popitem(last=False)
 
 
 class RetroRetriever:
@@ -125,9 +159,22 @@ class RetroRetriever:
         self._forget()
 
     def _forget(self) -> None:
-        self._cache: OrderedDict[bytes, tuple[np.ndarray, np.ndarray]] = OrderedDict()
-        self._generation = self.datastore.generation
-        self._lock = threading.Lock()
+        self._cache = _Cache(self.datastore)
+
+    def snapshot(self) -> RetroRetriever:
+        """This retriever over the generation of the datastore that is open now, with the same cache. Nothing is opened.
+
+        `generate` and the calls below use one, so what is looked up in one generation is never gathered in another, whatever
+        other threads and processes do to the datastore.
+        """
+        cache, datastore = self._cache, self.datastore.snapshot()
+        if not cache.is_of(datastore):
+            cache = self._cache = _Cache(datastore)
+        snapshot = object.__new__(type(self))
+        snapshot.__dict__ |= self.__dict__ | {"datastore": datastore, "_cache": cache}
+        if hasattr(self.searcher, "over"):
+            snapshot.searcher = self.searcher.over(datastore)
+        return snapshot
 
     @property
     def num_neighbors(self) -> int:
@@ -174,8 +221,9 @@ class RetroRetriever:
             `(num_chunks, num_neighbors, neighbor_size)` on the device of `chunk_input_ids`; mask 0 at padding and at
             neighbors that the datastore is too small to have.
         """
-        found = self.search(chunk_input_ids, chunk_attention_mask)
-        tokens, mask = self.datastore.gather(found.chunk_ids)
+        now = self.snapshot()
+        found = now._search(chunk_input_ids, chunk_attention_mask)
+        tokens, mask = now.datastore.gather(found.chunk_ids)
         device = chunk_input_ids.device
         return torch.from_numpy(tokens).to(device), torch.from_numpy(mask).to(device)  # type: ignore[return-value]
 
@@ -188,7 +236,8 @@ class RetroRetriever:
             `(neighbor_input_ids, neighbor_attention_mask)`, both `torch.LongTensor` of shape
             `(len(texts), num_neighbors, neighbor_size)`.
         """
-        tokens, mask = self.datastore.gather(self._find(texts, self.num_neighbors).chunk_ids)
+        now = self.snapshot()
+        tokens, mask = now.datastore.gather(now._find(texts, self.num_neighbors).chunk_ids)
         return torch.from_numpy(tokens), torch.from_numpy(mask)  # type: ignore[return-value]
 
     def chat_queries(
@@ -222,6 +271,18 @@ class RetroRetriever:
             exclude_documents (`np.ndarray` of integers and shape `(num_chunks,)` or `(num_chunks, any)`, *optional*):
                 document numbers that a chunk must not get neighbors from, -1 for none. Such searches are not cached.
         """
+        return self.snapshot()._search(
+            chunk_input_ids, chunk_attention_mask, num_neighbors=num_neighbors, exclude_documents=exclude_documents
+        )
+
+    def _search(
+        self,
+        chunk_input_ids: torch.LongTensor,
+        chunk_attention_mask: torch.LongTensor | None = None,
+        *,
+        num_neighbors: int | None = None,
+        exclude_documents: Any = None,
+    ) -> RetrievalResult:
         rows, mask = self._checked(chunk_input_ids, chunk_attention_mask)
         wanted = self.num_neighbors if num_neighbors is None else num_neighbors
         check_num_neighbors(wanted, self.datastore.num_chunks)
@@ -241,13 +302,13 @@ class RetroRetriever:
 
         # The bytes of the real tokens: the same chunk with other padding is found again.
         names = [rows[row][mask[row]].tobytes() for row in filled]
-        results = self._cached(names, wanted)
+        results = self._cache.get(names, wanted)
         missing = {name: row for name, row in zip(names, filled, strict=True) if name not in results}
         if missing:
             places = np.fromiter(missing.values(), dtype=np.int64)
             found = self._ask(chunk_texts(self.tokenizer, rows[places], mask[places]), wanted)
             fresh = {name: (found[0][place], found[1][place]) for place, name in enumerate(missing)}
-            self._remember(fresh)
+            self._cache.put(fresh, self.cache_size)
             results |= fresh
         for name, row in zip(names, filled, strict=True):
             scores[row], chunk_ids[row] = (part[:wanted] for part in results[name])
@@ -267,7 +328,8 @@ class RetroRetriever:
         Returns:
             `list[list[RetrievedNeighbor]]`: for each chunk at most `num_neighbors` neighbors.
         """
-        return self._describe(self.search(chunk_input_ids, chunk_attention_mask, **options))
+        now = self.snapshot()
+        return now._describe(now._search(chunk_input_ids, chunk_attention_mask, **options))
 
     def find(self, texts: str | list[str], *, num_neighbors: int | None = None) -> list[list[RetrievedNeighbor]]:
         """Look up texts of any length instead of chunks of tokens.
@@ -278,7 +340,8 @@ class RetroRetriever:
         Returns:
             `list[list[RetrievedNeighbor]]`: for each text its neighbors, nearest first.
         """
-        return self._describe(self._find(texts, self.num_neighbors if num_neighbors is None else num_neighbors))
+        now = self.snapshot()
+        return now._describe(now._find(texts, self.num_neighbors if num_neighbors is None else num_neighbors))
 
     def _find(self, texts: str | list[str], wanted: int) -> RetrievalResult:
         queries = list(texts) if isinstance(texts, Iterable) and not isinstance(texts, str) else [texts]
@@ -320,26 +383,6 @@ class RetroRetriever:
                 trace.append(RetrievedNeighbor(chunk_id, score, *names, text, continuation, self.searcher.metric))
             traces.append(trace)
         return traces
-
-    def _cached(self, names: list[bytes], wanted: int) -> dict[bytes, tuple[np.ndarray, np.ndarray]]:
-        """Cached results with at least the wanted number of neighbors; none from before the datastore changed."""
-        with self._lock:
-            if self._generation != self.datastore.generation:
-                self._cache.clear()
-                self._generation = self.datastore.generation
-            results = {}
-            for name in names:
-                known = self._cache.get(name)
-                if known is not None and len(known[0]) >= wanted:
-                    self._cache.move_to_end(name)
-                    results[name] = known
-            return results
-
-    def _remember(self, results: dict[bytes, tuple[np.ndarray, np.ndarray]]) -> None:
-        with self._lock:
-            self._cache |= results
-            while len(self._cache) > self.cache_size:
-                self._cache.popitem(last=False)
 
     def _checked(self, ids: torch.Tensor, mask: torch.Tensor | None) -> tuple[np.ndarray, np.ndarray]:
         found = f"shape {tuple(ids.shape)}" if isinstance(ids, torch.Tensor) else f"type {type(ids).__name__}"
@@ -423,7 +466,7 @@ class RetroRetriever:
         return (json.dumps({"num_neighbors": self.num_neighbors}, indent=2) + "\n").encode()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key not in ("_cache", "_lock")}
+        return {key: value for key, value in self.__dict__.items() if key != "_cache"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

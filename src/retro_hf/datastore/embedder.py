@@ -277,6 +277,7 @@ class ChunkEmbedder:
         return self.query_fingerprint == self.fingerprint
 
     def _load(self) -> None:
+        self._process = os.getpid()
         device, dtype, *given = self._requested
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         name, revision = self.name_or_path, self.revision
@@ -370,6 +371,10 @@ class ChunkEmbedder:
     def _encode(self, texts: Sequence[str], batch_size: int, show_progress: bool | None, query: bool) -> np.ndarray:
         if self._model is None:
             self._load()
+        if self._process != os.getpid():
+            # The threads that share the work do not survive a fork, and PyTorch would wait for them for ever.
+            torch.set_num_threads(1)
+            self._process = os.getpid()
         if not len(texts):
             return np.zeros((0, self.dim), dtype=np.float32)
         encode = self._model.encode_query if query else self._model.encode_document

@@ -11,7 +11,6 @@ import math
 import os
 import re
 import struct
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +20,7 @@ import numpy as np
 from transformers.utils import logging
 
 from ..errors import DatastoreInputError, DatastoreWriteError, counted
+from ..locks import Lock
 from .files import mapped, reading
 from .index_format import check_index
 
@@ -43,8 +43,8 @@ _REFINE = ",Refine(SQfp16)"
 _NTOTAL = slice(8, 16)
 
 # Some settings of FAISS belong to the whole process. They are changed only during a call, under these locks.
-_read_lock = threading.Lock()
-_blas_lock = threading.Lock()
+_read_lock = Lock()
+_blas_lock = Lock()
 _blas_users = 0
 _blas_default = 0
 
@@ -57,6 +57,9 @@ def import_faiss() -> Any:
 
 
 def _single_thread_after_fork() -> None:
+    global _blas_users
+    # The searches of the parent's threads do not go on in the child.
+    _blas_users = 0
     # OpenMP's threads do not survive a fork: a child that enters a parallel region of two threads waits for ever.
     import sys
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import time
@@ -185,6 +186,12 @@ class LexicalSearcher:
             searcher.verify()
         return searcher
 
+    def over(self, datastore: RetroDatastore) -> LexicalSearcher:
+        """The same searcher over a snapshot of its datastore."""
+        searcher = copy.copy(self)
+        searcher.datastore = datastore
+        return searcher
+
     def verify(self) -> None:
         """Check the sha256 of every file of the folder; an index in memory has nothing to check.
 
@@ -229,6 +236,11 @@ class LexicalSearcher:
     def __getstate__(self) -> dict[str, Any]:
         # An index in a folder is opened again by each process.
         return {**self.__dict__, "_bm25": self._bm25 if self.path is None else None}
+
+    def __copy__(self) -> LexicalSearcher:
+        copied = object.__new__(type(self))
+        copied.__dict__ |= self.__dict__
+        return copied
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

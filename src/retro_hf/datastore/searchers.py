@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from ..errors import RetrieverError
+from ..errors import DatastoreMismatchError, RetrieverError
 from .search import checked_search
 
 
@@ -96,6 +97,13 @@ class EmbeddingSearcher:
         self.embedder = embedder
         self.index: VectorIndex = datastore if index is None else index
 
+    def over(self, datastore: RetroDatastore) -> EmbeddingSearcher:
+        """The same searcher over a snapshot of its datastore."""
+        searcher = copy.copy(self)
+        searcher.datastore = datastore
+        searcher.index = datastore if self.index is self.datastore else self.index
+        return searcher
+
     def search(
         self, texts: Sequence[str], num_neighbors: int, *, exclude_documents: Any = None
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -119,6 +127,13 @@ class EmbeddingSearcher:
             raise RetrieverError(
                 f"{type(self.index).__name__}.search returned scores of shape {np.shape(scores)} and chunk ids of shape "
                 f"{np.shape(ids)}. It must return the shape {expected} for both, filled with -inf and -1."
+            )
+        # A cluster that searches shards which the datastore no longer has would return ids of other text.
+        shards = [entry.name for entry in getattr(getattr(self.index, "manifest", None), "shards", ())]
+        if shards != [entry.name for entry in self.datastore.manifest.shards][: len(shards)]:
+            raise DatastoreMismatchError(
+                f"{type(self.index).__name__} searches other shards than those of {str(self.datastore.path)!r} (generation "
+                f"{self.datastore.generation}). Call `refresh()` of both, and search again."
             )
         # Another index does not know which documents were deleted since it was filled.
         hidden = np.isin(self.datastore.document_of(ids), np.append(self.datastore.deleted_documents, -1))
@@ -155,6 +170,11 @@ class HybridSearcher:
         self.lexical = lexical
         if stores:
             self.datastore = stores[0]
+
+    def over(self, datastore: RetroDatastore) -> HybridSearcher:
+        """The same searcher over a snapshot of its datastore."""
+        parts = (one.over(datastore) if hasattr(one, "over") else one for one in (self.dense, self.lexical))
+        return HybridSearcher(*parts)
 
     def search(
         self, texts: Sequence[str], num_neighbors: int, *, exclude_documents: Any = None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -17,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from ..locks import Lock
 from ..outside import parse_json
 from .chunks import document_of, gather_tokens, ranges
 from .files import (
@@ -208,13 +208,11 @@ class DocumentTable:
     """
 
     def __init__(self, path: Path, data: np.ndarray, num_documents: int) -> None:
-        self._path = path
-        self._lock = threading.Lock()
+        self._path, self._data = path, data
+        self._lock = Lock()
+        self._file = self._open()
+        self._process = os.getpid()
         with reading(path):
-            # Texts stay in the form that the file has them in until their size is known: a dictionary of one long text can
-            # stand for any number of copies.
-            source = pa.BufferReader(pa.py_buffer(data))
-            self._file = pq.ParquetFile(source, read_dictionary=DOCUMENT_SCHEMA.names, **_PARQUET_LIMITS)
             metadata = self._file.metadata
             groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
             schema = {field.name: field.type for field in self._file.schema_arrow}
@@ -230,6 +228,13 @@ class DocumentTable:
                     raise ValueError(f"its row group {number} has {group.num_rows} documents of {size:,} bytes")
         self._rows = lru_cache(_CACHED_GROUPS)(lambda group: self._read(group, DOCUMENT_SCHEMA.names).to_pylist())
         self._ids = lru_cache(_CACHED_ID_GROUPS)(lambda group: self._read(group, ["id"]).column("id").to_pylist())
+
+    def _open(self) -> pq.ParquetFile:
+        # Texts stay in the form that the file has them in until their size is known: a dictionary of one long text can stand
+        # for any number of copies.
+        with reading(self._path):
+            source = pa.BufferReader(pa.py_buffer(self._data))
+            return pq.ParquetFile(source, read_dictionary=DOCUMENT_SCHEMA.names, **_PARQUET_LIMITS)
 
     def _place(self, number: int) -> tuple[int, int]:
         group = int(np.searchsorted(self._starts, number, side="right") - 1)
@@ -255,6 +260,10 @@ class DocumentTable:
 
     def _read(self, group: int, columns: list[str]) -> pa.Table:
         with reading(self._path), self._lock:
+            if (
+                self._process != os.getpid()
+            ):  # a thread of the parent may have been reading when this process was forked
+                self._file, self._process = self._open(), os.getpid()
             # One small group: threads would cost more than they save, and they do not survive a fork.
             table = self._file.read_row_group(group, columns=columns, use_threads=False)
             table.validate(full=True)  # finds texts that are not UTF-8

@@ -51,6 +51,7 @@ class RetroDatastore:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = checked_path(path)
         self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._original: RetroDatastore | None = None  # of a snapshot
         self._opened = Generation.current(self.path)
 
     @classmethod
@@ -278,7 +279,8 @@ class RetroDatastore:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer of the token stream, from the store's own copy."""
         if self._tokenizer is None:
-            self._tokenizer = compatibility.load_own_tokenizer(self.path)
+            original = self._original
+            self._tokenizer = compatibility.load_own_tokenizer(self.path) if original is None else original.tokenizer
         return self._tokenizer
 
     def gather(self, chunk_ids: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -201,7 +201,8 @@ class RetroLookup:
 
     def __init__(self, retriever: Retriever, vocab_size: int, chunk_size: int | None = None) -> None:
         check_retriever(retriever, chunk_size)
-        self.retriever = retriever
+        # One generation of its datastore for all that belongs together, whatever other threads do to it meanwhile.
+        self.retriever = retriever.snapshot() if hasattr(retriever, "snapshot") else retriever
         self.vocab_size = vocab_size
         self.found: dict[Any, tuple[torch.Tensor, torch.Tensor]] = {}
         self.padding_mask: torch.Tensor | None = None
@@ -292,6 +293,8 @@ class RetroLookup:
         try:
             answer = look_up(*arguments)
         except Exception as error:
+            if any(kind.__name__ == "RetroError" for kind in type(error).__mro__):  # explains itself
+                raise
             raise RuntimeError(f"The retriever failed on {what}: {type(error).__name__}: {error}") from error
         if not isinstance(answer, tuple) or len(answer) != 2:
             found = f"a tuple of {len(answer)}" if isinstance(answer, tuple) else type(answer).__name__
