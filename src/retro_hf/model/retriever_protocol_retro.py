@@ -202,7 +202,7 @@ class RetroLookup:
     def __init__(self, retriever: Retriever, vocab_size: int, chunk_size: int | None = None) -> None:
         check_retriever(retriever, chunk_size)
         # One generation of its datastore for all that belongs together, whatever other threads do to it meanwhile.
-        self.retriever = retriever.snapshot() if hasattr(retriever, "snapshot") else retriever
+        self.retriever: Any = retriever.snapshot() if hasattr(retriever, "snapshot") else retriever
         self.vocab_size = vocab_size
         self.found: dict[Any, tuple[torch.Tensor, torch.Tensor]] = {}
         self.padding_mask: torch.Tensor | None = None
@@ -240,7 +240,7 @@ class RetroLookup:
         self.queries, self.ends = queries, ends
         texts = list(dict.fromkeys(text for text in queries if text is not None))
         if texts:
-            answer = self._ask(self.retriever.look_up, (texts,), f"{len(texts)} texts", len(texts))  # type: ignore[attr-defined]
+            answer = self._ask(self.retriever.look_up, (texts,), f"{len(texts)} texts", len(texts))
             self.found.update(zip(texts, zip(*answer, strict=True), strict=True))
 
     def _key(self, prompt: int, chunk: int, tokens: tuple[int, ...]) -> Any:
