@@ -20,6 +20,7 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import pytest
 from filelock import FileLock
@@ -83,10 +84,7 @@ def check_setup(command: str) -> bool:
 def run_bash(code: str) -> str:
     """Run the commands of a bash block, but for those that set the environment up."""
     commands = [line for line in code.replace("\\\n", " ").splitlines() if not check_setup(line.strip())]
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    result = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", "\n".join(commands)], capture_output=True, text=True, env=environment
-    )
+    result = subprocess.run(["bash", "-euo", "pipefail", "-c", "\n".join(commands)], capture_output=True, text=True)
     assert result.returncode == 0, f"{code}\n{result.stdout}\n{result.stderr}"
     return result.stdout
 
@@ -113,7 +111,8 @@ def run_page(page: Path, folder: Path) -> dict[str, str]:
     for shared in ("examples", "benchmarks", "hub_configs", ".data"):
         if (ROOT / shared).is_dir():
             (folder / shared).symlink_to(ROOT / shared)
-    with contextlib.chdir(folder):
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # the command `retro` is there
+    with contextlib.chdir(folder), mock.patch.dict(os.environ, PATH=path):
         for block in read_blocks(text):
             outcomes.setdefault(block.section, "")
             try:

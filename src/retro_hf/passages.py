@@ -9,6 +9,7 @@ import numpy as np
 
 from .datastore import RetroDatastore, chunk_texts
 from .datastore.documents import without_lone_surrogates
+from .errors import RetrieverError
 from .retriever import RetroRetriever
 
 
@@ -45,7 +46,11 @@ def find_passages(retriever: RetroRetriever, questions: Sequence[str], num_passa
         num_passages (`int`): passages per question.
     Returns:
         `list[list[Passage]]`: for each question at most `num_passages` passages, best first.
+    Raises:
+        RetrieverError: for a question without a word.
     """
+    if not all(question.strip() for question in questions):
+        raise RetrieverError("A question is empty. Pass texts with at least one word each.")
     datastore = retriever.datastore
     readable = [without_lone_surrogates(question) for question in questions]
     scores, chunk_ids = retriever.searcher.search(readable, 2 * num_passages)

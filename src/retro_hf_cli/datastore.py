@@ -86,14 +86,19 @@ def compact(store: Folder) -> None:
 
 @commands.command(rich_help_panel="Datastore", epilog="retro push store me/my-store")
 def push(
-    store: Folder,
-    repo: Annotated[str, typer.Argument(help="Dataset repository, such as me/my-store; made if it isn't there.")],
+    folder: Annotated[Path, typer.Argument(callback=paths.saved, help="Folder of a datastore or of a RETRO model.")],
+    repo: Annotated[str, typer.Argument(help="Repository, such as me/my-store; made if it isn't there.")],
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch to push to; made if it isn't there.")] = None,
 ) -> None:
-    """Upload a datastore to the Hub, with a card, as one commit."""
-    commit = _load_datastore(store).push_to_hub(repo, private=private or None, revision=revision)
-    typer.echo(f"{commit.repo_url}, commit {commit.oid}")
+    """Upload a datastore (as a dataset) or a model to the Hub, with a card."""
+    if paths.is_datastore(folder):
+        commit = _load_datastore(folder).push_to_hub(repo, private=private or None, revision=revision)
+        typer.echo(f"{commit.repo_url}, commit {commit.oid}")
+    else:
+        from .model import push_model
+
+        typer.echo(push_model(folder, repo, private=private, revision=revision))
 
 
 @commands.command(rich_help_panel="Datastore", epilog='retro search store "frogs came up" -k 3')
@@ -214,7 +219,12 @@ def _first(texts: list[str]) -> str:
     return "; ".join([*texts[:5], *more])
 
 
-def harmless(text: str) -> str:
-    """The text in one line, its control characters written out, which could move the cursor or colour the terminal."""
-    text = text.replace("\n", "⏎")
-    return "".join(repr(letter)[1:-1] if unicodedata.category(letter) == "Cc" else letter for letter in text)
+def harmless(text: str, *, lines: bool = False) -> str:
+    """The text with its control characters written out, which could move the cursor or colour the terminal.
+
+    It is in one line, or with `lines` in as many as it has.
+    """
+    text = text if lines else text.replace("\n", "⏎")
+    return "".join(
+        repr(letter)[1:-1] if unicodedata.category(letter) == "Cc" and letter != "\n" else letter for letter in text
+    )

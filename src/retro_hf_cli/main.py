@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from . import ask, datastore, evaluate, model, serve
+from . import ask, chat, datastore, env, evaluate, mcp, model, serve
 
 
 app = typer.Typer(
@@ -36,7 +36,7 @@ def _options(
     pass
 
 
-for group in (ask, datastore, model, evaluate, serve):
+for group in (ask, datastore, model, evaluate, serve, chat, mcp, env):
     app.add_typer(group.commands)
 
 

@@ -25,6 +25,18 @@ def datastore(path: Path) -> Path:
     return path
 
 
+def is_datastore(path: Path) -> bool:
+    """Whether a folder is a datastore, or may become one."""
+    return (path / MANIFEST).exists() or unfinished(path).exists()
+
+
+def saved(path: Path) -> Path:
+    """A datastore or a model, in a folder that exists."""
+    if not path.exists() and not unfinished(path).exists():
+        raise FileNotFoundError(f"There is nothing at '{path}'. Check the path of the datastore or model.")
+    return path
+
+
 def output(path: Path) -> Path:
     """Where a datastore is to be built."""
     if (path / MANIFEST).exists():

@@ -1,0 +1,1 @@
+"""Retrievers of other libraries over a [`RetroRetriever`]; each module needs its extra."""

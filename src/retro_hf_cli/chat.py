@@ -1,0 +1,95 @@
+"""The command that chats in the terminal: chat."""
+
+import queue
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from .datastore import STORE, Embedder, harmless, readable
+from .model import open_model
+from .serve import Dtype, NumNeighbors, Reader
+
+
+commands = typer.Typer()
+
+
+@commands.command(rich_help_panel="Model", epilog="retro chat model --store store")
+def chat(
+    model: Annotated[str, typer.Argument(help="Folder or Hub name of a RETRO model, or of any with --reader.")],
+    store: Annotated[str, typer.Option(help=STORE)],
+    embedder: Embedder = None,
+    reader: Reader = None,
+    num_neighbors: NumNeighbors = None,
+    dtype: Dtype = "auto",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.0,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same answers.")] = None,
+) -> None:
+    """Chat with a model in the terminal; each answer is followed by the passages that it read.
+
+    /new forgets the conversation, /off and /on switch the store, and an empty line or Ctrl-D ends the chat.
+    """
+    from retro_hf_server.engine import Engine, Sampling
+    from retro_hf_server.prompts import Prompts
+    from retro_hf_server.source import Source
+
+    loaded, tokenizer, retriever = open_model(model, store, embedder, reader, num_neighbors, dtype)
+    if not tokenizer.chat_template:
+        raise ValueError(f"'{model}' has no chat template, so it cannot chat. Continue a text with `retro generate`.")
+    engine = Engine(loaded, tokenizer, Source(retriever, tokenizer, loaded.config.chunk_size))
+    prompts = Prompts(engine, max_new_tokens)
+    sampling = Sampling(max_new_tokens, temperature, seed=seed)
+    messages: list[dict[str, str]] = []
+    retrieve = True
+    while said := _turn():
+        if said in ("/on", "/off", "/new"):
+            retrieve = retrieve if said == "/new" else said == "/on"
+            messages = [] if said == "/new" else messages
+            continue
+        messages.append({"role": "user", "content": said})
+        prompt = prompts.prompt(messages, said)
+        if engine.context_size is not None and len(prompt.tokens) + max_new_tokens > engine.context_size:
+            typer.echo(f"The conversation has no room for {max_new_tokens} more tokens; /new forgets it.", err=True)
+            messages.pop()
+            continue
+        messages.append({"role": "assistant", "content": _answer(engine, prompt, sampling, retrieve)})
+    engine.close()
+
+
+def _turn() -> str:
+    """The next line of the user; empty at the end."""
+    if sys.stdin.isatty():
+        typer.echo("> ", nl=False)
+    return readable(sys.stdin.readline()).strip()
+
+
+def _answer(engine: Any, prompt: Any, sampling: Any, retrieve: bool) -> str:
+    """Show an answer while it is written, and then what was read; Ctrl-C ends the answer."""
+    from retro_hf_server.engine import ChunkRead, Delta, Failed, Finished, Job
+
+    events: queue.Queue[Any] = queue.Queue()
+    job = Job(prompt, sampling, events.put, retrieve)
+    engine.submit(job)
+    text, passages = "", []
+    while True:
+        try:
+            event = events.get()
+        except KeyboardInterrupt:
+            job.cancelled = True
+            continue
+        if isinstance(event, Delta):
+            text += event.text
+            typer.echo(harmless(event.text, lines=True), nl=False)
+        elif isinstance(event, ChunkRead):
+            passages = event.passages
+        elif isinstance(event, Failed):
+            raise RuntimeError(event.message)
+        elif isinstance(event, Finished):
+            typer.echo()
+            if event.retrieval == "unavailable":
+                typer.echo(f"  written without the store: {event.message}", err=True)
+            for passage in passages:
+                name = harmless(passage["title"] or passage["document_id"])
+                typer.echo(f"  [{passage['score']:.2f}] {name}: {harmless(' '.join(passage['text'].split()))[:100]}")
+            return text

@@ -1,0 +1,25 @@
+"""The command that gives a datastore to agents: mcp."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .datastore import STORE, Embedder, open_retriever
+
+
+commands = typer.Typer()
+
+
+@commands.command(rich_help_panel="Datastore", epilog="retro mcp store")
+def mcp(store: Annotated[str, typer.Argument(help=STORE)], embedder: Embedder = None) -> None:
+    """Let agents search a datastore, by the Model Context Protocol on standard input and output.
+
+    An agent's settings name the command: {"command": "retro", "args": ["mcp", "/path/to/store"]}.
+    """
+    from retro_hf import extras
+
+    extras.load("mcp", "`retro mcp`")
+    from retro_hf_server.tools import make_tools
+
+    make_tools(open_retriever(store, embedder), Path(store).name).run("stdio")

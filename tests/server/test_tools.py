@@ -1,0 +1,60 @@
+"""The store as a tool for agents, through the client of the official SDK."""
+
+import sys
+
+import anyio
+import pytest
+from mcp import Client, StdioServerParameters
+from tiny_training import make_world
+
+from retro_hf import RetroDatastore
+from retro_hf_server.tools import make_tools
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """The tiny store and its folder."""
+    folder = tmp_path_factory.mktemp("tools")
+    made = make_world(folder)
+    made.folder = folder
+    return made
+
+
+def call(server, *calls):
+    """The results of calls of the tool."""
+
+    async def run():
+        async with Client(server) as client:
+            names = [tool.name for tool in (await client.list_tools()).tools]
+            assert names == ["search"]
+            return [await client.call_tool("search", arguments) for arguments in calls]
+
+    return anyio.run(run)
+
+
+def test_an_agent_finds_passages_and_sees_changes_of_other_processes(world):
+    """Best first, with their documents."""
+    server = make_tools(world.retriever, "store")
+    (found,) = call(server, {"query": "golden lighthouse", "num_passages": 3})
+    passages = found.structured_content["result"]
+    assert len(passages) == 3
+    assert passages[0].keys() == {"document_id", "title", "source", "text", "score"}
+    other = RetroDatastore.load(world.folder / "store")
+    other.append([{"id": "other", "text": "a golden lighthouse"}], embedder=world.embedder)
+    (found,) = call(server, {"query": "a golden lighthouse"})
+    assert found.structured_content["result"][0]["document_id"] == "other"
+
+
+def test_bad_arguments_are_errors_of_the_call(world):
+    """And the server goes on."""
+    bad = [{"query": ""}, {"query": "  "}, {"query": "x", "num_passages": 0}, {}]
+    *refused, found = call(make_tools(world.retriever, "store"), *bad, {"query": "a king"})
+    assert [one.is_error for one in refused] == [True] * len(bad)
+    assert not found.is_error
+
+
+def test_the_command_speaks_the_protocol_on_its_standard_streams(world):
+    """Nothing else may be printed there."""
+    arguments = ["-m", "retro_hf_cli", "mcp", str(world.folder / "store"), "--embedder", str(world.folder / "encoder")]
+    (found,) = call(StdioServerParameters(command=sys.executable, args=arguments), {"query": "a king"})
+    assert len(found.structured_content["result"]) == 5
