@@ -468,7 +468,7 @@ def test_inspect_says_with_which_queries_recall_was_measured(world, tmp_path):
 
 
 def test_control_characters_are_shown_and_not_sent(world, tmp_path):
-    """Ids and texts of strangers must not move the cursor, colour the terminal or end a line; JSON has them as they are."""
+    """Ids and texts of strangers must not move the cursor, color the terminal or end a line; JSON has them as they are."""
     row = {"id": "a\x1b[31m\x00b\nc", "title": "\x07bell", "text": "the frogs\x1b[2J came\nup and out"}
     (tmp_path / "odd.jsonl").write_text(json.dumps(row))
     options = ("--tokenizer", world / "model", "--embedder", world / "encoder", "--chunk-size", CHUNK_SIZE)

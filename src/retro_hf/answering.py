@@ -12,9 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from .errors import RetrieverError
 from .model.configuration_retro import RetroConfig
 from .model.modeling_retro import RetroForCausalLM
-from .passages import Passage, find_passages
+from .passages import PROMPT, Passage, find_passages, passage_text
 from .retriever import RetroRetriever
-from .training.questions import PROMPT, passage_text
 
 
 __all__ = ["Answer", "Question", "answer", "passage_inputs", "prepare_question"]

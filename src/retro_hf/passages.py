@@ -13,7 +13,16 @@ from .errors import RetrieverError
 from .retriever import RetroRetriever
 
 
-__all__ = ["Passage", "find_passages"]
+__all__ = ["PROMPT", "Passage", "find_passages", "passage_text"]
+
+PROMPT = "question: {question} \n answer:"
+"""What the paper writes before an answer (section 4.3)."""
+_PASSAGE = "title: {title}, source: {text}"
+
+
+def passage_text(title: str, text: str) -> str:
+    """A passage as the paper writes it (section 4.3), on one line."""
+    return " ".join(_PASSAGE.format(title=title, text=text).split())
 
 
 @dataclass(frozen=True)

@@ -123,7 +123,7 @@ def test_table_has_every_mode(page):
 
 @pytest.mark.parametrize("name", CHARTS)
 def test_each_chart_is_drawn_and_has_its_numbers(page, html, name):
-    """An SVG in the page's own colours, for a dark page, too; and a table below it."""
+    """An SVG in the page's own colors, for a dark page, too; and a table below it."""
     figure = html[html.index(f'id="chart-{name}"') :]
     figure = figure[: figure.index("</figure>")]
     svg = figure[figure.index("<svg") : figure.index("</svg>")]

@@ -146,7 +146,7 @@ def test_button_opens_all_chunks_and_tokens_show_their_numbers(browser, path):
 
 @pytest.mark.parametrize("dark", [False, True])
 def test_both_themes_are_readable(browser, path, dark):
-    """Text on its background at 4.5 or more (WCAG 2.2 AA), tokens of the strongest colours, too."""
+    """Text on its background at 4.5 or more (WCAG 2.2 AA), tokens of the strongest colors, too."""
     browser.open(path, dark=dark)
     page = numbers(browser.evaluate("getComputedStyle(document.body).backgroundColor"))
     assert (luminance(page[:3]) < 0.1) is dark

@@ -121,7 +121,7 @@ def test_neighbors_of_the_last_chunk_have_no_gain(world, model, text):
 
 
 def test_print_shows_text_and_neighbors(world, model, text):
-    """Without colours by `print`, with them by rich; text that looks like markup stays as it is."""
+    """Without colors by `print`, with them by rich; text that looks like markup stays as it is."""
     seen = tracing(model, {"text": f"[bold]the {text}", "id": "held-out"}, world)
     printed = str(seen)
     assert printed.startswith("held-out: ") and "\x1b" not in printed and "[bold]the" in printed

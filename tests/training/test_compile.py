@@ -27,7 +27,7 @@ def assert_compiled_equals_eager(model, batch, **options):
         torch.testing.assert_close(found_gradients[name], gradient, atol=1e-5, rtol=1e-4, msg=name)
 
 
-def labelled(batch_size=2, num_tokens=16):
+def labeled(batch_size=2, num_tokens=16):
     ids = random_ids(batch_size, num_tokens)
     return {"input_ids": ids, "labels": ids}
 
@@ -41,9 +41,7 @@ def test_tensors_that_come_with_given_neighbors_stay_in_one_graph(extra):
         "neighbor_chunk_size": torch.tensor([4, 4]),
     }
     model = tiny_retro("llama").train()
-    assert_compiled_equals_eager(
-        model, {**labelled(), **random_neighbors(2, 4), extra: tensors[extra]}, fullgraph=True
-    )
+    assert_compiled_equals_eager(model, {**labeled(), **random_neighbors(2, 4), extra: tensors[extra]}, fullgraph=True)
 
 
 @pytest.mark.parametrize(
@@ -58,19 +56,19 @@ def test_wrong_values_are_refused_inside_a_graph_too(wrong):
     torch.compiler.reset()
     compiled = torch.compile(tiny_retro("llama"), backend="aot_eager", fullgraph=True)
     with pytest.raises(RuntimeError):
-        compiled(**labelled(), **random_neighbors(2, 4), **wrong)
+        compiled(**labeled(), **random_neighbors(2, 4), **wrong)
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_a_live_retriever_is_read_by_a_compiled_model(training):
     model = tiny_retro("llama").train(training)
     model.set_retriever(hash_retriever())
-    assert_compiled_equals_eager(model, labelled())
+    assert_compiled_equals_eager(model, labeled())
 
 
 def test_a_backbone_that_breaks_the_graph_still_reads():
     """A warning of transformers inside the backbone is a graph break."""
-    assert_compiled_equals_eager(tiny_retro("gpt2"), {**labelled(), **random_neighbors(2, 4)})
+    assert_compiled_equals_eager(tiny_retro("gpt2"), {**labeled(), **random_neighbors(2, 4)})
 
 
 # Given neighbors are compiled anew in every step, until PyTorch's limit.
@@ -94,7 +92,7 @@ def test_layers_that_are_compiled_one_by_one_are_refused():
     for layer in model.model.backbone.model.layers:
         layer.compile(backend="eager")
     with pytest.raises(RuntimeError):
-        model(**labelled(), **random_neighbors(2, 4))
+        model(**labeled(), **random_neighbors(2, 4))
 
 
 @pytest.mark.parametrize("family", ["llama", "retro_decoder"])

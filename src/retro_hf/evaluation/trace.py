@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FULL_BITS", "Trace", "TracedChunk", "TracedNeighbor", "bits", "trace"]
 
-# The gain, in bits, from which on a colour has its full strength: a token 64 times as likely.
+# The gain, in bits, from which on a color has its full strength: a token 64 times as likely.
 FULL_BITS = 6.0
 # Terminal styles from the largest loss to the largest gain, readable on dark and light backgrounds.
 _STYLES = ("#ffffff on #b45309", "#000000 on #fcd9a8", "", "#000000 on #b6dbfb", "#ffffff on #1d63b8")
@@ -59,7 +59,7 @@ class TracedChunk:
 
 @dataclass(frozen=True)
 class Trace:
-    """What [`trace`] found in one text. `print` shows it, `rich.print` in colours; `to_dict` is ready for JSON.
+    """What [`trace`] found in one text. `print` shows it, `rich.print` in colors; `to_dict` is ready for JSON.
 
     Attributes:
         document_id, title (`str`): of the text, empty if unknown.
@@ -96,7 +96,7 @@ class Trace:
         return plain_text(self)
 
     def __rich_console__(self, *_: Any) -> Iterator[RenderableType]:
-        """The text with coloured tokens, chunk by chunk, and the neighbors of each below it."""
+        """The text with colored tokens, chunk by chunk, and the neighbors of each below it."""
         from rich.padding import Padding
         from rich.text import Text
 
@@ -133,7 +133,7 @@ def _style(gain: float) -> str:
 
 
 def _strongest(tokens: list[str], gains: list[float], count: int = 3) -> str:
-    """The tokens with the largest gains in bits, for terminals without colours."""
+    """The tokens with the largest gains in bits, for terminals without colors."""
     order = sorted(range(len(gains)), key=lambda place: -gains[place])[:count]
     named = [f"{tokens[place].strip()} {gains[place]:+.1f}" for place in order if gains[place] > 0.1 * FULL_BITS]
     return f"({', '.join(named)})" if named else ""

@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from .. import extras
 from ..errors import DatasetError
+from ..passages import PROMPT, passage_text
 from .collator import IGNORED_LABEL, checked_shares, generator_for, padding_id
 from .columns import check_columns, check_example, checked_text, list_lengths
 
@@ -21,19 +22,9 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["PROMPT", "QuestionCollator", "check_same_tokenizer", "passage_text", "tokenize_questions"]
+__all__ = ["PROMPT", "QuestionCollator", "check_same_tokenizer", "tokenize_questions"]
 
 logger = logging.get_logger(__name__)
-
-PROMPT = "question: {question} \n answer:"
-"""What the paper writes before an answer."""
-PASSAGE = "title: {title}, source: {text}"
-
-
-def passage_text(title: str, text: str) -> str:
-    """A passage as the paper writes it, on one line."""
-    return " ".join(PASSAGE.format(title=title, text=text).split())
-
 
 _PROMPT_COLUMN = "prompt_input_ids"
 _ANSWER_COLUMN = "answer_input_ids"

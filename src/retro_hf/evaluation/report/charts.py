@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Chart", "charts_of", "to_png", "to_svg"]
 
-# The colours of the light page. Each is replaced by a variable of the page's style sheet, which also has dark ones.
+# The colors of the light page. Each is replaced by a variable of the page's style sheet, which also has dark ones.
 _COLORS = {
     "fg": "#1b1d21",
     "muted": "#5d6371",
@@ -34,7 +34,7 @@ _COLORS = {
     "oracle": "#0f766e",
     "in_context": "#be185d",
 }
-# Modes differ in more than their colour.
+# Modes differ in more than their color.
 _STROKES: dict[str, dict[str, Any]] = {
     "on": {"marker": "o"},
     "off": {"linestyle": "--"},
@@ -305,7 +305,7 @@ def _draw_line(axes: Axes, mode: str, xs: Sequence[float], ys: Sequence[float | 
 
 
 def to_svg(chart: Chart) -> str:
-    """A chart as an `<svg>` element for the page, as wide as its place and coloured by variables such as `var(--on)`."""
+    """A chart as an `<svg>` element for the page, as wide as its place and colored by variables such as `var(--on)`."""
     # A date would change from run to run.
     metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     svg = _drawn([chart], title=False, format="svg", transparent=True, metadata=metadata).decode()

@@ -101,7 +101,7 @@ def _ends(interval: Interval) -> str:
 
 
 def _strength(gain: float) -> str:
-    """The opacity of a token's colour, from 0 to 1, for a gain in bits."""
+    """The opacity of a token's color, from 0 to 1, for a gain in bits."""
     return f"{min(abs(gain) / FULL_BITS, 1):.2f}".removesuffix(".00")
 
 

@@ -1,0 +1,56 @@
+"""The cache of the Hub, filled from packages, so that the names in the docs load without a network.
+
+What `huggingface_hub` would download is laid where it would put it: a snapshot per repository, and the name `main` for it.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+from filelock import FileLock
+
+
+ROOT = Path(__file__).resolve().parents[1]
+SNAPSHOT = "0" * 40
+
+
+def _base() -> Path:
+    from retrofit_smollm2 import load_base
+
+    return load_base(ROOT / ".data" / "smollm2-base")
+
+
+def _encoder() -> Path:
+    from demo_data import minilm_path
+
+    return minilm_path()
+
+
+MODELS = {"HuggingFaceTB/SmolLM2-135M-Instruct": _base, "sentence-transformers/all-MiniLM-L6-v2": _encoder}
+
+
+def fill(text: str) -> None:
+    """Put the models that a text names into `$HF_HOME`; others of the Hub stay out of reach."""
+    for name in MODELS:
+        if name in text:
+            put(name)
+
+
+def put(name: str) -> None:
+    """Put one of `MODELS` into `$HF_HOME`; several processes may call it at once."""
+    folder = Path(os.environ["HF_HOME"]) / "hub" / f"models--{name.replace('/', '--')}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"), FileLock(f"{ROOT / '.hub_cache.lock'}"):
+        if (folder / "refs" / "main").exists():
+            return
+        sys.path.insert(0, str(ROOT / "examples"))
+        try:
+            source = MODELS[name]()
+        finally:
+            sys.path.remove(str(ROOT / "examples"))
+        snapshot = folder / "snapshots" / SNAPSHOT
+        snapshot.mkdir(parents=True, exist_ok=True)
+        for path in source.iterdir():
+            (snapshot / path.name).symlink_to(path.resolve())
+        (folder / "refs").mkdir(exist_ok=True)
+        (folder / "refs" / "main").write_text(SNAPSHOT)
