@@ -21,7 +21,7 @@ _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 # Names that Windows takes for devices, whatever their suffix.
 _DEVICE = re.compile(r"(?:con|prn|aux|nul|com\d|lpt\d)(?:\..*)?", re.IGNORECASE)
 _HUB_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,95})(?:/[A-Za-z0-9](?:[A-Za-z0-9._-]{0,95}))?")
-# Characters that move the cursor or colour the terminal (C0, DEL, C1), reorder what is shown (bidirectional), end a line for
+# Characters that move the cursor or color the terminal (C0, DEL, C1), reorder what is shown (bidirectional), end a line for
 # some programs, or cannot be seen at all (tags).
 _HIDDEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ufff9-\ufffb\U000e0000-\U000e007f\ud800-\udfff]"

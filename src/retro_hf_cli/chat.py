@@ -76,7 +76,7 @@ def _answer(engine: Any, prompt: Any, sampling: Any, retrieve: bool) -> str:
         try:
             event = events.get()
         except KeyboardInterrupt:
-            job.cancelled = True
+            job.canceled = True
             continue
         if isinstance(event, Delta):
             text += event.text

@@ -220,7 +220,7 @@ def _first(texts: list[str]) -> str:
 
 
 def harmless(text: str, *, lines: bool = False) -> str:
-    """The text with its control characters written out, which could move the cursor or colour the terminal.
+    """The text with its control characters written out, which could move the cursor or color the terminal.
 
     It is in one line, or with `lines` in as many as it has.
     """

@@ -75,7 +75,7 @@ class Finished:
     The end of an answer.
 
     Attributes:
-        reason (`str`): `"stop"`, `"length"`, `"cancelled"` or `"timeout"`.
+        reason (`str`): `"stop"`, `"length"`, `"canceled"` or `"timeout"`.
         num_tokens (`int`): tokens of the answer, with the one that ended it.
         retrieval (`str`): `"on"`, `"off"` or `"unavailable"`.
         message (`str`, *optional*): why retrieval was not available.
@@ -110,7 +110,7 @@ class Job:
         emit (`Callable[[Event], None]`): is told what happens, in the engine's thread. It must not wait.
         retrieve (`bool`): whether to read the store.
         deadline (`float`): of `time.monotonic()`.
-        cancelled (`bool`): set by whoever does not want the answer any more.
+        canceled (`bool`): set by whoever does not want the answer any more.
     """
 
     prompt: Prompt
@@ -118,7 +118,7 @@ class Job:
     emit: Callable[[Event], None]
     retrieve: bool = True
     deadline: float = float("inf")
-    cancelled: bool = False
+    canceled: bool = False
 
 
 @dataclass
@@ -232,8 +232,8 @@ class Engine:
             batch: list[Job] = []
             rest: deque[Job | _Work] = deque()
             for item in self._waiting:
-                if isinstance(item, Job) and (item.cancelled or time.monotonic() > item.deadline):
-                    item.emit(Finished("cancelled" if item.cancelled else "timeout", 0, "off"))
+                if isinstance(item, Job) and (item.canceled or time.monotonic() > item.deadline):
+                    item.emit(Finished("canceled" if item.canceled else "timeout", 0, "off"))
                 elif isinstance(item, Job) and self._fits(item, batch):
                     batch.append(item)
                 else:
@@ -324,8 +324,8 @@ class _Row:
             self.end("stop")
         elif len(self._text.ids) >= self.job.sampling.max_tokens:
             self.end("length")
-        elif self.job.cancelled:
-            self.end("cancelled")
+        elif self.job.canceled:
+            self.end("canceled")
         elif time.monotonic() > self.job.deadline:
             self.end("timeout")
         return None

@@ -112,7 +112,7 @@ class Service:
         return JSONResponse(answer.body())
 
     async def _events(self, job: Job, events: asyncio.Queue[Event]) -> AsyncIterator[Event]:
-        """What happens with a job until its end; a job that nobody waits for any more is cancelled."""
+        """What happens with a job until its end; a job that nobody waits for any more is canceled."""
         begun, has_text = time.monotonic(), False
         try:
             while True:
@@ -137,7 +137,7 @@ class Service:
                     return
                 yield event
         finally:
-            job.cancelled = True
+            job.canceled = True
 
     async def _pieces(
         self, job: Job, answer: Answer, events: asyncio.Queue[Event], with_usage: bool
@@ -153,12 +153,12 @@ class Service:
         except RequestError as error:
             yield event_line(error.body())
         finally:
-            job.cancelled = True
+            job.canceled = True
 
     async def _cancel_when_gone(self, job: Job, request: Request) -> None:
         while not await request.is_disconnected():
             await asyncio.sleep(0.2)
-        job.cancelled = True
+        job.canceled = True
 
     async def compare(self, request: Request) -> dict[str, Any]:
         """How likely each token of an answer is with retrieval and without."""

@@ -174,9 +174,9 @@ def test_a_cancelled_answer_ends_and_the_others_go_on(engine):
     """A client that hangs up costs nothing more."""
     engine.call(lambda: time.sleep(0.3))
     first, second = Asked(engine, "a king", max_tokens=200), Asked(engine, "the river", max_tokens=12)
-    first.job.cancelled = True
+    first.job.canceled = True
     assert second.result()[-1].num_tokens == 12
-    assert first.result()[-1].reason == "cancelled"
+    assert first.result()[-1].reason == "canceled"
 
 
 def test_an_answer_past_its_deadline_ends_whether_it_waits_or_runs(engine):

@@ -47,7 +47,7 @@ def wait_for(browser, expression):
 
 
 def ask(browser, text="the golden lighthouse"):
-    """Ask the page a question and wait for both answers and the colours."""
+    """Ask the page a question and wait for both answers and the colors."""
     browser.evaluate(
         f"document.getElementById('prompt').value = {text!r}; document.getElementById('tokens').value = 20"
     )
@@ -65,7 +65,7 @@ def page(browser, server):
 
 
 def test_both_answers_are_those_of_the_server(page, server):
-    """Side by side, with the tokens coloured by what the store saved."""
+    """Side by side, with the tokens colored by what the store saved."""
     body = {"prompt": "the golden lighthouse", "max_tokens": 20, "temperature": 0}
     for side, retrieval in (("off", False), ("on", True)):
         answer = server.client.post("/v1/completions", json={**body, "retrieval": retrieval}).json()

@@ -290,7 +290,7 @@ def test_a_store_that_vanishes_is_reported_in_every_answer_until_it_is_back(worl
 
 
 def test_an_answer_is_scored_with_retrieval_and_without(server):
-    """The numbers behind the colours of the page."""
+    """The numbers behind the colors of the page."""
     answer = " sings golden lighthouse — over"
     scored = server.client.post("/v1/retrieval/compare", json={"messages": MESSAGES, "answer": answer}).json()
     assert "".join(token["text"] for token in scored["tokens"]) == answer
