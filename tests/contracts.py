@@ -86,6 +86,8 @@ def naive_weights(model) -> dict[str, torch.nn.Parameter]:
         block(f"layers.{p}", f"{decoder}.layers.{p}")
     for p in model.config.cross_attention_layers:
         cross(f"layers.{p}.cca", "norm", f"{retro}.cross_attention.{p}", "attention")
+        if model.config.cross_attention_null_key:
+            weights[f"layers.{p}.cca.null"] = named.pop(f"{retro}.cross_attention.{p}.null_logits")
     weights["encoder.embed"] = named.pop(f"{retro}.encoder.embed_tokens.weight")
     weights["encoder.chunk_norm"] = named.pop(f"{retro}.encoder.chunk_norm.weight")
     weights["encoder.final_norm"] = named.pop(f"{retro}.encoder.norm.weight")

@@ -11,6 +11,7 @@ width, attention matrices named `{q,k,v,o,r}`, feed-forward ones `{up,down}`:
     embed (V, d)                      tied with the read-out
     layers.{p}.attn_norm (d)          layers.{p}.attn.*     q, k, v, r read d
     layers.{p}.cca_norm (d)           layers.{p}.cca.*      q, r read d; k, v read e; only p in cross_attention_layers
+    layers.{p}.cca.null (heads)       where the model has a null key: its logits
     layers.{p}.ffw_norm (d)           layers.{p}.ffw.*
     final_norm (d)
     encoder.embed (V, e)
@@ -101,8 +102,10 @@ def attention(w, name, queries, keys, distances, num_heads, head_dim):
             part = slice(h * head_dim, (h + 1) * head_dim)
             content = k[visible, part] @ q[i, part]
             relative = torch.stack([position[distances[i][j]] for j in visible])[:, part] @ q[i, part]
-            probabilities = torch.softmax((content + relative) / math.sqrt(head_dim), dim=0)
-            heads.append(probabilities @ v[visible, part])
+            scores = (content + relative) / math.sqrt(head_dim)
+            if f"{name}.null" in w:  # one key more, whose value is zero
+                scores = torch.cat([scores, w[f"{name}.null"][h : h + 1]])
+            heads.append(torch.softmax(scores, dim=0)[: len(visible)] @ v[visible, part])
         outputs.append(w[f"{name}.o"] @ torch.cat(heads))
     return torch.stack(outputs)
 

@@ -244,6 +244,7 @@ def test_a_config_comes_back_from_dict_and_disk(family, tmp_path):
         cross_attention_num_heads=2,
         cross_attention_head_dim=5,
         cross_attention_placement="after_layer",
+        cross_attention_null_key=True,
         zero_init_cross_attention=True,
         rms_norm_eps=1e-5,
         retriever_name_or_path="some/retriever",

@@ -31,11 +31,12 @@ def test_logits_agree_on_every_path(implementation, grad, use_cache):
         contracts.check_agrees_with_oracle(model, chunk_offset=chunk_offset, grad=grad, use_cache=use_cache)
 
 
+@pytest.mark.parametrize("null_key", [False, True], ids=["paper", "null_key"])
 @pytest.mark.parametrize("splits", [[1] * 14, [3, 1, 1, 9], [4, 4, 6], [5, 1, 8]], ids=str)
 @pytest.mark.parametrize("chunk_offset", [0, 2])
-def test_logits_of_a_sequence_in_pieces_agree(splits, chunk_offset):
+def test_logits_of_a_sequence_in_pieces_agree(splits, chunk_offset, null_key):
     """Token by token and piece by piece through the cache, the logits stay those of Algorithm 1."""
-    model, ids = oracle_model(), random_ids(2, 14)
+    model, ids = oracle_model(cross_attention_null_key=null_key), random_ids(2, 14)
     neighbors = random_neighbors(2, 4, ragged=True)
     num_chunks = (14 + chunk_offset) // 4
     complete = {name: tensor[:, :num_chunks] for name, tensor in neighbors.items()}
@@ -53,6 +54,32 @@ def test_logits_of_a_sequence_in_pieces_agree(splits, chunk_offset):
             cache, start = output[CACHE_NAME], start + length
             pieces.append(output.logits)
     torch.testing.assert_close(torch.cat(pieces, dim=1), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_logits_with_a_null_key_agree(implementation, grad):
+    """One key more for every head, with a logit of its own and the value zero; its gradient, too."""
+    model = oracle_model(cross_attention_null_key=True)
+    assert all(layer.null_logits.abs().min() > 0 for layer in model.model.retro.cross_attention.values())
+    model.set_attn_implementation(implementation)
+    for chunk_offset in (0, 2):
+        contracts.check_agrees_with_oracle(model, chunk_offset=chunk_offset, grad=grad)
+    contracts.check_gradients_agree_with_oracle(model)
+
+
+def test_a_head_that_attends_to_the_null_key_reads_nothing():
+    """With a large logit neighbors change nothing, and the probabilities of their tokens are zero."""
+    model, ids, neighbors = oracle_model(cross_attention_null_key=True), random_ids(2, 14), random_neighbors(2, 3)
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        expected = model(ids).logits
+        for layer in model.model.retro.cross_attention.values():
+            layer.null_logits.fill_(1e4)
+        output = model(ids, output_attentions=True, **neighbors)
+    torch.testing.assert_close(output.logits, expected)
+    for weights in output.cross_attentions:
+        assert weights.shape[-1] == neighbors["neighbor_input_ids"][0, 0].numel() and not weights.any()
 
 
 def test_logits_without_neighbors_agree():

@@ -205,9 +205,14 @@ class RetroAttention(nn.Module):
         features: torch.Tensor,
         attention_mask: torch.Tensor | None,
         num_repeats: int = 1,
+        null_logits: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attend to projected keys and values; the keys are `num_repeats` runs with the same distances; see `forward`."""
+        """Attend to projected keys and values; see `forward`.
+
+        The keys are `num_repeats` runs with the same distances. With `null_logits`, of shape `(H,)`, each head also has one key
+        more, with this logit at every query and the value zero.
+        """
         query = self._split_heads(self.q_proj(hidden_states))
         batch_size, _, num_queries, _ = query.shape
         in_blocks = self.is_causal and num_queries == key.shape[-2] and num_queries > self._block_size(query)
@@ -220,6 +225,12 @@ class RetroAttention(nn.Module):
             scores = torch.matmul(query * self.scaling, self.position_bias(features))
         bias = relative_shift(scores, key.shape[-2] // num_repeats)
         bias = bias.unsqueeze(-2).expand(-1, -1, -1, num_repeats, -1).flatten(-2)  # a view for one run
+        if null_logits is not None:
+            key, value = (nn.functional.pad(states, (0, 0, 0, 1)) for states in (key, value))
+            null = null_logits.to(bias.dtype).view(1, -1, 1, 1).expand(*bias.shape[:-1], 1)
+            bias = torch.cat([bias, null], dim=-1)
+            if attention_mask is not None:
+                attention_mask = nn.functional.pad(attention_mask, (0, 1), value=attention_mask.dtype == torch.bool)
         output, weights = self._interface(query)(
             self,
             query,

@@ -244,6 +244,8 @@ class RetroConfig(_RetroConfigMixin, PreTrainedConfig):
     cross_attention_head_dim (`int`, *optional*): width of a CCA head; the backbone's by default.
     cross_attention_placement (`str`, defaults to `"after_attention"`): `"after_attention"`, the paper's order
         ATTN → CCA → FFW, or `"after_layer"`.
+    cross_attention_null_key (`bool`, defaults to `False`): give every head of CCA one more key, with a learned logit and the value
+        zero. A query that no neighbor token answers can attend to it, and then reads nothing. The paper has none.
     zero_init_cross_attention (`bool`, defaults to `False`): start with a zero output projection, so that the model
         equals its backbone before the first training step; what `retrofit` does.
     share_embeddings (`bool`, defaults to `False`): read neighbors through the backbone's embeddings instead of a
@@ -281,6 +283,7 @@ class RetroConfig(_RetroConfigMixin, PreTrainedConfig):
     cross_attention_num_heads: int | None = None
     cross_attention_head_dim: int | None = None
     cross_attention_placement: str = "after_attention"
+    cross_attention_null_key: bool = False
     zero_init_cross_attention: bool = False
     share_embeddings: bool = False
     rms_norm_eps: float = 1e-6

@@ -80,7 +80,7 @@ logger = logging.get_logger(__name__)
 
 # The linter asks which checkpoints take which path; here the user's config decides, and each field says what it does.
 # trf-ignore: TRF041 config.reader, config.share_embeddings, config.cross_attention_layers, config.text_config.model_type, config.text_config
-# trf-ignore: TRF041 config.freeze_backbone, config.cross_attention_placement, config.save_backbone
+# trf-ignore: TRF041 config.freeze_backbone, config.cross_attention_placement, config.save_backbone, config.cross_attention_null_key
 
 
 # ── relative positions (B.1.2, equations 6 and 7) ─────────────────────────────────────────────────────────────────────
@@ -247,6 +247,8 @@ class RetroChunkedCrossAttention(nn.Module):
             key_value_size=config.neighbor_encoder_config.hidden_size,
         )
         self.attention.o_proj.zero_init = config.zero_init_cross_attention  # read by `_init_weights`
+        heads = config.cross_attention_num_heads
+        self.null_logits = nn.Parameter(torch.zeros(heads)) if config.cross_attention_null_key else None
 
     def forward(
         self,
@@ -282,7 +284,10 @@ class RetroChunkedCrossAttention(nn.Module):
             features,
             mask[:, None, None, :],
             num_repeats=mask.shape[1] // plan.neighbor_size,
+            null_logits=self.null_logits,
         )
+        if weights is not None:
+            weights = weights[..., : mask.shape[1]]
         return plan.per_token(torch.where(mask.any(dim=-1)[:, None, None], update, 0.0)), weights
 
 
