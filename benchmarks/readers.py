@@ -1,19 +1,22 @@
 """Who reads best? One frozen base and the same passages: in its prompt, in parallel context, and through the shipped adapter.
 
-    python benchmarks/readers.py                  # about 15 minutes of CPU time on one core; continues if it is stopped
-    python benchmarks/readers.py --documents 4    # a quick look
-    python benchmarks/readers.py --publish        # writes benchmarks/results/readers.json
+    python benchmarks/readers.py                  # about half an hour of CPU time on one core; continues if it is stopped
+    python benchmarks/readers.py --texts java     # one text, so that several can run side by side
+    python benchmarks/readers.py --publish        # what is missing, and then writes benchmarks/results/readers.json
 
-| reader             | how the base reads the two neighbors of the last complete chunk                             | trained on |
-| ------------------ | ------------------------------------------------------------------------------------------- | ---------- |
-| `off`              | not at all                                                                                  | nothing    |
-| `in_context`       | as the beginning of its prompt, which is computed again for every chunk                     | nothing    |
-| `parallel_context` | `retrofit(base, reader="parallel_context")`                                                 | nothing    |
-| `retro`            | `hub_configs/retro-smollm2-135m`: neighbor encoder and chunked cross-attention              | other books of the Bible, Wikipedia |
+| reader             | how the base reads the two neighbors of the last complete chunk                             | trained on       |
+| ------------------ | ------------------------------------------------------------------------------------------- | ---------------- |
+| `off`              | not at all                                                                                  | nothing          |
+| `in_context`       | as the beginning of its prompt, which is computed again for every chunk                     | nothing          |
+| `parallel_context` | `retrofit(base, reader="parallel_context")`                                                 | nothing          |
+| `retro`            | `hub_configs/retro-smollm2-135m`: neighbor encoder and chunked cross-attention              | 18 kinds of text |
 
-The base is SmolLM2-135M-Instruct (4 bits, dequantized to float32). Texts and datastores are those of `smollm2.py`: the first 16
-documents, cut at 256 tokens, every token but the first of a document scored. `random` is the same with random chunks of the
-datastore. CPU time is that of scoring, without the search; `speed` is that of decoding with neighbors that were encoded before.
+The base is SmolLM2-135M-Instruct (4 bits, dequantized to float32). The Bible's text and datastore are those of `smollm2.py`: books that
+were never trained on. The other texts are kinds that the adapter has never seen (`examples/text_kinds.py`); their datastores hold the
+first 1,500 characters of 800 documents (licences: of all), without near-duplicates of the held-out ones. Documents are cut at 256
+tokens, and every token but the first is scored. `random` is the same with random chunks of the datastore, `neighbors_20` with twenty
+neighbors, `store_1_percent` with neighbors from a datastore of one document in a hundred. CPU time is that of scoring, without the
+search; `speed` is that of decoding with neighbors that were encoded before.
 """
 
 import argparse
@@ -36,47 +39,78 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 from demo_data import minilm_path  # noqa: E402
 from retrofit_smollm2 import load_base  # noqa: E402
-from smollm2 import DOCUMENTS, MODEL, load_texts  # noqa: E402
+from smollm2 import DOCUMENTS, MODEL, load_texts, near_duplicates  # noqa: E402
+from text_kinds import HELDOUT, in_random_order  # noqa: E402
+from text_kinds import load_documents as load_kind  # noqa: E402
 
 from retro_hf import ChunkEmbedder, RetroDatastore, RetroForCausalLM, RetroRetriever, __version__, retrofit  # noqa: E402
 
 
 CHUNK_SIZE, NUM_NEIGHBORS, NEIGHBOR_SIZE, TOKENS = 32, 2, 128, 256
 BASE = Path("demo_output/smollm2/base")
-TEXTS = ("bible", "licences")
+TEXTS = ("bible", *HELDOUT)
+CHARACTERS, STORED = 1500, 800  # of each document, and documents, in the datastore of a text
+MANY = 20
 Document = dict
 
 
-def load_documents(name: str, count: int, tokenizer, embedder: ChunkEmbedder) -> list[Document]:
-    """Documents with `input_ids` (1, T), `num_bytes`, and neighbors (1, chunks, K, R) that were found and that were drawn."""
-    heldout, store = load_texts(name, DOCUMENTS[name])
-    path = Path("demo_output/smollm2_texts") / f"{name}_store"
+def load_parts(name: str, count: int) -> tuple[list[dict], list[dict]]:
+    """Held-out documents of a text, and those of its datastore."""
+    if name in DOCUMENTS:
+        heldout, store = load_texts(name, DOCUMENTS[name])
+        heldout = heldout[:count]
+    else:
+        documents = [one for one in in_random_order(load_kind(name)) if len(one["text"]) >= 1000]
+        heldout, store = documents[:count], documents[count : count + STORED]
+    if name != "bible":
+        store = [one | {"text": one["text"][:CHARACTERS]} for one in store]
+        heldout = [one | {"text": one["text"][:CHARACTERS]} for one in heldout]
+        dropped = near_duplicates(store, heldout)
+        store = [one for one in store if one["id"] not in dropped]
+    return heldout, store
+
+
+def open_retriever(name: str, store: list[dict], tokenizer, embedder: ChunkEmbedder) -> RetroRetriever:
+    """Search in the datastore of some documents, built first if there is none."""
+    path = Path("demo_output/readers") / f"{name}_store"
     if not path.exists():
         sizes = {"chunk_size": CHUNK_SIZE, "neighbor_size": NEIGHBOR_SIZE}
         RetroDatastore.build(store, path, tokenizer=tokenizer, embedder=embedder, **sizes)
-    datastore = RetroDatastore.load(path)
-    retriever = RetroRetriever(datastore, embedder=embedder, num_neighbors=NUM_NEIGHBORS)
+    return RetroRetriever(RetroDatastore.load(path), embedder=embedder, num_neighbors=NUM_NEIGHBORS)
+
+
+def load_documents(name: str, count: int, skip: int, tokenizer, embedder: ChunkEmbedder) -> list[Document]:
+    """Documents with `input_ids` (1, T), `num_bytes`, and neighbors (1, chunks, K, R) of each mode."""
+    heldout, store = load_parts(name, skip + count)
+    retriever = open_retriever(name, store, tokenizer, embedder)
+    few = open_retriever(f"{name}_1_percent", store[::100], tokenizer, embedder)
     generator, documents = np.random.default_rng(0), []
-    for one in heldout[:count]:
+    for one in heldout[skip:]:
         ids = tokenizer(one["text"], return_tensors="pt").input_ids[:, :TOKENS]
         chunks = ids[0, : ids.shape[1] // CHUNK_SIZE * CHUNK_SIZE].view(-1, CHUNK_SIZE)
-        found = retriever(chunks, torch.ones_like(chunks))
+        mask = torch.ones_like(chunks)
+        datastore = retriever.datastore
         drawn = datastore.gather(generator.integers(len(datastore), size=(len(chunks), NUM_NEIGHBORS)))
         first = tokenizer.decode(ids[0, :1])
+        found = {}
+        for mode, wanted in (("bits_per_byte", NUM_NEIGHBORS), ("neighbors_20", MANY)):
+            retriever.num_neighbors = wanted
+            found[mode] = _named(*retriever(chunks, mask))
         documents.append(
             {
                 "input_ids": ids,
                 "num_bytes": len(tokenizer.decode(ids[0]).encode()) - len(first.encode()),
-                "found": _named(*found),
+                **found,
                 "random": _named(*(torch.as_tensor(part) for part in drawn)),
+                "store_1_percent": _named(*few(chunks, mask)),
             }
         )
     return documents
 
 
 def _named(ids: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
-    shape = (1, -1, NUM_NEIGHBORS, NEIGHBOR_SIZE)
-    return {"neighbor_input_ids": ids.long().view(shape), "neighbor_attention_mask": mask.long().view(shape)}
+    ids, mask = (part.long().view(1, len(ids), -1, NEIGHBOR_SIZE) for part in (ids, mask))
+    return {"neighbor_input_ids": ids, "neighbor_attention_mask": mask}
 
 
 def _nats(logits: torch.Tensor, targets: torch.Tensor) -> float:
@@ -123,35 +157,42 @@ def load(name: str) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32).eval()
 
 
-READERS = {"off": read_off, "parallel_context": read_retro, "in_context": read_in_context, "retro": read_retro}
+READERS = {"off": read_off, "in_context": read_in_context, "parallel_context": read_retro, "retro": read_retro}
+MODES = {
+    "off": ("bits_per_byte",),
+    "in_context": ("bits_per_byte", "random"),
+    "parallel_context": ("bits_per_byte", "random"),
+    "retro": ("bits_per_byte", "random", "neighbors_20", "store_1_percent"),
+}
 
 
 @torch.no_grad()
-def measure_texts(documents: dict[str, list[Document]], kept: dict, save: Callable[[], None]) -> None:
-    """Fill `kept["texts"]`; what is there is not measured again."""
-    for mode in ("found", "random"):
-        key = "bits_per_byte" if mode == "found" else mode
-        for name, read in READERS.items():
-            rows = {text: kept["texts"].setdefault(text, {}).setdefault(name, {}) for text in documents}
-            missing = [text for text in documents if key not in rows[text] and (name, mode) != ("off", "random")]
-            model = load(name) if missing else None
-            for text in missing:
-                num_bytes = sum(document["num_bytes"] for document in documents[text])
-                num_tokens = sum(document["input_ids"].shape[1] - 1 for document in documents[text])
-                start = time.process_time()
-                bits = sum(read(model, document, mode) for document in documents[text]) / math.log(2)
-                if mode == "found":
-                    rows[text]["cpu_ms_per_token"] = 1000 * (time.process_time() - start) / num_tokens
-                rows[text][key] = bits / num_bytes
-                save()
-                print(f"{text:9} {name:17} {mode:6} {rows[text][key]:.4f}", flush=True)
+def measure_text(documents: list[Document], kept: dict, save: Callable[[], None]) -> None:
+    """Fill `kept`, by reader; what is there is not measured again."""
+    num_bytes = sum(document["num_bytes"] for document in documents)
+    num_tokens = sum(document["input_ids"].shape[1] - 1 for document in documents)
+    kept["count"], kept["tokens"] = len(documents), num_tokens
+    for name, read in READERS.items():
+        row = kept.setdefault("readers", {}).setdefault(name, {})
+        missing = [mode for mode in MODES[name] if mode not in row]
+        model = load(name) if missing else None
+        for mode in missing:
+            start = time.process_time()
+            bits = sum(read(model, document, mode) for document in documents) / math.log(2)
+            if mode == "bits_per_byte":
+                row["cpu_ms_per_token"] = 1000 * (time.process_time() - start) / num_tokens
+            row[mode] = bits / num_bytes
+            if name == "off":
+                row["random"] = row[mode]
+            save()
+            print(f"{name:17} {mode:15} {row[mode]:.4f}", flush=True)
 
 
 @torch.no_grad()
 def measure_speed(documents: list[Document], num_tokens: int = 64, repeats: int = 3) -> dict[str, dict]:
     """Tokens per second of CPU time, by batch size: the base, and the same with neighbors that were encoded before."""
     model = load("parallel_context")
-    known = documents[0]["found"]["neighbor_input_ids"][0]
+    known = documents[0]["bits_per_byte"]["neighbor_input_ids"][0]
 
     def retriever(ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """One of the first document's chunks for each, as the search would give."""
@@ -181,43 +222,43 @@ def measure_speed(documents: list[Document], num_tokens: int = 64, repeats: int 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--texts", nargs="+", choices=TEXTS, default=TEXTS)
-    parser.add_argument("--documents", type=int, default=16)
-    parser.add_argument(
-        "--skip", type=int, default=0, help="documents to leave out first; settings were chosen on 16 to 23"
-    )
-    parser.add_argument("--work", type=Path, help="file that results are kept in; by default one for each choice")
+    parser.add_argument("--readers", nargs="+", choices=READERS, default=list(READERS))
+    parser.add_argument("--documents", type=int, default=8)
+    parser.add_argument("--skip", type=int, default=0, help="documents to leave out first")
     parser.add_argument("--publish", action="store_true", help="write benchmarks/results/readers.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
     load_base(BASE)
-    work = args.work or Path(f"demo_output/readers-{args.skip}-{args.documents}.json")
-    kept = json.loads(work.read_text()) if work.exists() else {"texts": {}}
-
-    def save() -> None:
-        work.parent.mkdir(parents=True, exist_ok=True)
-        work.write_text(json.dumps(kept, indent=1) + "\n")
-
+    work = Path(f"demo_output/readers/{args.skip}-{args.documents}")
+    work.mkdir(parents=True, exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     embedder = ChunkEmbedder.from_pretrained(minilm_path())
-    documents = {
-        name: load_documents(name, args.skip + args.documents, tokenizer, embedder)[args.skip :] for name in args.texts
-    }
-    measure_texts(documents, kept, save)
-    if "speed" not in kept:
-        kept["speed"] = measure_speed(next(iter(documents.values())))
-        save()
+    for reader in set(READERS) - set(args.readers):
+        del READERS[reader]
+    texts, speed = {}, None
+    for name in args.texts:
+        path = work / f"{name}.json"
+        kept = texts[name] = json.loads(path.read_text()) if path.exists() else {}
+
+        def save(path: Path = path, kept: dict = kept) -> None:
+            path.write_text(json.dumps(kept, indent=1) + "\n")
+
+        print(name, flush=True)
+        documents = load_documents(name, args.documents, args.skip, tokenizer, embedder)
+        measure_text(documents, kept, save)
+        if args.publish and speed is None:
+            speed = measure_speed(documents)
     if args.publish:
-        kept |= {
+        published = {
             "command": f"python benchmarks/readers.py --documents {args.documents} --publish",
             "machine": f"{platform.machine()}, 1 thread, float32",
             "versions": {"retro-hf": __version__} | {name: version(name) for name in ("torch", "transformers")},
-            "documents": {
-                name: {"count": len(found), "tokens": sum(one["input_ids"].shape[1] - 1 for one in found)}
-                for name, found in documents.items()
-            },
+            "documents": {name: {key: kept[key] for key in ("count", "tokens")} for name, kept in texts.items()},
+            "texts": {name: kept["readers"] for name, kept in texts.items()},
+            "speed": speed,
         }
         path = ROOT / "benchmarks" / "results" / "readers.json"
-        path.write_text(json.dumps(kept, indent=1) + "\n")
+        path.write_text(json.dumps(published, indent=1) + "\n")
 
 
 if __name__ == "__main__":

