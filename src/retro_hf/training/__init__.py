@@ -1,6 +1,7 @@
 """Training RETRO with plain `transformers.Trainer`: neighbors are computed once, and read batch by batch."""
 
 from .collator import RetroDataCollator
+from .copying import start_by_copying
 from .neighbors import precompute_neighbors
 from .passages import retrieve_passages
 from .question_trainer import QuestionTrainer, generate_answers
@@ -15,6 +16,7 @@ __all__ = [
     "generate_answers",
     "precompute_neighbors",
     "retrieve_passages",
+    "start_by_copying",
     "tokenize_documents",
     "tokenize_questions",
 ]
