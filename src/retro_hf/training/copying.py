@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -43,7 +44,8 @@ def start_by_copying(model: RetroForCausalLM, input_ids: torch.Tensor) -> None:
     Raises:
         ValueError: if the model has not what is needed, or the text is too short for the regression.
     """
-    reader, config = model.model.retro, model.config
+    reader: Any = model.model.retro
+    config: Any = model.config
     _check(model, input_ids)
     encoder = reader.encoder
     width, head_dim = encoder.hidden_size, config.neighbor_encoder_config.head_dim
@@ -54,7 +56,7 @@ def start_by_copying(model: RetroForCausalLM, input_ids: torch.Tensor) -> None:
         """Orthonormal columns."""
         return torch.linalg.qr(torch.randn(rows, columns, generator=generator))[0]
 
-    embeddings = model.get_input_embeddings().weight.float().cpu()
+    embeddings = _weight(model.get_input_embeddings()).float().cpu()
     to_code = _fit_code(embeddings, input_ids.cpu(), code_size)
     code = embeddings @ to_code[:, :code_size]
 
@@ -89,11 +91,11 @@ def start_by_copying(model: RetroForCausalLM, input_ids: torch.Tensor) -> None:
             rows = slice(head * head_width, (head + 1) * head_width)
             ends, query, key = (0, first, second, own), [], []
             for start, end, count in zip(ends, ends[1:], shares, strict=False):
-                part = directions(end - start, count)
-                query.append(fitted[:, start:end] @ part)
+                drawn = directions(end - start, count)
+                query.append(fitted[:, start:end] @ drawn)
                 held = torch.zeros(width, count)
                 where = slice(code_size + 1 + start, code_size + 1 + end) if end <= second else slice(0, code_size)
-                held[where] = part
+                held[where] = drawn
                 key.append(held)
             attention.q_proj.weight[rows].copy_(torch.cat(query, dim=1).T * _SHARPNESS * 8 / head_width**0.5)
             attention.k_proj.weight[rows].copy_(torch.cat(key, dim=1).T * scale)
@@ -109,14 +111,15 @@ def start_by_copying(model: RetroForCausalLM, input_ids: torch.Tensor) -> None:
 
 
 def _check(model: RetroForCausalLM, input_ids: torch.Tensor) -> None:
-    config, encoder = model.config, model.config.neighbor_encoder_config
+    config: Any = model.config
+    encoder, reader = config.neighbor_encoder_config, getattr(model.model.retro, "encoder", None)
     needed = len(_BEFORE) * encoder.head_dim + 2
     if config.reader != "cross_attention" or not config.cross_attention_null_key:
         raise ValueError(
             f"`start_by_copying` needs reader='cross_attention' and cross_attention_null_key=True, got reader={config.reader!r} and "
             f"cross_attention_null_key={config.cross_attention_null_key}. Give both to `retrofit`."
         )
-    if model.model.retro.encoder.embed_proj is None:
+    if getattr(reader, "embed_proj", None) is None:
         raise ValueError(
             f"`start_by_copying` needs share_embeddings=True and an encoder whose width is not that of the base's embeddings, got "
             f"share_embeddings={config.share_embeddings} and a width of {encoder.hidden_size}."
@@ -192,8 +195,12 @@ def _fit_queries(
 
     `targets` holds the codes of every token: twice that of the token before, that of the one before that, and its own.
     """
-    layers, width = model.config.cross_attention_layers, model.config.hidden_size
-    head_dim = model.config.neighbor_encoder_config.head_dim
+    config: Any = model.config
+    layers, width, head_dim = (
+        config.cross_attention_layers,
+        config.hidden_size,
+        config.neighbor_encoder_config.head_dim,
+    )
     gram = {layer: torch.zeros(width, width) for layer in layers}
     cross = {layer: torch.zeros(width, targets.shape[1]) for layer in layers}
     norms = dict.fromkeys(layers, 0.0)
@@ -212,7 +219,7 @@ def _fit_queries(
         for layer, states in recorded.states.items():
             hidden = states[:, 1:-1].flatten(0, 1).float().cpu()
             norms[layer] += float(hidden.norm(dim=1).sum())
-            normed = hidden * hidden.pow(2).mean(dim=1, keepdim=True).add(model.config.rms_norm_eps).rsqrt()
+            normed = hidden * hidden.pow(2).mean(dim=1, keepdim=True).add(config.rms_norm_eps).rsqrt()
             gram[layer] += normed.T @ normed
             cross[layer] += normed.T @ known
     count = input_ids.shape[0] * (input_ids.shape[1] - 2)
@@ -235,11 +242,12 @@ class _Recorder:
 
 def _raises_logit(model: RetroForCausalLM) -> torch.Tensor:
     """For every token the direction of the last residual stream that raises its logit against the others: (hidden_size, tokens)."""
-    head = model.get_output_embeddings().weight.float().cpu()
-    last = [module.weight for module in model.model.backbone.base_model.children() if _is_norm(module, head.shape[1])]
-    return ((head - head.mean(dim=0)) * (last[-1].float().cpu() if last else 1.0)).T
+    head = _weight(model.get_output_embeddings()).float().cpu()
+    parts = model.model.backbone.base_model.children()
+    norms = [weight for weight in map(_weight, parts) if weight.shape == head.shape[1:]]
+    return ((head - head.mean(dim=0)) * (norms[-1].float().cpu() if norms else 1.0)).T
 
 
-def _is_norm(module: nn.Module, width: int) -> bool:
+def _weight(module: nn.Module | None) -> torch.Tensor:
     weight = getattr(module, "weight", None)
-    return isinstance(weight, torch.Tensor) and weight.shape == (width,)
+    return weight if isinstance(weight, torch.Tensor) else torch.empty(0)
