@@ -152,6 +152,14 @@ def test_retro_is_no_backbone(family):
             RetroConfig(text_config=config)
 
 
+def test_a_checkpoint_of_another_family_is_refused(tmp_path):
+    """`RetroForCausalLM.from_pretrained("a llama")` says what does load it."""
+    tiny_backbone("llama").save_pretrained(tmp_path)
+    for read in (RetroConfig.from_pretrained, RetroForCausalLM.from_pretrained):
+        with pytest.raises(ValueError, match="'llama'.*retrofit"):
+            read(tmp_path)
+
+
 def test_the_neighbor_encoder_is_ours():
     """Another family in its place would be ignored."""
     for config in ({"model_type": "bert"}, LlamaConfig()):

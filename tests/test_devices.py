@@ -95,6 +95,22 @@ def test_a_whole_model_is_loaded_onto_the_disk(tmp_path):
         assert torch.equal(loaded(ids).logits, model(ids).logits)
 
 
+@pytest.mark.parametrize(
+    "places", [{"": "disk"}, {"model.backbone": "disk", "model.retro": "cpu"}], ids=["all", "base"]
+)
+def test_the_embeddings_that_a_whole_model_shares_may_lie_on_the_disk(tmp_path, places):
+    """The encoder of neighbors reads through them, wherever it lies itself."""
+    model = retrofit(tiny_backbone("llama"), **SETTINGS)
+    randomize(model.model.retro, seed=3)
+    model.save_pretrained(tmp_path / "model")
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", device_map=places, offload_folder=str(tmp_path / "offload")
+    )
+    ids, neighbors = random_ids(2, 14), random_neighbors(2, 3)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids, **neighbors).logits, model(ids, **neighbors).logits)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_base_in_half_precision(base, dtype):
     """What is added has the base's dtype; off and the first step are the base's, bit for bit; all of it trains."""

@@ -5,6 +5,7 @@ import torch
 from releases import enable_checkpointing
 from tiny import ENCODER, random_ids, random_neighbors, tiny_backbone
 from tiny_training import CHUNK_SIZE, NEIGHBOR_SIZE, make_trainer
+from transformers.utils import logging
 
 from retro_hf import retrofit
 from retro_hf.model.backbone_retro import find_decoder_layers
@@ -92,3 +93,16 @@ def test_base_unfrozen_later_trains(world, tmp_path):
     trainer.train()
     assert all(not torch.equal(value, before[name]) for name, value in base.named_parameters())
     assert second.values[4] < first.values[4]
+
+
+def test_a_batch_without_neighbors_is_explained(caplog):
+    """PyTorch's own error, which follows in `backward`, does not say what is missing."""
+    model = retrofit(tiny_backbone("llama"), chunk_size=4, encoder=ENCODER).train()
+    ids = random_ids(2, 14)
+    logging.get_logger().warning_once.cache_clear()
+    with caplog.at_level("WARNING"):
+        loss = model(ids, labels=ids, **random_neighbors(2, 3)).loss
+        assert loss.requires_grad and not caplog.records
+        loss = model(ids, labels=ids).loss
+    assert not loss.requires_grad
+    assert "neighbor_input_ids" in caplog.text

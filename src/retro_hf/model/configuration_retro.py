@@ -369,6 +369,12 @@ class RetroConfig(_RetroConfigMixin, PreTrainedConfig):
         if (name := kwargs.get("backbone_name_or_path")) is not None:
             kwargs["backbone_name_or_path"] = os.path.abspath(name) if os.path.isdir(name) else os.fspath(name)
             kwargs.setdefault("backbone_revision", None)  # the saved one is of the saved name
+        family = config_dict.get("model_type", cls.model_type)
+        if family != cls.model_type:
+            raise ValueError(
+                f"This is a config of the family '{family}', not of a RETRO model. To add retrieval to a model of that family, use "
+                "`retro_hf.retrofit`; to load it as it is, use `AutoModelForCausalLM`."
+            )
         unknown = set(kwargs) - {field.name for field in fields(cls)}
         saved = cls(**config_dict) if unknown else None
         theirs = {name: kwargs.pop(name) for name in unknown if saved._owner(name) is not None}

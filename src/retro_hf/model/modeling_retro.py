@@ -73,6 +73,7 @@ from .retriever_protocol_retro import (
     check_retriever,
     given_neighbors,
     text_of,
+    warn_of_nothing_to_train,
 )
 
 
@@ -363,9 +364,9 @@ class RetroPass:
             self.features = self._features(hidden_states)
         if chunk_states is None:
             return None
-        return self.reader.encoder(
-            plan.neighbor_input_ids, plan.neighbor_mask, chunk_states, plan.chunk_mask, self.embed
-        )
+        # A method, since accelerate would move a module among the arguments.
+        embed = self.embed.__call__
+        return self.reader.encoder(plan.neighbor_input_ids, plan.neighbor_mask, chunk_states, plan.chunk_mask, embed)
 
     def attend(
         self, layer_idx: int, hidden_states: torch.Tensor, neighbor_states: torch.Tensor | None
@@ -642,6 +643,7 @@ class RetroModel(RetroPreTrainedModel):
         if "position_ids" in self._backbone_arguments:
             inputs["position_ids"] = position_ids
         if given is None and retriever is None and state is None:
+            warn_of_nothing_to_train(self, kwargs.get("labels"))
             return module(**inputs, **{CACHE_NAME: past_key_values}, use_cache=use_cache)
 
         if input_ids is None:

@@ -17,11 +17,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers.utils import is_torchdynamo_exporting
+from torch import nn
+from transformers.utils import is_torchdynamo_exporting, logging
 
 from .cache_retro import pad_to
 from .configuration_retro import RetroConfig
 
+
+logger = logging.get_logger(__name__)
 
 Retriever = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 """`retriever(chunk_input_ids (N, m), chunk_attention_mask (N, m)) -> (neighbor_input_ids (N, K, R), mask (N, K, R))`."""
@@ -345,6 +348,22 @@ class RetroLookup:
         return rows
 
 
+def warn_of_nothing_to_train(model: nn.Module, labels: torch.Tensor | None) -> None:
+    """Say why a loss has no gradient, of which PyTorch says only that "element 0 of tensors does not require grad".
+
+    Args:
+        model (`RetroModel`): that runs without retrieval.
+        labels (`torch.LongTensor`, *optional*): whether a loss is computed.
+    """
+    if labels is None or not model.training or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return
+    if not any(weight.requires_grad for weight in model.backbone.parameters()):
+        logger.warning_once(
+            "This batch has no neighbors, and the backbone is frozen, so its loss has no gradient. Give `neighbor_input_ids`, or "
+            "attach a retriever with `set_retriever`."
+        )
+
+
 __all__ = [
     "ATTACHED",
     "Retriever",
@@ -354,4 +373,5 @@ __all__ = [
     "check_retriever",
     "given_neighbors",
     "text_of",
+    "warn_of_nothing_to_train",
 ]
