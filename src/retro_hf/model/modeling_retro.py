@@ -643,7 +643,7 @@ class RetroModel(RetroPreTrainedModel):
         if "position_ids" in self._backbone_arguments:
             inputs["position_ids"] = position_ids
         if given is None and retriever is None and state is None:
-            warn_of_nothing_to_train(self, kwargs.get("labels"))
+            warn_of_nothing_to_train(self.backbone, kwargs.get("labels"))
             return module(**inputs, **{CACHE_NAME: past_key_values}, use_cache=use_cache)
 
         if input_ids is None:

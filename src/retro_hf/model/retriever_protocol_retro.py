@@ -348,16 +348,16 @@ class RetroLookup:
         return rows
 
 
-def warn_of_nothing_to_train(model: nn.Module, labels: torch.Tensor | None) -> None:
+def warn_of_nothing_to_train(backbone: nn.Module, labels: torch.Tensor | None) -> None:
     """Say why a loss has no gradient, of which PyTorch says only that "element 0 of tensors does not require grad".
 
     Args:
-        model (`RetroModel`): that runs without retrieval.
+        backbone (`nn.Module`): of a model that runs without retrieval.
         labels (`torch.LongTensor`, *optional*): whether a loss is computed.
     """
-    if labels is None or not model.training or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if labels is None or not backbone.training or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return
-    if not any(weight.requires_grad for weight in model.backbone.parameters()):
+    if not any(weight.requires_grad for weight in backbone.parameters()):
         logger.warning_once(
             "This batch has no neighbors, and the backbone is frozen, so its loss has no gradient. Give `neighbor_input_ids`, or "
             "attach a retriever with `set_retriever`."
