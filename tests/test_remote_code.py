@@ -16,6 +16,7 @@ MODEL_FILES = {
     "attention_retro.py",
     "backbone_retro.py",
     "cache_retro.py",
+    "card_retro.py",
     "compatibility_retro.py",
     "configuration_retro.py",
     "generation_retro.py",

@@ -30,6 +30,9 @@ def chat(
 
     /new forgets the conversation, /off and /on switch the store, and an empty line or Ctrl-D ends the chat.
     """
+    from retro_hf import extras
+
+    extras.load("fastapi", "`retro chat`")
     from retro_hf_server.engine import Engine, Sampling
     from retro_hf_server.prompts import Prompts
     from retro_hf_server.source import Source

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from hub_server import running_hub
+from huggingface_hub import ModelCard
 from server.serving import make_parts
 from typer.testing import CliRunner
 
@@ -66,4 +67,9 @@ def test_a_model_is_pushed_with_its_tokenizer(world):
         files = hub.files("models/me/model")
     assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= files.keys()
     assert json.loads(files["config.json"])["model_type"] == "retro"
+    card = files["README.md"].decode()
+    assert ModelCard(card).data.tags == ["retro", "retrieval"]
+    assert "| chunks | 8 tokens" in card
+    assert "automatically generated" not in card
+    assert str(world) not in card
     assert "me/model" in result.stdout

@@ -28,6 +28,7 @@ from transformers.integrations.peft import maybe_load_adapters
 from transformers.utils import logging
 
 from .backbone_retro import fingerprint, placement
+from .card_retro import write_card
 from .configuration_retro import RetroConfig
 from .retriever_protocol_retro import Retriever
 
@@ -115,6 +116,10 @@ class RetroAdapterMixin(PreTrainedModel):
         """
         with self._without_local_paths():
             return super().push_to_hub(*args, **kwargs)
+
+    def _upload_modified_files(self, working_dir: str | os.PathLike, repo_id: str, *args: Any, **kwargs: Any):
+        write_card(working_dir, repo_id, self.config)
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
     @contextmanager
     def _without_local_paths(self) -> Iterator[None]:
