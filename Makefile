@@ -12,7 +12,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo demo-train test test-slow test-versions test-suites check style bench dist clean
+.PHONY: help install demo demo-train test test-slow test-versions test-suites check style docs bench dist clean
 
 RUN       := $(VENV)/bin
 STAMP     := $(VENV)/.installed
@@ -84,6 +84,10 @@ style: $(STAMP) ## Format the code and repair what ruff can
 	$(RUN)/ruff format .
 	$(RUN)/ruff check --fix .
 
+docs: $(STAMP) ## Build the site of the documentation into site/; a broken link is an error
+	$(INSTALL) -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --quiet
+
 bench: $(STAMP) ## Measure speed and memory beside retro-pytorch
 	$(PIP) install -q --no-deps retro-pytorch==0.3.9
 	$(RUN)/python benchmarks/peers.py
@@ -95,5 +99,5 @@ dist: $(STAMP) ## Build the wheel and the source distribution, and check how the
 	$(RUN)/python -m twine check --strict dist/*
 
 clean: ## Remove .venv, caches and what the demo made
-	rm -rf $(VENV) build dist demo_output .versions .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) build dist site demo_output .versions .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
