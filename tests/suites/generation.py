@@ -30,6 +30,7 @@ from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecod
 from retro_hf.model.compatibility_retro import CACHE_NAME
 
 from ..tiny import random_ids, randomize, tiny_backbone
+from .targets import CHUNK_SIZE
 
 
 PROMPT_LENGTH, NUM_NEW = 8, 7  # with chunks of three tokens, the steps complete two more
@@ -76,9 +77,11 @@ class GenerationTesterMixin:
         rows = []
         for ids, length in zip(self._prompt()["input_ids"], LENGTHS, strict=True):
             row = ids[None, -length:]
+            # `generate` counts the chunks so that the prompt ends one.
+            aligned = {} if getattr(model, "retriever", None) is None else {"chunk_offset": -length % CHUNK_SIZE}
             for _ in range(num_new):
                 with torch.no_grad():
-                    logits = model(row, use_cache=False).logits
+                    logits = model(row, use_cache=False, **aligned).logits
                 row = torch.cat([row, logits[:, -1].argmax(-1, keepdim=True)], dim=1)
             rows.append(row[0, length:])
         return torch.stack(rows)
