@@ -1,7 +1,7 @@
 """How a datastore takes kills and damage: random SIGKILLs during every kind of change, and stores with mutated files.
 
-    python benchmarks/reliability.py                           # about ten minutes on one core
-    python benchmarks/reliability.py --kills 12 --mutations 60  # a quick look
+    python benchmarks/reliability.py  # about an hour on one core
+    python benchmarks/reliability.py --kills 12 --mutations 60 --hostile 60 --seconds 10 --generations 300  # a quick look
 
 Kills: a child process builds, appends, deletes or compacts and is killed after a random time. Then the store must open
 with all checksums right and hold exactly the documents from before the change or from after it, and making the call
@@ -13,7 +13,15 @@ structure are checked. "Wrong" means that an answer differs from the undamaged s
 have all checksums made right again, as an attacker would; such a store is another store, so no answer of it is wrong, but
 it must not crash, hang, or take memory without bounds.
 
-Writes benchmarks/results/reliability.json: `kills`, `lost`, `mutations`, `wrong`, `crashes`, and all of it by kind.
+Hostile stores (`hostile_stores.py`): sealed stores of more than 30 kinds that name other files, lie about sizes or hold what
+a library may fail on. `outside` counts those that had another file read, `prompts` those that asked at the terminal, `raw`
+those that ended in another error than a `RetroError`.
+
+Readers beside writers (`many_readers.py`): `false_alarms` counts errors, and a neighbor that is no text of its document is
+wrong. Then the growth of a process over many generations.
+
+Writes benchmarks/results/reliability.json: `kills`, `lost`, `mutations`, `wrong`, `crashes`, `hostile`, `outside`, `raw`,
+`false_alarms`, and all of it by kind.
 """
 
 import argparse
@@ -34,10 +42,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 from datastore.fixtures import corpus, make_encoder, make_tokenizer  # noqa: E402
+from hostile_stores import run_hostile  # noqa: E402
+from many_readers import leak, race  # noqa: E402
 
 from retro_hf.datastore import ChunkEmbedder, RetroDatastore, stages  # noqa: E402
 from retro_hf.datastore.manifest import MANIFEST_NAME, DatastoreManifest  # noqa: E402
@@ -247,10 +259,64 @@ def judged(path: Path, verify: bool, expected: bytes, sealed: bool) -> str:
     return result.value.decode()
 
 
+def run_kills(folder: Path, tokenizer, embedder, args) -> dict:
+    """Changes that are killed."""
+    kills: dict[str, collections.Counter] = {}
+    (folder / "kills").mkdir()
+    chance, killing = random.Random(args.seed), Kills(folder / "kills", tokenizer, embedder)
+    changes = ("build", "append", "delete", "compact")
+    number = 0
+    # A child that was done before its time is no kill and is tried again.
+    while sum(counts["killed"] for counts in kills.values()) < args.kills:
+        kind = changes[number % len(changes)]
+        kills.setdefault(kind, collections.Counter()).update(killing.run(kind, chance, number))
+        number += 1
+    return {
+        "kills": sum(counts["killed"] for counts in kills.values()),
+        "lost": sum(counts["lost"] for counts in kills.values()),
+        "wrong_after_kills": sum(counts["wrong"] for counts in kills.values()),
+        "kills_by_change": {kind: dict(counts) for kind, counts in kills.items()},
+    }
+
+
+def run_mutations(folder: Path, stores: list[tuple[Path, bytes]], args) -> dict:
+    """Stores that are damaged."""
+    chance = random.Random(args.seed)
+    outcomes: dict[str, dict[str, collections.Counter]] = {"verified": {}, "plain": {}}
+    for number in range(args.mutations):
+        kind = KINDS[number % len(KINDS)]
+        source, expected = stores[number // len(KINDS) % len(stores)]
+        path = shutil.copytree(source, folder / "damaged")
+        mutate(path, kind, chance)
+        for mode, counts in outcomes.items():
+            found = judged(path, mode == "verified", expected, kind.endswith("sealed"))
+            counts.setdefault(kind, collections.Counter())[found] += 1
+        shutil.rmtree(path)
+
+    def total(mode: str, *names: str) -> int:
+        counts = outcomes[mode].values()
+        return sum(count for kind in counts for found, count in kind.items() if found.split(" ")[0] in names)
+
+    return {
+        "mutations": args.mutations,
+        "wrong_after_damage": total("verified", "wrong"),
+        "wrong_without_verify": total("plain", "wrong"),
+        "damage_crashes": sum(total(mode, "crash", "hang", "memory", "error") for mode in outcomes),
+        "mutations_by_kind": {
+            mode: {kind: dict(sorted(found.items())) for kind, found in counts.items()}
+            for mode, counts in outcomes.items()
+        },
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--parts", default=",".join(PARTS), help="What to run; other parts of the file stay.")
+    parser.add_argument("--kills", type=int, default=500)
     parser.add_argument("--mutations", type=int, default=1000)
+    parser.add_argument("--hostile", type=int, default=1000)
+    parser.add_argument("--seconds", type=float, default=300, help="Of readers beside writers.")
+    parser.add_argument("--generations", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/reliability.json"))
     args = parser.parse_args()
@@ -260,24 +326,11 @@ def main() -> None:
 
     faiss.omp_set_num_threads(1)
     stages._BLOCK_DOCUMENTS = 5
-    chance = random.Random(args.seed)
+    results = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tokenizer = make_tokenizer()
         embedder = ChunkEmbedder.from_pretrained(make_encoder(folder / "encoder"), dtype=torch.float32)
-
-        kills: dict[str, collections.Counter] = {}
-        (folder / "kills").mkdir()
-        killing = Kills(folder / "kills", tokenizer, embedder)
-        changes = ("build", "append", "delete", "compact")
-        number = 0
-        # A child that was done before its time is no kill and is tried again.
-        while sum(counts["killed"] for counts in kills.values()) < args.kills:
-            kind = changes[number % len(changes)]
-            kills.setdefault(kind, collections.Counter()).update(killing.run(kind, chance, number))
-            number += 1
-        print("kills", {kind: dict(counts) for kind, counts in kills.items()}, flush=True)
-
         stores = []
         for index in INDEXES:
             store = RetroDatastore.build(
@@ -290,44 +343,55 @@ def main() -> None:
             )
             store.append(more()[:4], embedder=embedder)
             stores.append((store.path, answers(store.path, verify=True)))
-        # Afresh: how many children were done before they could be killed is a matter of time, and damage is not.
-        chance = random.Random(args.seed)
-        outcomes: dict[str, dict[str, collections.Counter]] = {"verified": {}, "plain": {}}
-        for number in range(args.mutations):
-            kind = KINDS[number % len(KINDS)]
-            source, expected = stores[number // len(KINDS) % len(stores)]
-            path = shutil.copytree(source, folder / "damaged")
-            mutate(path, kind, chance)
-            for mode, counts in outcomes.items():
-                found = judged(path, mode == "verified", expected, kind.endswith("sealed"))
-                counts.setdefault(kind, collections.Counter())[found] += 1
-            shutil.rmtree(path)
+        plain = stores[0][0]
+        work = {
+            "kills": lambda: run_kills(folder, tokenizer, embedder, args),
+            "mutations": lambda: run_mutations(folder, stores, args),
+            "hostile": lambda: run_hostile(args.hostile, plain, folder, embedder, args.seed),
+            "race": lambda: race(shutil.copytree(plain, folder / "raced"), embedder, more()[4:7], args.seconds),
+            "leak": lambda: leak(plain, embedder, args.generations),
+        }
+        for part in args.parts.split(","):
+            found = work[part]()
+            print(part, {key: value for key, value in found.items() if not isinstance(value, dict)}, flush=True)
+            results[part] = found | {"command": " ".join(["python", *sys.argv]), "seed": args.seed}
 
-    def total(mode: str, *names: str) -> int:
-        counts = outcomes[mode].values()
-        return sum(count for kind in counts for found, count in kind.items() if found.split(" ")[0] in names)
+    # Parts may run one after the other, or beside each other.
+    with FileLock(f"{args.out}.lock"):
+        known = json.loads(args.out.read_text()) if args.out.exists() else {}
+        parts = known.get("parts", {}) | results
+        record = summary(parts) | {"parts": parts}
+        record["versions"] = {"faiss": faiss.__version__, "numpy": np.__version__, "torch": torch.__version__}
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(record, indent=1) + "\n")
+    Path(f"{args.out}.lock").unlink(missing_ok=True)
+    if bad := [name for name in MUST_BE_ZERO if record[name]] + ["leak"] * (record["mb_per_1000_generations"] >= 0.1):
+        sys.exit(f"This must not happen: {', '.join(bad)}.")
 
-    record = {
-        "command": " ".join(["python", *sys.argv]),
-        "seed": args.seed,
-        "kills": sum(counts["killed"] for counts in kills.values()),
-        "lost": sum(counts["lost"] for counts in kills.values()),
-        "mutations": args.mutations,
-        "wrong": sum(counts["wrong"] for counts in kills.values()) + total("verified", "wrong"),
-        "crashes": sum(total(mode, "crash", "hang", "memory", "error") for mode in outcomes),
-        "wrong_without_verify": total("plain", "wrong"),
-        "kills_by_change": {kind: dict(counts) for kind, counts in kills.items()},
-        "mutations_by_kind": {
-            mode: {kind: dict(sorted(found.items())) for kind, found in counts.items()}
-            for mode, counts in outcomes.items()
-        },
-        "versions": {"faiss": faiss.__version__, "numpy": np.__version__, "torch": torch.__version__},
+
+PARTS = ("kills", "mutations", "hostile", "race", "leak")
+MUST_BE_ZERO = ("lost", "wrong", "crashes", "outside", "prompts", "raw", "false_alarms")
+
+
+def summary(parts: dict) -> dict:
+    """The figures of all parts; 0 for a part that has not run."""
+
+    def of(part: str, *names: str) -> float:
+        return sum(parts.get(part, {}).get(name, 0) for name in names)
+
+    return {
+        "kills": of("kills", "kills"),
+        "lost": of("kills", "lost"),
+        "mutations": of("mutations", "mutations"),
+        "wrong": of("kills", "wrong_after_kills") + of("mutations", "wrong_after_damage") + of("race", "wrong_texts"),
+        "crashes": of("mutations", "damage_crashes") + of("hostile", "hostile_crashes"),
+        "hostile": of("hostile", "hostile"),
+        "outside": of("hostile", "outside"),
+        "prompts": of("hostile", "prompts"),
+        "raw": of("hostile", "raw"),
+        "false_alarms": of("race", "false_alarms"),
+        "mb_per_1000_generations": of("leak", "mb_per_1000_generations"),
     }
-    print(json.dumps(record, indent=1))
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(record, indent=1) + "\n")
-    if record["lost"] or record["wrong"] or record["crashes"]:
-        sys.exit("The datastore lost a document, gave a wrong answer, or crashed.")
 
 
 if __name__ == "__main__":

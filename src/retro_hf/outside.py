@@ -105,6 +105,8 @@ def check_folder(folder: str | os.PathLike[str]) -> None:
             continue
         try:
             _status_inside(Path(folder), Path(entry.path))
+        except FileNotFoundError:  # removed since by a writer, or a link to nothing
+            continue
         except ValueError as error:
             raise ValueError(f"{entry.name!r}: {error}") from error
 

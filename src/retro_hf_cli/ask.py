@@ -7,6 +7,7 @@ import typer
 
 from . import paths
 from .datastore import DEFAULT_EMBEDDER, STORE, TEXTS, AsJson, Embedder, open_retriever, readable
+from .output import say, say_json
 
 
 commands = typer.Typer()
@@ -32,7 +33,6 @@ def ask(
         paths.source(texts)
 
     import dataclasses
-    import json
 
     from retro_hf import RetroRetriever, answer
     from retro_hf.datastore.compatibility import load_tokenizer
@@ -45,12 +45,12 @@ def ask(
     reader = load_reader(model, retriever)
     result = answer(reader, retriever, readable(question), num_passages=passages, max_new_tokens=max_new_tokens)
     if as_json:
-        typer.echo(json.dumps(dataclasses.asdict(result), ensure_ascii=False))
+        say_json(dataclasses.asdict(result))
         return
-    typer.echo(result.text)
+    say(result.text)
     for source in result.sources:
         name = source.title or source.document_id
-        typer.echo(f"  [{source.score:.2f}] {name}: {' '.join(source.text.split())[:100]}")
+        say(f"  [{source.score:.2f}] {name}: {' '.join(source.text.split())[:100]}")
 
 
 def load_reader(name: str, retriever: Any) -> Any:

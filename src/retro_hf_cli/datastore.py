@@ -1,7 +1,6 @@
 """The commands of a datastore: build, append, delete, compact, push, search and inspect."""
 
 import dataclasses
-import json
 import logging
 import unicodedata
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from . import paths
+from .output import say, say_json
 
 
 commands = typer.Typer()
@@ -54,7 +54,7 @@ def build(
         index=IndexOptions(index, recall, memory_budget),
         executor=workers,
     )
-    typer.echo(f"{_size_of(store)} in {output}")
+    say(f"{_size_of(store)} in {output}")
 
 
 @commands.command(rich_help_panel="Datastore", epilog="retro append store more.jsonl")
@@ -66,14 +66,14 @@ def append(store: Folder, source: Source, embedder: Embedder = None, workers: Wo
     opened = _load_datastore(store)
     before = opened.num_documents
     opened.append(source, embedder=ChunkEmbedder.of_datastore(opened.manifest.embedder, embedder), executor=workers)
-    typer.echo(f"{_size_of(opened)} in {store}; documents added: {opened.num_documents - before:,}")
+    say(f"{_size_of(opened)} in {store}; documents added: {opened.num_documents - before:,}")
 
 
 @commands.command(rich_help_panel="Datastore", epilog="retro delete store doc-7 doc-9")
 def delete(store: Folder, ids: Annotated[list[str], typer.Argument(help="Ids, as search shows them.")]) -> None:
     """Never return documents again; compact removes them from the disk."""
     _load_datastore(store).delete(ids)
-    typer.echo(f"documents deleted from {store}: {len(ids):,}; `retro compact {store}` removes them from the disk")
+    say(f"documents deleted from {store}: {len(ids):,}; `retro compact {store}` removes them from the disk")
 
 
 @commands.command(rich_help_panel="Datastore", epilog="retro compact store")
@@ -81,7 +81,7 @@ def compact(store: Folder) -> None:
     """Rewrite a datastore without what was deleted, as one shard."""
     opened = _load_datastore(store)
     opened.compact()
-    typer.echo(f"{_size_of(opened)} in {store}")
+    say(f"{_size_of(opened)} in {store}")
 
 
 @commands.command(rich_help_panel="Datastore", epilog="retro push store me/my-store")
@@ -94,11 +94,11 @@ def push(
     """Upload a datastore (as a dataset) or a model to the Hub, with a card."""
     if paths.is_datastore(folder):
         commit = _load_datastore(folder).push_to_hub(repo, private=private or None, revision=revision)
-        typer.echo(f"{commit.repo_url}, commit {commit.oid}")
+        say(f"{commit.repo_url}, commit {commit.oid}")
     else:
         from .model import push_model
 
-        typer.echo(push_model(folder, repo, private=private, revision=revision))
+        say(push_model(folder, repo, private=private, revision=revision))
 
 
 @commands.command(rich_help_panel="Datastore", epilog='retro search store "frogs came up" -k 3')
@@ -123,15 +123,15 @@ def search(
         retriever = open_retriever(store, embedder)
     found = retriever.find(readable(query), num_neighbors=num_neighbors)[0]
     if as_json:
-        typer.echo(json.dumps([dataclasses.asdict(neighbor) for neighbor in found], ensure_ascii=False))
+        say_json([dataclasses.asdict(neighbor) for neighbor in found])
         return
     if not found:
         gone = retriever.datastore.num_deleted_documents == retriever.datastore.num_documents
         reason = f"all documents of {store} have been deleted" if gone else "no chunk has a word of the query"
-        typer.echo(f"Nothing was found: {reason}.")
+        say(f"Nothing was found: {reason}.")
     for neighbor in found:
-        typer.echo(f"{neighbor.score:.3f}  {harmless(neighbor.document_id)}  {harmless(neighbor.title)}")
-        typer.echo(f"    {harmless(neighbor.text)}\n  → {harmless(neighbor.continuation)}\n")
+        say(f"{neighbor.score:.3f}  {harmless(neighbor.document_id)}  {harmless(neighbor.title)}")
+        say(f"    {harmless(neighbor.text)}\n  → {harmless(neighbor.continuation)}\n")
 
 
 @commands.command(rich_help_panel="Datastore", epilog="retro inspect store --verify")
@@ -147,7 +147,7 @@ def inspect(
     manifest = opened.manifest
     if as_json:
         counts = {name: getattr(opened, name) for name in ("num_documents", "num_chunks", "num_tokens")}
-        typer.echo(json.dumps(counts | dataclasses.asdict(manifest), ensure_ascii=False))
+        say_json(counts | dataclasses.asdict(manifest))
         return
     tokenizer, embedder = manifest.tokenizer, manifest.embedder
     lines = {
@@ -163,10 +163,10 @@ def inspect(
         "version": f"generation {manifest.generation}, format {manifest.format_version}, retro-hf {manifest.library_version}",
     }
     for name, value in lines.items():
-        typer.echo(f"{name:<10} {harmless(value)}")
+        say(f"{name:<10} {harmless(value)}")
     for file in manifest.files:
-        typer.echo(f"  {file.size / 1e6:>12,.2f} MB  {file.name}")
-    typer.echo("all checksums match" if verify else "sizes match; --verify checks the content, too")
+        say(f"  {file.size / 1e6:>12,.2f} MB  {file.name}")
+    say("all checksums match" if verify else "sizes match; --verify checks the content, too")
 
 
 def _load_datastore(folder: Path) -> Any:

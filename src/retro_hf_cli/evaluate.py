@@ -1,6 +1,5 @@
 """The command that measures whether retrieval helps: evaluate."""
 
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ import typer
 from . import paths
 from .datastore import open_retriever
 from .model import load_model
+from .output import say, say_json
 
 
 commands = typer.Typer()
@@ -135,16 +135,16 @@ def evaluate(
         ]
         page = write_report(result, output, traces=traces)
     if as_json:
-        typer.echo(json.dumps(result.to_dict(), ensure_ascii=False))
+        say_json(result.to_dict())
         return
     if sys.stdout.isatty():
         Console(highlight=False).print(result)
     else:
-        typer.echo(str(result))
+        say(str(result))
     if output is not None:
-        typer.echo(f"\nKept in {output}: evaluation.json, tokens.parquet, documents.parquet")
+        say(f"\nKept in {output}: evaluation.json, tokens.parquet, documents.parquet")
     if page is not None:
-        typer.echo(f"Report: {page}")
+        say(f"Report: {page}")
 
 
 def _parsed(option: str, text: str, kind: Callable[[str], Any]) -> list[Any]:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from . import ask, chat, datastore, env, evaluate, mcp, model, serve
+from .output import say
 
 
 app = typer.Typer(
@@ -22,7 +23,7 @@ _INTERRUPTED = 130  # exit code, which typer gives to Ctrl-C
 
 def _print_version(value: bool) -> None:
     if value:
-        typer.echo(f"retro-hf {version('retro-hf')}")
+        say(f"retro-hf {version('retro-hf')}")
         raise typer.Exit
 
 
@@ -49,7 +50,7 @@ def main() -> None:
         app()
     except SystemExit as ended:
         if ended.code == _INTERRUPTED:
-            typer.echo(
+            say(
                 "Interrupted. A datastore is as it was before or as it was to become, never in between; the same `retro build` or "
                 "`retro evaluate -o` goes on where it was.",
                 err=True,
@@ -60,7 +61,7 @@ def main() -> None:
         explained = (ValueError, OSError, RuntimeError, ImportError, *([package.RetroError] if package else ()))
         if "--debug" in sys.argv or not isinstance(error, explained):
             raise
-        typer.echo(f"Error: {error}", err=True)
+        say(f"Error: {error}", err=True)
         raise SystemExit(1) from None
 
 

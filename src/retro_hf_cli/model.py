@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from .datastore import STORE, Embedder, harmless, open_retriever, readable
+from .output import say
 
 
 commands = typer.Typer()
@@ -32,7 +33,7 @@ def generate(
     if query is not None:
         options["query"] = readable(query)
     output = load_model(model).generate(**inputs, return_dict_in_generate=True, **options)
-    typer.echo(tokenizer.decode(output.sequences[0], skip_special_tokens=True))
+    say(tokenizer.decode(output.sequences[0], skip_special_tokens=True))
     if retriever is not None:
         _show_read(output.retrieval_trace[0], tokenizer)
 
@@ -40,16 +41,16 @@ def generate(
 def _show_read(trace: list[dict[str, Any]], tokenizer: Any) -> None:
     """Show what was looked up, and what was found for it."""
     if not any(entry["neighbors"] for entry in trace):
-        typer.echo("\nNothing was read: no neighbor was found.")
+        say("\nNothing was read: no neighbor was found.")
         return
     for entry in trace:
         query = entry.get("query") or tokenizer.decode(entry["chunk_input_ids"], skip_special_tokens=True)
-        typer.echo(f"\nLooked up: {harmless(query)}")
+        say(f"\nLooked up: {harmless(query)}")
         for neighbor in entry["neighbors"]:
-            typer.echo(f"  {neighbor.score:.3f}  {harmless(neighbor.document_id)}  {harmless(neighbor.title)}")
-            typer.echo(f"      {harmless(neighbor.text)}\n    → {harmless(neighbor.continuation)}")
+            say(f"  {neighbor.score:.3f}  {harmless(neighbor.document_id)}  {harmless(neighbor.title)}")
+            say(f"      {harmless(neighbor.text)}\n    → {harmless(neighbor.continuation)}")
         if not entry["neighbors"]:
-            typer.echo("  nothing was found")
+            say("  nothing was found")
 
 
 @commands.command(rich_help_panel="Model", epilog="retro retrofit org/base -o my-retro")
@@ -68,7 +69,7 @@ def retrofit(
     tokenizer = load_tokenizer(base)
     model.save_pretrained(output, save_backbone=not adapter_only)
     tokenizer.save_pretrained(output)
-    typer.echo(parameter_report(model))
+    say(parameter_report(model))
 
 
 def push_model(folder: Path, repo: str, *, private: bool, revision: str | None) -> str:

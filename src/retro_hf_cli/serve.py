@@ -7,6 +7,7 @@ import typer
 
 from .datastore import STORE, Embedder
 from .model import open_model
+from .output import say
 
 
 commands = typer.Typer()
@@ -69,7 +70,7 @@ def serve(
         loaded, tokenizer, retriever = open_model(model, store, embedder, reader, num_neighbors, dtype)
         address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
         served = name or os.path.basename(os.path.normpath(model))
-        typer.echo(f"Serving {served} at {address} (the page) and {address}/v1 (the API). Ctrl-C ends it.")
+        say(f"Serving {served} at {address} (the page) and {address}/v1 (the API). Ctrl-C ends it.")
         run.serve(
             loaded,
             tokenizer,

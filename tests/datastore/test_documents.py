@@ -88,23 +88,39 @@ def test_upper_case_suffixes_are_read_and_skipped_files_are_logged(tmp_path, cap
     assert caplog.messages[-1] == "Skipped 11 files of other kinds: c.png, e.PDF, h0.log, h1.log, h2.log, …"
 
 
-def test_links_to_files_are_read_and_other_links_are_logged(tmp_path, caplog):
-    """A corpus on a disk that is not there would shrink unnoticed."""
+def test_links_to_files_of_the_folder_are_read_and_other_links_are_logged(tmp_path, caplog):
+    """A corpus on a disk that is not there would shrink unnoticed, and a stranger's link would bring in a private file."""
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "b.txt").write_text("text of b")
     corpus = tmp_path / "corpus"
     corpus.mkdir()
     (corpus / "a.txt").write_text("text of a")
-    (corpus / "c.txt").symlink_to(tmp_path / "elsewhere" / "b.txt")
-    assert [d.text for d in read(corpus)] == ["text of a", "text of b"]
+    (corpus / "b.txt").symlink_to("a.txt")
+    assert [d.text for d in read(corpus)] == ["text of a", "text of a"]
     assert not caplog.records
+    (corpus / "c.txt").symlink_to(tmp_path / "elsewhere" / "b.txt")
+    (corpus / "d.txt").symlink_to("../elsewhere/b.txt")
+    assert [d.text for d in read(corpus)] == ["text of a", "text of a"]
+    assert "2 links to files outside" in caplog.text and "'c.txt'" in caplog.text
+    caplog.clear()
     (corpus / "folder").symlink_to(tmp_path / "elsewhere")
     (corpus / "gone.txt").symlink_to("nowhere")
     (corpus / "round.txt").symlink_to("round.txt")
-    assert [d.text for d in read(corpus)] == ["text of a", "text of b"]
-    assert caplog.messages == [
+    assert [d.text for d in read(corpus)] == ["text of a", "text of a"]
+    assert caplog.messages[0] == (
         "Left out 3 links to folders, or to nothing, such as 'folder'. Pass a linked folder itself, or copy it."
-    ]
+    )
+
+
+def test_line_that_unpacks_to_more_than_a_document_is_refused_before_it_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("retro_hf.datastore.documents.MAX_DOCUMENT_BYTES", 1000)
+    with gzip.open(tmp_path / "a.jsonl.gz", "wb") as file:
+        file.write(b'{"text": "short"}\n{"text": "' + b"a" * 1_000_000 + b'"}')
+    (tmp_path / "b.txt").write_text("a" * 1001)
+    (tmp_path / "c.jsonl").write_text('{"text": ' + "[" * 900 + "\n")
+    for name in ("a.jsonl.gz", "b.txt", "c.jsonl"):
+        with pytest.raises(DatastoreInputError):
+            read(tmp_path / name)
 
 
 def test_pipe_is_not_reported_as_a_missing_path(tmp_path):

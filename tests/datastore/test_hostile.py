@@ -16,6 +16,7 @@ import pytest
 from retro_hf.datastore import ChunkEmbedder, DatastoreManifest, RetroDatastore
 from retro_hf.datastore.compatibility import load_tokenizer
 from retro_hf.datastore.files import map_npy, reading
+from retro_hf.datastore.hub import render_card
 from retro_hf.datastore.index_format import check_index, parse_factory
 from retro_hf.datastore.manifest import MANIFEST_NAME
 from retro_hf.datastore.shard import MAX_GROUP_BYTES, DocumentTable
@@ -27,6 +28,7 @@ from retro_hf.errors import (
     RetroError,
 )
 from retro_hf.retriever import RetroRetriever
+from retro_hf_cli.output import plain, say, say_json
 
 from .fixtures import corpus, make_encoder
 
@@ -474,6 +476,33 @@ def test_control_characters_of_a_folder_do_not_reach_the_text_of_an_error(tmp_pa
     with pytest.raises(RetroError) as caught:
         RetroDatastore.load(folder)
     assert str(caught.value).isprintable()
+
+
+STRANGE = "a|b `c` [d](javascript:e) <script>f</script> \x1b[2J \x9b31m \u202eg \u2066h\ni"
+
+
+def test_text_of_a_manifest_is_plain_in_the_card(store):
+    content = json.loads((store / MANIFEST_NAME).read_text())
+    made = {part: content[part] | {"name": STRANGE, "revision": STRANGE} for part in ("tokenizer", "embedder")}
+    sources = [{"name": STRANGE, "license": STRANGE, "revision": STRANGE}]
+    seal(store, sources=sources, library_version=STRANGE, **made)
+    card = str(render_card(DatastoreManifest.read(store), "me/store"))
+    assert not set("\x1b\x9b\u202e\u2066") & set(card)
+    assert "<script" not in card and "[d](" not in card and "`c`" not in card
+    rows = [line for line in card.splitlines() if "javascript" in line]
+    assert rows and all(line.startswith("|") for line in rows)
+
+
+def test_text_of_a_store_is_plain_on_a_terminal(capsys):
+    say(STRANGE)
+    say_json({"title": STRANGE})
+    shown = capsys.readouterr().out
+    assert not set("\x1b\x9b\u202e\u2066") & set(shown)
+    assert json.loads(shown.splitlines()[-1])["title"] == STRANGE
+    assert (
+        plain("na\u00efve \U0001f469\u200d\U0001f4bb\n\u05e9\u05dc\u05d5\u05dd\u00a0x")
+        == "na\u00efve \U0001f469\u200d\U0001f4bb\n\u05e9\u05dc\u05d5\u05dd\u00a0x"
+    )
 
 
 def test_documents_of_a_build_are_still_read_back(tmp_path, tokenizer, embedder):

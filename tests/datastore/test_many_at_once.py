@@ -116,6 +116,18 @@ def test_reader_that_a_writer_overtakes_starts_again(store, tmp_path, monkeypatc
         assert RetroDatastore.load(tmp_path / "copy", verify=True).num_documents == 30
 
 
+def test_tokenizer_is_loaded_while_a_writer_removes_files(store, monkeypatch):
+    real = os.scandir
+
+    def scandir(path):
+        entries = list(real(path))
+        (store.path / "tokens-00000.npy").unlink(missing_ok=True)
+        return entries
+
+    monkeypatch.setattr("retro_hf.outside.os.scandir", scandir)
+    assert store.tokenizer is not None
+
+
 def test_damage_is_still_damage_and_not_tried_for_ever(store):
     (store.path / "tokens-00000.npy").unlink()
     with pytest.raises(ValueError):

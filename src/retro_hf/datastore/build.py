@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
@@ -130,7 +131,9 @@ def work_folder(path: Path, *, helps: bool = False) -> Iterator[Path]:
         # An error of the input will come again, so only expensive work (keys) is worth keeping. Any other error, such as a
         # full disk or a killed worker, can go away.
         bad_input = isinstance(error, RetroError) and isinstance(error, (ValueError, FileNotFoundError))
-        if any(folder.glob("keys-*" if bad_input else "[kst]*-*")):
+        if helps:
+            pass  # the work is that of all ranks
+        elif any(folder.glob("keys-*" if bad_input else "[kst]*-*")):
             logger.warning(f"Unfinished work is kept in {str(folder)!r}; the same call resumes from it.")
         else:
             shutil.rmtree(folder, ignore_errors=True)
@@ -161,7 +164,13 @@ def build_datastore(documents: Any, path: str | os.PathLike[str], options: Build
         if built is not None:
             _finish(path, work, built, options)
     # A helping rank is done before the first rank has put the store together.
+    limit = time.monotonic() + getattr(executor, "timeout", math.inf)
     while not path.exists():
+        if time.monotonic() > limit:
+            raise RetroError(
+                f"The first rank did not put {str(path)!r} together within the timeout. See what it reports, and start the build "
+                "again: it resumes."
+            )
         time.sleep(_POLL_SECONDS)
 
 

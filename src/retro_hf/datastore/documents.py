@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import json
 import os
 import reprlib
 import zlib
@@ -18,6 +17,7 @@ import pyarrow.parquet as pq
 from transformers.utils import logging
 
 from ..errors import DatastoreInputError, DatastoreNotFoundError, counted
+from ..outside import is_inside, parse_json
 from .files import MANIFEST_NAME
 
 
@@ -28,6 +28,8 @@ _LONGEST_SUFFIX = max(map(len, _SUFFIXES))
 _FIELDS = ("id", "title", "source", "text")
 _PARQUET_ROWS = 1024
 _NAMED_OTHERS = 5
+# A document is in memory as a whole, and tokenized in one piece.
+MAX_DOCUMENT_BYTES = 1 << 28
 
 # A record, where it was read (for messages), and its id, title and source unless it has its own.
 Record = tuple[Any, str, dict[str, str]]
@@ -161,6 +163,8 @@ class DocumentReader:
         defaults = {"source": name}
         suffix = file.suffix.lower()
         if suffix in (".txt", ".md"):
+            if (size := file.stat().st_size) > MAX_DOCUMENT_BYTES:
+                raise _too_long(f"The file {name!r}", size)
             text = self._decode(file.read_bytes(), name).replace("\r\n", "\n").replace("\r", "\n")
             yield text, f"File {name!r}", {"id": name, "title": file.stem, **defaults}
         elif suffix == ".parquet":
@@ -173,13 +177,16 @@ class DocumentReader:
         opened = gzip.open(file, "rb") if file.suffix.lower() == ".gz" else file.open("rb")
         try:
             with opened as lines:
-                for number, line in enumerate(lines, start=1):
+                # One byte more than the bound, so that a longer line is known before it is read, or unpacked, as a whole.
+                for number, line in enumerate(iter(lambda: lines.readline(MAX_DOCUMENT_BYTES + 1), b""), start=1):
+                    if len(line) > MAX_DOCUMENT_BYTES:
+                        raise _too_long(f"Line {number} of {name!r}", len(line))
                     if not line.strip():
                         continue
                     where = f"{name}:{number}"
                     try:
-                        record = json.loads(self._decode(line, name))
-                    except (ValueError, RecursionError) as error:
+                        record = parse_json(self._decode(line, name))
+                    except ValueError as error:
                         raise DatastoreInputError(
                             f"{where} is not JSON ({error}). Repair or remove the line: each line holds one JSON object."
                         ) from error
@@ -195,6 +202,12 @@ class DocumentReader:
         except UnicodeDecodeError:
             self.not_utf8.add(name)
             return content.decode("utf-8-sig", errors="replace")
+
+
+def _too_long(what: str, size: int) -> DatastoreInputError:
+    return DatastoreInputError(
+        f"{what} has {size:,} bytes or more, and a document has {MAX_DOCUMENT_BYTES:,} at most. Split it into several."
+    )
 
 
 def _unsuitable(documents: Any) -> str:
@@ -260,7 +273,14 @@ def _files_of(path: Path) -> list[tuple[Path, str]]:
             f"Left out {counted(len(links), 'link')} to folders, or to nothing, such as {links[0]!r}. Pass a linked folder "
             "itself, or copy it."
         )
-    found = sorted((pair for pair in found if pair[0].is_file()), key=lambda pair: pair[1])
+    files_there = [pair for pair in found if pair[0].is_file()]
+    # A folder of somebody else must not bring in files from elsewhere on this machine.
+    if outside := sorted(name for file, name in files_there if not is_inside(path, file)):
+        logger.warning(
+            f"Left out {counted(len(outside), 'link')} to files outside of the folder, such as {outside[0]!r}. Copy these files "
+            "into it, or pass them themselves."
+        )
+    found = sorted((pair for pair in files_there if is_inside(path, pair[0])), key=lambda pair: pair[1])
     files = [pair for pair in found if _is_readable(pair[1])]
     if not files:
         raise DatastoreInputError(f"The folder {str(path)!r} has no {', '.join(_SUFFIXES)} file. Check the path.")

@@ -214,7 +214,7 @@ class RankExecutor:
     def _wait_for(self, outputs: list[tuple[Path, int]]) -> Iterator[int]:
         waited = 0.0
         while outputs:
-            # The first rank removes the folder of unfinished work once the store is complete.
+            # The first rank removes the folder of unfinished work once the store is complete, or if it has failed.
             done = [output.exists() or not output.parent.exists() for output, _ in outputs]
             yield from (units for (_, units), is_done in zip(outputs, done, strict=True) if is_done)
             outputs = [one for one, is_done in zip(outputs, done, strict=True) if not is_done]

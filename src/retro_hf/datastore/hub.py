@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import html
 import json
 import os
 import re
@@ -22,7 +24,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError,
 from huggingface_hub.hf_api import RepoFile
 from transformers.utils import logging
 
-from ..errors import DatastoreInputError, DatastoreNotFoundError
+from ..errors import DatastoreCorruptError, DatastoreInputError, DatastoreNotFoundError
+from ..outside import MAX_JSON_BYTES, parse_json, printable
 from .files import MANIFEST_NAME, building_folder
 from .manifest import DatastoreManifest, FileEntry, check_content, checked_path
 
@@ -36,6 +39,7 @@ _REPO_TYPE = "dataset"
 _CARD_NAME = "README.md"
 _TEMPLATE = Path(__file__).parent / "templates" / "datastore_card.md"
 _MAX_LISTED = 20
+_PATHS_PER_CALL = 1000
 _LICENSE_ID = re.compile(r"[a-z0-9][a-z0-9.-]*")
 # What follows this line in a card is its owner's own text.
 _OWN_TEXT = "<!-- Everything below this line is kept when the datastore is pushed again. -->"
@@ -178,13 +182,16 @@ def local_folder(
                 "Check the name and the revision, and log in with `hf auth login` if it is private."
             ) from error
 
-    folder = download([MANIFEST_NAME] if settings is None else [MANIFEST_NAME, settings], revision)
+    small = [MANIFEST_NAME] if settings is None else [MANIFEST_NAME, settings]
+    _check_remote_sizes(repo_id, revision, token, dict.fromkeys(small, MAX_JSON_BYTES))
+    folder = download(small, revision)
     if not (folder / MANIFEST_NAME).is_file():
         raise DatastoreNotFoundError(
             f"The dataset repository {repo_id!r} holds no datastore at commit {folder.name}: it has no {MANIFEST_NAME}. Check the "
             "name and the revision."
         )
     manifest = DatastoreManifest.read(folder)
+    _check_remote_sizes(repo_id, folder.name, token, {file.name: file.size for file in manifest.files})
     # A folder of the cache is named after its commit, so the files come from the same commit as the manifest.
     download([file.name for file in manifest.files], folder.name)
     if verify:
@@ -197,6 +204,27 @@ def local_folder(
     return folder
 
 
+def _check_remote_sizes(repo_id: str, revision: str | None, token: str | None, limits: dict[str, int]) -> None:
+    """Check that files on the Hub are not larger than they may be, before they are downloaded.
+
+    Without an answer of the Hub nothing is checked: then nothing is downloaded, or the download says what is wrong.
+    """
+    names = list(limits)
+    for start in range(0, len(names), _PATHS_PER_CALL):
+        try:
+            found = HfApi(token=token).get_paths_info(
+                repo_id, names[start : start + _PATHS_PER_CALL], repo_type=_REPO_TYPE, revision=revision
+            )
+        except (HTTPError, OSError, ValueError):
+            return
+        for file in found:
+            if isinstance(file, RepoFile) and file.size > limits[file.path]:
+                raise DatastoreCorruptError(
+                    f"{file.path!r} in the dataset repository {repo_id!r} has {file.size:,} bytes, more than {limits[file.path]:,}. "
+                    "Nothing of it was downloaded; load an earlier commit with `revision`."
+                )
+
+
 def _is_same(there: RepoFile | None, file: FileEntry) -> bool:
     return there is not None and there.lfs is not None and there.lfs.sha256 == file.sha256
 
@@ -205,7 +233,9 @@ def _files_of_manifest(api: HfApi, repo_id: str, commit: str) -> set[str]:
     """The files that the manifest in a repository names; none if it is not a manifest."""
     path = api.hf_hub_download(repo_id, MANIFEST_NAME, repo_type=_REPO_TYPE, revision=commit)
     try:
-        return {str(file["name"]) for file in json.loads(Path(path).read_bytes())["files"]}
+        if os.path.getsize(path) > MAX_JSON_BYTES:
+            return set()
+        return {str(file["name"]) for file in parse_json(Path(path).read_bytes())["files"]}
     except (ValueError, KeyError, TypeError):
         return set()
 
@@ -254,7 +284,8 @@ def render_card(manifest: DatastoreManifest, repo_id: str) -> DatasetCard:
     return DatasetCard.from_template(
         data,
         template_path=str(_TEMPLATE),
-        manifest=manifest,
+        manifest=_cells(dataclasses.asdict(manifest))
+        | {name: getattr(manifest, name) for name in ("num_documents", "num_chunks", "num_tokens")},
         repo_id=repo_id,
         size=sum(file.size for file in manifest.files),
         sources=[{key: _cell(value) for key, value in source.items()} for source in manifest.sources[:_MAX_LISTED]],
@@ -273,5 +304,13 @@ def _index_row(index: dict[str, Any]) -> dict[str, str]:
 
 
 def _cell(value: Any) -> str:
-    """Text that stays in its cell of a Markdown table."""
-    return " ".join(str(value).replace("|", "\\|").split())
+    """Text of somebody else that stays in its cell of a Markdown table, and is neither a tag nor a link."""
+    text = html.escape(" ".join(printable(str(value)).split()), quote=False)
+    return re.sub(r"([|\[\]\\])", r"\\\1", text).replace("`", "'")
+
+
+def _cells(value: Any) -> Any:
+    """The same for every text of a record."""
+    if isinstance(value, dict):
+        return {key: _cells(part) for key, part in value.items()}
+    return _cell(value) if isinstance(value, str) else value

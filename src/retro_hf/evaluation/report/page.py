@@ -16,6 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from ...datastore.files import write_file
+from ...outside import printable
 from ..neighbors import MODES
 from ..trace import FULL_BITS, bits
 from . import text as report_text
@@ -64,6 +65,7 @@ def render_page(result: Evaluation, traces: Sequence[Trace] = ()) -> str:
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES),
         autoescape=True,
+        finalize=lambda value: printable(value) if type(value) is str else value,
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=StrictUndefined,
