@@ -19,6 +19,7 @@ from retro_hf.datastore.files import partial_folder
 from retro_hf.datastore.generation import Generation
 from retro_hf.errors import DatastoreReadError
 from retro_hf.locks import Lock
+from retro_hf.outside import check_folder
 from retro_hf.retriever import RetroRetriever
 
 from .fixtures import corpus
@@ -116,7 +117,7 @@ def test_reader_that_a_writer_overtakes_starts_again(store, tmp_path, monkeypatc
         assert RetroDatastore.load(tmp_path / "copy", verify=True).num_documents == 30
 
 
-def test_tokenizer_is_loaded_while_a_writer_removes_files(store, monkeypatch):
+def test_folder_is_checked_while_a_writer_removes_files(store, monkeypatch):
     real = os.scandir
 
     def scandir(path):
@@ -124,8 +125,10 @@ def test_tokenizer_is_loaded_while_a_writer_removes_files(store, monkeypatch):
         (store.path / "tokens-00000.npy").unlink(missing_ok=True)
         return entries
 
-    monkeypatch.setattr("retro_hf.outside.os.scandir", scandir)
-    assert store.tokenizer is not None
+    with monkeypatch.context() as patched:
+        patched.setattr("retro_hf.outside.os.scandir", scandir)
+        check_folder(store.path)
+    assert not (store.path / "tokens-00000.npy").exists()
 
 
 def test_damage_is_still_damage_and_not_tried_for_ever(store):
