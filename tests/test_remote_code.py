@@ -75,7 +75,7 @@ out = model.generate(
     return_dict_in_generate=True,
 )
 assert torch.equal(out.sequences, data["generated"]), (out.sequences, data["generated"])
-assert [entry["chunk"] for entry in out.retrieval_trace[0]] == [0, 1, 2, 3]
+assert [entry["chunk"] for entry in out.retrieval_trace[0]] == [0, 1, 2, 3, 4]
 
 model.save_pretrained(folder + "/again")
 again = AutoModelForCausalLM.from_pretrained(folder + "/again", trust_remote_code=True)

@@ -42,13 +42,13 @@ A language model that looks up passages in a datastore every {chunk_size} tokens
 ## Load it
 
 ```python
-import retro_hf  # pip install retro-hf
+import {package}  # pip install retro-hf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("{repo_id}")
 tokenizer = AutoTokenizer.from_pretrained("{repo_id}")
-retriever = retro_hf.RetroRetriever.from_pretrained("{store_name}", tokenizer=tokenizer)
-print(retro_hf.answer(model, retriever, "What does the datastore say?"))
+retriever = {package}.RetroRetriever.from_pretrained("{store_name}", tokenizer=tokenizer)
+print({package}.answer(model, retriever, "What does the datastore say?"))
 ```
 
 {remote}
@@ -108,6 +108,7 @@ def card_text(repo_id: str, config: RetroConfig) -> str:
         data="\n".join(f"{name}: {json.dumps(value)}" for name, value in data.items()),
         name=repo_id.rpartition("/")[2],
         repo_id=repo_id,
+        package="retro_hf",  # which these files never import
         off=frozen,
         base=f"`{base}`{revision}"
         if base
