@@ -62,7 +62,8 @@ def find_passages(retriever: RetroRetriever, questions: Sequence[str], num_passa
         raise RetrieverError("A question is empty. Pass texts with at least one word each.")
     datastore = retriever.datastore
     readable = [without_lone_surrogates(question) for question in questions]
-    scores, chunk_ids = retriever.searcher.search(readable, 2 * num_passages)
+    found = retriever.search_texts(readable, 2 * num_passages)
+    scores, chunk_ids = found.scores, found.chunk_ids
     starts, found_at = _starts(datastore, chunk_ids, num_passages)
     numbers = datastore.document_of(starts)
     # In order, so that each group of the documents' file is read once.

@@ -21,6 +21,7 @@ from .datastore.documents import without_lone_surrogates
 from .datastore.files import write_file
 from .datastore.hub import local_folder, push
 from .datastore.search import check_num_neighbors
+from .datastore.selection import select
 from .errors import RetrieverError
 from .locks import Lock
 from .outside import read_json
@@ -113,7 +114,9 @@ class RetroRetriever:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`] or `str`, *optional*): of the language model; defaults to
             the copy in the datastore.
         num_neighbors (`int`, defaults to 2): neighbors per chunk. It can be set at any time, also beyond the number that a
-            model was trained with.
+            model was trained with. Neighbors with the same tokens as a better one are left out.
+        min_score (`float`, *optional*): neighbors with a lower score are not read; the searcher's `metric` says what a score
+            is. It can be set at any time.
         cache_size (`int`, defaults to 4096): chunks whose results are cached; 0 switches the cache off.
 
     Raises:
@@ -132,6 +135,7 @@ class RetroRetriever:
         searcher: Searcher | None = None,
         tokenizer: PreTrainedTokenizerBase | str | None = None,
         num_neighbors: int = 2,
+        min_score: float | None = None,
         cache_size: int = 4096,
     ) -> None:
         if (embedder is None) == (searcher is None):
@@ -156,7 +160,7 @@ class RetroRetriever:
         self.cache_size = cache_size
         self.num_neighbors = num_neighbors
         self._tokenizer = tokenizer
-        self._forget()
+        self.min_score = min_score
 
     def _forget(self) -> None:
         self._cache = _Cache(self.datastore)
@@ -186,6 +190,18 @@ class RetroRetriever:
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise RetrieverError(f"num_neighbors is {value!r}. Pass an integer of at least 1.")
         self._num_neighbors = value
+
+    @property
+    def min_score(self) -> float | None:
+        """The score below which a neighbor is not read; None for any."""
+        return self._min_score
+
+    @min_score.setter
+    def min_score(self, value: float | None) -> None:
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise RetrieverError(f"min_score is {value!r}. Pass a number, or None.")
+        self._min_score = value
+        self._forget()
 
     @property
     def embedder(self) -> ChunkEmbedder | None:
@@ -237,7 +253,7 @@ class RetroRetriever:
             `(len(texts), num_neighbors, neighbor_size)`.
         """
         now = self.snapshot()
-        tokens, mask = now.datastore.gather(now._find(texts, self.num_neighbors).chunk_ids)
+        tokens, mask = now.datastore.gather(now.search_texts(texts).chunk_ids)
         return torch.from_numpy(tokens), torch.from_numpy(mask)  # type: ignore[return-value]
 
     def chat_queries(
@@ -341,9 +357,11 @@ class RetroRetriever:
             `list[list[RetrievedNeighbor]]`: for each text its neighbors, nearest first.
         """
         now = self.snapshot()
-        return now._describe(now._find(texts, self.num_neighbors if num_neighbors is None else num_neighbors))
+        return now._describe(now.search_texts(texts, num_neighbors))
 
-    def _find(self, texts: str | list[str], wanted: int) -> RetrievalResult:
+    def search_texts(self, texts: str | list[str], num_neighbors: int | None = None) -> RetrievalResult:
+        """As [`RetroRetriever.find`], without reading what was found."""
+        wanted = self.num_neighbors if num_neighbors is None else num_neighbors
         queries = list(texts) if isinstance(texts, Iterable) and not isinstance(texts, str) else [texts]
         for number, query in enumerate(queries):
             if not isinstance(query, str) or not query.strip():
@@ -354,7 +372,18 @@ class RetroRetriever:
         readable = [without_lone_surrogates(query) for query in queries]
         return RetrievalResult(*self._ask(readable, wanted))
 
-    def _ask(self, texts: list[str], wanted: int, **options: Any) -> tuple[np.ndarray, np.ndarray]:
+    def _ask(
+        self, texts: list[str], wanted: int, exclude_documents: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Scores and chunk ids, both of shape `(len(texts), wanted)`: what the searcher finds, without what is not read."""
+
+        def search(rows: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+            options = {} if exclude_documents is None else {"exclude_documents": exclude_documents[rows]}
+            return self._checked_search([texts[row] for row in rows], count, **options)
+
+        return select(self.datastore, search, len(texts), wanted, min_score=self.min_score)
+
+    def _checked_search(self, texts: list[str], wanted: int, **options: Any) -> tuple[np.ndarray, np.ndarray]:
         """What the searcher finds. A user's own may return anything, and numpy would broadcast what is too small."""
         found = self.searcher.search(texts, wanted, **options)
         parts = [np.asarray(part) for part in found] if isinstance(found, (tuple, list)) else []
@@ -428,6 +457,7 @@ class RetroRetriever:
         embedder: ChunkEmbedder | str | None = None,
         tokenizer: PreTrainedTokenizerBase | str | None = None,
         num_neighbors: int | None = None,
+        min_score: float | None = None,
         **options: Any,
     ) -> RetroRetriever:
         """Open a retriever from a folder, or from a dataset repository on the Hub (downloaded, checksums verified).
@@ -435,16 +465,21 @@ class RetroRetriever:
         Args:
             embedder ([`ChunkEmbedder`] or `str`, *optional*): defaults to the one that the datastore names. A datastore
                 stores only the name of a local embedder; pass its path again.
-            num_neighbors (`int`, *optional*): defaults to the saved number.
+            num_neighbors (`int`, *optional*), min_score (`float`, *optional*): default to the saved values.
             options: `revision`, `cache_dir`, `token`, `verify`, as for [`RetroDatastore.from_pretrained`].
         """
         path = local_folder(name_or_path, settings=_CONFIG_NAME, **options)
         datastore = RetroDatastore.load(path)
         if embedder is None or isinstance(embedder, (str, os.PathLike)):
             embedder = ChunkEmbedder.of_datastore(datastore.manifest.embedder, embedder)
-        if num_neighbors is None:
-            num_neighbors = _saved_num_neighbors(path)
-        return cls(datastore, embedder=embedder, tokenizer=tokenizer, num_neighbors=num_neighbors)
+        saved = _saved_settings(path)
+        return cls(
+            datastore,
+            embedder=embedder,
+            tokenizer=tokenizer,
+            num_neighbors=saved["num_neighbors"] if num_neighbors is None else num_neighbors,
+            min_score=saved.get("min_score") if min_score is None else min_score,
+        )
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Write a copy of the datastore and the retriever's settings to a new folder."""
@@ -463,7 +498,10 @@ class RetroRetriever:
         return push(self.datastore, repo_id, settings={_CONFIG_NAME: self._settings()}, **options)
 
     def _settings(self) -> bytes:
-        return (json.dumps({"num_neighbors": self.num_neighbors}, indent=2) + "\n").encode()
+        settings = {"num_neighbors": self.num_neighbors}
+        if self.min_score is not None:
+            settings["min_score"] = self.min_score
+        return (json.dumps(settings, indent=2) + "\n").encode()
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "_cache"}
@@ -478,15 +516,18 @@ class RetroRetriever:
         )
 
 
-def _saved_num_neighbors(path: Path) -> int:
-    """The saved number of neighbors; 2, the paper's, for a folder that was saved as a datastore only."""
+def _saved_settings(path: Path) -> dict[str, Any]:
+    """The saved number of neighbors, 2 (the paper's) for a folder that was saved as a datastore only, and `min_score`."""
     if not os.path.lexists(path / _CONFIG_NAME):
-        return 2
+        return {"num_neighbors": 2}
     try:
-        number = read_json(path, _CONFIG_NAME).get("num_neighbors")
+        settings = read_json(path, _CONFIG_NAME)
+        number, score = settings.get("num_neighbors"), settings.get("min_score")
+        if score is not None and (isinstance(score, bool) or not isinstance(score, (int, float))):
+            raise ValueError(f"its min_score is {score!r:.100}")
         if type(number) is not int or not 1 <= number <= _MAX_SAVED_NEIGHBORS:
             raise ValueError(f"its num_neighbors is {number!r:.100}")
     except (OSError, ValueError) as error:
         file = str(path / _CONFIG_NAME)
         raise RetrieverError(f"{file!r} is damaged ({error}). Remove it, or save the retriever again.") from error
-    return number
+    return {"num_neighbors": number, "min_score": score}

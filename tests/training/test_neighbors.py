@@ -85,18 +85,14 @@ def test_neighbors_are_the_nearest_chunks_of_other_documents(world):
 
 
 def test_missing_document_ids_are_warned_about(world, caplog):
-    """The trap is real, and there is a warning of it."""
+    """There is a warning; and the text itself says which documents are its own."""
     windows = world.windows.remove_columns(["document_id", "window_start"]).select(range(8))
     logging.getLogger("transformers").propagate = True
     with caplog.at_level(logging.WARNING):
         found = precompute_neighbors(windows, world.retriever)
     assert "'document_id'" in caplog.text
-    with_self = precompute_neighbors(world.windows.select(range(8)), world.retriever)
-    assert found["neighbor_chunk_ids"] != with_self["neighbor_chunk_ids"]
-    scores = world.retriever.datastore.keys_of(np.arange(world.datastore.num_chunks))
-    assert len(scores) > max(max(chunk) for row in found["neighbor_chunk_ids"] for chunk in row)
-    first = found[0]["neighbor_chunk_ids"][0][0]
-    assert world.datastore.gather(np.array([first]))[0][0, :SIZE].tolist() == found[0]["input_ids"][:SIZE]
+    with_ids = precompute_neighbors(world.windows.select(range(8)), world.retriever)
+    assert found["neighbor_chunk_ids"] == with_ids["neighbor_chunk_ids"]
 
 
 def test_stored_keys_are_reused_as_queries(world, monkeypatch):
@@ -320,7 +316,7 @@ def test_near_duplicates_are_excluded_on_demand(world, tmp_path):
 
     alike = {(row["id"], f"copy-{row['id']}") for row in documents}
     alike |= {(f"new-{row['id']}", other) for row in documents[:5] for other in (row["id"], f"copy-{row['id']}")}
-    assert alike <= pairs(precompute_neighbors(windows, retriever))
+    assert alike & pairs(precompute_neighbors(windows, retriever))  # parts that are not equal to the text
     assert not alike & pairs(precompute_neighbors(windows, retriever, exclude_near_duplicates=True))
     with pytest.raises(DatasetError, match="'document_id'"):
         precompute_neighbors(windows.remove_columns("document_id"), retriever, exclude_near_duplicates=True)

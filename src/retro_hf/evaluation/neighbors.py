@@ -14,6 +14,7 @@ from ..datastore import EmbeddingSearcher, RetroDatastore, chunk_texts
 from ..datastore.executors import progress_bar
 from ..errors import RetrieverError
 from ..retriever import RetroRetriever
+from ..training.copies import Text, search_without_copies
 from ..training.exclusion import document_numbers
 from .cache import ArrayCache
 from .scoring import Document
@@ -128,7 +129,8 @@ class Chunks:
 class NeighborSearch:
     """Finds the neighbors of all chunks of some documents. Each chunk is embedded once, for any number of searches.
 
-    A chunk gets no neighbors from the datastore's document of the same id.
+    A chunk gets no neighbors from the datastore's document of the same id, and none that is equal to the chunk and its
+    continuation. Where no id names the document, that of such a neighbor is left out as a whole.
 
     Args:
         retriever ([`RetroRetriever`]): finds the neighbors.
@@ -151,7 +153,13 @@ class NeighborSearch:
         self.chunks = chunks
         own = document_numbers(retriever.datastore, [document.id for document in documents])
         self.num_same_id = int((own >= 0).any(axis=1).sum())
+        self.num_copied = 0
         self._own = np.repeat(own, chunks.counts, axis=0)
+        self._owners = np.repeat(np.arange(len(documents)), chunks.counts)
+        rows = np.where(chunks.mask, chunks.rows, -2)
+        following = np.full_like(rows, -2)
+        following[:-1] = np.where((self._owners[1:] == self._owners[:-1])[:, None], rows[1:], -2)
+        self._text = Text(rows, following)
         self._vectors: np.ndarray | None = None
         # A subclass may search in its own way, so it is asked as generation asks it.
         if type(retriever) is RetroRetriever and type(retriever.searcher) is EmbeddingSearcher:
@@ -189,26 +197,40 @@ class NeighborSearch:
                 f"{type(self.retriever.searcher).__name__}. Write each fraction with `datastore.subset(folder, fraction=...)` "
                 "and evaluate with a retriever over it."
             )
-        return np.concatenate(
-            [
-                np.empty((0, num_neighbors), dtype=np.int64),
-                *(self._search(b, num_neighbors, index) for b in self._blocks()),
-            ]
-        )
+        parts = [np.empty((0, num_neighbors), dtype=np.int64)]
+        num_copied = 0
+        for block in self._blocks():
+            found, copied = search_without_copies(
+                self.retriever.datastore,
+                partial(self._search, block, index),
+                Text(self._text.chunks[block], self._text.following[block]),
+                num_neighbors,
+                owners=self._owners[block],
+                excluded=self._own[block],
+                known=(self._own[block] >= 0).any(axis=1),
+                is_training=False,
+                min_score=self.retriever.min_score,
+            )
+            parts.append(found)
+            num_copied += copied
+        self.num_copied = max(self.num_copied, num_copied)
+        return np.concatenate(parts)
 
-    def _search(self, block: slice, num_neighbors: int, index: VectorIndex | None) -> np.ndarray:
-        own = self._own[block]
+    def _search(
+        self, block: slice, index: VectorIndex | None, rows: np.ndarray, count: int, excluded: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         if self._vectors is not None:
             searcher: Any = self.retriever.searcher
             search = searcher.search_vectors if index is None else index.search
-            return np.asarray(search(self._vectors[block], num_neighbors, exclude_documents=own)[1], dtype=np.int64)
+            scores, ids = search(self._vectors[block][rows], count, exclude_documents=excluded)
+            return np.asarray(scores), np.asarray(ids, dtype=np.int64)
         found = self.retriever.search(
-            torch.from_numpy(self.chunks.rows[block]),  # type: ignore[arg-type]
-            torch.from_numpy(self.chunks.mask[block].astype(np.int64)),  # type: ignore[arg-type]
-            num_neighbors=num_neighbors,
-            exclude_documents=own,
+            torch.from_numpy(self.chunks.rows[block][rows]),  # type: ignore[arg-type]
+            torch.from_numpy(self.chunks.mask[block][rows].astype(np.int64)),  # type: ignore[arg-type]
+            num_neighbors=count,
+            exclude_documents=excluded,
         )
-        return np.asarray(found.chunk_ids, dtype=np.int64)
+        return np.asarray(found.scores), np.asarray(found.chunk_ids, dtype=np.int64)
 
 
 def check_modes(modes: Sequence[str], known: Sequence[str], *, has_neighbors: bool) -> None:

@@ -16,6 +16,7 @@ from ..datastore import RetroDatastore
 from ..errors import DatasetError, DatastoreMismatchError
 from ..retriever import RetroRetriever
 from .columns import check_example
+from .copies import Lookups
 from .exclusion import document_numbers
 from .neighbors import NEIGHBORS_COLUMN, SOURCE_COLUMN
 from .search import neighbor_source, neighbors_of_windows, wanted_neighbors
@@ -98,6 +99,7 @@ class RetroDataCollator:
         )
         self.seed = seed
         self._computed: dict[str, int] = {}
+        self._lookups = Lookups()
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """Make one batch; see the class."""
@@ -105,6 +107,7 @@ class RetroDataCollator:
             check_example(example, ["input_ids"])
         tokens = [np.asarray(example["input_ids"], dtype=np.int64) for example in examples]
         found = self._looked_up(self.retriever, examples, tokens) if self.retriever else self._precomputed(examples)
+        self._lookups.count(found)
         size = self.datastore.chunk_size
         length = max(size, *map(len, tokens))
         input_ids = np.full((len(examples), length), self.pad_token_id, dtype=np.int64)
@@ -150,12 +153,12 @@ class RetroDataCollator:
                 starts = np.array([example[START_COLUMN] for example in examples], dtype=np.int64)
         else:
             logger.warning_once(
-                f"The examples have no column {ID_COLUMN!r}, so a chunk whose document is in the datastore finds itself there. "
+                f"The examples have no column {ID_COLUMN!r}, so their own documents in the datastore are known by their text alone. "
                 "If the dataset has it, Trainer dropped it: set `TrainingArguments(remove_unused_columns=False)`."
             )
         lengths = np.array([len(ids) for ids in tokens])
         wanted = wanted_neighbors(retriever, self.num_neighbors)
-        found = neighbors_of_windows(retriever, np.concatenate(tokens), lengths, wanted, documents, starts)
+        found, _ = neighbors_of_windows(retriever, np.concatenate(tokens), lengths, wanted, documents, starts)
         return np.split(found, np.cumsum(lengths // self.datastore.chunk_size)[:-1])
 
     def _precomputed(self, examples: Sequence[Mapping[str, Any]]) -> list[np.ndarray]:

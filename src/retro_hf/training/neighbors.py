@@ -19,6 +19,7 @@ from ..datastore.executors import progress_bar
 from ..errors import DatasetError
 from ..retriever import RetroRetriever
 from .columns import check_columns, flattened
+from .copies import tell_lookups
 from .exclusion import duplicates_in, excluded_documents
 from .search import datastore_of, neighbor_source, neighbors_of_windows, search_digest, wanted_neighbors
 from .windows import ID_COLUMN, START_COLUMN
@@ -51,7 +52,8 @@ def precompute_neighbors(
     """Find the neighbors of every complete chunk of a tokenized dataset, once, before training.
 
     Section 2.3 of Borgeaud et al. (2022). A chunk gets no neighbors from its own document, because the continuation there
-    is the answer that it must learn to predict. If a chunk is itself in the datastore, its stored key is the query and
+    is the answer that it must learn to predict. Where the id is missing or unknown to the datastore, its text says which
+    document it is; and a neighbor that is equal to the chunk and its continuation is never returned. If a chunk is itself in the datastore, its stored key is the query and
     nothing is embedded.
 
     If the result is kept on disk, rerun an interrupted call to resume it: at most a block of 16 batches is searched again.
@@ -92,15 +94,17 @@ def precompute_neighbors(
         duplicates = duplicates_in(dataset, datastore)
     elif not has_ids:
         logger.warning(
-            f"The dataset has no column {ID_COLUMN!r}, so a chunk whose document is in the datastore finds itself there. Rename "
+            f"The dataset has no column {ID_COLUMN!r}, so its own documents in the datastore are known by their text alone. Rename "
             f"the column of ids: `dataset.rename_column(..., {ID_COLUMN!r})`."
         )
+    num_copied = 0
 
     def find(batch: pa.Table) -> pa.Table:
         if "attention_mask" in batch.column_names and pc.min(flattened(batch["attention_mask"])[0]).as_py() == 0:
             raise DatasetError("The examples are padded (attention_mask has zeros). Tokenize them without padding.")
+        nonlocal num_copied
         values, lengths = flattened(batch["input_ids"])
-        found = neighbors_of_windows(
+        found, copied = neighbors_of_windows(
             retriever,
             values.to_numpy(zero_copy_only=False),
             lengths,
@@ -108,6 +112,7 @@ def precompute_neighbors(
             excluded_documents(datastore, batch[ID_COLUMN], duplicates) if has_ids else None,
             batch[START_COLUMN].to_numpy() if START_COLUMN in batch.column_names else None,
         )
+        num_copied += copied
         ends = np.arange(len(found) + 1, dtype=np.int32) * np.int32(wanted)
         chunks = pa.ListArray.from_arrays(ends, pa.array(found.reshape(-1)))
         per_row = np.cumsum([0, *(lengths // datastore.chunk_size)]).astype(np.int32)
@@ -149,7 +154,11 @@ def precompute_neighbors(
                 )
             )
             progress.update(len(block))
-    return _in_format_of(dataset, datasets.concatenate_datasets(parts))
+    result = datasets.concatenate_datasets(parts)
+    rows, per_row = flattened(result.select_columns([NEIGHBORS_COLUMN]).with_format("arrow")[:][NEIGHBORS_COLUMN])
+    found = pc.list_flatten(rows).to_numpy(zero_copy_only=False).reshape(-1, wanted)
+    tell_lookups("the dataset", found, num_copied, int((per_row == 0).sum()))
+    return _in_format_of(dataset, result)
 
 
 def _in_format_of(dataset: Dataset, result: Dataset) -> Dataset:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import uuid
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -13,6 +15,7 @@ from ..datastore.chunks import ranges
 from ..datastore.files import digest_of
 from ..errors import DatasetError, RetrieverError
 from ..retriever import RetroRetriever
+from .copies import Text, search_without_copies
 
 
 __all__ = ["datastore_of", "neighbor_source", "neighbors_of_windows", "search_digest", "wanted_neighbors"]
@@ -60,7 +63,8 @@ def search_digest(retriever: RetroRetriever | RetroDatastore, *settings: object)
     """A digest of how neighbors are found and of other settings: the fingerprint of a kept result."""
     searcher = retriever if isinstance(retriever, RetroDatastore) else retriever.searcher
     files = [entry.sha256 for entry in datastore_of(retriever).manifest.files]
-    return digest_of(*files, _identity(searcher), *map(str, settings))[:16]
+    min_score = None if isinstance(retriever, RetroDatastore) else retriever.min_score
+    return digest_of(*files, _identity(searcher), f"without copies, {min_score}", *map(str, settings))[:16]
 
 
 def _identity(searcher: Searcher | RetroDatastore) -> str:
@@ -81,8 +85,11 @@ def neighbors_of_windows(
     num_neighbors: int,
     documents: np.ndarray | None,
     starts: np.ndarray | None,
-) -> np.ndarray:
+) -> tuple[np.ndarray, int]:
     """The neighbors of every complete chunk of some windows, none of them from the windows' own documents.
+
+    A neighbor that is equal to the chunk and its continuation is left out, too, and so is the document that it belongs to
+    where no id has named the window's own.
 
     Args:
         tokens (`np.ndarray` of integers and shape `(lengths.sum(),)`): the windows one after another.
@@ -92,7 +99,8 @@ def neighbors_of_windows(
         starts (`np.ndarray` of int64 and shape `(num_windows,)`, *optional*): position of each window in its document. A
             chunk that is itself in the datastore then uses its stored key as the query.
     Returns:
-        `np.ndarray` of int64 and shape `((lengths // chunk_size).sum(), num_neighbors)`; -1 where there are no more.
+        Chunk ids, int64 of shape `((lengths // chunk_size).sum(), num_neighbors)`, -1 where there are no more; and for how
+        many chunks a copy of the text was left out.
     Raises:
         DatasetError: if a chunk must be embedded, but there is only a datastore.
     """
@@ -101,13 +109,27 @@ def neighbors_of_windows(
     counts = lengths // size
     chunks = tokens[ranges(np.cumsum(lengths) - lengths, counts * size)].reshape(-1, size).astype(np.int64)
     if not len(chunks):
-        return np.empty((0, num_neighbors), dtype=np.int64)
+        return np.empty((0, num_neighbors), dtype=np.int64), 0
     own = np.full((len(lengths), 1), -1, dtype=np.int64) if documents is None else documents
     excluded = np.repeat(own, counts, axis=0)
     searcher = retriever if isinstance(retriever, RetroDatastore) else retriever.searcher
+
+    def without_copies(search: Callable[..., tuple[np.ndarray, np.ndarray]], what: Any) -> tuple[np.ndarray, int]:
+        return search_without_copies(
+            datastore,
+            lambda rows, count, excluded: search(what[rows], count, exclude_documents=excluded),
+            Text.of_windows(tokens, lengths, size),
+            num_neighbors,
+            owners=np.repeat(np.arange(len(lengths)), counts),
+            excluded=excluded,
+            known=np.repeat((own >= 0).any(axis=1), counts),
+            is_training=True,
+            min_score=None if isinstance(retriever, RetroDatastore) else retriever.min_score,
+        )
+
     if not isinstance(searcher, (RetroDatastore, EmbeddingSearcher)):
-        texts = chunk_texts(retriever.tokenizer, chunks)
-        return searcher.search(texts, num_neighbors, exclude_documents=excluded)[1]
+        texts = np.array(chunk_texts(retriever.tokenizer, chunks), dtype=object)
+        return without_copies(lambda texts, *args, **options: searcher.search(texts.tolist(), *args, **options), texts)
 
     queries = np.empty((len(chunks), datastore.manifest.dim), dtype=np.float32)
     known = np.zeros(len(chunks), dtype=bool)
@@ -125,8 +147,9 @@ def neighbors_of_windows(
                 "RetroRetriever, which can embed them, instead of the datastore."
             )
         queries[~known] = searcher.embedder.embed_queries(chunk_texts(retriever.tokenizer, chunks[~known]))
-    search = searcher.search if isinstance(searcher, RetroDatastore) else searcher.search_vectors
-    return search(queries, num_neighbors, exclude_documents=excluded)[1]
+    return without_copies(
+        searcher.search if isinstance(searcher, RetroDatastore) else searcher.search_vectors, queries
+    )
 
 
 def _stored_places(

@@ -1,0 +1,203 @@
+"""Neighbors that are the text itself: found by its tokens, where no id says which document it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from transformers.utils import logging
+
+from ..datastore import RetroDatastore
+from ..datastore.selection import select
+from ..errors import counted
+
+
+__all__ = ["Lookups", "Text", "search_without_copies", "tell_lookups"]
+
+logger = logging.get_logger(__name__)
+
+# A share of chunks without neighbors above which it is a warning: most of them should have some.
+_LOUD_SHARE = 0.2
+_COUNTED_CHUNKS = 256
+
+
+@dataclass(frozen=True)
+class Text:
+    """Chunks of a text and what follows each of them.
+
+    Attributes:
+        chunks (`np.ndarray` of int64 and shape `(num_chunks, m)`): token ids, -2 at padding.
+        following (`np.ndarray` of int64 and shape `(num_chunks, m)`): the next tokens, -2 where the text ends.
+    """
+
+    chunks: np.ndarray
+    following: np.ndarray
+
+    @classmethod
+    def of_windows(cls, tokens: np.ndarray, lengths: np.ndarray, chunk_size: int) -> Text:
+        """The complete chunks of windows (integers, one after another), within which they are followed."""
+        counts = lengths // chunk_size
+        starts = np.repeat(np.cumsum(lengths) - lengths, counts)
+        places = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        begins = starts + places * chunk_size
+        ends = np.repeat(np.cumsum(lengths), counts)
+        columns = begins[:, None] + np.arange(2 * chunk_size)
+        padded = np.append(tokens.astype(np.int64), -2)
+        both = padded[np.where(columns < ends[:, None], columns, len(tokens))]
+        return cls(both[:, :chunk_size], both[:, chunk_size:])
+
+    def equal(self, rows: np.ndarray, neighbors: np.ndarray) -> np.ndarray:
+        """Which neighbors are the chunk itself, with the continuation that it has, as far as both are known.
+
+        Args:
+            rows (`np.ndarray` of int64 and shape `(n,)`): chunks.
+            neighbors (`np.ndarray` of int64 and shape `(n, k, R)`): token ids, -1 at padding.
+        Returns:
+            `np.ndarray` of bool and shape `(n, k)`.
+        """
+        chunks, size = self.chunks[rows][:, None], self.chunks.shape[1]
+        same = (neighbors[..., :size] == chunks).all(axis=-1) & (chunks >= 0).all(axis=-1)
+        width = min(size, neighbors.shape[-1] - size)
+        text, other = self.following[rows][:, None, :width], neighbors[..., size : size + width]
+        known = (text >= 0) & (other >= 0)
+        agrees = ((text == other) | ~known).all(axis=-1)
+        # A stored chunk that ends its document tells nothing of what follows.
+        return same & agrees & (known.any(axis=-1) | ~(text >= 0).any(axis=-1) | (width == 0))
+
+    def contained(self, rows: np.ndarray, neighbors: np.ndarray) -> np.ndarray:
+        """Which neighbors have a chunk's worth of this text in a row, its continuation among it, wherever it begins.
+
+        Args, Returns: as for `equal`.
+        """
+        size = self.chunks.shape[1]
+        both = np.concatenate([self.chunks[rows], self.following[rows]], axis=1)
+        known = np.minimum((self.following[rows] >= 0).sum(axis=1), max(1, size // 8))
+        over_border = np.take_along_axis(both, known[:, None] + np.arange(size), axis=1)
+        return _has(neighbors, over_border) | _has(neighbors, self.following[rows])
+
+
+def tell_lookups(what: str, found: np.ndarray, num_copied: int = 0, num_short: int = 0) -> None:
+    """Report the share of chunks without any neighbor; loudly if it is above a fifth.
+
+    Args:
+        what (`str`): whose chunks, for the message.
+        found (`np.ndarray` of integers and shape `(num_chunks, num_neighbors)`): chunk ids, -1 for none.
+        num_copied (`int`): chunks for which a copy of the text was left out.
+        num_short (`int`): texts without a complete chunk.
+    """
+    missing = int((found < 0).all(axis=1).sum()) if found.size else len(found)
+    share = missing / max(len(found), 1)
+    parts = [f"{missing:,} of {counted(len(found), 'chunk')} of {what} have no neighbor ({share:.0%})"]
+    if num_copied:
+        parts.append(f"for {num_copied:,} a neighbor was left out that is the text itself")
+    if num_short:
+        parts.append(f"{counted(num_short, 'text')} of less than a chunk read nothing")
+    message = "; ".join(parts) + "."
+    if not len(found) or share > _LOUD_SHARE:
+        logger.warning(
+            f"{message} They are read without retrieval. A chunk gets nothing from its own document, nor below `min_score`: "
+            "a datastore needs other documents. Add some, or divide long files into documents (`split='paragraph'`)."
+        )
+    else:
+        logger.info(message)
+
+
+class Lookups:
+    """Counts the chunks of training batches that have no neighbor, and warns once if there are many."""
+
+    def __init__(self) -> None:
+        self._found: list[np.ndarray] = []
+        self._num_short = self._num_chunks = 0
+        self._is_told = False
+
+    def count(self, found: list[np.ndarray]) -> None:
+        """Count the neighbors of a batch: for each text int64 of shape `(num_chunks, num_neighbors)`, -1 for none."""
+        if self._is_told:
+            return
+        self._num_short += sum(not len(ids) for ids in found)
+        self._found += [(ids < 0).all(axis=1) for ids in found]
+        self._num_chunks += sum(map(len, found))
+        if self._num_chunks >= _COUNTED_CHUNKS or self._num_short >= _COUNTED_CHUNKS:
+            missing = np.concatenate(self._found)
+            self._is_told, self._found = True, []
+            tell_lookups("the first batches", np.where(missing, -1, 0)[:, None], num_short=self._num_short)
+
+
+def _has(neighbors: np.ndarray, texts: np.ndarray) -> np.ndarray:
+    """Which neighbors (n, k, R) have the whole row of `texts` (n, m) somewhere; none has a row with padding."""
+    n, k, length = neighbors.shape
+    size = texts.shape[1]
+    flat, wanted = neighbors.reshape(n * k, length), np.repeat(texts, k, axis=0)
+    candidates, places = np.nonzero(flat[:, : length - size + 1] == wanted[:, :1])
+    windows = np.lib.stride_tricks.sliding_window_view(flat, size, axis=1)[candidates, places]
+    found = np.zeros(n * k, dtype=bool)
+    found[candidates[(windows == wanted[candidates]).all(axis=1)]] = True
+    return found.reshape(n, k)
+
+
+def search_without_copies(
+    datastore: RetroDatastore,
+    search: Callable[[np.ndarray, int, np.ndarray], tuple[np.ndarray, np.ndarray]],
+    text: Text,
+    num_neighbors: int,
+    *,
+    owners: np.ndarray,
+    excluded: np.ndarray,
+    known: np.ndarray,
+    is_training: bool,
+    min_score: float | None = None,
+) -> tuple[np.ndarray, int]:
+    """Search for neighbors, none of which is the text itself.
+
+    A neighbor that is equal to the chunk and its continuation is left out. Where no id says which stored document a text
+    is, the document of such a neighbor is taken for the text's own, and none of its chunks is returned. In training, a
+    neighbor that contains the text at another place says the same.
+
+    Args:
+        search (`Callable`): `(rows, count, exclude_documents) -> (scores, chunk_ids)`.
+        text ([`Text`]): the chunks that are looked up.
+        owners (`np.ndarray` of int64 and shape `(num_chunks,)`): the number of the text that each chunk belongs to.
+        excluded (`np.ndarray` of int64 and shape `(num_chunks, any)`): stored documents that a chunk must not get.
+        known (`np.ndarray` of bool and shape `(num_chunks,)`): whether an id has named its stored document.
+        is_training (`bool`): whether a text at another place counts, too.
+    Returns:
+        Chunk ids, int64 of shape `(num_chunks, num_neighbors)`, -1 for none; and for how many chunks a copy was left out.
+    """
+    copied = np.zeros(len(owners), dtype=bool)
+
+    def search_once(todo: np.ndarray, excluded: np.ndarray) -> tuple[np.ndarray, dict[int, set[int]]]:
+        """The neighbors of some chunks, and for each text without an id the stored chunks that are the text itself."""
+        own: dict[int, set[int]] = {}
+
+        def keep(rows: np.ndarray, neighbors: np.ndarray, found: np.ndarray) -> np.ndarray:
+            chunks = todo[rows]
+            copies = text.equal(chunks, neighbors)
+            if is_training:
+                copies |= text.contained(chunks, neighbors) & ~known[chunks][:, None]
+            copied[chunks] |= copies.any(axis=1)
+            for row, place in zip(*np.nonzero(copies & ~known[chunks][:, None]), strict=True):
+                own.setdefault(int(owners[chunks[row]]), set()).add(int(found[row, place]))
+            return ~copies
+
+        def ask(rows: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+            return search(todo[rows], count, excluded[todo[rows]])
+
+        return select(datastore, ask, len(todo), num_neighbors, min_score=min_score, keep=keep)[1], own
+
+    ids = np.full((len(owners), num_neighbors), -1, dtype=np.int64)
+    todo = np.arange(len(owners))
+    named: set[tuple[int, int]] = set()
+    while len(todo):
+        ids[todo], own = search_once(todo, excluded)
+        new = {
+            (owner, number)
+            for owner, chunks in own.items()
+            for number in datastore.document_of(np.array(sorted(chunks))).tolist()
+        } - named  # a searcher of a user's own may not leave documents out
+        named |= new
+        todo = np.flatnonzero(np.isin(owners, [owner for owner, _ in new]))
+        for owner, number in sorted(new):
+            excluded = np.pad(excluded, ((0, 0), (0, 1)), constant_values=-1)
+            excluded[owners == owner, -1] = number
+    return ids, int(copied.sum())
