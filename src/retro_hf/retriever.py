@@ -6,7 +6,6 @@ import json
 import os
 from collections import OrderedDict
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,46 +23,13 @@ from .datastore.search import check_num_neighbors
 from .datastore.selection import select
 from .errors import RetrieverError
 from .locks import Lock
-from .outside import read_json
+from .retrieved import SETTINGS_NAME, RetrievalResult, RetrievedNeighbor, saved_settings
 
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
 
 __all__ = ["RetrievalResult", "RetrievedNeighbor", "RetroRetriever"]
-
-_CONFIG_NAME = "retriever.json"
-_MAX_SAVED_NEIGHBORS = 1 << 10
-
-
-@dataclass(frozen=True)
-class RetrievalResult:
-    """What a search found.
-
-    Attributes:
-        scores (`np.ndarray` of float32 and shape `(num_queries, num_neighbors)`): best first; -inf where there is no
-            neighbor. By default inner products of unit vectors; the paper's squared distance is `2 - 2 * score`.
-        chunk_ids (`np.ndarray` of int64 and shape `(num_queries, num_neighbors)`): -1 where there is no neighbor.
-    """
-
-    scores: np.ndarray
-    chunk_ids: np.ndarray
-
-
-@dataclass(frozen=True)
-class RetrievedNeighbor:
-    """One readable neighbor: its chunk, its score (bigger is nearer), its document, its text and its continuation.
-
-    `metric` says what the score is: `"inner_product"` of unit vectors, `"bm25"`, or `"reciprocal_rank_fusion"`.
-    """
-
-    chunk_id: int
-    score: float
-    document_id: str
-    title: str
-    text: str
-    continuation: str
-    metric: str
 
 
 class _Cache:
@@ -468,11 +434,11 @@ class RetroRetriever:
             num_neighbors (`int`, *optional*), min_score (`float`, *optional*): default to the saved values.
             options: `revision`, `cache_dir`, `token`, `verify`, as for [`RetroDatastore.from_pretrained`].
         """
-        path = local_folder(name_or_path, settings=_CONFIG_NAME, **options)
+        path = local_folder(name_or_path, settings=SETTINGS_NAME, **options)
         datastore = RetroDatastore.load(path)
         if embedder is None or isinstance(embedder, (str, os.PathLike)):
             embedder = ChunkEmbedder.of_datastore(datastore.manifest.embedder, embedder)
-        saved = _saved_settings(path)
+        saved = saved_settings(path)
         return cls(
             datastore,
             embedder=embedder,
@@ -484,7 +450,7 @@ class RetroRetriever:
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Write a copy of the datastore and the retriever's settings to a new folder."""
         self.datastore.save(path)
-        write_file(Path(path) / _CONFIG_NAME, self._settings())
+        write_file(Path(path) / SETTINGS_NAME, self._settings())
 
     def push_to_hub(self, repo_id: str, **options: Any) -> CommitInfo:
         """Upload the datastore and the retriever's settings to a dataset repository, as one commit.
@@ -495,10 +461,10 @@ class RetroRetriever:
         Returns:
             [`~huggingface_hub.CommitInfo`]: its `oid` is the `revision` that pins what was pushed.
         """
-        return push(self.datastore, repo_id, settings={_CONFIG_NAME: self._settings()}, **options)
+        return push(self.datastore, repo_id, settings={SETTINGS_NAME: self._settings()}, **options)
 
     def _settings(self) -> bytes:
-        settings = {"num_neighbors": self.num_neighbors}
+        settings: dict[str, float] = {"num_neighbors": self.num_neighbors}
         if self.min_score is not None:
             settings["min_score"] = self.min_score
         return (json.dumps(settings, indent=2) + "\n").encode()
@@ -514,20 +480,3 @@ class RetroRetriever:
         return (
             f"RetroRetriever({self.datastore!r}, metric={self.searcher.metric!r}, num_neighbors={self.num_neighbors})"
         )
-
-
-def _saved_settings(path: Path) -> dict[str, Any]:
-    """The saved number of neighbors, 2 (the paper's) for a folder that was saved as a datastore only, and `min_score`."""
-    if not os.path.lexists(path / _CONFIG_NAME):
-        return {"num_neighbors": 2}
-    try:
-        settings = read_json(path, _CONFIG_NAME)
-        number, score = settings.get("num_neighbors"), settings.get("min_score")
-        if score is not None and (isinstance(score, bool) or not isinstance(score, (int, float))):
-            raise ValueError(f"its min_score is {score!r:.100}")
-        if type(number) is not int or not 1 <= number <= _MAX_SAVED_NEIGHBORS:
-            raise ValueError(f"its num_neighbors is {number!r:.100}")
-    except (OSError, ValueError) as error:
-        file = str(path / _CONFIG_NAME)
-        raise RetrieverError(f"{file!r} is damaged ({error}). Remove it, or save the retriever again.") from error
-    return {"num_neighbors": number, "min_score": score}

@@ -207,7 +207,7 @@ class NeighborSearch:
                 num_neighbors,
                 owners=self._owners[block],
                 excluded=self._own[block],
-                known=(self._own[block] >= 0).any(axis=1),
+                known=np.asarray((self._own[block] >= 0).any(axis=1)),
                 is_training=False,
                 min_score=self.retriever.min_score,
             )

@@ -116,7 +116,7 @@ class Lookups:
         if self._is_told:
             return
         self._num_short += sum(not len(ids) for ids in found)
-        self._found += [(ids < 0).all(axis=1) for ids in found]
+        self._found += [np.asarray((ids < 0).all(axis=1)) for ids in found]
         self._num_chunks += sum(map(len, found))
         if self._num_chunks >= _COUNTED_CHUNKS or self._num_short >= _COUNTED_CHUNKS:
             missing = np.concatenate(self._found)
