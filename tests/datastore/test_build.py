@@ -399,3 +399,12 @@ def test_script_without_main_guard_fails_with_an_explanation(tmp_path, tokenizer
     assert done.returncode == 1
     assert "`if __name__ == '__main__':`" in done.stderr.splitlines()[-1]
     assert not (tmp_path / "store").exists()
+
+
+def test_documents_that_hold_most_chunks_are_told(tmp_path, tokenizer, embedder, caplog):
+    """A corpus that is one document has nothing to read for its own text; one of many documents has."""
+    caplog.set_level(logging.WARNING, logger="retro_hf")
+    build(tmp_path / "many", tokenizer, embedder)
+    assert not caplog.text
+    build(tmp_path / "one", tokenizer, embedder, [" ".join(one["text"] for one in corpus())])
+    assert "One of 1 document" in caplog.text and "100%" in caplog.text

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from datasets import Dataset
+from datastore.fixtures import WORDS
 
 from retro_hf import RetroRetriever
 from retro_hf.datastore import LexicalSearcher, RetroDatastore, chunk_texts
@@ -32,9 +33,16 @@ class Fixed:
 @pytest.fixture(scope="module")
 def store(world, tmp_path_factory) -> RetroDatastore:
     """Three documents of 4, 2 and 1 chunks of 8 tokens; neighbors of 16."""
-    river = world.tokenizer.encode(" river")
-    assert len(river) == 1
-    documents = [{"id": str(chunks), "title": f"T{chunks}", "text": " river" * (8 * chunks)} for chunks in (4, 2, 1)]
+    words = [word for word in WORDS if len(world.tokenizer.encode(f" {word}")) == 1]
+    draw = np.random.default_rng(0)
+    documents = [
+        {
+            "id": str(chunks),
+            "title": f"T{chunks}",
+            "text": "".join(f" {word}" for word in draw.choice(words, 8 * chunks)),
+        }
+        for chunks in (4, 2, 1)
+    ]
     store = RetroDatastore.build(
         documents,
         tmp_path_factory.mktemp("passages") / "store",

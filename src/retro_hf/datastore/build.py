@@ -55,6 +55,8 @@ from .stages import (
 logger = logging.get_logger(__name__)
 
 _POLL_SECONDS = 0.1
+# From so many chunks on, a document with most of them is worth a warning.
+_MANY_CHUNKS = 100
 # Names in a folder of unfinished work: blocks, shards, and hidden files such as the lock.
 _WORK = re.compile(r"\.|(tokens|documents|keys|shard)-")
 
@@ -238,6 +240,7 @@ def build_shards(
         groups, sizes = _groups(blocks, counts, options.shard_chunks)
         check_num_shards(len(groups))
         total = sum(sizes)
+        _tell_largest(np.concatenate(counts))
         # Planned before the long part of the work, so that an impossible index is refused first.
         plans = [plan_index(size, embedder.dim, options.index, total) for size in sizes]
         tell_plan(total, embedder, plans, options.batch_size)
@@ -321,6 +324,18 @@ def _tell_input(num_blocks: int, num_wordless: int, reader: DocumentReader) -> N
     if num_empty:
         logger.warning(f"Skipped {num_empty:,} of {counted(reader.num_read, 'document')} without text.")
     reader.warn_of_repairs()
+
+
+def _tell_largest(counts: np.ndarray) -> None:
+    """Warn if most chunks (int64, of each document) are of one document, from which its own text must not read."""
+    total, largest = int(counts.sum()), int(counts.max())
+    if total > 1 and (len(counts) == 1 or (total >= _MANY_CHUNKS and 2 * largest > total)):
+        logger.warning(
+            f"One of {counted(len(counts), 'document')} has {largest:,} of {counted(total, 'chunk')} ({largest / total:.0%}). In training "
+            "and evaluation a chunk reads nothing of its own document, so these chunks find "
+            f"{'nothing at all' if len(counts) == 1 else 'little'} in this datastore. Divide the text into several documents, such "
+            "as one per section."
+        )
 
 
 def _groups(

@@ -14,7 +14,7 @@ from ..datastore import EmbeddingSearcher, RetroDatastore, chunk_texts
 from ..datastore.executors import progress_bar
 from ..errors import RetrieverError
 from ..retriever import RetroRetriever
-from ..training.copies import Text, search_without_copies
+from ..training.copies import Text, search_without_copies, tell_lookups
 from ..training.exclusion import document_numbers
 from .cache import ArrayCache
 from .scoring import Document
@@ -153,7 +153,6 @@ class NeighborSearch:
         self.chunks = chunks
         own = document_numbers(retriever.datastore, [document.id for document in documents])
         self.num_same_id = int((own >= 0).any(axis=1).sum())
-        self.num_copied = 0
         self._own = np.repeat(own, chunks.counts, axis=0)
         self._owners = np.repeat(np.arange(len(documents)), chunks.counts)
         rows = np.where(chunks.mask, chunks.rows, -2)
@@ -213,8 +212,10 @@ class NeighborSearch:
             )
             parts.append(found)
             num_copied += copied
-        self.num_copied = max(self.num_copied, num_copied)
-        return np.concatenate(parts)
+        found = np.concatenate(parts)
+        if index is None:
+            tell_lookups("the scored documents", found, num_copied)
+        return found
 
     def _search(
         self, block: slice, index: VectorIndex | None, rows: np.ndarray, count: int, excluded: np.ndarray
