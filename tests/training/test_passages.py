@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 from datasets import Dataset
-from datastore.fixtures import WORDS
 
 from retro_hf import RetroRetriever
 from retro_hf.datastore import LexicalSearcher, RetroDatastore, chunk_texts
