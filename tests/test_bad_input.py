@@ -92,7 +92,11 @@ def test_fewer_chunks_and_other_dtypes_work(model):
 @pytest.mark.parametrize("call", ["forward", "generate"])
 def test_answers_of_a_retriever(model, answer, message, call):
     """What a retriever returns is checked, in forward and in generate, and named as the retriever's."""
-    run = model if call == "forward" else lambda ids, **kw: model.generate(ids, max_new_tokens=2, **kw, **GREEDY)
+    run = (
+        model
+        if call == "forward"
+        else lambda ids, **kw: model.generate(ids, max_new_tokens=2, chunk_offset=0, **kw, **GREEDY)
+    )
     with pytest.raises(ValueError, match=rf"(?i)(the retriever) .*{message}"):
         run(random_ids(2, 9), retriever=lambda ids, mask: answer)
 
@@ -113,7 +117,11 @@ def test_a_retriever_that_raises(model, call):
     def broken(ids, mask):
         raise ConnectionError("no route to the store")
 
-    run = model if call == "forward" else lambda ids, **kw: model.generate(ids, max_new_tokens=2, **kw, **GREEDY)
+    run = (
+        model
+        if call == "forward"
+        else lambda ids, **kw: model.generate(ids, max_new_tokens=2, chunk_offset=0, **kw, **GREEDY)
+    )
     with pytest.raises(RuntimeError, match=r"failed on 4 chunks of 4 tokens: ConnectionError: no route") as caught:
         run(random_ids(2, 9), retriever=broken)
     assert isinstance(caught.value.__cause__, ConnectionError)
