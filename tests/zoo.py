@@ -245,7 +245,7 @@ def _agree(what: str, measure: Callable[..., float], case: Case) -> None:
 def _generate(model: PreTrainedModel, retriever: Callable | None, input_ids: torch.Tensor, **options):
     """Eleven tokens, with a cache also where the default is none."""
     if retriever is not None:
-        options["retriever"] = retriever
+        options |= {"retriever": retriever, "chunk_offset": 0}  # as `neighbors_from` counts the chunks of a pass
     options |= {"max_new_tokens": 11, "use_cache": True, "return_dict_in_generate": True, "output_logits": True}
     return model.generate(input_ids, **GREEDY, **options)
 
