@@ -9,7 +9,8 @@
 | `off`              | not at all                                                                                  | nothing          |
 | `in_context`       | as the beginning of its prompt, which is computed again for every chunk                     | nothing          |
 | `parallel_context` | `retrofit(base, reader="parallel_context")`                                                 | nothing          |
-| `retro`            | `hub_configs/retro-smollm2-135m`: neighbor encoder and chunked cross-attention              | 18 kinds of text |
+| `retro`            | `hub_configs/retro-smollm2-135m-mixed`: neighbor encoder and chunked cross-attention        | 18 kinds of text |
+| `retro_bible`      | `hub_configs/retro-smollm2-135m`, the same                                                  | other books of the Bible, Wikipedia |
 
 The base is SmolLM2-135M-Instruct (4 bits, dequantized to float32). The Bible's text and datastore are those of `smollm2.py`: books that
 were never trained on. The other texts are kinds that the adapter has never seen (`examples/text_kinds.py`); their datastores hold the
@@ -51,6 +52,7 @@ BASE = Path("demo_output/smollm2/base")
 TEXTS = ("bible", *HELDOUT)
 CHARACTERS, STORED = 1500, 800  # of each document, and documents, in the datastore of a text
 MANY = 20
+ADAPTERS = {"retro": MODEL.with_name("retro-smollm2-135m-mixed"), "retro_bible": MODEL}
 Document = dict
 
 
@@ -149,20 +151,27 @@ def read_in_context(model: PreTrainedModel, document: Document, neighbors: str) 
 
 def load(name: str) -> PreTrainedModel:
     """The model of a reader."""
-    if name == "retro":
-        return RetroForCausalLM.from_pretrained(MODEL, backbone_name_or_path=BASE, dtype=torch.float32)
+    if name in ADAPTERS:
+        return RetroForCausalLM.from_pretrained(ADAPTERS[name], backbone_name_or_path=BASE, dtype=torch.float32)
     if name == "parallel_context":
         sizes = {"chunk_size": CHUNK_SIZE, "neighbor_size": NEIGHBOR_SIZE}
         return retrofit(BASE, reader="parallel_context", base_kwargs={"dtype": torch.float32}, **sizes)
     return AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32).eval()
 
 
-READERS = {"off": read_off, "in_context": read_in_context, "parallel_context": read_retro, "retro": read_retro}
+READERS = {
+    "off": read_off,
+    "in_context": read_in_context,
+    "parallel_context": read_retro,
+    "retro": read_retro,
+    "retro_bible": read_retro,
+}
 MODES = {
     "off": ("bits_per_byte",),
     "in_context": ("bits_per_byte", "random"),
     "parallel_context": ("bits_per_byte", "random"),
     "retro": ("bits_per_byte", "random", "neighbors_20", "store_1_percent"),
+    "retro_bible": ("bits_per_byte", "random"),
 }
 
 
