@@ -1,5 +1,6 @@
 """The presets under hub_configs/: what their files hold, and that each value says where it comes from."""
 
+import hashlib
 import json
 import re
 from dataclasses import fields
@@ -115,6 +116,22 @@ def test_the_adapter_is_small_and_says_what_it_is_worth():
     for name, result in measured.items():
         for mode in result["modes"]:
             assert f"{mode['bits_per_byte']:.4f}" in card, f"{name}, {mode['name']}"
+
+
+@pytest.mark.weights
+def test_the_mixed_adapter_is_small_and_says_what_it_is_worth():
+    """At most 40 MB, only what RETRO adds, and a card with the measured table and the file's checksum."""
+    folder = FOLDER / "retro-smollm2-135m-mixed"
+    weights, card = folder / "model.safetensors", (folder / "README.md").read_text()
+    assert weights.stat().st_size < 40e6
+    assert hashlib.sha256(weights.read_bytes()).hexdigest() in card
+    with safe_open(weights, "pt") as tensors:
+        assert all(name.startswith("model.retro.") for name in tensors.keys())  # noqa: SIM118
+    assert not AutoConfig.from_pretrained(folder).save_backbone
+    measured = json.loads((FOLDER.parent / "benchmarks" / "results" / "readers.json").read_text())
+    for readers in measured["texts"].values():
+        for reader in ("off", "retro"):
+            assert f"{readers[reader]['bits_per_byte']:.4f}" in card
 
 
 @pytest.mark.parametrize("card", sorted(FOLDER.glob("*/README.md")), ids=lambda card: card.parent.name)
