@@ -267,6 +267,11 @@ def train(model: RetroForCausalLM, kinds: dict[str, Kind], args: argparse.Namesp
         step, log = saved["step"], json.loads((folder / "log.json").read_text())
     for weight in model.model.retro.parameters() if world > 1 else ():
         dist.broadcast(weight.data, 0)
+    if step == 0:
+        model.eval()
+        log.append({"step": 0, **watch(model, kinds, args.watched, shares)})
+        if rank == 0:
+            print(log[-1], flush=True)
     model.train()
     while step < args.steps and not (args.minutes and time.perf_counter() - begin > 60 * args.minutes):
         rate = min(1, (step + 1) / 10) * (0.1 + 0.45 * (1 + math.cos(math.pi * step / args.steps)))

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn.functional import cosine_similarity
 
 from retro_hf import RetroEncoderConfig, retrofit
 from retro_hf.training import start_by_copying
@@ -61,6 +62,21 @@ def test_without_neighbors_it_stays_the_base():
     start_by_copying(model, random_text(model, 200))
     assert torch.equal(model(ids).logits, expected)
     assert all(torch.equal(weight, before[name]) for name, weight in model.model.backbone.state_dict().items())
+
+
+@torch.no_grad()
+def test_what_is_copied_raises_the_logits_that_it_should():
+    """One token instead of another raises its logit against that of the other, also where most tokens occur in no text."""
+    model = new_reader(encoder=RetroEncoderConfig(hidden_size=82, num_attention_heads=3, head_dim=16))
+    embeddings = model.get_input_embeddings().weight
+    model.get_output_embeddings().weight.copy_(embeddings)
+    start_by_copying(model, random_text(model, 200).clamp(max=30))
+    attention = model.model.retro.cross_attention["3"].attention
+    coded = model.model.retro.encoder.embed_proj(embeddings)
+    written = attention.o_proj(attention.v_proj(coded))
+    wanted = model.get_output_embeddings().weight * model.model.backbone.model.norm.weight
+    similarity = cosine_similarity(written[5:30] - written[6:31], wanted[5:30] - wanted[6:31])
+    assert similarity.min() > 0.9
 
 
 @pytest.mark.parametrize(

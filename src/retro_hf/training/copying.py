@@ -57,7 +57,10 @@ def start_by_copying(model: RetroForCausalLM, input_ids: torch.Tensor) -> None:
         return torch.linalg.qr(torch.randn(rows, columns, generator=generator))[0]
 
     embeddings = _weight(model.get_input_embeddings()).float().cpu()
-    to_code = _fit_code(embeddings, input_ids.cpu(), code_size)
+    # How often each token occurs; a little for those that the text lacks.
+    counts = torch.bincount(input_ids.cpu().flatten(), minlength=len(embeddings)).float() + 0.02
+    share = counts / counts.sum()
+    to_code = _fit_code(embeddings, share, code_size)
     code = embeddings @ to_code[:, :code_size]
 
     # The encoder: [code of the token, constant, codes of the tokens before it].
@@ -80,7 +83,7 @@ def start_by_copying(model: RetroForCausalLM, input_ids: torch.Tensor) -> None:
     # Cross-attention: queries that tell what the keys hold, values that raise their own logit.
     queries, size = _fit_queries(model, input_ids, targets)
     scale = math.sqrt((width - 1 + _CONSTANT**2) / width)
-    towards = _raises_logit(model) @ torch.linalg.pinv(code).T  # (hidden_size, code_size)
+    towards = _raises_logit(model, share) @ torch.linalg.pinv(code).T  # (hidden_size, code_size)
     first, second, own = 2 * head_dim, 3 * head_dim, width - 1
     for layer_idx, cross in reader.cross_attention.items():
         attention, fitted = cross.attention, queries[int(layer_idx)]
@@ -137,14 +140,12 @@ def _check(model: RetroForCausalLM, input_ids: torch.Tensor) -> None:
         )
 
 
-def _fit_code(embeddings: torch.Tensor, input_ids: torch.Tensor, size: int) -> torch.Tensor:
+def _fit_code(embeddings: torch.Tensor, share: torch.Tensor, size: int) -> torch.Tensor:
     """Map from an embedding to its code, of mean 0 and RMS 1 over the text, and to a constant: (embedding_size, size + 1).
 
     The code is the embedding in its leading directions, each brought to the same spread. An embedding has a direction that is nearly
     the same for all tokens, which takes the place of a bias.
     """
-    counts = torch.bincount(input_ids.flatten(), minlength=len(embeddings)).float() + 0.02
-    share = counts / counts.sum()
     mean = share @ embeddings
     centered = embeddings - mean
     spread, directions = torch.linalg.eigh((centered * share[:, None]).T @ centered)
@@ -240,12 +241,15 @@ class _Recorder:
         return torch.zeros_like(hidden_states)
 
 
-def _raises_logit(model: RetroForCausalLM) -> torch.Tensor:
-    """For every token the direction of the last residual stream that raises its logit against the others: (hidden_size, tokens)."""
+def _raises_logit(model: RetroForCausalLM, share: torch.Tensor) -> torch.Tensor:
+    """For every token the direction of the last residual stream that raises its logit: (hidden_size, tokens).
+
+    Against the others as often as they occur, so that the code 0, that of an average token, raises none.
+    """
     head = _weight(model.get_output_embeddings()).float().cpu()
     parts = model.model.backbone.base_model.children()
     norms = [weight for weight in map(_weight, parts) if weight.shape == head.shape[1:]]
-    return ((head - head.mean(dim=0)) * (norms[-1].float().cpu() if norms else 1.0)).T
+    return ((head - share @ head) * (norms[-1].float().cpu() if norms else 1.0)).T
 
 
 def _weight(module: nn.Module | None) -> torch.Tensor:
