@@ -49,13 +49,13 @@ def described(distributions) -> email.message.Message:
         return email.message_from_bytes(wheel.read(name))
 
 
-def test_wheel_has_both_packages_with_all_their_files_and_nothing_else(distributions):
+def test_wheel_has_the_packages_with_all_their_files_and_nothing_else(distributions):
     with zipfile.ZipFile(distributions[0]) as wheel:
         names = wheel.namelist()
     info = f"retro_hf-{retro_hf.__version__}.dist-info"
     packages = {name for name in names if not name.startswith(f"{info}/")}
     assert packages == {name.removeprefix("src/") for name in files_below(ROOT / "src")}
-    assert {name.partition("/")[0] for name in packages} == {"retro_hf", "retro_hf_cli"}
+    assert {name.partition("/")[0] for name in packages} == {"retro_hf", "retro_hf_cli", "retro_hf_server"}
     assert {f"{info}/licenses/LICENSE", f"{info}/entry_points.txt"} <= set(names)
     assert "retro_hf/py.typed" in packages and any("/templates/" in name for name in packages)
 
