@@ -55,8 +55,12 @@ def position_features(distances: torch.Tensor, width: int, dtype: torch.dtype) -
 def relative_shift(scores: torch.Tensor, num_keys: int) -> torch.Tensor:
     """Turn scores by distance into scores by key, without a copy.
 
-    Column c of `scores` belongs to the distance `largest - c`, where `largest` is that of the last query to key 0. Then
-    query i meets key j in column Q - 1 - i + j, and reading each row one element further on lines the keys up.
+    Column c of `scores` belongs to the distance `largest - c`, where `largest` is that of the last query to key 0. So the
+    score of query i and key j is in column Q - 1 - i + j: each row is shifted by one against the row above. Reading the same
+    memory with rows of P - 1 instead of P elements undoes the shift. With Q = 2 queries, K = 2 keys and P = 3 distances:
+
+        memory, rows of 3      a b c | d e f       query 0 needs b c, query 1 needs d e
+        from b, rows of 2          b c | d e
 
     Args:
         scores (`torch.FloatTensor` of shape `(..., Q, P)`): contiguous, with P > `num_keys` where Q > 1. Where
@@ -84,7 +88,7 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs: Unpack[TransformersKwargs],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Softmax attention with a relative-position bias; keeps one probability matrix for the backward pass.
+    """Softmax attention with a relative-position bias. It keeps one matrix of probabilities for the backward pass.
 
     Args:
         module (`nn.Module`): the attention layer; `is_causal` is read where `attention_mask` is None.
@@ -141,7 +145,7 @@ class RetroRelativePositionBias(nn.Module):
         by_distance = features.transpose(-1, -2)
         if query is None:
             return torch.matmul(weight, by_distance.unsqueeze(-3))
-        # The heads side by side: every feature is read once, not once per head.
+        # With the heads side by side in one matrix, every feature is read once, and not once per head.
         scores = torch.matmul(torch.matmul(query, weight).flatten(1, 2), by_distance)
         return scores.unflatten(1, query.shape[1:3])
 
@@ -149,7 +153,7 @@ class RetroRelativePositionBias(nn.Module):
 class RetroAttention(nn.Module):
     """Multi-head attention with Transformer-XL relative positions; the paper's only kind of attention.
 
-    Q, K, V, O and the position projection R have no bias, which is what the paper's parameter totals ask for.
+    Q, K, V, O and the position projection R have no bias; only so do the parameters add up to the paper's totals.
 
     Args:
         config (`PreTrainedConfig`): read for the attention implementation.
@@ -210,8 +214,8 @@ class RetroAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attend to projected keys and values; see `forward`.
 
-        The keys are `num_repeats` runs with the same distances. With `null_logits`, of shape `(H,)`, each head also has one key
-        more, with this logit at every query and the value zero.
+        The keys are `num_repeats` neighbors of equal length, which all have the same distances. With `null_logits`, of shape
+        `(H,)`, each head gets one more key: its logit is the same at every query, and its value is zero.
         """
         query = self._split_heads(self.q_proj(hidden_states))
         batch_size, _, num_queries, _ = query.shape
@@ -219,7 +223,7 @@ class RetroAttention(nn.Module):
         # trf-ignore: TRF051 (eager returns whole probabilities)
         if in_blocks and self.config._attn_implementation != "eager":
             return self.o_proj(self._attend_in_blocks(query, key, value, features, attention_mask, **kwargs)), None
-        if batch_size * num_queries <= self.head_dim:  # a step of generation must not project the whole past
+        if batch_size * num_queries <= self.head_dim:  # for few queries this costs less than projecting every distance
             scores = self.position_bias(features, query * self.scaling)
         else:
             scores = torch.matmul(query * self.scaling, self.position_bias(features))
@@ -248,8 +252,8 @@ class RetroAttention(nn.Module):
         return CAUSAL_BLOCK if query.device.type == "cpu" else GPU_CAUSAL_BLOCK
 
     def _interface(self, query: torch.Tensor) -> Callable:
-        # A bias that needs a gradient has no fused kernel on CPU: there sdpa would keep more matrices than we do. The mode
-        # decides and not the tensor, so that retrieval on and off take the same path.
+        # On a CPU no fused kernel takes a bias that needs a gradient, and sdpa would keep more matrices than eager does. The
+        # gradient mode decides, and not the tensor, so that retrieval on and off take the same path.
         # trf-ignore: TRF051
         if self.config._attn_implementation == "eager" or (torch.is_grad_enabled() and query.device.type == "cpu"):
             return eager_attention_forward
@@ -264,9 +268,9 @@ class RetroAttention(nn.Module):
         attention_mask: torch.Tensor | None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        """Causal attention in blocks of queries, which never computes most of the future: half the time and memory.
+        """Causal attention in blocks of queries. It skips most masked keys, which saves half of the time and memory.
 
-        Probabilities are recomputed in the backward pass, one block at a time, instead of kept.
+        The backward pass computes the probabilities again, one block at a time, so that none are kept.
         """
         table = self.position_bias(features)
         interface = self._interface(query)

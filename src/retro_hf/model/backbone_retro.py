@@ -31,15 +31,16 @@ from .compatibility_retro import CACHE_NAME
 from .configuration_retro import RetroConfig
 
 
-# What mixes tokens in a layer: self-attention, or what stands in its place in some layers of a hybrid.
+# The classes that mix tokens in a layer: self-attention, or what replaces it in some layers of a hybrid model.
 _ATTENTION = re.compile(r"Attention\d*$")
 _MIXER = re.compile(r"(Mixer|DeltaNet|ShortConv|MambaLayer)$")
 # Families whose attention is not a child of the layer.
 _ATTENTION_PATHS = {"dbrx": "norm_attn_norm.attn"}
 # Families whose attention module returns residual + attention instead of attention.
 _ADDS_RESIDUAL_INSIDE = ("bloom",)
-# What ends the attention branch after the attention, each with the sibling that ends the feed-forward branch: it tells a
-# norm at the end from a norm before the feed-forward layer. GLM-4 has both of the first two names, for one of each.
+# Modules that end the attention branch, after the attention. Some families give the norm before the feed-forward layer the
+# same name, so each is listed with its sibling at the end of the feed-forward branch: only where both are there does it end
+# the branch. GLM-4 has the first two names, one for each meaning.
 _BRANCH_ENDS = (
     ("post_self_attn_layernorm", "post_mlp_layernorm"),
     ("post_attention_layernorm", "post_mlp_layernorm"),
@@ -50,15 +51,15 @@ _BRANCH_ENDS = (
 )
 # A module that adds the branch to the layer's input, both scaled.
 _RESIDUAL_SUM = "post_attention_residual_scale"
-# Attributes of a layer: what it multiplies the branch with before it adds it to its input.
+# Attributes of a layer: the factor of the branch when the layer adds it to its input.
 _MULTIPLIERS = ("residual_multiplier", "residual_scale", "attn_out_multiplier")
-# Attributes of a layer that say that it scales its input, too, so that x + branch is not its residual stream.
+# Attributes of a layer that also scales its input x. Its residual stream is then not x + branch.
 _SCALES_INPUT = ("input_residual", "attn_residual_add_idx", "attn_alpha_factor")
-# Children of a layer that say that there is more than one residual stream.
+# Children of layers that have more than one residual stream.
 _STREAMS = ("altup", "attn_hc", "attn_hyper_connection", "mlp_input")
-# Fields of a config: how often the layers run in one pass.
+# Fields of a config that say how often the layers run in one pass.
 _LOOPS = ("n_recurrent_loops",)
-# How the names of children begin that attend to something other than the text.
+# Prefixes of the names of children that attend to something other than the text.
 _OUTSIDE = ("cross", "encoder_attn")
 
 
@@ -68,7 +69,7 @@ class BranchEnd(NamedTuple):
     Args:
         module (`nn.Module`): returns the branch, as a tensor or first in a tuple.
         includes_residual (`bool`): whether it has added the layer's input already.
-        multiplier (`float`): what the layer multiplies the branch with before it adds it to its input.
+        multiplier (`float`): the factor of the branch when the layer adds it to its input.
     """
 
     module: nn.Module
@@ -81,16 +82,16 @@ def find_decoder_layers(backbone: PreTrainedModel, path: str | None = None) -> n
 
     Args:
         backbone (`PreTrainedModel`): any decoder-only model that follows the conventions of transformers.
-        path (`str`, *optional*): dotted path of the list, for one that does not.
+        path (`str`, *optional*): dotted path of the list, for a model that does not.
     Returns:
         `nn.ModuleList` of `num_hidden_layers` layers.
     Raises:
-        ValueError: if the model is no causal decoder with a head and a cache, or there is no such list, or more than one.
+        ValueError: if the model is not a causal decoder with a head and a cache, or does not have exactly one such list.
     """
     check_decoder(backbone)
     family = backbone.config.model_type
     config = backbone.config.get_text_config(decoder=True)
-    # The decoder of BART and its kin has a number of its own; `num_hidden_layers` is the encoder's.
+    # In BART and similar families `num_hidden_layers` counts the encoder's layers, and `decoder_layers` the decoder's.
     num_layers = getattr(config, "decoder_layers", getattr(config, "num_hidden_layers", None))
     if path is not None:
         try:
@@ -107,8 +108,8 @@ def find_decoder_layers(backbone: PreTrainedModel, path: str | None = None) -> n
     else:
         if num_layers is None:
             raise ValueError(
-                f"The config of the family '{family}' has no `num_hidden_layers`, so it is no stack of decoder layers; RETRO "
-                "needs a decoder-only causal language model such as Llama or GPT-2."
+                f"The config of the family '{family}' has no `num_hidden_layers`, so it is not a stack of decoder layers. "
+                "RETRO needs a decoder-only causal language model such as Llama or GPT-2."
             )
         found = {
             name: module
@@ -129,15 +130,15 @@ def find_decoder_layers(backbone: PreTrainedModel, path: str | None = None) -> n
         layers = next(iter(found.values()))
     if not hasattr(config.per_layer_config[0], "num_attention_heads"):
         raise ValueError(
-            f"'{family}' has no self-attention that cross-attention could follow. Choose a backbone with self-attention, "
+            f"'{family}' has no self-attention, but cross-attention must follow one. Choose a backbone with self-attention, "
             "such as Llama or GPT-2."
         )
     children = sorted({name for layer in layers for name, _ in layer.named_children()})
     for name in children:
         if name in _STREAMS:
             raise ValueError(
-                f"The layers of the family '{family}' mix several residual streams (`{name}`); RETRO adds what it read to "
-                "the only one. Choose a backbone whose layers have one residual stream, such as Llama or GPT-2."
+                f"The layers of the family '{family}' have several residual streams (`{name}`), but RETRO can add to one "
+                "only. Choose a backbone whose layers have one residual stream, such as Llama or GPT-2."
             )
         if name.startswith(_OUTSIDE):
             raise ValueError(
@@ -148,13 +149,13 @@ def find_decoder_layers(backbone: PreTrainedModel, path: str | None = None) -> n
 
 
 def check_decoder(backbone: PreTrainedModel) -> None:
-    """Raise for a model that is no causal decoder, or one that does not remember tokens in a cache of transformers."""
+    """Raise a ValueError for a model that is not a causal decoder, or that does not use a cache of transformers."""
     family, config = backbone.config.model_type, backbone.config
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(
             f"'{family}' is an encoder-decoder; RETRO needs a decoder-only causal language model such as Llama or GPT-2."
         )
-    # BERT and its kin serve as causal models too, but only if told so; GPT-NeoX has the first field alone, and is causal.
+    # BERT and similar families are causal only if their config says so. GPT-NeoX has only the first field, and is causal.
     if all(getattr(config, name, None) is False for name in ("is_decoder", "add_cross_attention")):
         raise ValueError(
             f"'{family}' attends in both directions (`is_decoder=False`); RETRO needs a decoder-only causal language model "
@@ -162,30 +163,29 @@ def check_decoder(backbone: PreTrainedModel) -> None:
         )
     if not backbone.can_generate():
         raise ValueError(
-            f"{type(backbone).__name__} has no language-model head; RETRO predicts tokens through that of its base. Load it "
-            "with `AutoModelForCausalLM`."
+            f"{type(backbone).__name__} has no language-model head, which RETRO needs to predict tokens. Load the base with "
+            "`AutoModelForCausalLM`."
         )
     own_cache = not getattr(backbone, "_supports_default_dynamic_cache", lambda: True)()
     if own_cache or CACHE_NAME not in accepted_arguments(backbone):
         raise ValueError(
-            f"'{family}' remembers tokens in a state of its own, not in a `DynamicCache` given to {type(backbone).__name__} "
-            f"as `{CACHE_NAME}`; what RETRO remembers rides on that cache. Choose a backbone that has it."
+            f"'{family}' keeps its history in its own kind of state, but RETRO needs a `DynamicCache` that "
+            f"{type(backbone).__name__} takes as `{CACHE_NAME}`. Choose a backbone that does, such as Llama or GPT-2."
         )
     text_config = config.get_text_config(decoder=True)
     loops = next((name for name in _LOOPS if getattr(text_config, name, 1) > 1), None)
     if loops is not None:
         raise ValueError(
-            f"'{family}' runs some layers more than once in a pass (`{loops}={getattr(text_config, loops)}`); RETRO reads the "
-            "neighbors once. Choose a backbone that runs each layer once, such as Llama or GPT-2."
+            f"'{family}' runs some layers more than once in a pass (`{loops}={getattr(text_config, loops)}`), but RETRO reads "
+            "neighbors once per layer. Choose a backbone that runs each layer once, such as Llama or GPT-2."
         )
 
 
 def find_branch_end(backbone: PreTrainedModel, layer: nn.Module, path: str | None = None) -> BranchEnd:
     """Find where a layer's self-attention branch ends, before it is added to the residual stream.
 
-    In a layer of a hybrid without self-attention, what mixes tokens instead (a state space, a convolution) takes its
-    place; where a layer has both in parallel, cross-attention goes beside the mixer, as it goes beside a parallel
-    feed-forward layer.
+    In a hybrid model, a layer without self-attention mixes tokens in another way, such as a state space or a convolution;
+    the branch is then that one's. If a layer has both in parallel, cross-attention follows the self-attention.
 
     Args:
         backbone (`PreTrainedModel`): the model that `layer` belongs to.
@@ -194,8 +194,8 @@ def find_branch_end(backbone: PreTrainedModel, layer: nn.Module, path: str | Non
     Returns:
         [`BranchEnd`].
     Raises:
-        ValueError: if no module, or more than one, looks like the layer's self-attention, or its output is not simply
-            added to the layer's input.
+        ValueError: if not exactly one module looks like the layer's self-attention, or the layer does more than add its
+            output to the input.
     """
     family = backbone.config.get_text_config(decoder=True).model_type
     scales = [name for name in _SCALES_INPUT if hasattr(layer, name)]
@@ -233,18 +233,18 @@ def find_branch_end(backbone: PreTrainedModel, layer: nn.Module, path: str | Non
             "`cross_attention_placement='after_layer'`."
         )
     end = next(iter(found.values()))
-    # BERT and its kin: the module `output` inside the attention adds the layer's input.
+    # In BERT and similar families the module `output` inside the attention adds the layer's input.
     inside = inside or {"self", "output"} <= {name for name, _ in end.named_children()}
     return BranchEnd(end, inside, multiplier)
 
 
 def accepted_arguments(module: nn.Module) -> tuple[str, ...]:
-    """Names of the parameters of a module's `forward`; some families take no `position_ids` or `logits_to_keep`."""
+    """The names of the arguments of a module's `forward`. Some families take no `position_ids` or `logits_to_keep`."""
     return tuple(inspect.signature(module.forward).parameters)
 
 
 def learned_positions(backbone: PreTrainedModel) -> int | None:
-    """Length of the backbone's table of absolute positions, None if it has no table that could be overrun."""
+    """The length of the backbone's table of absolute positions; None if it has no such table."""
     limit = getattr(backbone.config.get_text_config(decoder=True), "max_position_embeddings", None)
     tables = [
         m for m in backbone.modules() if isinstance(m, nn.Embedding) and m is not backbone.get_input_embeddings()
@@ -253,9 +253,9 @@ def learned_positions(backbone: PreTrainedModel) -> int | None:
 
 
 def placement(backbone: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Device and dtype of what is added to a backbone: those of its first floating-point weight that lies in memory.
+    """The device and dtype for weights that are added to a backbone: those of its first floating-point weight.
 
-    Quantized weights may be integers, and offloaded ones are on the meta device.
+    Quantized weights may be integers. Offloaded weights are on the meta device, so the device of another weight is taken.
     """
     weights = [weight for weight in backbone.parameters() if weight.is_floating_point()]
     device = next((weight.device for weight in weights if weight.device.type != "meta"), torch.device("cpu"))
@@ -263,17 +263,17 @@ def placement(backbone: nn.Module) -> tuple[torch.device, torch.dtype]:
 
 
 def fingerprint(backbone: nn.Module, sampled: bool = False) -> str | None:
-    """Tells a checkpoint from others of the same shape.
+    """A hash that tells a checkpoint from others of the same shape.
 
-    Values are rounded to bfloat16, so a checkpoint has one fingerprint in float32 and in bfloat16.
+    Values are rounded to bfloat16, so a checkpoint has the same fingerprint in float32 and in bfloat16.
 
     Args:
         backbone (`nn.Module`): its parameters are read.
-        sampled (`bool`, defaults to `False`): read up to 64 values of each weight only, as retro-hf 0.1 did when it wrote a
-            fingerprint of 16 digits.
+        sampled (`bool`, defaults to `False`): read only up to 64 values of each weight. Folders saved by early versions of
+            retro-hf have such a fingerprint, of 16 digits.
     Returns:
-        `str` of 64 hexadecimal digits that depends on every value (16 if sampled), or None where it cannot be told: for
-        weights that are quantized, in float16, offloaded or sharded.
+        `str` of 64 hexadecimal digits that depends on every value (16 if sampled); None for weights that are quantized, in
+        float16, offloaded or sharded.
     """
     weights = [(name, weight.detach()) for name, weight in sorted(backbone.named_parameters())]
     for _, weight in weights:
@@ -298,7 +298,7 @@ def fingerprint(backbone: nn.Module, sampled: bool = False) -> str | None:
 
 
 class _PassVar(CompileableContextVar):
-    """A class of its own, so that output capturing does not take it for its collector."""
+    """A separate class, because output capturing looks for its own collector by class."""
 
 
 active_pass = _PassVar("retro_pass")
@@ -337,10 +337,10 @@ def _cross_attend_after_layer(module: nn.Module, args: tuple, output: Any, *, la
 
 
 def attach_hooks(backbone: PreTrainedModel, config: RetroConfig) -> None:
-    """Let the layers of `config.cross_attention_layers` call the active pass, if there is one, and add what it returns.
+    """Make each layer of `config.cross_attention_layers` call the active pass, if there is one, and add what it returns.
 
-    The hooks keep no state: the pass is a variable of the context, so that threads, recomputation and several forward passes
-    before a backward pass do not mix.
+    The hooks keep no state. The pass is a context variable, so that threads, recomputation, and several forward passes before
+    one backward pass do not mix.
     """
     layers = find_decoder_layers(backbone, config.backbone_layers)
     for idx in config.cross_attention_layers:
@@ -348,7 +348,7 @@ def attach_hooks(backbone: PreTrainedModel, config: RetroConfig) -> None:
             layers[idx].register_forward_hook(partial(_cross_attend_after_layer, layer_idx=idx))
             continue
         end = find_branch_end(backbone, layers[idx], config.backbone_attention)
-        # Nearly always called `hidden_states`.
+        # The name of the layer's first argument, in nearly all families `hidden_states`.
         record = partial(_record_layer_input, layer_idx=idx, name=accepted_arguments(layers[idx])[0])
         layers[idx].register_forward_pre_hook(record, with_kwargs=True)
         end.module.register_forward_hook(
@@ -363,7 +363,7 @@ def attach_hooks(backbone: PreTrainedModel, config: RetroConfig) -> None:
 
 def run_within(retro_pass: Any, module: nn.Module, inputs: dict[str, Any]) -> Any:
     """Run `module(**inputs)`, the backbone or its body, while `retro_pass` is the active pass."""
-    # Where `torch.compile` gave up on the caller, it would compile the backbone by itself, without the pass.
+    # If `torch.compile` has given up on the caller, it would still compile the backbone, where it does not see the pass.
     run = _call if torch.compiler.is_compiling() else torch.compiler.disable(_call)
     token = active_pass.set(retro_pass)
     try:
@@ -377,7 +377,7 @@ def _call(module: nn.Module, inputs: dict[str, Any]) -> Any:
 
 
 def checkpoint_within_pass(checkpoint: Callable, function: Callable, *args: Any) -> Any:
-    """Checkpoint a layer so that its recomputation, long after the pass, still finds the pass."""
+    """Checkpoint a layer so that its recomputation in the backward pass finds the pass that it belongs to."""
     retro_pass = active_pass.get()
 
     def run(*inputs: Any) -> Any:

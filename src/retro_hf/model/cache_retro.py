@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What cached decoding must remember of every row; it is kept on whatever `Cache` the backbone uses."""
+"""What cached decoding must keep of every row, attached to the `Cache` that the backbone uses."""
 
 from functools import cache
 from typing import Any, NamedTuple
@@ -22,11 +22,11 @@ from transformers.utils import is_torchdynamo_compiling
 
 
 ROOM = 256
-"""Growing buffers of keys and values end at a multiple of so many tokens."""
+"""Buffers of keys and values grow to a multiple of this many tokens."""
 
 
 class Kept(NamedTuple):
-    """Which chunks that complete in a pass are remembered: entry `index[i]` goes to half `halves[i]` of row `rows[i]`.
+    """Which of the chunks that complete in a pass are kept: chunk `index[i]` goes to half `halves[i]` of row `rows[i]`.
 
     All three are `torch.LongTensor` of shape `(n,)`.
     """
@@ -36,20 +36,21 @@ class Kept(NamedTuple):
     index: torch.Tensor
 
     def put(self, halves: torch.Tensor, new: torch.Tensor | None) -> torch.Tensor:
-        """A copy of `halves` (B, 2, ...) with entries of `new` (V, ...), or zeros, in their places."""
+        """A copy of `halves` (B, 2, ...) that holds the kept entries of `new` (V, ...), or zeros if there are none."""
         halves = halves.clone()  # autograd may have saved the old one
         halves[self.rows, self.halves] = 0 if new is None else new[self.index]
         return halves
 
 
 class RetrievalState:
-    """History of one batch: per row two chunks of tokens and activations, and two chunks of encoded neighbors.
+    """The history of one batch: the tokens, activations and encoded neighbors of the last two chunks of every row.
 
     Positions are chunk positions (see `chunking_retro.py`). Chunk u is in half `u % 2` of every buffer. Two halves are
-    enough: while chunk u grows, tokens attend to the neighbors of chunk u - 1, and when tokens are taken back, at most one
-    chunk of them, chunk u - 1 grows again and its tokens are still there. With m = 4, after nine tokens:
+    enough. While chunk u is unfinished, tokens attend to the neighbors of chunk u - 1. Assisted decoding may take back the
+    tokens of at most one chunk; then chunk u - 1 is unfinished again, and its tokens are still there. With m = 4, after nine
+    tokens:
 
-        half 0   chunk 2, growing     i . . .    (chunk 0 was here)
+        half 0   chunk 2, unfinished  i . . .    (chunk 0 was here)
         half 1   chunk 1, completed   e f g h
 
     Args:
@@ -61,10 +62,10 @@ class RetrievalState:
             without a device-to-host copy whether it completes a chunk.
         num_columns (`int`): tokens in the backbone's cache, padding included.
         neighbor_size (`int`): tokens of one neighbor, R; None before the first retrieval.
-        input_ids (`torch.LongTensor` of shape `(B, 2 m + 1)`): tokens; the last cell takes what is to be left out.
-        hidden_states (`torch.FloatTensor` of shape `(B, 2 m + 1, hidden_size)`): residual stream at the first layer with
+        input_ids (`torch.LongTensor` of shape `(B, 2 m + 1)`): tokens; what must not be kept is written to the last cell.
+        hidden_states (`torch.FloatTensor` of shape `(B, 2 m + 1, hidden_size)`): the residual stream at the first layer with
             cross-attention.
-        features (`torch.FloatTensor` of shape `(m + R - 1, hidden_size)`): of the distances in cross-attention.
+        features (`torch.FloatTensor` of shape `(m + R - 1, hidden_size)`): the distances in cross-attention, as features.
         key_values (`dict[int, tuple]`): per layer, keys and values of shape `(B, 2, H, S, D)` of the encoded neighbors.
         neighbors (`list` of B lists of two tuples): encoded neighbors, where the reader is `parallel_context`.
         neighbor_mask (`torch.BoolTensor` of shape `(B, 2, S)`): which of the S = K · R neighbor tokens are real.
@@ -85,16 +86,16 @@ class RetrievalState:
 
     @property
     def is_started(self) -> bool:
-        """Whether every row has a token that is no padding."""
+        """Whether every row has had a token other than padding."""
         return all(length > offset for length, offset in zip(self.lengths, self.offsets, strict=True))
 
     # ── encoded neighbors ─────────────────────────────────────────────────────────────────────────────────────────────
 
     def make_room(self, neighbor_input_ids: torch.Tensor) -> None:
-        """Make room for the neighbors `(V, K, R)` of one more pass.
+        """Make room for the neighbors `(V, K, R)` of another pass.
 
         Raises:
-            ValueError: if they have another length than those before.
+            ValueError: if their length differs from that of earlier neighbors.
         """
         num_neighbors, neighbor_size = neighbor_input_ids.shape[-2:]
         if self.neighbor_size not in (None, neighbor_size):
@@ -113,12 +114,12 @@ class RetrievalState:
     def keep(
         self, first_chunk: list[int], num_completed: list[int], device: torch.device, rows: list[int] | None = None
     ) -> Kept | None:
-        """Which chunks of a pass to remember: of each row the last two that complete; None if there are none.
+        """Choose the chunks of a pass that are kept: the last two of each row that complete. None if no chunk completes.
 
         Args:
             first_chunk, num_completed (`list[int]`): per row, the first chunk that can complete and how many do.
             device (`torch.device`): of the result.
-            rows (`list[int]`, *optional*): the rows that the lists speak of; all by default.
+            rows (`list[int]`, *optional*): the rows to which the entries of both lists belong; all rows by default.
         """
         width = max(num_completed, default=0)
         places = [
@@ -131,7 +132,7 @@ class RetrievalState:
         return Kept(*torch.tensor(places, device=device).unbind(dim=1)) if places else None
 
     def update(self, layer_idx: int, key: torch.Tensor, value: torch.Tensor, kept: Kept | None) -> None:
-        """Remember keys and values (V, H, S', D) of chunks that complete; S' may be less than S."""
+        """Keep keys and values (V, H, S', D) of chunks that complete; S' may be less than S."""
         num_tokens = self.neighbor_mask.shape[-1]
         old = self._key_values(layer_idx, key, value)
         if kept is not None:
@@ -142,7 +143,7 @@ class RetrievalState:
     def recall(
         self, layer_idx: int, index: tuple, key: torch.Tensor | None, value: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values (B, H, S, D) in the half `index` of each row; `key` and `value` tell the shape of the first ones."""
+        """Keys and values (B, H, S, D) in the half `index` of each row. Before the first retrieval, zeros shaped like `key` and `value`."""
         keys, values = self._key_values(layer_idx, key, value)
         return keys[index], values[index]
 
@@ -170,7 +171,9 @@ class RetrievalState:
             self.neighbors = [list(self.neighbors[i]) for i in indices.tolist()]
         else:
             self.neighbors = [[(), ()] for _ in indices]
-        if len(set(zip(self.lengths, self.offsets, strict=True))) > 1:  # otherwise the order of the rows says nothing
+        if (
+            len(set(zip(self.lengths, self.offsets, strict=True))) > 1
+        ):  # if all are equal, spare the copy from the device
             order = indices.tolist()
             self.lengths = [self.lengths[i] for i in order]
             self.offsets = [self.offsets[i] for i in order]
@@ -179,7 +182,7 @@ class RetrievalState:
             self.offsets = self.offsets[:1] * len(indices)
 
     def advance(self, num_tokens: list[int], num_columns: int) -> None:
-        """Count a finished pass: new real tokens of each row, and columns, padding included."""
+        """Count the tokens of a finished pass: those of each row without padding, and the columns with padding."""
         self.lengths = [length + count for length, count in zip(self.lengths, num_tokens, strict=True)]
         self.num_columns += num_columns
 
@@ -191,10 +194,10 @@ class RetrievalState:
         self.offsets = [offset for offset in self.offsets for _ in range(repeats)]
 
     def crop(self, num_tokens: int) -> None:
-        """Take back the last `num_tokens` tokens of every row.
+        """Remove the last `num_tokens` tokens of every row.
 
         Raises:
-            ValueError: if that is more than one chunk, the history that is kept.
+            ValueError: if that is more than one chunk, because no more is kept.
         """
         if num_tokens > self.chunk_size:
             raise ValueError(
@@ -205,17 +208,17 @@ class RetrievalState:
         self.num_columns -= num_tokens
 
     def read(self, buffer: str) -> torch.Tensor | None:
-        """What was written, by halves: of shape `(B, 2, m, ...)`; None if nothing was."""
+        """What `write` kept, by halves, of shape `(B, 2, m, ...)`; None before the first `write`."""
         ring = getattr(self, buffer)
         return None if ring is None else ring[:, :-1].unflatten(1, (2, self.chunk_size))
 
     def write(self, buffer: str, positions: torch.Tensor | list[int], values: torch.Tensor) -> None:
-        """Write per-token values at their chunk positions, in place: what they replace can't be taken back to any more.
+        """Write a value per token at its chunk position, in place. `crop` cannot bring back what this overwrites.
 
         Args:
             buffer (`str`): `"input_ids"` or `"hidden_states"`.
             positions (`torch.LongTensor` of shape `(B, T)`, or one `int` per row if T = 1): chunk positions, -1 for tokens
-                to leave out; the rest of a row must lie within two chunks.
+                that are not kept; the others of a row must be within two chunks.
             values (`torch.Tensor` of shape `(B, T, ...)`): what to write.
         """
         size = 2 * self.chunk_size
@@ -233,12 +236,12 @@ class RetrievalState:
 
 
 def _is_writable(tensor: torch.Tensor) -> bool:
-    """Whether a tensor may be changed here: one that was made in inference mode, only there."""
+    """Whether a tensor may be changed in place: one made in inference mode may be changed only there."""
     return is_torchdynamo_compiling() or tensor.is_inference() == torch.is_inference_mode_enabled()
 
 
 def per_row(indices: list[int], device: torch.device) -> tuple:
-    """Index of entry `indices[b]` of every row b; a plain one, which makes a view, where they are all the same."""
+    """An index for entry `indices[b]` of every row b. If all are equal it is a plain number, which needs no copy."""
     if len(set(indices)) == 1:
         return slice(None), indices[0]
     return torch.arange(len(indices), device=device), torch.tensor(indices, device=device)
@@ -255,12 +258,15 @@ def pad_to(tensor: torch.Tensor, size: int, dim: int) -> torch.Tensor:
 
 
 def _room_before(seen: torch.Tensor) -> int:
-    """Slots before the first token of `seen` (B, H, L, D) in its buffer."""
+    """The number of slots before the first token of `seen` (B, H, L, D), a view of a larger buffer."""
     return seen.storage_offset() % seen.stride(1) // seen.stride(2) if seen.numel() else 0
 
 
 def _move(seen: torch.Tensor, before: int, length: int) -> torch.Tensor:
-    """Copy `seen` (B, H, L, D), and what its buffer holds before it, to a buffer with `before` slots before L >= `length` ones."""
+    """Copy `seen` (B, H, L, D) to a new buffer that has `before` slots before it and room for `length` tokens.
+
+    What the old buffer has before `seen` is copied, too, as far as the new slots reach.
+    """
     buffer = seen.new_zeros(*seen.shape[:2], -(-(before + length) // ROOM) * ROOM, seen.shape[-1])
     kept = min(_room_before(seen), before)
     size = kept + seen.shape[-2]
@@ -286,9 +292,9 @@ def _append(seen: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
 
 
 class RetroDynamicLayer(DynamicLayer):
-    """A layer of a `DynamicCache` that writes new tokens behind the old ones, where its parent copies all of them.
+    """A layer of a `DynamicCache` that appends new tokens in place; its parent copies all tokens at every step.
 
-    Its buffer may also hold keys and values of neighbors before those of the text; `before` says for each row which.
+    Its buffer may also hold keys and values of neighbors, before those of the text. `before` names them for each row.
     """
 
     before: list[Any]
@@ -305,7 +311,7 @@ class RetroDynamicLayer(DynamicLayer):
         return self.keys, self.values
 
     def make_room_before(self, size: int, room: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values with `size` slots before them; where there are fewer, they move to a buffer with `room` of them."""
+        """Keys and values that have `size` slots before them. If there are fewer, both move to buffers that have `room` slots."""
         if min(_room_before(self.keys), _room_before(self.values)) < size or not _is_writable(self.keys):
             self.keys, self.values = (
                 _move(tensor, max(size, room), tensor.shape[-2]) for tensor in (self.keys, self.values)
@@ -326,10 +332,10 @@ class RetroCacheMixin:
             self.retro.select(beam_idx)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take the last `-tokens_to_remove` tokens back, as assisted decoding does.
+        """Remove the last `-tokens_to_remove` tokens, as assisted decoding does.
 
         Raises:
-            ValueError: for a positive number: some releases of transformers take it for the length to keep.
+            ValueError: for a positive number, which some releases of transformers read as the length to keep.
         """
         if tokens_to_remove > 0:
             raise ValueError(f"`crop` takes the negative number of tokens to remove, got {tokens_to_remove}.")
@@ -364,7 +370,7 @@ def _retro_class(cls: type[Cache]) -> type[Cache]:
 
 
 def _restore(cls: type[Cache], attributes: dict) -> Cache:
-    """A copied or unpickled cache; its class is made at run time, so only the class that it extends is recorded."""
+    """Rebuild a copied cache. Its class is made at run time, so the copy records only the class that it extends."""
     cache = cls.__new__(cls)
     cache.__dict__.update(attributes)
     attach_state(cache, attributes.get("retro"))
@@ -372,7 +378,10 @@ def _restore(cls: type[Cache], attributes: dict) -> Cache:
 
 
 def attach_state(cache: Any, state: RetrievalState | None) -> None:
-    """Give a cache, of any class and in place, a retrieval state; `isinstance` and identity are kept."""
+    """Give a cache of any class a retrieval state, in place.
+
+    The caller keeps using the same object, and `isinstance` still holds: the cache gets a subclass of its own class.
+    """
     if not isinstance(cache, RetroCacheMixin):
         cache.__class__ = _retro_class(type(cache))
         for layer in cache.layers:

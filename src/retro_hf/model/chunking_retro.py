@@ -15,8 +15,9 @@
 
 B rows, T new tokens, m chunk_size, V chunks that complete, N attending chunks of Q tokens, K neighbors of R tokens, S = K · R.
 
-A token's *chunk position* is the number of real tokens before it in its row, plus the row's `chunk_offset`. Chunk u holds the
-positions u · m to u · m + m - 1. Padding has no position (-1), so it does not matter on which side a row is padded, or how far.
+The *chunk position* of a token is the number of real tokens before it in its row, plus the row's `chunk_offset`. Chunk u
+holds the positions u · m to u · m + m - 1. Padding gets the position -1 and is counted nowhere. So the result does not depend
+on the side on which a row is padded, or on the amount of padding.
 
 **Example.** m = 4, and two rows of seven columns; the second row is left-padded.
 
@@ -28,21 +29,23 @@ positions u · m to u · m + m - 1. Padding has no position (-1), so it does not
             position    -1  -1   0   1   2   3   4
             attends to   -   -   -   -   -   0   0
 
-Chunk 0 completes in both rows: `a b c d` and `h i j k`. They are looked up. The last token of a chunk is the first one that
-may attend to its neighbors, because it predicts the first token of the next chunk. So position p attends to chunk
-(p + 1) // m - 1, and the *attending chunks* of equation 3 are `d e f g` and `k l`, the second with two empty cells.
+Chunk 0 completes in both rows: `a b c d` and `h i j k`. The retriever looks both up. The last token of a chunk is the first
+one that may attend to the chunk's neighbors, because it predicts the first token of the next chunk. So the token at position p
+attends to the neighbors of chunk (p + 1) // m - 1. The *attending chunks* of equation 3 are `d e f g` and `k l`; the second
+one has two empty cells.
 
-A plan addresses tokens by `row · T + column`, and an empty cell by `B · T`, one more than the last token:
+A plan numbers the tokens of all rows: token `column` of row `row` is `row · T + column`. An empty cell is `B · T`, one more
+than the last token:
 
     completed_tokens  [[0, 1, 2, 3], [ 9, 10, 11, 12]]      (V, m)
     attending_tokens  [[3, 4, 5, 6], [12, 13, 14, 14]]      (N, m)
 
-(`tests/test_chunking_retro.py` checks these numbers.) With a cache, positions continue where the last pass ended, and the
-first attending chunk of each row holds the tokens that still attend to the chunk that was completed before.
+(`tests/test_chunking_retro.py` checks these numbers.) With a cache, positions continue where the last pass ended. The first
+attending chunk of each row then holds the tokens that still attend to a chunk of an earlier pass.
 
-A plan says nothing about how neighbors are read. A reader takes `neighbor_input_ids` of the chunks that complete, encodes
-them in its own way, and gives the keys and values of each layer to `update`, which returns what each attending chunk may
-attend to. `attending` and `per_token` move states between tokens and attending chunks.
+A plan does not decide how neighbors are read. A reader takes the `neighbor_input_ids` of the chunks that complete and encodes
+them in its own way. It gives the keys and values of each layer to `update`, which returns the keys and values for each
+attending chunk. `attending` and `per_token` move states from tokens to attending chunks and back.
 """
 
 from typing import NamedTuple
@@ -60,13 +63,13 @@ Neighbors = tuple[torch.Tensor, torch.Tensor]
 
 
 class PassPlan:
-    """What one forward pass over new tokens reads, and where.
+    """What one forward pass reads, and which token reads it.
 
     Args:
         shape (`tuple[int, int]`): rows and new tokens, (B, T).
-        state (`RetrievalState`, *optional*): what earlier passes remembered; None without a cache.
+        state (`RetrievalState`, *optional*): what the cache keeps of earlier passes; None without a cache.
         neighbors (pair of tensors of shape `(V, K, R)`, *optional*): ids and boolean mask of the neighbors of the chunks that
-            complete in this pass; None if nothing is retrieved.
+            complete in this pass; None if nothing was retrieved.
         chunk_mask (`torch.BoolTensor` of shape `(V, m)`, *optional*): which cells of these chunks hold a token.
     """
 
@@ -95,11 +98,11 @@ class PassPlan:
 
     @property
     def places(self) -> list[int] | None:
-        """Place of each row's token in its attending chunk, from 0; None if attending chunks are whole."""
+        """The place of each row's token in its attending chunk, from 0. None if the plan holds whole attending chunks."""
         return None
 
     def completed(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        """H_u of the chunks that complete, (V, m, d), from all new tokens (B, T, d); remembers those of growing chunks."""
+        """H_u of the chunks that complete, (V, m, d), taken from all new tokens (B, T, d). Keeps those of unfinished chunks."""
         raise NotImplementedError
 
     def attending(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -107,13 +110,13 @@ class PassPlan:
         raise NotImplementedError
 
     def per_token(self, states: torch.Tensor) -> torch.Tensor:
-        """Back from attending chunks (N, Q, d) to tokens (B, T, d), zero for tokens that attend to nothing."""
+        """The inverse of `attending`: from (N, Q, d) to tokens (B, T, d), zero for tokens that attend to nothing."""
         raise NotImplementedError
 
     def update(
         self, layer_idx: int, key: torch.Tensor | None, value: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add the neighbors of new chunks, and return those that each attending chunk attends to, as a `Cache` does.
+        """Add keys and values of new neighbors, and return those that each attending chunk attends to, as a `Cache` does.
 
         Args:
             layer_idx (`int`): the layer.
@@ -124,19 +127,20 @@ class PassPlan:
         raise NotImplementedError
 
     def commit(self) -> None:
-        """Count the tokens of a finished pass, and remember which neighbor tokens are real."""
+        """End the pass: count its tokens, and keep the mask of the neighbors for the next pass."""
         raise NotImplementedError
 
 
 class History(NamedTuple):
-    """Where the rows of a cached pass stand; chunks and positions are counted from the chunk that is growing.
+    """How far each row of a cached pass has come. Positions are counted from the start of the row's unfinished chunk.
 
     Args:
-        first_chunk (`list[int]`): the chunk that is growing, per row.
-        num_completed (`list[int]`): chunks that complete in the pass, per row.
-        num_tokens (`list[int]`): new tokens that are no padding, per row.
+        first_chunk (`list[int]`): the unfinished chunk of each row.
+        num_completed (`list[int]`): how many chunks of each row complete in the pass.
+        num_tokens (`list[int]`): how many new tokens each row has, without padding.
         start (`torch.LongTensor` of shape `(B,)`): position of the first new token.
-        origin (`torch.LongTensor` of shape `(B,)`): position of the row's very first token, if the growing chunk holds it.
+        origin (`torch.LongTensor` of shape `(B,)`): position of the very first token of the row, if it is in the unfinished
+            chunk, else 0.
     """
 
     first_chunk: list[int]
@@ -147,18 +151,17 @@ class History(NamedTuple):
 
 
 class SequencePlan(PassPlan):
-    """A pass over many tokens: training, scoring, a prompt, the check of proposed tokens.
+    """A pass over many tokens: training, scoring, a prompt, or the check of proposed tokens in assisted decoding.
 
-    All rows get the same number of chunks, that of the row with the most, so that everything is one batch. What a row lacks
-    are empty cells.
+    All rows get as many chunks as the row with the most, so that everything is one batch. The other rows get empty cells.
 
     Args:
         positions (`torch.LongTensor` of shape `(B, T)`): chunk positions, counted from the first chunk of the pass.
-        completed (pair of tensors of shape `(V, m)`): the tokens of the chunks that complete, and which of these cells are
-            not empty; with a state, rows have the m remembered tokens of the growing chunk before their T new ones.
-        num_chunks (`int`): chunks that complete in a row, at most.
+        completed (pair of tensors of shape `(V, m)`): the tokens of the chunks that complete, and a mask of the cells that
+            are not empty. With a state, the m cells of the unfinished chunk come before the T new tokens of each row.
+        num_chunks (`int`): the largest number of chunks that complete in a row.
         neighbors (pair of tensors of shape `(V, K, R)`, *optional*): of these chunks.
-        selected (`torch.LongTensor`, *optional*): the chunks, of all, that have neighbors; only without a state.
+        selected (`torch.LongTensor`, *optional*): the numbers of the chunks that have neighbors; only without a state.
         state ([`RetrievalState`], *optional*), history ([`History`], *optional*): of a cached pass.
     """
 
@@ -181,8 +184,9 @@ class SequencePlan(PassPlan):
         self.selected = selected
         num_tokens, size = positions.shape[1], chunk_mask.shape[-1]
 
-        # Cells of attending chunks, numbered within a row. The cell 0 belongs to the last token of the chunk before the
-        # first one; without a history that token does not exist, and cells begin at the last token of the first chunk.
+        # Number the cells of the attending chunks of a row. Attending chunks are shifted by m - 1 against chunks, so position
+        # p is in cell p + 1 - m. With a history there is one attending chunk more, that of the chunk completed before; its
+        # tokens have the positions -1 to m - 2, so cells begin m earlier. All other tokens go to `num_cells`, for "none".
         num_new = 0 if neighbors is None else num_chunks
         num_attending = num_new if history is None else num_new + 1
         num_cells = num_attending * size
@@ -191,7 +195,8 @@ class SequencePlan(PassPlan):
         attending_tokens = _flat(_invert(cells, num_cells), num_tokens).view(-1, size)
         token_cells = _flat(cells, num_cells)
         if selected is not None:
-            # Chunks are left out: the cells of those that stay are numbered anew.
+            # Leave out chunks without neighbors. `rank` maps a chunk to its new number, and a chunk that is left out, like
+            # the cell for "none", to the number after the last one.
             self.completed_tokens, self.chunk_mask = completed_tokens[selected], chunk_mask[selected]
             self.neighbor_input_ids, self.neighbor_mask = neighbors[0][selected], neighbors[1][selected]
             attending_tokens = attending_tokens[selected]
@@ -207,8 +212,10 @@ class SequencePlan(PassPlan):
             self.attended_mask = self.neighbor_mask.flatten(1)
 
     def _plan_cached(self, state: RetrievalState, history: History, num_new: int) -> None:
-        """What is read from the state, and what it will hold after the pass."""
+        """Decide what the pass reads from the state, and what the state holds after it."""
         self.state_mask = state.neighbor_mask
+        # The first attending chunk reads the neighbors of the chunk that was completed before this pass. They are in the
+        # other half of the state than the unfinished chunk. A row without such a chunk (-1) is masked below.
         before = [chunk - 1 for chunk in history.first_chunk]
         self.before = per_row([chunk % 2 for chunk in before], self.positions.device)
         self.kept = state.keep(history.first_chunk, history.num_completed, self.positions.device)
@@ -228,7 +235,7 @@ class SequencePlan(PassPlan):
             self.state_mask = self.kept.put(self.state_mask, new)
 
     def _remember(self, buffer: str, values: torch.Tensor) -> torch.Tensor:
-        """Put the remembered tokens of the growing chunk before new values (B, T, ...), and remember the last new ones."""
+        """Put the kept values of the unfinished chunk before the new ones (B, T, ...), and keep the last of the new ones."""
         state, (batch_size, size) = self.state, (self.shape[0], self.chunk_mask.shape[-1])
         ring = state.read(buffer)
         if ring is None:
@@ -238,7 +245,8 @@ class SequencePlan(PassPlan):
         both = torch.cat([history, values], dim=1)
         starts = torch.tensor([chunk * size for chunk in self.history.first_chunk], device=values.device)
         positions = self.positions + starts.unsqueeze(1)
-        recent = positions > positions.max(dim=1, keepdim=True).values - 2 * size  # all that the two halves can hold
+        # The two halves hold 2m values. Earlier ones would be written to the same cells, in no defined order.
+        recent = positions > positions.max(dim=1, keepdim=True).values - 2 * size
         state.write(buffer, torch.where((self.positions >= 0) & recent, positions, -1), values)
         return both
 
@@ -258,7 +266,7 @@ class SequencePlan(PassPlan):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if self.state is None:
             return key, value
-        old = self.state.recall(layer_idx, self.before, key, value)  # before the new ones take its place
+        old = self.state.recall(layer_idx, self.before, key, value)  # first, because the new ones may overwrite them
         if key is None:
             return old
         self.state.update(layer_idx, key, value, self.kept)
@@ -277,10 +285,11 @@ class SequencePlan(PassPlan):
 class StepPlan(PassPlan):
     """A pass over one token per row with a history: a step of generation.
 
-    It knows everything on the host. A token is an attending chunk by itself, and in most steps no chunk completes.
+    Each token is an attending chunk of its own. In most steps no chunk completes. All decisions use integers on the host, so
+    that a step waits for no copy from the device.
 
     Args:
-        state (`RetrievalState`): history; its `lengths` are still those before the pass.
+        state (`RetrievalState`): the history; its `lengths` do not count this token yet.
         rows (`list[int]`): the V rows whose chunk completes with this token.
         neighbors (pair of tensors of shape `(V, K, R)`, *optional*): of these chunks.
         device (`torch.device`): of the tokens.
@@ -364,7 +373,10 @@ def completing_tokens(
 
 
 def _invert(cells: torch.Tensor, num_cells: int) -> torch.Tensor:
-    """For every cell of a row the column of its token, T if it is empty; `cells` (B, T), `num_cells` for no cell."""
+    """Turn the cell of each column, (B, T), into the column of each cell, (B, num_cells); T for an empty cell.
+
+    The cell `num_cells` takes the columns that are in no cell, and is cut off.
+    """
     batch_size, num_columns = cells.shape
     columns = torch.arange(num_columns, device=cells.device).expand(batch_size, -1)
     inverse = torch.full((batch_size, num_cells + 1), num_columns, device=cells.device)
@@ -372,21 +384,21 @@ def _invert(cells: torch.Tensor, num_cells: int) -> torch.Tensor:
 
 
 def _flat(index: torch.Tensor, length: int) -> torch.Tensor:
-    """An index (B, n) into rows of `length` as one into all rows; `length`, "none", becomes `B · length`."""
+    """Turn an index (B, n) into rows of `length` entries into one over all rows; "none", which is `length`, becomes `B · length`."""
     batch_size = index.shape[0]
     rows = torch.arange(batch_size, device=index.device).unsqueeze(1) * length
     return torch.where(index < length, index + rows, batch_size * length)
 
 
 def gather(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """The entries `index` of all entries of `states` (·, ·, d), with zeros for "none": of shape `(*index.shape, d)`."""
+    """The rows `index` of `states` (·, ·, d), with zeros for "none"; of shape `(*index.shape, d)`."""
     width = states.shape[-1]
     padded = torch.cat([states.reshape(-1, width), states.new_zeros(1, width)])
     return padded.index_select(0, index.flatten()).view(*index.shape, width)
 
 
 def cells_from(origins: list[int], chunk_size: int, device: torch.device) -> torch.Tensor:
-    """Mask (V, m) of the cells from `origins` on, where the tokens of a row begin."""
+    """A mask (V, m) that is True from the cell `origins[i]` on, where the tokens of a row begin."""
     return torch.arange(chunk_size, device=device) >= torch.tensor(origins, device=device).unsqueeze(1)
 
 

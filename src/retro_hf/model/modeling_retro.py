@@ -21,8 +21,8 @@
         H ← FFW(H)                                  the backbone
     O ← READ(H)                                     the backbone
 
-`RetroPass` is the body of this loop: hooks call it at the end of the self-attention of each layer in P. `RetroModel` plans a
-pass (which chunks complete, what they retrieve: `planning_retro.py`, `chunking_retro.py`) and runs the backbone within it.
+`RetroPass` is the body of this loop. Hooks call it at the end of the self-attention of each layer in P. `RetroModel` first
+plans the pass (which chunks complete, and what they retrieve: `planning_retro.py`, `chunking_retro.py`), then runs the backbone.
 
     chunk u-1        chunk u                  chunk u+1
     … . . . . x │ x . . . . . . . x │ x . . . . . . . x │ …       H: one column per token
@@ -95,8 +95,8 @@ def distances(num_queries: int, num_keys: int, largest: int, device: torch.devic
 def cross_attention_distances(chunk_size: int, neighbor_size: int, device: torch.device) -> torch.Tensor:
     """Equation 6: d(i, i') = i - i' + m - 1, with m for the paper's l, from token i of an attending chunk to token i' of a neighbor.
 
-    A neighbor N lies over the chunk that retrieved it and its continuation F over the next one, so the neighbor token at the
-    place of the token that is predicted has the distance -1. The same table serves every neighbor.
+    A neighbor N is aligned with the chunk that retrieved it, and its continuation F with the next chunk. So the neighbor
+    token at the place of the token that is being predicted has the distance -1. The same table serves every neighbor.
     """
     return distances(chunk_size, neighbor_size, 2 * chunk_size - 2, device)
 
@@ -164,8 +164,8 @@ class RetroEncoderLayer(GradientCheckpointingLayer):
 class RetroNeighborEncoder(nn.Module):
     """Bidirectional encoder of one neighbor, conditioned on the chunk that retrieved it (section 2.4).
 
-    Neighbors of a chunk never see each other here. Where the paper is silent, H_u is normed before it is attended to,
-    and E is normed at the end.
+    The neighbors of a chunk do not attend to each other here. The paper does not say where norms are: this encoder norms H_u
+    before it attends to it, and E at the end.
     """
 
     def __init__(self, config: RetroConfig, embedding_size: int):
@@ -205,7 +205,9 @@ class RetroNeighborEncoder(nn.Module):
             `torch.FloatTensor` of shape `(N, K * R, encoder_hidden_size)`.
         """
         num_chunks, num_neighbors, size = neighbor_input_ids.shape
-        ids = neighbor_input_ids.masked_fill(~neighbor_mask, 0)  # any id may be at padding
+        ids = neighbor_input_ids.masked_fill(
+            ~neighbor_mask, 0
+        )  # padding may hold any id, even one outside the vocabulary
         hidden_states = (self.embed_tokens or embed)(ids.flatten(0, 1))
         if self.embed_proj is not None:
             hidden_states = self.embed_proj(hidden_states)
@@ -232,8 +234,8 @@ class RetroNeighborEncoder(nn.Module):
 class RetroChunkedCrossAttention(nn.Module):
     """CCA(H, E): attention from each attending chunk to the encoded neighbors of one chunk.
 
-    One softmax runs over the tokens of all neighbors; the position table is the same for each of them (Listing 1), so
-    their order does not matter.
+    One softmax covers the tokens of all neighbors. Each neighbor has the same distances (Listing 1), so the order of the
+    neighbors does not matter.
     """
 
     def __init__(self, config: RetroConfig, layer_idx: int):
@@ -263,7 +265,7 @@ class RetroChunkedCrossAttention(nn.Module):
         Args:
             hidden_states (`torch.FloatTensor` of shape `(B, T, hidden_size)`): H, the residual stream.
             neighbor_states (`torch.FloatTensor` of shape `(V, S, encoder_hidden_size)`, *optional*): E of the chunks that
-                complete in this pass; their keys and values are projected once, here.
+                complete in this pass. Their keys and values are projected here, once.
             features (`torch.FloatTensor` of shape `(P, hidden_size)` or `(N, P, hidden_size)`): of the distances from
                 the queries to the tokens of one neighbor (equation 6).
             plan ([`PassPlan`]): which token attends to which chunk.
@@ -273,7 +275,7 @@ class RetroChunkedCrossAttention(nn.Module):
         """
         # Equation 3: the attending chunks H_u⁺, tokens u·m + m - 1 to u·m + 2m - 2.
         attending = plan.attending(hidden_states)
-        # E_u of each of them: of chunks that complete in this pass, and with a cache of the chunk completed before.
+        # E_u of each attending chunk: of the chunks that complete in this pass, and from the cache of the one before them.
         projected = (None, None) if neighbor_states is None else self.attention.project_key_value(neighbor_states)
         key, value = plan.update(self.layer_idx, *projected)
         mask = plan.attended_mask
@@ -297,7 +299,7 @@ class RetroReader(nn.Module):
 
     Args:
         config ([`RetroConfig`]): of the model.
-        embedding_size (`int`): width of the backbone's embeddings; not that of its residual stream in every family.
+        embedding_size (`int`): width of the backbone's embeddings, which in some families is not that of its residual stream.
     """
 
     def __init__(self, config: RetroConfig, embedding_size: int):
@@ -312,10 +314,10 @@ class RetroReader(nn.Module):
 
 
 class RetroPass:
-    """RETRO's part of one forward pass; a new object every pass, so that passes never mix.
+    """RETRO's part of one forward pass. Each pass gets a new object, so that passes never mix.
 
-    `ParallelContextPass` and `ParallelContextReader` take the place of this class and of `RetroReader` where the reader is
-    `"parallel_context"`, and use the same [`PassPlan`].
+    With the reader `"parallel_context"`, `ParallelContextPass` and `ParallelContextReader` replace this class and
+    `RetroReader`; they use the same [`PassPlan`].
 
     Args:
         reader ([`RetroReader`]): encoder and cross-attention.
@@ -350,7 +352,7 @@ class RetroPass:
         self.layers_read.append(layer_idx)
         neighbor_states = self.neighbor_states
         if layer_idx == self.config.cross_attention_layers[0]:
-            # A recomputation under gradient checkpointing runs this again; later layers keep the first result.
+            # Gradient checkpointing runs this layer twice. Gradients belong to the first result, so later layers keep it.
             neighbor_states = self.encode(hidden_states)
             if self.neighbor_states is None:
                 self.neighbor_states = neighbor_states
@@ -364,7 +366,7 @@ class RetroPass:
             self.features = self._features(hidden_states)
         if chunk_states is None:
             return None
-        # A method, since accelerate would move a module among the arguments.
+        # The bound method, not the module: accelerate moves modules that it finds among the arguments to another device.
         embed = self.embed.__call__
         return self.reader.encoder(plan.neighbor_input_ids, plan.neighbor_mask, chunk_states, plan.chunk_mask, embed)
 
@@ -397,7 +399,7 @@ class RetroPass:
                 plan.state.features = table
         if plan.places is None:
             return table
-        # Single tokens: the further into its chunk a token is, the larger are its distances.
+        # One token per row needs R of the distances, which decrease: the later in its chunk, the earlier its window begins.
         first = [size - 1 - place for place in plan.places]
         windows = table.unfold(0, plan.neighbor_size, 1)
         window = windows[first[0] if len(set(first)) == 1 else torch.tensor(first, device=like.device)]
@@ -413,7 +415,7 @@ class RetroPass:
             )
 
     def finish(self, outputs: Any) -> None:
-        """Check that every layer of P has read, once, and add what was asked for to the outputs.
+        """Check that every layer of P has read exactly once, and add `cross_attentions` to the outputs if they were asked for.
 
         Raises:
             RuntimeError: if the hooks of a layer did not run, or those of another layer ran in their place. That happens
@@ -439,13 +441,13 @@ class RetroPass:
 
 RETRIEVAL_ARGUMENTS = r"""
 neighbor_input_ids (`torch.LongTensor` of shape `(batch_size, num_chunks, num_neighbors, neighbor_size)`, *optional*):
-    Tokens of the neighbors of each chunk, counted from the first chunk of the row. Chunks beyond `num_chunks` ask
-    the retriever, or have none.
+    Tokens of the neighbors of each chunk, counted from the first chunk of the row. For chunks beyond `num_chunks` the
+    retriever is asked; without one they have no neighbors.
 neighbor_attention_mask (`torch.Tensor` of the same shape, *optional*):
     1 at real tokens, 0 at padding and at missing neighbors; all ones by default.
 neighbor_chunk_size (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
-    Tokens per chunk for which the given neighbors were looked up; an error if it is not the model's. The collators
-    give it: neighbors of longer chunks would tell the model what comes next.
+    The chunk size for which the given neighbors were looked up. It must be the model's: neighbors of longer chunks
+    would tell the model what comes next. The collators pass it.
 chunk_offset (`int` or `torch.LongTensor` of shape `(batch_size,)`, *optional*):
     Chunk position of a row's first token, 0 by default; with `-prompt_length % chunk_size` the prompt ends a chunk.
 retriever (`Callable`, *optional*):
@@ -454,7 +456,7 @@ retriever (`Callable`, *optional*):
 with_head (`bool`, *optional*, defaults to `False`):
     Whether to run the backbone with its head, as [`RetroForCausalLM`] does.
 """
-"""What a forward pass takes beside the arguments of any causal language model."""
+"""The arguments of a forward pass that other causal language models do not have."""
 
 
 @auto_docstring(custom_intro="Weight initialization, loading and saving of RETRO models.")
@@ -478,10 +480,10 @@ class RetroPreTrainedModel(RetroAdapterMixin):
 
     # trf-ignore: TRF033 (no hyperparameter)
     def is_custom_code(self) -> bool:
-        """Whether the backbone's code is: what RETRO adds keeps transformers' rules for initialization.
+        """Whether the backbone is custom code. What RETRO adds follows transformers' rules for initialization.
 
-        As custom code, transformers would take every module without parameters of its own for initialized, and leave
-        empty what a backbone computes there when it is loaded (Falcon-H1's multipliers).
+        In custom code, transformers takes a module without parameters for initialized. Values that a backbone computes there
+        when it is loaded, such as Falcon-H1's multipliers, would then stay empty.
         """
         return getattr(self, "model", self).backbone.is_custom_code()
 
@@ -501,7 +503,7 @@ class RetroPreTrainedModel(RetroAdapterMixin):
         requested = dict(attn_implementation)
         encoder = requested.pop("neighbor_encoder_config", None)
         super().set_attn_implementation(requested, **kwargs)
-        if encoder is not None:  # not a model of its own, so transformers would set it unchecked and warn
+        if encoder is not None:  # transformers checks only parts that are a PreTrainedModel, and warns of others
             self.config.neighbor_encoder_config._attn_implementation_internal = self.get_correct_attn_implementation(
                 encoder
             )
@@ -528,9 +530,9 @@ class RetroPreTrainedModel(RetroAdapterMixin):
 
     # trf-ignore: TRF033 (no hyperparameter)
     def enable_input_require_grads(self) -> None:
-        """Does nothing: only reentrant checkpointing, which is refused, needs inputs that require a gradient.
+        """Does nothing: only reentrant checkpointing needs inputs that require a gradient, and that is refused.
 
-        With them, the frozen layers below the first cross-attention would be differentiated for nothing.
+        With such inputs, the backward pass would run through the frozen layers below the first cross-attention for nothing.
         """
 
     def _set_gradient_checkpointing(
@@ -539,8 +541,8 @@ class RetroPreTrainedModel(RetroAdapterMixin):
         if enable and gradient_checkpointing_func is not None:
             if getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
                 raise ValueError(
-                    "Reentrant gradient checkpointing would lose the gradient of the encoded neighbors, which are no input "
-                    f"of the checkpointed layers. Use `{CHECKPOINTING}_kwargs={{'use_reentrant': False}}`."
+                    "Reentrant gradient checkpointing would lose the gradient of the encoded neighbors, because the "
+                    f"checkpointed layers do not take them as inputs. Use `{CHECKPOINTING}_kwargs={{'use_reentrant': False}}`."
                 )
             gradient_checkpointing_func = partial(checkpoint_within_pass, gradient_checkpointing_func)
         if gradient_checkpointing_func is not None:
@@ -549,7 +551,7 @@ class RetroPreTrainedModel(RetroAdapterMixin):
 
 
 class _Shared:
-    """Holds the retriever: never a submodule, even if it is an `nn.Module`, and shared by copies of the model."""
+    """Holds the retriever, so that it never becomes a submodule, even if it is an `nn.Module`. Copies of the model share it."""
 
     def __init__(self, value: Retriever | None):
         self.value = value
@@ -626,7 +628,7 @@ class RetroModel(RetroPreTrainedModel):
         # prompt whose embeddings are given.
         token_mask, token_ids = kwargs.pop("token_mask", None), kwargs.pop("token_ids", None)
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Give either `input_ids` or `inputs_embeds`, not both and not neither.")
+            raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
         tokens = inputs_embeds if input_ids is None else input_ids
         self._check_length(tokens.shape[1], past_key_values)
         check_chunk_size(neighbor_chunk_size, self.config.chunk_size)
@@ -653,7 +655,7 @@ class RetroModel(RetroPreTrainedModel):
         read = self._read
         is_cached_lookup = inputs[CACHE_NAME] is not None and retriever is not None
         if is_cached_lookup or isinstance(self.retro, ParallelContextReader):
-            # Every step would be compiled anew: what it looks up depends on values, and its history is another one.
+            # Each step would be compiled again, because what it looks up, and its history, depend on values of tensors.
             read = torch.compiler.disable(read)
         mask = attention_mask if token_mask is None else token_mask
         sources = {"given": given, "retriever": retriever, "chunk_offset": chunk_offset}
@@ -672,9 +674,9 @@ class RetroModel(RetroPreTrainedModel):
         labels: torch.Tensor | None,
         retriever: RetroLookup | None,
     ) -> dict[str, Any]:
-        """The cache of a pass with retrieval: made here, because the backbone would make it too late."""
+        """The cache of a pass with retrieval. It is made here, because the plan needs it before the backbone runs."""
         exporting = is_torchdynamo_exporting()
-        if use_cache is None:  # with labels, or in training, no generation follows
+        if use_cache is None:  # no cache in training, or with labels: no generation follows
             wanted = getattr(self.config.text_config, "use_cache", True)
             use_cache = wanted and not self.training and labels is None and not exporting
         cached = use_cache or past_key_values is not None
@@ -736,7 +738,7 @@ def _wants_attentions(inputs: dict[str, Any], config: RetroConfig) -> bool:
 
 
 def _with_arguments_of(forward: Callable) -> Callable:
-    """Show the arguments of `forward` in the signature of a function that passes them on, and its own after them."""
+    """Show the arguments of `forward` in the signature of a function that passes them on, followed by its own arguments."""
 
     def decorate(function: Callable) -> Callable:
         passed_on = [p for p in signature(forward).parameters.values() if p.name not in ("with_head", "kwargs")]
@@ -760,7 +762,7 @@ class RetroForCausalLM(RetroPreTrainedModel, RetroGenerationMixin):
         self.model = RetroModel(config, backbone)
         if backbone is not None and backbone.generation_config is not None:
             self.generation_config = GenerationConfig.from_dict(backbone.generation_config.to_dict())
-        # A recurrent state cannot be taken back: `generate` then refuses assisted decoding by name.
+        # Tokens cannot be removed from a recurrent state. With this flag `generate` refuses assisted decoding by name.
         self._is_stateful = self.model.backbone._is_stateful
         self.post_init()
 

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Neighbors that the reader `parallel_context` has encoded, and how long they are kept."""
+"""Encoded neighbors of the reader `parallel_context`, and the cache that keeps them."""
 
 import os
 import threading
@@ -27,22 +27,22 @@ NEIGHBOR_BYTES = 2**30
 
 
 class EncodedNeighbor(NamedTuple):
-    """Keys and values of one neighbor, `(H, r - 1, D)` in every layer that reads."""
+    """Keys and values of one neighbor of r tokens: `(H, r - 1, D)` for each layer that reads."""
 
     keys: tuple[torch.Tensor, ...]
     values: tuple[torch.Tensor, ...]
 
     def __deepcopy__(self, memo: dict) -> "EncodedNeighbor":
-        return self  # never changed, and shared between rows, caches and calls
+        return self  # it never changes, and rows, caches and calls share it
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that are read."""
+        """The number of tokens that are read."""
         return self.keys[0].shape[-2]
 
     @property
     def num_bytes(self) -> int:
-        """Memory of the keys and values."""
+        """The memory of the keys and values, in bytes."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.keys + self.values)
 
 
@@ -51,10 +51,10 @@ Neighbors = tuple[EncodedNeighbor, ...]
 
 
 class NeighborCache:
-    """Encoded neighbors by their tokens; the least recently used are dropped first. A copy starts empty.
+    """Maps the tokens of a neighbor to its keys and values. It drops the least recently used first. A copy starts empty.
 
     Args:
-        max_bytes (`int`): memory of keys and values that are kept.
+        max_bytes (`int`): the most memory that its keys and values may take.
     """
 
     def __init__(self, max_bytes: int = NEIGHBOR_BYTES):
@@ -71,7 +71,7 @@ class NeighborCache:
         return len(self._kept)
 
     def use(self, weights: Any) -> None:
-        """Forget everything unless `weights` is what it was; None is always something new."""
+        """Forget everything if the weights of the base have changed since the last call; None always forgets."""
         with self._lock:
             if weights is None or weights != self._weights:
                 self._kept.clear()
@@ -79,7 +79,7 @@ class NeighborCache:
             self._weights = weights
 
     def get(self, tokens: tuple[int, ...]) -> EncodedNeighbor | None:
-        """The neighbor of these tokens, if it is kept."""
+        """The encoded neighbor of these tokens; None if it is not here."""
         with self._lock:
             if tokens in self._kept:
                 self._kept.move_to_end(tokens)
@@ -96,7 +96,7 @@ class NeighborCache:
 
 
 def weights_version(backbone: nn.Module) -> Any:
-    """Changes with the weights of a base, and with the adapters of PEFT that are active in it."""
+    """A value that changes when the weights of a base change, or the PEFT adapters that are active in it."""
     versions = [(p.data_ptr(), None if p.is_inference() else p._version) for p in backbone.parameters()]
     names = ("_active_adapter", "_disable_adapters", "merged_adapters", "scaling")
     adapters = [
@@ -108,7 +108,7 @@ def weights_version(backbone: nn.Module) -> Any:
 
 
 def total_memory(device: torch.device) -> int | None:
-    """All the memory of a device, in bytes, if that can be told."""
+    """The memory of a device in bytes, used or not; None if it is unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
     if device.type == "cpu" and hasattr(os, "sysconf"):

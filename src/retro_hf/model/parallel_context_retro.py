@@ -11,20 +11,20 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The reader `parallel_context`: the base reads its neighbors itself, without training (Ratner et al., 2023).
+"""The reader `parallel_context`: the base itself reads the neighbors, without training (Ratner et al., 2023).
 
-The base encodes each neighbor alone, at positions before the text. In every layer that attends to the whole text, the
-tokens of an attending chunk attend to the keys and values of its neighbors and to their own past, in one softmax:
+The base encodes each neighbor by itself, at positions before the text. Then each token of an attending chunk attends to the
+keys and values of the chunk's neighbors and to its own past, in one softmax, in every layer that attends to the whole text:
 
     neighbor 1   -R … -1 ┐
     neighbor 2   -R … -1 ┼─ keys and values ─► softmax over [neighbors of chunk u | text up to t] ◄─ query of token t
     text          0 … t  ┘
 
-The text keeps its positions, so its keys never change: where a chunk ends, only the neighbors are exchanged. The first
-token of a neighbor is not read. It attracts the attention that a head has no use for, as the first token of any text does
-("attention sink"), and each further one would take weight from the text. The scores of neighbor tokens are multiplied by
-1.1, because attention to neighbors that were encoded alone is spread too evenly (APE, Yang et al., 2025). Both numbers
-were chosen on validation text (docs/results/readers.md).
+The text keeps its positions, so its keys never change. At the end of a chunk only the neighbors are exchanged.
+
+Two numbers were chosen on validation text (docs/results/readers.md). The first token of a neighbor is not read: it is an
+"attention sink", which takes the weight that a head does not use, and several would take too much. The scores of neighbor
+tokens are multiplied by 1.1, because attention to texts encoded by themselves is spread too evenly (APE, Yang et al., 2025).
 
 Shape legend: B batch, T new tokens, L tokens in the cache and new ones, K neighbors, R neighbor_size, r tokens of one neighbor,
 S neighbor tokens that a row attends to, H heads, D head_dim.
@@ -62,7 +62,7 @@ _REMEDY = "Use the paper's reader for this base: `retrofit(base, reader='cross_a
 
 
 def _attention_function(name: str) -> Callable:
-    """The attention function `name` of transformers, made to ask the active pass first."""
+    """The attention function `name` of transformers; in a layer that reads, the active pass calls it with the neighbors."""
 
     def attend(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         function = ALL_ATTENTION_FUNCTIONS.get(name) or sys.modules[type(module).__module__].eager_attention_forward
@@ -80,7 +80,7 @@ for _name in ("eager", "sdpa"):
 
 
 def _use_attention(backbone: PreTrainedModel) -> None:
-    """Let a base attend through this file, in the way that was set for it."""
+    """Route a base's attention through this file; it goes on using "eager" or "sdpa", as set before."""
     config = backbone.config.get_text_config(decoder=True)
     name = config._attn_implementation or "sdpa"
     if name.startswith(_PREFIX):
@@ -108,29 +108,29 @@ def reading_layers(backbone: PreTrainedModel) -> list[int]:
     family = config.model_type
     if not getattr(config, "rope_parameters", None) or "position_ids" not in accepted_arguments(backbone):
         raise ValueError(
-            "reader='parallel_context' places neighbors before the text, which needs rotary positions; the family "
-            f"'{family}' has others. {_REMEDY}"
+            "reader='parallel_context' places neighbors before the text, which needs rotary positions, but the family "
+            f"'{family}' does not have them. {_REMEDY}"
         )
     if not backbone._can_set_attn_implementation():
         raise ValueError(
-            "reader='parallel_context' needs a base that attends through transformers' attention interface; the family "
-            f"'{family}' has code of its own. {_REMEDY}"
+            "reader='parallel_context' needs a base that uses the attention interface of transformers, but the family "
+            f"'{family}' has its own attention code. {_REMEDY}"
         )
     layers = [idx for idx, layer in enumerate(DynamicCache(config=config).layers) if type(layer) is DynamicLayer]
     if not layers:
         raise ValueError(
-            f"reader='parallel_context' needs layers that attend to the whole text; those of this '{family}' model have a "
-            f"window or mix tokens in another way. {_REMEDY}"
+            f"reader='parallel_context' needs layers that attend to the whole text, but all layers of this '{family}' model "
+            f"have a sliding window or no attention. {_REMEDY}"
         )
     return layers
 
 
 @torch.no_grad()
 def check_backbone(backbone: PreTrainedModel) -> None:
-    """Try a base with real weights: every layer that should read is reached, and positions may be negative.
+    """Try a base with real weights: every layer that should read is reached, and shifted positions change nothing.
 
     Raises:
-        ValueError: if that is not so.
+        ValueError: if one of the two is not true.
     """
     layers = reading_layers(backbone)
     _use_attention(backbone)
@@ -157,8 +157,8 @@ def check_backbone(backbone: PreTrainedModel) -> None:
     difference = float((states[1] - states[0]).abs().max() / states[0].abs().max())
     if not difference < (0.01 if dtype == torch.float32 else 0.2):
         raise ValueError(
-            f"The family '{family}' computes something else at shifted positions (by {difference:.1%} of the largest value), "
-            f"so reader='parallel_context' cannot place neighbors before the text. {_REMEDY}"
+            f"The outputs of the family '{family}' change when all positions are shifted (by {difference:.1%} of the largest "
+            f"value), so reader='parallel_context' cannot place neighbors before the text. {_REMEDY}"
         )
 
 
@@ -166,7 +166,7 @@ def check_backbone(backbone: PreTrainedModel) -> None:
 
 
 class _Recorder:
-    """A pass of the base over neighbors; `states` has the keys and values `(N, H, r, D)` of the layers that read."""
+    """A pass of the base over neighbors that keeps the keys and values `(N, H, r, D)` of the layers that read, in `states`."""
 
     def __init__(self, layers: Sequence[int]):
         self.layers = layers
@@ -175,7 +175,7 @@ class _Recorder:
     def attend(
         self, function: Callable, module: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        # A recomputation under gradient checkpointing comes here again; what the text reads is the first result.
+        # Gradient checkpointing computes a layer a second time; the text reads the first result.
         self.states.setdefault(module.layer_idx, (key, value))
         return function(module, query, key, value, *args, **kwargs)
 
@@ -188,14 +188,13 @@ class _Recorder:
 
 
 class ParallelContextReader(nn.Module):
-    """Reads neighbors with the base alone; it has no weights.
+    """Reads neighbors with the base alone, and has no weights.
 
     Args:
-        config ([`RetroConfig`]): of the model.
-        backbone (`PreTrainedModel`): the base.
+        config ([`RetroConfig`]), backbone (`PreTrainedModel`): of the model, and its base.
 
     Attributes:
-        cache ([`NeighborCache`]): encoded neighbors that are kept between calls, in evaluation without gradients.
+        cache ([`NeighborCache`]): encoded neighbors that are kept between calls, unless gradients are computed.
     """
 
     def __init__(self, config: RetroConfig, backbone: PreTrainedModel):
@@ -206,13 +205,13 @@ class ParallelContextReader(nn.Module):
         _use_attention(backbone)
 
     def encode(self, backbone: PreTrainedModel, input_ids: torch.Tensor, mask: torch.Tensor) -> list[Neighbors]:
-        """Encode the neighbors of N chunks, each distinct one once.
+        """Encode the neighbors of N chunks. A neighbor of several chunks is encoded once.
 
         Args:
             backbone (`PreTrainedModel`): the base.
             input_ids, mask (`torch.Tensor` of shape `(N, K, R)`, long and bool): neighbors, and which tokens are real.
         Returns:
-            For each chunk a tuple of [`EncodedNeighbor`], without those that have nothing to read.
+            For each chunk a tuple of [`EncodedNeighbor`], without neighbors that are empty or one token long.
         Raises:
             ValueError: if a neighbor is longer than the context of the base, or memory would not hold all of them.
         """
@@ -259,7 +258,8 @@ class ParallelContextReader(nn.Module):
             read = slice(NUM_SINKS, len(tokens))
             pairs = [[states[row, :, read] for states in recorder.states[idx]] for idx in self.layers]
             keys = tuple(key * FOCUS for key, _ in pairs)
-            values = tuple(value.clone() if copy else value for _, value in pairs)  # a view would keep the whole batch
+            # A view would keep the whole batch in memory.
+            values = tuple(value.clone() if copy else value for _, value in pairs)
             neighbors.append(EncodedNeighbor(keys, values))
         return neighbors
 
@@ -274,15 +274,15 @@ class ParallelContextReader(nn.Module):
             )
 
     def begin(self, backbone: PreTrainedModel, plan: PassPlan, cache: Cache | None) -> "ParallelContextPass":
-        """The pass over new tokens of text.
+        """Begin the pass over new tokens of text.
 
         Args:
             backbone (`PreTrainedModel`): the base.
             plan ([`PassPlan`]): which chunks complete in the pass, and their neighbors.
             cache ([`~transformers.Cache`], *optional*): of the text.
         """
-        _use_attention(backbone)  # another one may have been set since
-        size, state = self.config.chunk_size, cast("Any", plan.state)  # a step always has one
+        _use_attention(backbone)  # the user may have called `set_attn_implementation` since
+        size, state = self.config.chunk_size, cast("Any", plan.state)  # a step always has a state
         found: list[Neighbors] = []
         if plan.neighbor_input_ids is not None and plan.neighbor_mask is not None:
             found = self.encode(backbone, plan.neighbor_input_ids, plan.neighbor_mask)
@@ -291,6 +291,7 @@ class ParallelContextReader(nn.Module):
             if plan.selected is not None:
                 chunks = dict(zip(plan.selected.tolist(), found, strict=True))
                 found = [chunks.get(chunk, ()) for chunk in range(num_rows * count)]
+            # Per row: group 0 is what the chunk completed before this pass has, group i what the i-th new chunk has.
             known = [[(), *found[row * count : (row + 1) * count]] for row in range(num_rows)]
             if state is not None and plan.history is not None:
                 steps = zip(plan.history.first_chunk, plan.history.num_completed, strict=True)
@@ -323,12 +324,12 @@ def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 class _Segment:
-    """Tokens of each row that attend to the same neighbors.
+    """Tokens that attend to the same neighbors: one attending chunk of each row.
 
     Args:
-        columns (`list` of B lists of n `int`): where they are among the new tokens.
-        end (`int`): where the last of them is in the text.
-        neighbors (`list` of B tuples of [`EncodedNeighbor`]): what they attend to.
+        columns (`list` of B lists of n `int`): the columns of these tokens among the new tokens.
+        end (`int`): the column of the last of them in the whole text.
+        neighbors (`list` of B tuples of [`EncodedNeighbor`]): the neighbors that they attend to.
     """
 
     def __init__(self, columns: list[list[int]], end: int, neighbors: list[Neighbors]):
@@ -350,7 +351,7 @@ class _Segment:
     def mask(
         self, of_text: torch.Tensor | None, num_past: int, query: torch.Tensor, additive: bool
     ) -> torch.Tensor | None:
-        """What they attend to, `(B or 1, H or 1, n, S + length)`; None for everything.
+        """The mask of neighbors and text, `(B or 1, H or 1, n, S + length)`; None if they attend to everything.
 
         Args:
             of_text (`torch.Tensor` of shape `(B or 1, H or 1, T, L)`, *optional*): mask of the base, boolean or additive;
@@ -374,7 +375,7 @@ class _Segment:
         return torch.cat([seen.expand(-1, *text.shape[1:3], -1), text.expand(len(seen), -1, -1, -1)], dim=-1)
 
     def before(self, place: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Keys and values of their neighbors and then of the text, `(B, H, S + length, D)`, copied together."""
+        """Keys and values of the neighbors followed by those of the text, `(B, H, S + length, D)`, as a copy."""
         joined = []
         for kind, text in enumerate((key, value)):
             text = text[:, :, : self.length]
@@ -388,7 +389,7 @@ class _Segment:
         return tuple(joined)
 
     def exchange(self, place: int, layer: RetroDynamicLayer, room: int) -> tuple[torch.Tensor, ...]:
-        """As `before`, in the cache itself: only neighbors that are not there yet are written before the text."""
+        """As `before`, without copying the text: neighbors are written into the cache, before the text, unless they are there."""
         joined = []
         for kind, text in enumerate(layer.make_room_before(self.size, room)):
             shape = (*text.shape[:2], self.size + self.length, text.shape[-1])
@@ -402,13 +403,12 @@ class _Segment:
 
 
 class ParallelContextPass:
-    """A pass over text whose tokens attend to neighbors; a new object every pass, so that passes never mix.
+    """A pass over text whose tokens attend to neighbors. Each pass gets a new object, so that passes never mix.
 
     Args:
-        reader ([`ParallelContextReader`]): of the model.
-        plan ([`PassPlan`]): the chunks of the pass.
+        reader ([`ParallelContextReader`]), plan ([`PassPlan`]): of the model, and of the pass.
         known (`list` of B lists of tuples of [`EncodedNeighbor`]): the neighbors of each row's chunks.
-        groups (`list` of B lists of T `int`): for each token the index into `known` of what it attends to, -1 at padding.
+        groups (`list` of B lists of T `int`): for each token, which entry of `known` it attends to; -1 at padding.
         cache ([`~transformers.Cache`], *optional*): of the text.
     """
 
@@ -428,8 +428,8 @@ class ParallelContextPass:
         self.segments: list[_Segment] = []
         self._masks: list[tuple[torch.Tensor | None, list[torch.Tensor | None]]] = []
         num_tokens, num_slots = len(groups[0]), 0
-        slots = [[0] * num_tokens for _ in groups]  # of each token, in the segments one after the other
-        if num_tokens == 1:  # one segment, though rows complete their chunks at different steps
+        slots = [[0] * num_tokens for _ in groups]  # the place of each token when the segments follow one another
+        if num_tokens == 1:  # one segment is enough, even if the rows are in different chunks
             known = [[_at(own, row[0])] for own, row in zip(known, groups, strict=True)]
             groups = [[0] for _ in groups]
         for group in range(max(map(max, groups)) + 1):
@@ -441,7 +441,7 @@ class ParallelContextPass:
             for row, own, found in zip(slots, columns, groups, strict=True):
                 for place, column in enumerate(own):
                     row[column] = num_slots + place
-                # A row with fewer tokens here repeats one; nobody reads its second result.
+                # A row with fewer tokens in this segment repeats one of them; no slot refers to its second result.
                 other = own[-1] if own else max((t for t in range(end + 1) if found[t] >= 0), default=end)
                 own += [other] * (width - len(own))
             num_slots += width

@@ -43,15 +43,15 @@ def plan_pass(
     retriever: RetroLookup | None = None,
     chunk_offset: int | torch.Tensor | None = None,
 ) -> PassPlan:
-    """Decide which chunks complete in a pass and fetch their neighbors, before anything is computed.
+    """Decide which chunks complete in a pass, and fetch their neighbors, before the model computes anything.
 
     Args:
         tokens (`torch.LongTensor` of shape `(B, T)`, or embeddings of shape `(B, T, hidden_size)`): new tokens.
         real (`torch.BoolTensor` of shape `(B, T)`, *optional*): False at padding.
         chunk_size (`int`): m.
         state ([`RetrievalState`], *optional*): history on the cache.
-        given (pair of tensors of shape `(B, C, K, R)`, *optional*): the caller's neighbors, by chunk of the row.
-        retriever ([`RetroLookup`], *optional*): asked for what is not given.
+        given (pair of tensors of shape `(B, C, K, R)`, *optional*): the caller's neighbors of the first C chunks of each row.
+        retriever ([`RetroLookup`], *optional*): looks up the chunks whose neighbors are not given.
         chunk_offset (`int` or `torch.LongTensor` of shape `(B,)`, *optional*): of rows without a history.
     Returns:
         [`PassPlan`].
@@ -71,7 +71,7 @@ def _plan_given(
     given: Neighbors,
     chunk_offset: int | torch.Tensor | None,
 ) -> SequencePlan:
-    """The plan of training. Shapes alone decide, so that no value has to be read back and the pass compiles."""
+    """The plan of training. Only shapes decide, so that the host reads no value of a tensor and the pass compiles."""
     batch_size, num_tokens = tokens.shape[:2]
     compiling = torch.compiler.is_compiling()
     ids, mask = given
@@ -88,7 +88,8 @@ def _plan_given(
         start = torch.tensor(chunk_offsets(chunk_offset, batch_size, chunk_size), device=tokens.device)
     selected = None
     if chunk_offset is not None and not compiling:
-        # Its values were read: reading the mask, too, spares all chunks of a question but the last.
+        # The offset was read on the host anyway. Reading the mask, too, allows encoding only the chunks that have neighbors:
+        # for a question, the last one.
         has_neighbor = mask.flatten(2).any(dim=-1).flatten()
         if 0 < int(has_neighbor.sum()) < len(has_neighbor):
             selected = has_neighbor.nonzero().squeeze(1)
@@ -107,9 +108,9 @@ def _plan_sequence(
     given: Neighbors | None,
     retriever: RetroLookup | None,
 ) -> SequencePlan:
-    """The plan of many tokens, whose first ones have the chunk positions `begins`."""
+    """The plan of a pass over many tokens; `begins` are the chunk positions of the first token of each row."""
     device, (batch_size, num_tokens) = tokens.device, tokens.shape[:2]
-    # Without a history chunks are counted from the first one, with one from the chunk that is growing.
+    # Chunks are counted from the row's first one, or with a history from its unfinished one.
     first_chunk = [0 if state is None else begin // chunk_size for begin in begins]
     starts = [begin - chunk * chunk_size for begin, chunk in zip(begins, first_chunk, strict=True)]
     counts = [num_tokens] * batch_size if real is None else real.sum(dim=1).tolist()
@@ -181,7 +182,7 @@ def _fetch(
     wanted: torch.Tensor,
     chunk_tokens: Callable[[torch.Tensor], Neighbors],
 ) -> Neighbors | None:
-    """Neighbors (V, K, R) of V chunks: the given ones, else the retriever's, else masked; None if there are none.
+    """Neighbors (V, K, R) of V chunks: those given, else those of the retriever, else masked ones. None if there are none.
 
     Args:
         given, retriever: see `plan_pass`.
@@ -219,9 +220,10 @@ def real_tokens(
     batch_size: int,
     num_tokens: int,
 ) -> torch.Tensor | None:
-    """Which of the new tokens are no padding, (B, T), or None if all are real.
+    """A mask (B, T) that is False at padding, or None if no token is padding.
 
-    A 4-D mask says nothing about padding; then the position of the last token tells how many tokens came before it.
+    A 4-D mask does not tell padding from other hidden tokens. There the position of a row's last token tells how many real
+    tokens the row has.
     """
     num_columns = num_tokens + (0 if state is None else state.num_columns)
     positions = position_ids if position_ids is not None and position_ids.dim() == 2 else None
@@ -244,7 +246,7 @@ def real_tokens(
             "`position_ids` restart inside a row, so it packs several sequences, whose chunks cannot be told apart. Give "
             "each sequence a row of its own (`packing=False`)."
         )
-        if torch.compiler.is_compiling():  # a value that decides would break the graph
+        if torch.compiler.is_compiling():  # branching on a value would break the graph
             torch._assert_async(~restarts.any(), message)
         elif restarts.any():
             raise ValueError(message)
