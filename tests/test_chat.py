@@ -47,7 +47,8 @@ def test_last_turn_of_the_user(tokenizer, earlier, is_asking):
     messages = [*earlier, {"role": "user", "content": "When does the boat\nto Lund leave?"}]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=is_asking)
     prompt = tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids)
-    assert last_user_turn(prompt, *chat_markers(tokenizer)) == "When does the boat\nto Lund leave?"
+    question = "When does the boat\nto Lund leave?"
+    assert last_user_turn(prompt, *chat_markers(tokenizer)) == (question, prompt.index(question))
 
 
 def test_other_prompts_have_no_turn(tokenizer):
@@ -75,5 +76,8 @@ def test_retriever_reads_the_turns_of_a_padded_batch():
     batch = tokenizer([*texts, "No chat at all"], return_tensors="pt", padding=True)
     retriever = RetroRetriever.__new__(RetroRetriever)
     retriever._tokenizer = tokenizer
-    turns = retriever.chat_queries(batch.input_ids, torch.as_tensor(batch.attention_mask))
-    assert turns == ["Who?", "When does the boat leave?", None]
+    turns = retriever.last_turns(batch.input_ids, torch.as_tensor(batch.attention_mask))
+    assert [turn and turn[0] for turn in turns] == ["Who?", "When does the boat leave?", None]
+    for text, turn in zip(texts, turns, strict=False):
+        tokens = tokenizer(text, add_special_tokens=False).input_ids
+        assert tokenizer.decode(tokens[turn[1] :]).startswith(turn[0])

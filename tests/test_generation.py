@@ -639,11 +639,9 @@ class TextRetriever:
         ids = torch.tensor([[sum(map(ord, text)), 0, 0, 0] for text in texts])
         return hash_retriever(1)(ids, torch.ones_like(ids))
 
-    def chat_queries(self, ids, mask):
-        return [
-            f"turn {int(row[m.bool()].sum())}" if 5 in row[m.bool()] else None
-            for row, m in zip(ids, mask, strict=True)
-        ]
+    def last_turns(self, ids, mask):
+        rows = [row[m.bool()].tolist() for row, m in zip(ids, mask, strict=True)]
+        return [(f"turn {sum(row)}", row.index(5)) if 5 in row else None for row in rows]
 
 
 class TestQuery:

@@ -20,6 +20,7 @@ from retro_hf.model.neighbor_cache_retro import NeighborCache
 
 from . import contracts
 from .naive_parallel_context import naive_logits
+from .test_generation import TextRetriever
 from .test_gradient_checkpointing import assert_equal_gradients, without_dropout
 from .tiny import (
     CHUNK_SIZE,
@@ -153,6 +154,36 @@ class TestInformationFlow:
             generated = generate(model, ids, hash_retriever())
             model.set_attn_implementation("sdpa")
             assert torch.equal(generate(model, ids, hash_retriever()), generated)
+
+
+class TestChat:
+    """In a chat the question itself is read with its passages, not only the last token of the prompt."""
+
+    @pytest.mark.parametrize(("turn_start", "first_chunk"), [(5, 1), (1, 0), (8, 1)])
+    def test_passages_are_read_from_the_question_on(self, model, turn_start, first_chunk):
+        """The same as neighbors given to every chunk of the prompt from the one that ends before the question."""
+        prompt = random_ids(1, 9)
+        prompt[prompt == 5] = 6
+        prompt[0, turn_start] = 5  # where the retriever sees the turn begin
+        found = generate(model, prompt, TextRetriever())
+        offset = -turn_start % CHUNK_SIZE
+        num_chunks = (offset + 9) // CHUNK_SIZE
+        ids, mask = TextRetriever().look_up([f"turn {int(prompt.sum())}"])
+        reads = torch.arange(num_chunks) >= first_chunk
+        given = {
+            "neighbor_input_ids": ids.unsqueeze(1).expand(-1, num_chunks, -1, -1),
+            "neighbor_attention_mask": mask.unsqueeze(1) * reads[None, :, None, None],
+        }
+        assert torch.equal(found, generate(model, prompt, hash_retriever(), chunk_offset=offset, **given))
+
+    def test_a_query_of_ones_own_is_read_there_too(self, model):
+        prompt = random_ids(1, 9)
+        prompt[prompt == 5] = 6
+        prompt[0, 5] = 5
+        retriever = TextRetriever()
+        output = generate(model, prompt, retriever, query="my words", return_dict_in_generate=True)
+        assert retriever.texts == ["my words"]
+        assert [entry.get("query") for entry in output.retrieval_trace[0][:3]] == ["my words", "my words", None]
 
 
 class TestCost:

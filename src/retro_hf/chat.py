@@ -1,4 +1,4 @@
-"""Which part of a prompt is the last turn of the user, where a chat template has made the prompt."""
+"""Find the last turn of the user in a prompt that a chat template has made."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _TURNS = ("first question", "first answer", "second question")
 
 
 def chat_markers(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str] | None:
-    """What the chat template of a tokenizer writes before and after a turn of the user; None if that is not clear."""
+    """The texts that a tokenizer's chat template writes before and after a turn of the user; None if they are not clear."""
     if not getattr(tokenizer, "chat_template", None):
         return None
     roles = ("user", "assistant", "user")
@@ -46,13 +46,17 @@ def chat_markers(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str] | None:
     return (before, after) if before.strip() and after.strip() else None
 
 
-def last_user_turn(prompt: str, before: str, after: str) -> str | None:
-    """The text between the last `before` and the `after` that follows it; None if there is none.
+def last_user_turn(prompt: str, before: str, after: str) -> tuple[str, int] | None:
+    """The text between the last `before` and the `after` that follows it, and where it begins; None if there is none.
 
     Args:
         prompt (`str`): the decoded prompt, special tokens included.
         before, after (`str`): see [`chat_markers`].
+    Returns:
+        The turn, without white space at its ends, and the index of its first character in `prompt`.
     """
-    _, found, rest = prompt.rpartition(before.strip())
+    start, found, rest = prompt.rpartition(before.strip())
     turn, ended, _ = rest.partition(after.strip())
-    return turn.strip() or None if found and ended else None
+    if not (found and ended and turn.strip()):
+        return None
+    return turn.strip(), len(start) + len(found) + turn.index(turn.strip())

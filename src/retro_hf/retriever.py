@@ -222,19 +222,29 @@ class RetroRetriever:
         tokens, mask = now.datastore.gather(now.search_texts(texts).chunk_ids)
         return torch.from_numpy(tokens), torch.from_numpy(mask)  # type: ignore[return-value]
 
-    def chat_queries(
+    def last_turns(
         self, prompt_input_ids: torch.LongTensor, prompt_attention_mask: torch.LongTensor
-    ) -> list[str | None]:
-        """The last user turn of each prompt that the tokenizer's chat template has made; None for any other prompt.
+    ) -> list[tuple[str, int] | None]:
+        """The last user turn of each prompt that the tokenizer's chat template has made.
 
         Args:
             prompt_input_ids, prompt_attention_mask (`torch.LongTensor` of shape `(batch_size, prompt_length)`): prompts.
+        Returns:
+            For each prompt the text of the turn and how many tokens come before it, padding not counted; None for a prompt
+            that is not a chat.
         """
         markers = chat_markers(self.tokenizer)
         if markers is None:
             return [None] * len(prompt_input_ids)
-        rows = zip(prompt_input_ids, prompt_attention_mask.bool(), strict=True)
-        return [last_user_turn(str(self.tokenizer.decode(ids[real])), *markers) for ids, real in rows]
+        turns: list[tuple[str, int] | None] = []
+        for ids, real in zip(prompt_input_ids, prompt_attention_mask.bool(), strict=True):
+            prompt = str(self.tokenizer.decode(ids[real]))
+            turn = last_user_turn(prompt, *markers)
+            if turn is not None:
+                before = self.tokenizer(prompt[: turn[1]], add_special_tokens=False)["input_ids"]
+                turn = turn[0], len(before)
+            turns.append(turn)
+        return turns
 
     def search(
         self,

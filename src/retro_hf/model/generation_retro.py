@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Generation with retrieval: stock `generate`, retrieving once per completed chunk, and the trace of what was retrieved."""
+"""Generation with retrieval: the `generate` of transformers, which retrieves once per completed chunk, and its trace."""
 
 from typing import Any
 
@@ -48,10 +48,10 @@ class RetroGenerationMixin(GenerationMixin):
     ):
         """Generate as any model of transformers does, retrieving once per completed chunk of `chunk_size` tokens.
 
-        With a retriever, the chunks of each row are counted so that its prompt ends a chunk. So a prompt of any length is
-        looked up before the first new token. `chunk_offset=0` counts them from the first token instead, as the paper
-        does; then a prompt is only looked up as far as it fills chunks. A cache that holds tokens, or neighbors that are
-        given, keep the count that they have.
+        With a retriever, chunks are counted so that each prompt ends a chunk. So a prompt of any length is looked up before
+        the first new token. With `chunk_offset=0` chunks are counted from the first token, as in the paper; then only the
+        full chunks of a prompt are looked up. With a cache that holds tokens, or with given neighbors, chunks are counted as
+        they were before.
 
         Args:
             inputs, generation_config, args, kwargs: as in [`~transformers.GenerationMixin.generate`];
@@ -59,9 +59,10 @@ class RetroGenerationMixin(GenerationMixin):
             retriever (`Callable`, *optional*): see `forward`; None generates without retrieval, by default the attached
                 retriever is used.
             query (`str` or `list[str]`, *optional*): what to look up for the prompt, one text for all rows or one per row.
-                By default it is the last user turn in a prompt that a chat template has made, if the retriever knows its
-                tokenizer, as [`RetroRetriever`] does; in any other prompt every chunk is looked up, the last tokens of the
-                prompt among them. With a query, the prompt reads what was found for it, and nothing else.
+                In a prompt made by a chat template, the default is the last user turn, if the retriever knows its
+                tokenizer, as [`RetroRetriever`] does. In any other prompt every chunk is looked up by default, and the last
+                one ends with the prompt. With a query, the prompt reads only what was found for the query: its last token
+                does, and with `reader="parallel_context"` every token from the last user turn on.
         Returns:
             `torch.LongTensor` of token ids, or a `ModelOutput` with `return_dict_in_generate=True`; the latter has
             `retrieval_trace`, for each sequence the list of its looked-up chunks with their neighbors.
@@ -103,7 +104,7 @@ class RetroGenerationMixin(GenerationMixin):
         input_ids: torch.Tensor | None = None,
         **model_kwargs: Any,
     ) -> tuple[torch.Tensor, dict[str, Any]]:
-        # `generate` calls it once, when it knows which tokens are padding, and before rows are repeated.
+        # `generate` calls this once, when it knows which tokens are padding, and before it repeats rows.
         lookup = model_kwargs.get("retriever")
         if isinstance(lookup, RetroLookup):
             prompt = input_ids if input_ids is not None and input_ids.shape[1] else model_kwargs.get("inputs_embeds")
@@ -112,7 +113,7 @@ class RetroGenerationMixin(GenerationMixin):
         return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
 
     def _begin(self, lookup: RetroLookup, prompt: torch.Tensor, model_kwargs: dict[str, Any]) -> torch.Tensor | None:
-        """Decide where the chunks of each row begin, and look up what stands for a whole prompt; returns the offsets."""
+        """Decide where the chunks of each row begin, look up the prompt's query if it has one, and return the offsets."""
         cache, size = model_kwargs.get(CACHE_NAME), self.config.chunk_size
         offset, mask = model_kwargs.get("chunk_offset"), model_kwargs.get("attention_mask")
         has_history = cache is not None and int(cache.get_seq_length()) > 0
@@ -120,25 +121,40 @@ class RetroGenerationMixin(GenerationMixin):
             mask = torch.ones(prompt.shape[:2], dtype=torch.long, device=prompt.device)
         lengths = mask.long().sum(dim=1).tolist()
         aligns = offset is None and lookup.aligns and not has_history
+        turns = lookup.last_turns(prompt, mask) if aligns else [None] * len(lengths)
+        # The prompt reads its query from this token on. A base without training must see the passages when it reads the
+        # question: it then answers far better than from the prompt's last token on.
+        reads = lengths
+        if self.config.reader == "parallel_context":
+            reads = [
+                length if turn is None else min(max(turn[1], 1), length)
+                for length, turn in zip(lengths, turns, strict=True)
+            ]
         if aligns:
-            offset = torch.tensor([-length % size for length in lengths], device=prompt.device)
+            offset = torch.tensor([-read % size for read in reads], device=prompt.device)
         lookup.offsets = chunk_offsets(offset, len(lengths), size)
-        ends = [start + length for start, length in zip(lookup.offsets, lengths, strict=True)]
-        if lookup.query is not None and (has_history or any(end % size for end in ends)):
+        if lookup.query is not None and not (aligns or self._ends_chunk(lookup.offsets, lengths, has_history)):
             why = "the cache holds tokens already" if has_history else f"`chunk_offset` is {offset}"
             raise ValueError(
                 f"`query` is read where the prompt ends a chunk, which it does not here: {why}. Leave that out."
             )
         if aligns or lookup.query is not None:
-            tokens = prompt if prompt.dim() == 2 else None
-            lookup.look_up_prompts(tokens, mask, [end // size - 1 for end in ends])
+            chunks = [
+                range((start + read) // size - 1, (start + length) // size)
+                for start, read, length in zip(lookup.offsets, reads, lengths, strict=True)
+            ]
+            lookup.look_up_prompts([None if turn is None else turn[0] for turn in turns], chunks)
         return offset
 
+    def _ends_chunk(self, offsets: list[int], lengths: list[int], has_history: bool) -> bool:
+        ends = [start + length for start, length in zip(offsets, lengths, strict=True)]
+        return not has_history and all(end % self.config.chunk_size == 0 for end in ends)
+
     def _trace(self, lookup: RetroLookup, outputs: ModelOutput, used: GenerationConfig) -> list[list[dict]]:
-        """The trace of every sequence, of chunks that had a say in it: a token was generated after them."""
+        """For every sequence, the chunks that could influence it: those after which a token was generated."""
         sequences = outputs["sequences"]
         real = torch.ones_like(sequences, dtype=torch.bool)
-        real[:, -1] = False  # it was never an input
+        real[:, -1] = False  # the last token was never an input
         if used.eos_token_id is not None:
             eos = used.eos_token_id if isinstance(used.eos_token_id, list) else [used.eos_token_id]
             ends = torch.tensor([*eos, eos[0] if used.pad_token_id is None else used.pad_token_id])
@@ -164,14 +180,16 @@ class RetroGenerationMixin(GenerationMixin):
         neighbor_chunk_size: torch.LongTensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Let the backbone prepare its inputs, and add those of retrieval."""
+        """The inputs that the backbone prepares, and those of retrieval."""
         inputs = self.model.backbone.prepare_inputs_for_generation(
             input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
         )
         if isinstance(retriever, RetroLookup):
             retriever.padding_mask = attention_mask
         if neighbor_input_ids is not None and kwargs.get(CACHE_NAME) is None:
-            num_chunks = input_ids.shape[1] // self.config.chunk_size + 1  # without a cache only those of this pass
+            num_chunks = (
+                input_ids.shape[1] // self.config.chunk_size + 1
+            )  # without a cache, only the chunks of this pass
             neighbor_input_ids = neighbor_input_ids[:, :num_chunks]
             if neighbor_attention_mask is not None:
                 neighbor_attention_mask = neighbor_attention_mask[:, :num_chunks]
@@ -188,7 +206,7 @@ class RetroGenerationMixin(GenerationMixin):
         return inputs | retro
 
     def _valid_auto_compile_criteria(self, model_kwargs: dict[str, Any], generation_config: GenerationConfig) -> bool:
-        # Retrieval decides on the host when a chunk completes; transformers compiles the steps of a static cache on a GPU.
+        # On a GPU transformers compiles the steps of a static cache, but with retrieval the host decides when a chunk completes.
         if generation_config.compile_config is not None:
             logger.warning_once("`compile_config` is ignored: generation with retrieval is not compiled.")
         return False
@@ -199,13 +217,13 @@ class RetroGenerationMixin(GenerationMixin):
                 "RETRO does not support `assistant_early_exit`: the first layers alone would read no neighbors. Use "
                 "`assistant_model` or `prompt_lookup_num_tokens`."
             )
-        # An assistant drafts without retrieval: it may be any model, and would reject our arguments.
+        # An assistant may be any model, which would reject our arguments; so it drafts without retrieval.
         ours = ("neighbor_input_ids", "neighbor_attention_mask", "neighbor_chunk_size", "chunk_offset", "retriever")
         rest = {name: value for name, value in model_kwargs.items() if name not in ours}
         return super()._get_candidate_generator(*args, model_kwargs=rest, **kwargs)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any):
-        """As in transformers, without a retriever: requests are packed into one row, where chunks cannot be told apart."""
+        """As in transformers, but only without a retriever: it packs requests into one row, which hides where chunks begin."""
         if self.retriever is not None:
             raise NotImplementedError(
                 "Continuous batching (`generate_batch`, paged caches) packs requests into one row, where their chunks cannot "
@@ -218,7 +236,7 @@ class RetroGenerationMixin(GenerationMixin):
 
 
 def _prompt_rows(num_rows: int, num_sequences: int) -> list[int]:
-    """For each generated sequence a row of its prompt, which stand together: once per beam, and once per result."""
+    """The prompt's row of each generated sequence. Sequences of one prompt (beams or results) follow one another."""
     return [sequence * num_rows // num_sequences for sequence in range(num_sequences)]
 
 

@@ -215,43 +215,48 @@ class RetroLookup:
         self.offsets: list[int] = [0]
         self.repeats = 1
         self.queries: list[str | None] = []
-        self.ends: list[int] = []
+        self.chunks: list[range] = []
 
-    def look_up_prompts(self, input_ids: torch.Tensor | None, mask: torch.Tensor, ends: list[int]) -> None:
-        """Look up the texts that stand for whole prompts: those of the user, or those that the retriever sees in them.
+    def last_turns(self, prompt: torch.Tensor, mask: torch.Tensor) -> list[tuple[str, int] | None]:
+        """The last user turn of each prompt (B, T), and how many tokens come before it; None where the retriever sees none."""
+        if prompt.dim() != 2 or not hasattr(self.retriever, "last_turns"):
+            return [None] * len(prompt)
+        return self.retriever.last_turns(prompt, mask)
+
+    def look_up_prompts(self, turns: list[str | None], chunks: list[range]) -> None:
+        """Look up one text for each prompt, instead of its chunks.
 
         Args:
-            input_ids (`torch.LongTensor` of shape `(B, T)`, *optional*), mask (`torch.Tensor` of shape `(B, T)`): prompts.
-            ends (`list[int]`): for each row the last chunk of its prompt, which reads what was found.
+            turns (`list[str | None]`): the text of each prompt, unless the user gave a `query`; None to look up its chunks.
+            chunks (`list[range]`): for each prompt, the chunks whose neighbors are those of the text. The chunks before
+                them have no neighbors, and the chunks after them are looked up as usual.
         Raises:
-            ValueError: for a query that is no text, or if the retriever can't look up texts.
+            ValueError: if a query is not a text, or the retriever cannot look up texts.
         """
-        queries: list[str | None] = [None] * len(ends)
+        queries = list(turns)
         if self.query is not None:
-            queries = [self.query] * len(ends) if isinstance(self.query, str) else list(self.query)
-            if len(queries) != len(ends) or not all(isinstance(text, str) and text.strip() for text in queries):
+            queries = [self.query] * len(turns) if isinstance(self.query, str) else list(self.query)
+            if len(queries) != len(turns) or not all(isinstance(text, str) and text.strip() for text in queries):
                 raise ValueError(
-                    f"`query` must be a text, or one for each of {len(ends)} prompts, got {self.query!r}."
+                    f"`query` must be a text, or one for each of {len(turns)} prompts, got {self.query!r}."
                 )
             if not hasattr(self.retriever, "look_up"):
                 raise ValueError(
                     f"A retriever of type {type(self.retriever).__name__} has no method `look_up(texts)`, so it can't look up "
                     "`query`. Use a RetroRetriever, or give `neighbor_input_ids`."
                 )
-        elif input_ids is not None and hasattr(self.retriever, "chat_queries"):
-            queries = self.retriever.chat_queries(input_ids, mask)
-        self.queries, self.ends = queries, ends
+        self.queries, self.chunks = queries, chunks
         texts = list(dict.fromkeys(text for text in queries if text is not None))
         if texts:
             answer = self._ask(self.retriever.look_up, (texts,), f"{len(texts)} texts", len(texts))
             self.found.update(zip(texts, zip(*answer, strict=True), strict=True))
 
     def _key(self, prompt: int, chunk: int, tokens: tuple[int, ...]) -> Any:
-        """What a chunk of a row is looked up by: its tokens, or the query for its prompt; None for a chunk that reads nothing."""
+        """What is looked up for a chunk of a row: its tokens, or the query of its prompt; None if it has no neighbors."""
         query = self.queries[prompt] if prompt < len(self.queries) else None
-        if query is None or chunk > self.ends[prompt]:
+        if query is None or chunk >= self.chunks[prompt].stop:
             return tokens
-        return query if chunk == self.ends[prompt] else None
+        return query if chunk in self.chunks[prompt] else None
 
     def __call__(
         self, chunk_input_ids: torch.Tensor, chunk_mask: torch.Tensor, rows: torch.Tensor, chunks: torch.Tensor
