@@ -69,10 +69,10 @@ def answer(
 ) -> Answer:
     """Look a question up, let the model read the passages, and generate an answer.
 
-    The question as a whole is looked up once, and the model reads the same passages from there to the end of its answer.
-    A model with `reader="parallel_context"` reads them from the first token of the question on, and is asked through the
-    tokenizer's chat template if it has one. A model with the paper's reader is asked as in section 4.3: its question ends a
-    chunk, and the answer reads the passages. That is how [`QuestionCollator`] trains it.
+    The whole question is looked up once, and the model reads the same passages to the end of its answer. A model with
+    `reader="parallel_context"` reads them from the first token of the question on; it is asked through the chat template of
+    the tokenizer, if there is one. A model with the paper's reader is asked as in section 4.3, which is how
+    [`QuestionCollator`] trains it: the question ends a chunk, and the answer reads the passages.
 
     Args:
         model ([`RetroForCausalLM`]): with either reader.

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""RETROfit: make any decoder-only checkpoint retrieval-enhanced, its own weights frozen (section 4.2)."""
+"""RETROfit: add retrieval to any decoder-only checkpoint, whose own weights stay frozen (section 4.2)."""
 
 from __future__ import annotations
 
@@ -44,30 +44,31 @@ def retrofit(
 ) -> RetroForCausalLM:
     """Let a causal language model read retrieved neighbors.
 
-    The paper's reader adds a neighbor encoder and chunked cross-attention, which are to be trained. Before the first
-    training step the result computes exactly what the base computes, with neighbors or without: the output projections of
-    the cross-attention start at zero. The reader `parallel_context` adds nothing and reads at once.
+    The paper's reader adds a neighbor encoder and chunked cross-attention, which you then train. Before the first training
+    step the result computes exactly what the base computes, with neighbors or without, because the output projections of
+    the cross-attention start at zero. The reader `parallel_context` adds no weights and needs no training.
 
     Args:
         base (`str`, `os.PathLike` or `PreTrainedModel`): checkpoint (folder or Hub repository), or a loaded model, which
             becomes part of the result.
         reader (`str`, defaults to `"cross_attention"`): the paper's; or `"parallel_context"`, where the base itself encodes the
             neighbors and attends to them beside the text (see [`RetroConfig`]).
-        encoder ([`RetroEncoderConfig`] or `dict`, *optional*): the neighbor encoder; by default two layers of half the
-            base's width, since each token drags `num_neighbors * neighbor_size / chunk_size` neighbor tokens through it.
-        freeze_backbone (`bool`, defaults to `True`): train only what is added; then the model without retrieval stays the
-            base, bit for bit.
+        encoder ([`RetroEncoderConfig`] or `dict`, *optional*): the neighbor encoder. The default is small, two layers of half
+            the base's width, because it encodes `num_neighbors * neighbor_size / chunk_size` neighbor tokens for each token
+            of the text.
+        freeze_backbone (`bool`, defaults to `True`): train only what is added. Without retrieval the model then stays equal
+            to the base, bit for bit.
         share_embeddings (`bool`, defaults to `True`): read neighbors through the base's embeddings (B.1.4).
         revision (`str`, *optional*): revision of the checkpoint.
         base_kwargs (`dict`, *optional*): for `AutoModelForCausalLM.from_pretrained`, such as `dtype`, `device_map` or
-            `quantization_config`. What is added is never quantized, and what is saved of a quantized base is its name.
+            `quantization_config`. What is added is never quantized. Of a quantized base only the name is saved.
         config: fields of [`RetroConfig`], such as `chunk_size` or `cross_attention_layers`.
     Returns:
         [`RetroForCausalLM`] in evaluation mode, on the device and in the dtype of the base.
     Raises:
-        UnsupportedBackboneError: if the base is no decoder-only model with its head, or its layers cannot be told; the message says how
-            to name them.
-        PretrainedNotFoundError: if there is no such checkpoint.
+        UnsupportedBackboneError: if the base is not a decoder-only model with its head, or its layers are not found. The
+            message says how to name them.
+        PretrainedNotFoundError: if the checkpoint is not found.
     """
     if isinstance(base, PreTrainedModel):
         backbone, name = base, base.config.name_or_path or None
@@ -124,7 +125,7 @@ def retrofit(
             check_backbone(backbone)
     except ValueError as error:
         raise UnsupportedBackboneError(str(error)) from error
-    # TRL loads its reference model from there, and pipelines the tokenizer: the base is the same model until one trains.
+    # TRL loads its reference model from this name, and pipelines load the tokenizer. Until training, the base is the same.
     model.config.name_or_path = name or ""
     device, dtype = placement(backbone)
     model.model.retro.to(device=device, dtype=dtype)
@@ -145,7 +146,7 @@ def _load_base(name: str, revision: str | None, base_kwargs: dict[str, Any]) -> 
         if not str(error).startswith("Unrecognized configuration class"):
             raise
         raise UnsupportedBackboneError(
-            f"'{name}' is no decoder-only causal language model such as Llama or GPT-2, which RETRO needs: "
+            f"'{name}' is not a decoder-only causal language model such as Llama or GPT-2, which RETRO needs: "
             f"{str(error).splitlines()[0]}"
         ) from error
 

@@ -1,4 +1,4 @@
-"""What clients are told: OpenAI's bodies, with a field `retrieval` that says what was read for which part of the answer."""
+"""The bodies of answers: OpenAI's, with a field `retrieval` that names the passages read for each part of the answer."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class Answer:
         }
 
     def retrieval(self) -> dict[str, Any]:
-        """What was read, and whether anything could be."""
+        """The passages that were read, and whether retrieval was available."""
         end = self.end
         report: dict[str, Any] = {"status": "off" if end is None else end.retrieval}
         if end is not None and end.message is not None:
@@ -89,7 +89,7 @@ class Answer:
         return report | {"chunks": [self._read(read) for read in self.reads]}
 
     def _read(self, read: ChunkRead) -> dict[str, Any]:
-        """A chunk, its passages, and the tokens and characters of the answer that were written while they were read."""
+        """A chunk, its passages, and the tokens and characters of the answer that were written while reading them."""
         places = [(one.first_token, one.first_character) for one in self.reads if one.is_read]
         places.append((0 if self.end is None else self.end.num_tokens, len(self.text)))
         first = (read.first_token, read.first_character)

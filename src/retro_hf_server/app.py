@@ -1,4 +1,4 @@
-"""The application: which path leads where, and errors in OpenAI's form."""
+"""The application: its paths, and errors in OpenAI's form."""
 
 from __future__ import annotations
 

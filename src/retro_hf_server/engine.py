@@ -33,11 +33,11 @@ _GATHERING = 0.01
 
 
 class QueueFullError(Exception):
-    """As many requests wait as may wait."""
+    """The queue of requests is full."""
 
 
 class StoppedError(Exception):
-    """The engine takes no more work."""
+    """The engine is closing and takes no more requests."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Finished:
 
 @dataclass(frozen=True)
 class Failed:
-    """An answer that was not made."""
+    """Why there is no answer."""
 
     message: str
 
@@ -123,7 +123,7 @@ class Job:
 
 @dataclass
 class _Work:
-    """Something else to be done by the engine's thread, between two batches."""
+    """A function that the engine's thread runs between two batches."""
 
     run: Callable[[], Any]
     result: Future = field(default_factory=Future)
@@ -163,7 +163,7 @@ class Engine:
 
     @property
     def context_size(self) -> int | None:
-        """Tokens that a prompt and its answer may have together, if the model has a limit."""
+        """The longest prompt with its answer, in tokens; None if the model has no limit."""
         return getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
 
     def submit(self, job: Job) -> None:
@@ -296,7 +296,7 @@ class _Row:
         self._reader = reader
 
     def draw(self, scores: torch.Tensor) -> torch.Tensor:
-        """Scores (float, `(vocab_size,)`) whose largest entry is a token drawn as the request asks."""
+        """Scores (float, `(vocab_size,)`); the largest is that of a token drawn with the request's settings."""
         sampling = self.job.sampling
         if sampling.temperature == 0:
             return scores
@@ -312,7 +312,7 @@ class _Row:
         return scores - noise.log()
 
     def add(self, token: int, ends: set[int]) -> None:
-        """Take the next token, tell what was read for it and what it shows, and end where the request says so."""
+        """Take the next token, send its text and what was read for it, and end the answer if the request says so."""
         if self._reader is not None:
             for read in self._reader.reads(self._number, self._text.ids, self._text.length):
                 self.job.emit(read)
@@ -331,7 +331,7 @@ class _Row:
         return None
 
     def end(self, reason: str) -> None:
-        """Tell that the answer is complete."""
+        """Send that the answer is complete."""
         if self.reason is not None:
             return
         num_tokens = len(self._text.ids)

@@ -1,4 +1,4 @@
-"""What every request must satisfy before the server reads it: its host, its key, its size and its time."""
+"""Check every request before the server reads it: its host, its key, its size and its time."""
 
 from __future__ import annotations
 

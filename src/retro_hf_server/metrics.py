@@ -1,4 +1,4 @@
-"""What Prometheus can read at `/metrics`."""
+"""The numbers at `/metrics`, for Prometheus."""
 
 from __future__ import annotations
 

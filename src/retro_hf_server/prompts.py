@@ -1,4 +1,4 @@
-"""From a request to tokens: the chat template, the room in the context, and the model's own settings for sampling."""
+"""Turn a request into tokens: the chat template, the room in the context, and the model's own settings for sampling."""
 
 from __future__ import annotations
 

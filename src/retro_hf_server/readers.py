@@ -96,7 +96,7 @@ class Reader:
 
 
 class TextReader(Reader):
-    """For texts to continue. The grid is placed so that each prompt ends a chunk, which is looked up before the first new token."""
+    """For texts to continue. Chunks are counted so that each prompt ends a chunk, which is looked up before the first new token."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -124,7 +124,9 @@ class TextReader(Reader):
                 described = ([dataclasses.asdict(neighbor) for neighbor in row] for row in found)
                 self._found |= zip(keys, described, strict=True)
                 self.num_lookups += len(found)
-            except Exception as error:  # an answer that says so is better than none, whatever went wrong
+            except (
+                Exception
+            ) as error:  # whatever failed, the user still gets an answer, which says that retrieval was not available
                 self._failed(error)
         device = chunk_input_ids.device
         return torch.from_numpy(tokens).to(device), torch.from_numpy(mask).to(device)
@@ -156,7 +158,7 @@ class QuestionReader(Reader):
                 queries = [prompt.query or "" for prompt in self._prompts]
                 self._found = find_passages(self._retriever, queries, self._retriever.num_neighbors)
                 self.num_lookups = len(queries)
-            except Exception as error:  # as above
+            except Exception as error:  # as above: the answer says that retrieval was not available
                 self._failed(error)
 
     def inputs(self, max_new_tokens: int) -> dict[str, Any]:

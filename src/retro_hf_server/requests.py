@@ -1,4 +1,4 @@
-"""What clients may ask: OpenAI's fields, checked. A field that would change the answer and is not supported is refused by name."""
+"""The bodies of requests: OpenAI's fields, checked. An unsupported field that would change the answer is refused by name."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ class Message(BaseModel):
         return content
 
     def text(self) -> str:
-        """All its text."""
+        """The text of all its parts."""
         return self.content if isinstance(self.content, str) else "".join(part.text or "" for part in self.content)
 
 
@@ -154,7 +154,7 @@ class _Request(BaseModel):
         return self
 
     def sampling(self, defaults: dict[str, Any], max_tokens: int) -> Sampling:
-        """How to choose the tokens, with the model's own settings for those that the request leaves out."""
+        """The settings for sampling; the model's own where the request does not say."""
         given = {name: getattr(self, name) for name in ("temperature", "top_p", "top_k")}
         settings = defaults | {name: value for name, value in given.items() if value is not None}
         return Sampling(max_tokens, **settings, seed=self.seed, stop=tuple(self.stop or ()))
@@ -207,12 +207,12 @@ class CompletionRequest(_Request):
 
     @property
     def query(self) -> None:
-        """What is looked up instead of the end of the prompt: nothing."""
+        """None: the end of the prompt is looked up."""
         return None
 
 
 def _conversation(messages: list[Message]) -> list[dict[str, str]]:
-    """Messages for a chat template, which knows no developers."""
+    """Messages for a chat template. Templates do not know the role "developer", so it becomes "system"."""
     return [{"role": "system" if one.role == "developer" else one.role, "content": one.text()} for one in messages]
 
 

@@ -1,4 +1,4 @@
-"""Opening a model and its store, and serving them until the process is told to end."""
+"""Open a model and its store, and serve them until the process is told to end."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def serve(
         limit_concurrency=limits.max_queue + limits.max_batch + 1000,
         server_header=False,
     )
-    # uvicorn ends in order and then sends itself the signal once more; to end so is no error.
+    # After an orderly end uvicorn raises the signal again, which must not count as an error.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
     uvicorn.Server(config).run(sockets=[listening])

@@ -1,4 +1,4 @@
-"""What the server does for each request: a queue in front of the engine, and events that become an answer."""
+"""Handle a request: put it into the engine's queue, and turn the engine's events into an answer."""
 
 from __future__ import annotations
 
@@ -54,15 +54,15 @@ class Service:
         return {"status": "ok", "retrieval": retrieval}
 
     async def numbers(self) -> Response:
-        """What Prometheus reads."""
+        """The numbers of the server, in the text format of Prometheus."""
         return Response(self.metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def models(self) -> dict[str, Any]:
-        """The one model that there is."""
+        """The list of models, which has one entry."""
         return {"object": "list", "data": [await self.model(self.name)]}
 
     async def model(self, name: str) -> dict[str, Any]:
-        """The model of that name, and what it can."""
+        """The model of a name, and its abilities."""
         self._check_model(name)
         source = self.engine.source
         return {
@@ -92,7 +92,7 @@ class Service:
         loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
 
         def emit(event: Event) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits for the answer
+            with contextlib.suppress(RuntimeError):  # the event loop is closed, so no client waits for the answer
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
         job = Job(prompt, sampling, emit, asked.retrieval, time.monotonic() + self.limits.timeout)
@@ -112,13 +112,13 @@ class Service:
         return JSONResponse(answer.body())
 
     async def _events(self, job: Job, events: asyncio.Queue[Event]) -> AsyncIterator[Event]:
-        """What happens with a job until its end; a job that nobody waits for any more is canceled."""
+        """The events of a job until its end. If the client has gone, the job is canceled."""
         begun, has_text = time.monotonic(), False
         try:
             while True:
                 try:
                     event = await asyncio.wait_for(events.get(), max(job.deadline + 1 - time.monotonic(), 0))
-                except TimeoutError:  # the batch before this request takes longer
+                except TimeoutError:  # the batch before this one is not finished yet
                     event = Finished("timeout", 0, "off")
                 if isinstance(event, Failed):
                     raise RequestError(event.message, 500, code="generation_failed")

@@ -51,7 +51,7 @@ class Source:
         return self.retriever.datastore
 
     def refresh(self) -> None:
-        """Open what another process has changed; if the store cannot be opened, `error` says why until it can."""
+        """Open the changes of other processes. If the store cannot be opened, `error` says why, until it can again."""
         try:
             seen = self._stamp()
             if seen == self._seen and self.error is None:
@@ -64,7 +64,7 @@ class Source:
             self.error = "The store cannot be read at present; the log of the server says why."  # paths stay here
 
     def describe(self) -> dict[str, int]:
-        """The generation of the opened store, and how many documents can be found."""
+        """The generation of the opened store, and its number of documents."""
         datastore = self.datastore
         return {
             "generation": datastore.generation,
@@ -72,7 +72,7 @@ class Source:
         }
 
     def _stamp(self) -> tuple[int, ...]:
-        """Changes whenever a manifest is written, which replaces the file."""
+        """A value that changes whenever a manifest is written, because that replaces the file."""
         found = os.stat(Path(self.datastore.path) / MANIFEST_NAME)
         return found.st_ino, found.st_mtime_ns, found.st_size
 

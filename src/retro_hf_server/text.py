@@ -1,4 +1,4 @@
-"""Tokens become text while they are generated, and the text ends at a stop word."""
+"""Turn tokens into text while they are generated, and end the text at a stop word."""
 
 from typing import Any
 

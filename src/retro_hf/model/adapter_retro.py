@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Saving and loading: the whole model, or an adapter, which holds only what RETRO adds to a backbone saved elsewhere."""
+"""Save and load a whole model, or an adapter: only what RETRO adds to a backbone that is stored elsewhere."""
 
 import copy
 import json
@@ -35,21 +35,21 @@ from .retriever_protocol_retro import Retriever
 
 logger = logging.get_logger(__name__)
 
-# Arguments of `from_pretrained` that say where a checkpoint is. `revision` and `subfolder` are those of the adapter, the
-# others hold for its backbone, too.
+# Arguments of `from_pretrained` that say where a checkpoint is. `revision` and `subfolder` belong to the adapter; the others
+# also apply to its backbone.
 _HUB_ARGUMENTS = ("revision", "subfolder", "cache_dir", "force_download", "local_files_only", "proxies", "token")
-# About the file of the adapter's weights alone, and about every file of weights.
+# Arguments for the file of the adapter's weights, and for every file of weights.
 _ADAPTER_ARGUMENTS = ("variant", "ignore_mismatched_sizes", "key_mapping")
 _FILE_ARGUMENTS = ("use_safetensors", "weights_only", "disable_mmap")
-# Beside a saved config.json: the Hub's client keeps what belongs to one machine in this folder of a folder, and uploads nothing of
-# it, whoever uploads the folder. A name in config.json goes before the one here.
+# The local paths of a saved folder. The Hub's client never uploads `.cache/huggingface`, whoever uploads the folder, so paths
+# of this machine are kept there instead of in config.json. A name in config.json has priority.
 _LOCAL_PATHS = os.path.join(".cache", "huggingface", "retro.json")
-# What a config would store or swallow, although it is meant for the weights.
+# Arguments meant for the weights, which a config would otherwise store or swallow.
 _NOT_OF_THE_CONFIG = ("dtype", "torch_dtype", "quantization_config", "trust_remote_code", "gguf_file")
 
 
 class RetroAdapter(PreTrainedModel):
-    """What RETRO adds to a backbone, by itself, so that `PreTrainedModel.from_pretrained` loads it with all its options.
+    """Only what RETRO adds to a backbone, so that `PreTrainedModel.from_pretrained` loads it with all its options.
 
     Args:
         config ([`RetroConfig`]): of the whole model.
@@ -71,7 +71,7 @@ class RetroAdapterMixin(PreTrainedModel):
 
     @property
     def _keys_to_ignore_on_save(self) -> set[str]:
-        """Weights of a backbone that is saved by its name; `Trainer`, too, does not expect them when it resumes."""
+        """The weights of a backbone of which only the name is saved. `Trainer` does not miss them either when it resumes."""
         if self.config.save_backbone:
             return set()
         prefix = f"{self.base_model_prefix}."
@@ -245,7 +245,7 @@ class RetroAdapterMixin(PreTrainedModel):
                 f"The weights in '{path}' do not fit its config: missing {sorted(info['missing_keys'])[:3]}, unexpected "
                 f"{sorted(info['unexpected_keys'])[:3]}. Restore the config.json that was saved with them."
             )
-        # A copy: a memory-mapped file holds weights at odd addresses, where kernels round differently.
+        # Copy the weights: a memory-mapped file holds them at unaligned addresses, where kernels round differently.
         retro._apply(lambda weight: weight.to(device, copy=True))
         if model.can_generate():
             given = kwargs.get("generation_config")

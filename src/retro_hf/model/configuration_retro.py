@@ -315,8 +315,8 @@ class RetroConfig(_RetroConfigMixin, PreTrainedConfig):
         if not isinstance(self.neighbor_encoder_config, PreTrainedConfig):
             self.neighbor_encoder_config = RetroEncoderConfig(**(self.neighbor_encoder_config or {}))
         self._reject_backbone_fields(kwargs)
-        # The base class sets the attention of every sub-config anew; that of a live backbone must stay, or it would
-        # attend without its causal mask.
+        # The base class sets the attention implementation of every sub-config again. That of a live backbone must stay, or
+        # the backbone would attend without its causal mask.
         kept = _implementations(self.text_config)
         super().__post_init__(**kwargs)
         if "attn_implementation" not in kwargs:
@@ -336,7 +336,7 @@ class RetroConfig(_RetroConfigMixin, PreTrainedConfig):
             self.cross_attention_head_dim = head_dim or backbone.hidden_size // heads
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set a field; one of the backbone's also where the backbone reads it, as on a config that is no composite."""
+        """Set a field. A field of the backbone is also set in the backbone's config, where the backbone reads it."""
         owner = self._owner(name)
         if owner is not None:
             setattr(owner, name, value)
@@ -344,21 +344,21 @@ class RetroConfig(_RetroConfigMixin, PreTrainedConfig):
             super().__setattr__(name, value)
 
     def to_dict(self) -> dict[str, Any]:
-        """All values, as in transformers; those of the backbone in `text_config` alone."""
+        """All values, as in transformers. The backbone's are in `text_config` only."""
         return {name: value for name, value in super().to_dict().items() if self._owner(name) is None}
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Write config.json, as in transformers; the names of folders of this machine are left out, since it may be uploaded."""
+        """Write config.json, as in transformers, without names of local folders, because the file may be uploaded."""
         portable = copy.copy(self)
         for name in self.local_paths():
             setattr(portable, name, None)
         super(RetroConfig, portable).save_pretrained(save_directory, push_to_hub, **kwargs)
 
     def local_paths(self) -> dict[str, str]:
-        """What names a folder of this machine, and nothing anywhere else.
+        """The names that are folders of this machine, and mean nothing elsewhere.
 
         Returns:
-            `dict` from fields, `backbone_name_or_path` or `retriever_name_or_path`, to paths.
+            `dict` that maps fields (`backbone_name_or_path`, `retriever_name_or_path`) to paths.
         """
         names = {field: getattr(self, field) for field in ("backbone_name_or_path", "retriever_name_or_path")}
         return {field: name for field, name in names.items() if name and _is_local(name)}
@@ -384,7 +384,7 @@ class RetroConfig(_RetroConfigMixin, PreTrainedConfig):
         return loaded
 
     def _owner(self, name: str) -> PreTrainedConfig | None:
-        """The backbone's config, or that of the language model in it, if a field is its own and no other config has it."""
+        """The config that owns a field: the backbone's, or that of the language model in it; None for a field of our own."""
         text_config = self.__dict__.get("text_config")  # a dict, or not there, while the config is being built
         shared = name.startswith("_") or name.endswith("_token_id") or name == "quantization_config"
         shared = shared or name in self.__dataclass_fields__

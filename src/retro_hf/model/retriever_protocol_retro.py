@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Asking a retriever: its answers checked, every distinct chunk looked up once, and the trace of what came back."""
+"""Ask a retriever: check its answers, look up every distinct chunk once, and keep a trace of what was found."""
 
 from collections.abc import Callable
 from typing import Any
@@ -35,10 +35,10 @@ ATTACHED: Any = type("AttachedRetriever", (), {"__repr__": lambda self: "<the at
 
 
 def check_retriever(retriever: Any, chunk_size: int | None = None) -> None:
-    """Check that a retriever can be called, and looks up chunks of the model's size if it says which.
+    """Check that a retriever is callable, and that its chunk size, if it has one, is the model's.
 
     Raises:
-        ValueError: if it can't, or looks up chunks of another size.
+        ValueError: if one of the two is not true.
     """
     if not callable(retriever):
         raise ValueError(
@@ -62,7 +62,7 @@ def check_neighbors(
         input_ids, mask (`torch.Tensor` of shape `(*shape, K, R)`): the neighbors; a mask of None means all ones.
         shape (`tuple[int]`): leading dimensions, -1 for any.
         vocab_size (`int`): of the model.
-        source (`str`): what the message calls them.
+        source (`str`): the name of the tensors in a message.
     Returns:
         Ids of dtype long, and a boolean mask.
     Raises:
@@ -106,7 +106,7 @@ def given_neighbors(
     is_step: bool,
     is_whole: bool,
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Neighbors that were given to a forward pass, checked; None if there are none.
+    """Check the neighbors that were given to a forward pass; None if there are none.
 
     Args:
         input_ids, mask (`torch.Tensor` of shape `(B, C, K, R)`, *optional*): the neighbors of the chunks of each row.
@@ -125,7 +125,7 @@ def given_neighbors(
     if not is_step:
         source = "`neighbor_input_ids` (batch, chunks, …)"
         input_ids, mask = check_neighbors(input_ids, mask, (batch_size, -1), config.vocab_size, source)
-        # An exported program serves other lengths, and neighbors of chunks that the text does not reach do no harm.
+        # An exported program also runs on shorter texts; neighbors of chunks beyond the text are never read.
         if is_whole and not is_torchdynamo_exporting() and input_ids.shape[1] > num_tokens // size + 1:
             raise ValueError(
                 f"`neighbor_input_ids` holds neighbors of {input_ids.shape[1]} chunks, but {num_tokens} tokens have "
@@ -144,15 +144,15 @@ def text_of(
     retriever: "RetroLookup | None",
     is_unclear: bool,
 ) -> torch.Tensor:
-    """The text of given embeddings: its tokens if they are known, else the embeddings themselves.
+    """The tokens that given embeddings stand for, or the embeddings themselves if the tokens are not known.
 
     Args:
         inputs_embeds (`torch.FloatTensor` of shape `(B, T, hidden_size)`): the embeddings.
         input_ids (`torch.LongTensor` of shape `(B, T)`, *optional*): the tokens that they stand for.
         given, retriever (*optional*): where neighbors come from.
-        is_unclear (`bool`): whether nobody said where the chunks of given neighbors begin.
+        is_unclear (`bool`): whether it is unknown where the chunks of the given neighbors begin.
     Raises:
-        ValueError: if the embeddings do not say enough for retrieval.
+        ValueError: if retrieval needs to know more.
     """
     if input_ids is not None:
         if input_ids.shape != inputs_embeds.shape[:2]:
@@ -191,25 +191,24 @@ def check_chunk_size(looked_up: torch.Tensor | None, chunk_size: int) -> None:
 
 
 class RetroLookup:
-    """A retriever as one forward pass or one call of `generate` sees it.
+    """The retriever of one forward pass or one call of `generate`.
 
-    Every distinct chunk is looked up once, so beams and repeated prefixes cost one search, and the answers are kept for
-    the trace.
+    Every distinct chunk is looked up once, so beams and repeated prefixes cost one search. The answers are kept for the trace.
 
     Args:
         retriever (`Callable`): see [`Retriever`].
         vocab_size (`int`): of the model.
-        chunk_size (`int`, *optional*): of the model; checked where the retriever says for which it is.
+        chunk_size (`int`, *optional*): of the model; the retriever's must be the same, if it has one.
     """
 
     def __init__(self, retriever: Retriever, vocab_size: int, chunk_size: int | None = None) -> None:
         check_retriever(retriever, chunk_size)
-        # One generation of its datastore for all that belongs together, whatever other threads do to it meanwhile.
+        # All look-ups see the same state of the datastore, even if other threads change it in the meantime.
         self.retriever: Any = retriever.snapshot() if hasattr(retriever, "snapshot") else retriever
         self.vocab_size = vocab_size
         self.found: dict[Any, tuple[torch.Tensor, torch.Tensor]] = {}
         self.padding_mask: torch.Tensor | None = None
-        # What `generate` knows of its prompts: see `look_up_prompts`.
+        # Set by `generate`; see `look_up_prompts`.
         self.query: str | list[str] | None = None
         self.aligns = False
         self.offsets: list[int] = [0]
@@ -261,7 +260,7 @@ class RetroLookup:
     def __call__(
         self, chunk_input_ids: torch.Tensor, chunk_mask: torch.Tensor, rows: torch.Tensor, chunks: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Answer from memory where possible, with one call of the retriever for the rest.
+        """Find the neighbors of chunks. One call of the retriever looks up those that were not looked up before.
 
         Args:
             chunk_input_ids, chunk_mask (`torch.Tensor` of shape `(N, m)`): completed chunks, and which tokens are real.
@@ -282,9 +281,8 @@ class RetroLookup:
             what = f"{len(at)} chunks of {chunk_input_ids.shape[1]} tokens"
             answer = self._ask(self.retriever, (chunk_input_ids[at], chunk_mask[at].long()), what, len(at))
             self.found.update(zip(missing, zip(*answer, strict=True), strict=True))
-        some, _ = next(
-            iter(self.found.values())
-        )  # a chunk that reads nothing has a query beside it, which was answered
+        # A chunk without neighbors (key None) only occurs in a prompt with a query, whose answer is in `found`.
+        some, _ = next(iter(self.found.values()))
         nothing = some[:0], some[:0].bool()
         found = [nothing if key is None else self.found[key] for key in keys]
         sizes = sorted({ids.shape[1] for ids, _ in found})
@@ -354,7 +352,7 @@ class RetroLookup:
 
 
 def warn_of_nothing_to_train(backbone: nn.Module, labels: torch.Tensor | None) -> None:
-    """Say why a loss has no gradient, of which PyTorch says only that "element 0 of tensors does not require grad".
+    """Explain a loss without a gradient; PyTorch only says that "element 0 of tensors does not require grad".
 
     Args:
         backbone (`nn.Module`): of a model that runs without retrieval.
