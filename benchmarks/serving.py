@@ -182,7 +182,7 @@ def measure(folder: Path, seconds: float, retrieval: bool) -> dict:
     """Start a server, load it, and end it."""
     from demo_data import minilm_path
 
-    command = [sys.executable, "-m", "retro_hf_cli", "serve", str(folder / "base"), "--reader", "parallel_context"]
+    command = [sys.executable, "-m", "retro_hf_cli", "serve", str(folder / "base")]
     command += ["--store", str(folder / "store"), "--embedder", str(minilm_path()), "--port", "0"]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
     try:

@@ -27,6 +27,7 @@ from retro_hf.errors import (
     MissingExtraError,
     PretrainedNotFoundError,
     RetroError,
+    UnsupportedBackboneError,
 )
 from retro_hf.evaluation import Evaluation
 from retro_hf_cli import main as command_line
@@ -299,13 +300,20 @@ def test_evaluate_counts_documents_without_text(world, tmp_path):
 
 
 @pytest.mark.parametrize("command", ["generate", "evaluate"])
-def test_a_model_without_retrieval_is_refused(world, tmp_path, command):
-    """It would write on as if nothing were wrong; the message says how to make it a RETRO model."""
+def test_a_model_without_retrieval_reads_a_store_or_is_refused(world, tmp_path, command):
+    """A base that can read needs a store; without one, or if it cannot read, it would write on as if nothing were wrong."""
+    texts, base = world / "texts.jsonl", tmp_path / "base"
+    tokenizer = AutoTokenizer.from_pretrained(world / "model")
+    tiny_backbone("llama", vocab_size=len(tokenizer)).save_pretrained(base)
     make_model().model.backbone.save_pretrained(tmp_path)
-    AutoTokenizer.from_pretrained(world / "model").save_pretrained(tmp_path)
-    last = ("--store", world / "store", "--embedder", world / "encoder")
-    with pytest.raises(ValueError, match="of the family 'retro_decoder', not a RETRO model.*`retro retrofit`"):
-        retro(command, tmp_path, world / "texts.jsonl", *last)
+    for folder in (base, tmp_path):
+        tokenizer.save_pretrained(folder)
+    store = ("--store", world / "store", "--embedder", world / "encoder")
+    assert retro(command, base, texts, *store)
+    with pytest.raises(ValueError, match="--store"):
+        retro(command, base, texts)
+    with pytest.raises(UnsupportedBackboneError):
+        retro(command, tmp_path, texts, *store)
 
 
 def test_an_empty_prompt_and_a_missing_store_are_explained(world, tmp_path):

@@ -1,12 +1,13 @@
 """The command that answers a question from documents."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from . import paths
 from .datastore import DEFAULT_EMBEDDER, STORE, TEXTS, AsJson, Embedder, open_retriever, readable
+from .model import MODEL, load_reader
 from .output import say, say_json
 
 
@@ -17,7 +18,7 @@ commands = typer.Typer()
     rich_help_panel="Model", epilog='retro ask HuggingFaceTB/SmolLM2-135M-Instruct "Who wrote it?" --texts notes/'
 )
 def ask(
-    model: Annotated[str, typer.Argument(help="Folder or Hub name of a RETRO model, or of any decoder-only model.")],
+    model: Annotated[str, typer.Argument(help=MODEL)],
     question: Annotated[str, typer.Argument(help="The question.")],
     store: Annotated[str | None, typer.Option(help=STORE)] = None,
     texts: Annotated[Path | None, typer.Option(help=f"Instead of a datastore: {TEXTS}")] = None,
@@ -51,27 +52,3 @@ def ask(
     for source in result.sources:
         name = source.title or source.document_id
         say(f"  [{source.score:.2f}] {name}: {' '.join(source.text.split())[:100]}")
-
-
-def load_reader(name: str, retriever: Any) -> Any:
-    """A RETRO model, or a model of another family that reads in parallel context, from a folder or the Hub.
-
-    Raises:
-        PretrainedNotFoundError: if there is none.
-        UnsupportedBackboneError: for a model that can't read.
-    """
-    from transformers import AutoConfig
-
-    from retro_hf import retrofit
-    from retro_hf.errors import PretrainedNotFoundError
-
-    from .model import load_model
-
-    try:
-        family = AutoConfig.from_pretrained(name).model_type
-    except (OSError, ValueError) as error:
-        raise PretrainedNotFoundError.for_name("model", name, error) from error
-    if family == "retro":
-        return load_model(name)
-    sizes = {"chunk_size": retriever.chunk_size, "neighbor_size": retriever.neighbor_size}
-    return retrofit(name, reader="parallel_context", **sizes)

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 import typer
 
 from .datastore import STORE, Embedder, harmless, readable
-from .model import open_model
-from .serve import Dtype, NumNeighbors, Reader
+from .model import MODEL, open_model
+from .serve import Dtype, NumNeighbors
 
 
 commands = typer.Typer()
@@ -16,10 +16,9 @@ commands = typer.Typer()
 
 @commands.command(rich_help_panel="Model", epilog="retro chat model --store store")
 def chat(
-    model: Annotated[str, typer.Argument(help="Folder or Hub name of a RETRO model, or of any with --reader.")],
+    model: Annotated[str, typer.Argument(help=MODEL)],
     store: Annotated[str, typer.Option(help=STORE)],
     embedder: Embedder = None,
-    reader: Reader = None,
     num_neighbors: NumNeighbors = None,
     dtype: Dtype = "auto",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")] = 256,
@@ -37,7 +36,7 @@ def chat(
     from retro_hf_server.prompts import Prompts
     from retro_hf_server.source import Source
 
-    loaded, tokenizer, retriever = open_model(model, store, embedder, reader, num_neighbors, dtype)
+    loaded, tokenizer, retriever = open_model(model, store, embedder, num_neighbors, dtype)
     if not tokenizer.chat_template:
         raise ValueError(f"'{model}' has no chat template, so it cannot chat. Continue a text with `retro generate`.")
     engine = Engine(loaded, tokenizer, Source(retriever, tokenizer, loaded.config.chunk_size))

@@ -8,8 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from . import paths
-from .datastore import open_retriever
-from .model import load_model
+from .model import MODEL, open_model
 from .output import say, say_json
 
 
@@ -21,7 +20,7 @@ _TRACED = 3
 
 @commands.command(rich_help_panel="Model", epilog="retro evaluate model heldout.jsonl --store store -o results")
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Folder or Hub name of a RETRO model.")],
+    model: Annotated[str, typer.Argument(help=MODEL)],
     texts: Annotated[
         Path,
         typer.Argument(
@@ -79,15 +78,11 @@ def evaluate(
     """
     if report and output is None:
         raise ValueError("--report writes into the folder of results, but there is none: add --output FOLDER.")
-    if dtype not in ("auto", "float32", "bfloat16"):
-        raise ValueError(f"--dtype is {dtype!r}, but it is float32, bfloat16 or auto.")
     numbers, shares = _parsed("--sweep-k", num_neighbors_sweep, int), _parsed("--fractions", fractions, float)
 
-    import torch
     from rich.console import Console
 
     from retro_hf import extras
-    from retro_hf.datastore.compatibility import load_tokenizer
     from retro_hf.datastore.documents import DocumentReader
     from retro_hf.errors import DatasetError, DatastoreInputError
     from retro_hf.evaluation import evaluate as measure
@@ -105,12 +100,7 @@ def evaluate(
     longest = sorted(documents, key=lambda one: -len(one["text"]))[:_TRACED]
     # The reader skips those without text, but they are counted.
     documents += [{"id": reader.first_empty or "", "text": ""}] * reader.num_empty
-    loaded = load_model(model)
-    loaded.to("cuda" if torch.cuda.is_available() else "cpu")
-    if dtype != "auto":
-        loaded.to(getattr(torch, dtype))
-    tokenizer = load_tokenizer(model)
-    retriever = None if store is None else open_retriever(store, embedder, tokenizer)
+    loaded, tokenizer, retriever = open_model(model, store, embedder, dtype=dtype)
     result = measure(
         loaded,
         documents,

@@ -11,10 +11,12 @@ from .output import say
 
 commands = typer.Typer()
 
+MODEL = "Folder or Hub name of a RETRO model, or of another decoder-only model, which then reads in parallel context."
+
 
 @commands.command(rich_help_panel="Model", epilog='retro generate model "In the beginning" --store store')
 def generate(
-    model: Annotated[str, typer.Argument(help="Folder or Hub name of a RETRO model.")],
+    model: Annotated[str, typer.Argument(help=MODEL)],
     prompt: Annotated[str, typer.Argument(help="Text to continue.")],
     store: Annotated[str | None, typer.Option(help=f"{STORE} Without one, retrieval is off.")] = None,
     embedder: Embedder = None,
@@ -32,7 +34,7 @@ def generate(
     options: dict[str, Any] = {"retriever": retriever, "max_new_tokens": max_new_tokens, "do_sample": False}
     if query is not None:
         options["query"] = readable(query)
-    output = load_model(model).generate(**inputs, return_dict_in_generate=True, **options)
+    output = load_reader(model, retriever).generate(**inputs, return_dict_in_generate=True, **options)
     say(tokenizer.decode(output.sequences[0], skip_special_tokens=True))
     if retriever is not None:
         _show_read(output.retrieval_trace[0], tokenizer)
@@ -91,14 +93,13 @@ def open_model(
     name: str,
     store: str | None,
     embedder: str | None,
-    reader: str | None = None,
     num_neighbors: int | None = None,
     dtype: str = "auto",
 ) -> tuple[Any, Any, Any]:
     """A model on the best device, its tokenizer, and the retriever of its store, which is None without a store.
 
     Raises:
-        ValueError: for a model without retrieval and no reader, or a reader for a model that has one.
+        ValueError: for a model without retrieval if there is no store.
         DatastoreMismatchError: if the store belongs to another tokenizer or chunk size.
     """
     import torch
@@ -111,55 +112,62 @@ def open_model(
     retriever = None if store is None else open_retriever(store, embedder, tokenizer)
     if retriever is not None and num_neighbors is not None:
         retriever.num_neighbors = num_neighbors
-    if reader is None:
-        model = load_model(name)
-        if retriever is not None:
-            retriever.datastore.check_compatible(tokenizer=tokenizer, chunk_size=model.config.chunk_size)
-    else:
-        model = _with_reader(name, reader, retriever)
+    model = load_reader(name, retriever)
+    if retriever is not None:
+        retriever.datastore.check_compatible(tokenizer=tokenizer, chunk_size=model.config.chunk_size)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     if dtype != "auto":
         model.to(getattr(torch, dtype))
     return model.eval(), tokenizer, retriever
 
 
-def _with_reader(name: str, reader: str, retriever: Any) -> Any:
-    """A base that reads without training, with the sizes of the store."""
-    from .ask import load_reader
+def load_reader(name: str, retriever: Any) -> Any:
+    """A RETRO model, or with a retriever a model of another family that reads in parallel context.
 
-    if reader != "parallel_context":
-        raise ValueError(
-            f"--reader is {reader!r}, but only parallel_context reads without training. For the paper's reader, make a model with "
-            "`retro retrofit` and train it."
-        )
-    if retriever is None:
-        raise ValueError("With --reader the model reads a store, but there is none: add --store.")
-    model = load_reader(name, retriever)
-    if model.config.reader != reader:
-        raise ValueError(
-            f"'{name}' reads with {model.config.reader} already, so --reader is not needed. Leave it out."
-        )
-    return model
+    Raises:
+        PretrainedNotFoundError: if there is no such model.
+        UnsupportedBackboneError: for a model that cannot read.
+        ValueError: for a model of another family without a retriever.
+    """
+    from retro_hf import retrofit
+
+    if retriever is None or _family(name) == "retro":
+        return load_model(name)
+    return retrofit(
+        name, reader="parallel_context", chunk_size=retriever.chunk_size, neighbor_size=retriever.neighbor_size
+    )
 
 
 def load_model(name: str) -> Any:
     """A RETRO model, from a folder or the Hub.
 
     Raises:
-        PretrainedNotFoundError: if there is none.
+        PretrainedNotFoundError: if there is no such model.
         ValueError: for a model of another family.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    from retro_hf.errors import PretrainedNotFoundError  # the package registers the model
+    from retro_hf.errors import PretrainedNotFoundError
 
+    family = _family(name)
+    if family != "retro":
+        raise ValueError(
+            f"'{name}' is a model of the family '{family}', not a RETRO model. If it is a decoder-only language model, it can "
+            "read a datastore without training: add `--store`. For the paper's reader, make a RETRO model of it with "
+            "`retro retrofit` and train that."
+        )
     try:
-        family = AutoConfig.from_pretrained(name, trust_remote_code=False).model_type
-        if family == "retro":
-            return AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False)
+        return AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise PretrainedNotFoundError.for_name("model", name, error) from error
-    raise ValueError(
-        f"'{name}' is a model of the family '{family}', not a RETRO model. If it is a decoder-only language model, let it read "
-        "without training with `--reader parallel_context`, or make a RETRO model of it with `retro retrofit` and train that."
-    )
+
+
+def _family(name: str) -> str:
+    from transformers import AutoConfig
+
+    from retro_hf.errors import PretrainedNotFoundError  # the package registers the family "retro"
+
+    try:
+        return str(AutoConfig.from_pretrained(name, trust_remote_code=False).model_type)
+    except (OSError, ValueError) as error:
+        raise PretrainedNotFoundError.for_name("model", name, error) from error

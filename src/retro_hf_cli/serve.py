@@ -6,26 +6,21 @@ from typing import Annotated
 import typer
 
 from .datastore import STORE, Embedder
-from .model import open_model
+from .model import MODEL, open_model
 from .output import say
 
 
 commands = typer.Typer()
 
-Reader = Annotated[
-    str | None,
-    typer.Option(help="parallel_context lets a model without retrieval read the store, without training."),
-]
 Dtype = Annotated[str, typer.Option(help="Of the weights: float32, bfloat16, or auto for the checkpoint's.")]
 NumNeighbors = Annotated[int | None, typer.Option("-k", min=1, help="Neighbors per chunk; by default the store's.")]
 
 
 @commands.command(rich_help_panel="Model", epilog="retro serve model --store store --port 8000")
 def serve(
-    model: Annotated[str, typer.Argument(help="Folder or Hub name of a RETRO model, or of any with --reader.")],
+    model: Annotated[str, typer.Argument(help=MODEL)],
     store: Annotated[str | None, typer.Option(help=f"{STORE} Without one, retrieval is off.")] = None,
     embedder: Embedder = None,
-    reader: Reader = None,
     num_neighbors: NumNeighbors = None,
     dtype: Dtype = "auto",
     host: Annotated[
@@ -67,7 +62,7 @@ def serve(
         )
     listening = run.bind(host, port)  # what is taken shows before the model is loaded
     try:
-        loaded, tokenizer, retriever = open_model(model, store, embedder, reader, num_neighbors, dtype)
+        loaded, tokenizer, retriever = open_model(model, store, embedder, num_neighbors, dtype)
         address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
         served = name or os.path.basename(os.path.normpath(model))
         say(f"Serving {served} at {address} (the page) and {address}/v1 (the API). Ctrl-C ends it.")

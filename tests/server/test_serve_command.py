@@ -66,7 +66,7 @@ def test_a_server_finishes_what_runs_when_it_is_told_to_end(world):
 
 def test_a_base_without_retrieval_is_served_with_the_reader_that_needs_no_training(world):
     """With the sizes of the store."""
-    options = ("--store", world / "store", "--embedder", world / "encoder", "--reader", "parallel_context")
+    options = ("--store", world / "store", "--embedder", world / "encoder")
     process, url = started(world / "base", *options)
     try:
         body = {"messages": [{"role": "user", "content": "golden lighthouse"}], "max_tokens": 10}
@@ -91,10 +91,7 @@ def test_what_cannot_be_served_is_explained(world, tmp_path):
         port = taken.getsockname()[1]
         assert "--port" in refused(world / "model", "--port", port)
     assert "--api-key" in refused(world / "model", "--host", "0.0.0.0", "--port", 0)
-    store = ("--store", world / "store", "--embedder", world / "encoder", "--port", 0)
-    assert "--reader parallel_context" in refused(world / "base", *store)
-    assert "parallel_context" in refused(world / "base", *store, "--reader", "other")
-    assert "already" in refused(world / "model", *store, "--reader", "parallel_context")
+    assert "--store" in refused(world / "base", "--port", 0)
 
 
 def test_a_store_of_another_tokenizer_or_chunk_size_is_refused_with_the_remedy(world, tmp_path):
