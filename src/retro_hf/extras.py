@@ -22,6 +22,7 @@ EXTRAS = {
     "matplotlib": "plot",
     "mcp": "mcp",
     "prometheus_client": "serve",
+    "pypdf": "pdf",
     "ray": "ray",
     "sentence_transformers": "sentence-transformers",
     "torchmetrics": "qa",

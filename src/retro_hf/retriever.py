@@ -419,7 +419,7 @@ class RetroRetriever:
 
         Args:
             options: those of [`RetroDatastore.from_texts`]: `path`, `chunk_size`, `neighbor_size`, `index`, `batch_size`,
-                `shard_chunks`, `executor`, `show_progress`.
+                `shard_chunks`, `executor`, `show_progress`, `encoding`, `split`.
         """
         embedder, tokenizer = ChunkEmbedder.of(embedder), load_tokenizer(tokenizer)
         datastore = RetroDatastore.from_texts(texts, tokenizer, embedder=embedder, **options)

@@ -86,19 +86,9 @@ class Source:
             How many replaced another.
         """
         self.refresh()
-        datastore = self.datastore
-        numbers = datastore.document_numbers([document["id"] for document in documents])
-        replaced = [datastore.document(int(number)) for number in numbers if number >= 0]
-        if replaced:
-            datastore.delete([document["id"] for document in replaced])
-        try:
-            datastore.append(documents, embedder=self.retriever.embedder, show_progress=False)
-        except BaseException:
-            if replaced:
-                datastore.append(replaced, embedder=self.retriever.embedder, show_progress=False)
-            raise
+        changes = self.datastore.append(documents, embedder=self.retriever.embedder, replace=True, show_progress=False)
         self._seen = self._stamp()
-        return len(replaced)
+        return len(changes.changed) + changes.num_unchanged
 
     def delete(self, id: str) -> None:
         """Delete a document; raises `UnknownDocumentError` if it is not there."""

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from retro_hf.datastore.documents import DocumentReader, document_ids
-from retro_hf.errors import DatastoreInputError, DatastoreNotFoundError
+from retro_hf.errors import DatastoreInputError, DatastoreNotFoundError, MissingExtraError
 
 
 ROWS = [
@@ -26,6 +26,10 @@ ROWS = [
 
 def read(documents):
     return list(DocumentReader(documents))
+
+
+def texts_of(documents, **options):
+    return [document.text for document in DocumentReader(documents, **options)]
 
 
 def write_jsonl(path: Path, rows=ROWS) -> Path:
@@ -74,18 +78,18 @@ def test_folder_is_read_in_name_order_without_hidden_files(tmp_path):
 
 
 def test_upper_case_suffixes_are_read_and_skipped_files_are_logged(tmp_path, caplog):
-    for name in ("c.png", "e.PDF", ".hidden.png"):
+    for name in ("c.png", "e.DOC", ".hidden.png"):
         (tmp_path / name).write_bytes(b"\x00")
     (tmp_path / "a.TXT").write_text("text of a")
     write_jsonl(tmp_path / "d.JSONL")
     write_jsonl(tmp_path / "f.jsonl.GZ")
     pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "g.Parquet")
     assert [d.id for d in read(tmp_path)] == ["a.TXT", *["x", "y"] * 3]
-    assert [record.getMessage() for record in caplog.records] == ["Skipped 2 files of other kinds: c.png, e.PDF"]
+    assert [record.getMessage() for record in caplog.records] == ["Skipped 2 files of other kinds: c.png, e.DOC"]
     for number in range(9):
         (tmp_path / f"h{number}.log").write_text("")
     read(tmp_path)
-    assert caplog.messages[-1] == "Skipped 11 files of other kinds: c.png, e.PDF, h0.log, h1.log, h2.log, …"
+    assert caplog.messages[-1] == "Skipped 11 files of other kinds: c.png, e.DOC, h0.log, h1.log, h2.log, …"
 
 
 def test_links_to_files_of_the_folder_are_read_and_other_links_are_logged(tmp_path, caplog):
@@ -113,7 +117,7 @@ def test_links_to_files_of_the_folder_are_read_and_other_links_are_logged(tmp_pa
 
 
 def test_line_that_unpacks_to_more_than_a_document_is_refused_before_it_is_read(tmp_path, monkeypatch):
-    monkeypatch.setattr("retro_hf.datastore.documents.MAX_DOCUMENT_BYTES", 1000)
+    monkeypatch.setattr("retro_hf.datastore.formats.MAX_DOCUMENT_BYTES", 1000)
     with gzip.open(tmp_path / "a.jsonl.gz", "wb") as file:
         file.write(b'{"text": "short"}\n{"text": "' + b"a" * 1_000_000 + b'"}')
     (tmp_path / "b.txt").write_text("a" * 1001)
@@ -188,7 +192,7 @@ def test_files_that_are_not_utf8_are_read_and_counted(tmp_path):
     reader = DocumentReader(tmp_path)
     texts = [document.text for document in reader]
     assert texts == ["caf\ufffd", "one \ufffd", "two \ufffd", "three", "first\nsecond\nthird \ufffd"]
-    assert reader.not_utf8 == {"a.txt", "b.jsonl"}
+    assert set(reader.undecodable) == {"a.txt", "b.jsonl"}
 
 
 @pytest.mark.parametrize(
@@ -200,7 +204,6 @@ def test_files_that_are_not_utf8_are_read_and_counted(tmp_path):
         ([["a", "b"]], r"Document 0 is of type list"),
         ([{"text": "x", "title": ["t"]}], r"title of Document 0 is \['t'\]"),
         ([{"text": "x", "id": 1.5}], "id of Document 0 is 1.5"),
-        ([{"text": "x", "title": math.nan}], "title of Document 0 is nan"),
         ([{"text": "x", "id": 2.0**60}], r"id of Document 0 is 1.15\d+e\+18"),
         ([{"text": "x", "id": True}], "id of Document 0 is True"),
         ({"train": ["a"], "test": []}, "'train', 'test'"),
@@ -266,3 +269,185 @@ def test_missing_paths_and_empty_folders_are_reported(tmp_path):
     (tmp_path / "x.pdf").write_bytes(b"%PDF")
     with pytest.raises(DatastoreInputError):
         read(tmp_path / "x.pdf")
+
+
+PAGE = """<!doctype html><html><head><title>Boat  times</title><style>p {color: red}</style></head><body>
+<h2>Fares</h2><p>A ride costs&nbsp;<b>ten</b> crowns.</p><script>track("x < y")</script>
+<table><tr><td>Lund</td><td>9:00</td></tr></table><![x[ odd ]]><ul><li>bring<li>bread</ul></body></html>"""
+TABLE = 'text,id,year\r\n"Boats, red ""ones"".\nTwo lines.",a,1\r\n,empty,2\r\nBread is sold.,,3\r\n'
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.txt", "one\r\ntwo", [("a.txt", "a", "one\ntwo")]),
+        ("a.md", "# one", [("a.md", "a", "# one")]),
+        ("a.html", PAGE, [("a.html", "Boat times", "## Fares\nA ride costs ten crowns.\nLund 9:00\nbring\nbread")]),
+        ("a.htm", "<p>no title", [("a.htm", "a", "no title")]),
+        ("a.csv", TABLE, [("a", "", 'Boats, red "ones".\nTwo lines.'), ("a.csv:2", "", "Bread is sold.")]),
+        ("semicolon.csv", "id;text\n7;Ten, or so\n", [("7", "", "Ten, or so")]),
+        ("a.tsv", "id\ttext\n7\tTen, or so\n", [("7", "", "Ten, or so")]),
+        ("a.json", '[{"text": "x", "id": "i"}, "y"]', [("i", "", "x"), ("a.json:1", "", "y")]),
+        ("one.json", '{"text": "x"}', [("one.json", "one", "x")]),
+        ("lines.json", '{"text": "x"}\n{"text": "y"}\n', [("lines.json:1", "", "x"), ("lines.json:2", "", "y")]),
+        ("a.jsonl", '{"text": "x", "title": "T"}\n\n{"text": "y"}', [("a.jsonl:1", "T", "x"), ("a.jsonl:3", "", "y")]),
+    ],
+)
+def test_every_format_is_read_plain_and_packed(name, content, expected, packed, tmp_path):
+    path = tmp_path / (f"{name}.gz" if packed else name)
+    path.write_bytes(gzip.compress(content.encode()) if packed else content.encode())
+    found = [(d.id, d.title, d.text) for d in read(path)]
+    assert found == [(id.replace(name, path.name), title, text) for id, title, text in expected]
+    assert [d.id for d in read(tmp_path)] == [id for id, _, _ in found]
+
+
+def test_packed_parquet_is_read(tmp_path):
+    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "a.parquet")
+    (tmp_path / "a.parquet.gz").write_bytes(gzip.compress((tmp_path / "a.parquet").read_bytes()))
+    assert texts_of(tmp_path / "a.parquet.gz") == texts_of(tmp_path / "a.parquet") == ["first text", "second text"]
+
+
+def pdf_of(text: str) -> bytes:
+    """A PDF file of one page, written by hand."""
+    stream = f"BT /F1 24 Tf 72 720 Td ({text}) Tj ET".encode()
+    page = b"<</Type/Page/Parent 2 0 R/MediaBox[0 0 612 792]/Contents 4 0 R/Resources<</Font<</F1 5 0 R>>>>>>"
+    font = b"<</Type/Font/Subtype/Type1/BaseFont/Helvetica>>"
+    stream = b"<</Length %d>>stream\n%s\nendstream" % (len(stream), stream)
+    parts = [b"<</Type/Catalog/Pages 2 0 R>>", b"<</Type/Pages/Kids[3 0 R]/Count 1>>", page, stream, font]
+    content, places = b"%PDF-1.4\n", []
+    for number, part in enumerate(parts, start=1):
+        places.append(len(content))
+        content += b"%d 0 obj\n%s\nendobj\n" % (number, part)
+    table = b"".join(b"%010d 00000 n \n" % place for place in places)
+    return content + b"xref\n0 6\n0000000000 65535 f \n%strailer<</Size 6/Root 1 0 R>>\nstartxref\n%d\n%%%%EOF" % (
+        table,
+        len(content),
+    )
+
+
+def test_pdf_is_read_by_pypdf(tmp_path, monkeypatch):
+    (tmp_path / "boats.pdf").write_bytes(pdf_of("Boats leave at nine."))
+    assert [(d.id, d.title, d.text) for d in read(tmp_path)] == [("boats.pdf", "boats", "Boats leave at nine.")]
+    (tmp_path / "boats.pdf").write_bytes(b"%PDF-1.4 nonsense")
+    with pytest.raises(DatastoreInputError):
+        read(tmp_path)
+    monkeypatch.setitem(sys.modules, "pypdf", None)
+    with pytest.raises(MissingExtraError, match=r"retro-hf\[pdf\]"):
+        read(tmp_path)
+
+
+LINE = "Das Caf\u00e9 \u00f6ffnet um neun \u2013 \u56fe\u4e66\u9986.\n"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be", "utf-32", "utf-32-be"])
+@pytest.mark.parametrize("name", ["a.txt", "a.md", "a.html", "a.csv", "a.tsv", "a.json", "a.jsonl", "a.jsonl.gz"])
+def test_mark_at_the_beginning_of_a_file_is_obeyed(name, encoding, tmp_path, caplog):
+    content = {
+        "a.html": f"<p>{LINE}</p>",
+        "a.csv": f"text\n{LINE}",
+        "a.tsv": f"text\n{LINE}",
+        "a.json": json.dumps([{"text": LINE}], ensure_ascii=False),
+        "a.jsonl": json.dumps({"text": LINE}, ensure_ascii=False) + "\r\n",
+        "a.jsonl.gz": json.dumps({"text": LINE}, ensure_ascii=False) + "\r\n",
+    }.get(name, LINE)
+    mark = "\ufeff" if encoding.endswith("-be") else ""  # Python writes no mark for these
+    encoded = (mark + content).encode(encoding)
+    (tmp_path / name).write_bytes(gzip.compress(encoded) if name.endswith(".gz") else encoded)
+    # A mark says more than the encoding that somebody named for the whole folder.
+    for named in (None, "cp1252"):
+        reader = DocumentReader(tmp_path, encoding=named)
+        assert [d.text.strip() for d in reader] == [LINE.strip()]
+        assert not reader.undecodable
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "utf-16-le", "shift_jis", "gb18030", "latin1"])
+@pytest.mark.parametrize("name", ["a.txt", "a.csv", "a.jsonl"])
+def test_other_encodings_are_named_by_the_caller(name, encoding, tmp_path):
+    text = {"cp1252": "Caf\u00e9 \u2013 \u20ac", "latin1": "Caf\u00e9"}.get(encoding, "\u65e5\u672c\u8a9e")
+    content = {"a.csv": f"text\n{text}\n", "a.jsonl": f'{{"text": "{text}"}}\n'}.get(name, text)
+    (tmp_path / name).write_bytes(content.encode(encoding))
+    assert texts_of(tmp_path, encoding=encoding) == [text]
+
+
+def test_encoding_that_a_page_declares_is_obeyed(tmp_path):
+    page = '<html><head><meta charset="{}"></head><p>Caf\u00e9 \u2013 Tee'
+    (tmp_path / "a.html").write_bytes(page.format("iso-8859-1").encode("cp1252"))  # as browsers read it
+    (tmp_path / "b.html").write_bytes(page.format("nonsense").encode())
+    (tmp_path / "c.html").write_bytes(page.format("windows-1252").encode("utf-8-sig"))
+    assert texts_of(tmp_path) == ["Caf\u00e9 \u2013 Tee"] * 3
+
+
+@pytest.mark.parametrize("encoding", ["nonsense", "base64", "rot13", "", 7])
+def test_unknown_encoding_is_refused(encoding, tmp_path):
+    with pytest.raises(DatastoreInputError):
+        DocumentReader(tmp_path, encoding=encoding)
+
+
+def test_every_file_with_bytes_that_are_no_text_is_named(tmp_path, caplog):
+    for number in range(23):
+        (tmp_path / f"{number:02d}.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "nul.txt").write_bytes("no mark".encode("utf-16-le"))
+    (tmp_path / "fine.txt").write_text("caf\u00e9")
+    reader = DocumentReader(tmp_path)
+    list(reader)
+    reader.warn_of_repairs()
+    assert len(reader.undecodable) == 24 and "nul.txt" in reader.undecodable
+    assert "24 of 25 files" in caplog.text and "'19.txt'" in caplog.text and "4 more" in caplog.text
+
+
+@pytest.mark.parametrize("gap", [None, math.nan, np.float32("nan"), pd.NA, pd.NaT])
+def test_gap_of_pandas_is_a_value_that_is_not_there(gap):
+    rows = [{"text": "a", "id": gap, "title": gap, "year": gap}, {"text": gap}, {"text": "c"}]
+    for documents in (rows, iter(rows), pd.DataFrame(rows).to_dict("records")):
+        reader = DocumentReader(documents)
+        found = list(reader)
+        assert [(d.id, d.title, d.text) for d in found] == [("0", "", "a"), ("2", "", "c")]
+        assert found[0].metadata == {"year": None} and reader.num_empty == 1
+
+
+def test_dataset_in_any_format_is_read_as_python_values():
+    for kind in (None, "arrow", "numpy", "pandas"):
+        assert texts_of(datasets.Dataset.from_list(ROWS).with_format(kind)) == ["first text", "second text"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.csv", "id,text\n1,one, two\n"),
+        ("a.csv", 'text\n"never closed\n'),
+        ("a.csv", "body\nx\n"),
+        ("a.json", '{"data": ["x"]}'),
+        ("a.json", "{nonsense"),
+        ("a.json", "[[1]]"),
+        ("a.txt.gz", "not packed"),
+        ("a.parquet.gz", "not packed"),
+    ],
+)
+def test_file_of_another_form_than_its_suffix_says_is_reported(name, content, tmp_path):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DatastoreInputError, match=name.replace(".", r"\.")):
+        read(tmp_path)
+
+
+def test_file_is_split_into_documents(tmp_path):
+    (tmp_path / "a.md").write_text(
+        "intro\n\n# One\n## Deep\ntext of deep\n\nmore\n```\n# code\n```\n\nTwo\n===\nend\n"
+    )
+    parts = {split: list(DocumentReader(tmp_path, split=split)) for split in ("line", "paragraph", "heading")}
+    assert [d.id for d in parts["line"]][:3] == ["a.md:1", "a.md:3", "a.md:4"] and len(parts["line"]) == 11
+    assert [(d.id, d.text.split("\n")[0]) for d in parts["paragraph"]] == [
+        ("a.md:1", "intro"),
+        ("a.md:3", "# One"),
+        ("a.md:7", "more"),
+        ("a.md:12", "Two"),
+    ]
+    assert [(d.id, d.title, d.source) for d in parts["heading"]] == [
+        ("a.md:1", "a", "a.md"),
+        ("a.md:3", "Deep", "a.md"),
+        ("a.md:12", "Two", "a.md"),
+    ]
+    assert "# code" in parts["heading"][1].text and parts["heading"][2].text == "Two\n===\nend"
+    assert texts_of(["a\n\nb", {"id": "x", "text": "c"}], split="paragraph") == ["a", "b", "c"]
+    with pytest.raises(DatastoreInputError):
+        DocumentReader(tmp_path, split="page")

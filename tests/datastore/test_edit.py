@@ -222,6 +222,10 @@ def _change_and_die(folder, change, embedder, after):
     store = RetroDatastore.load(folder)
     if change == "append":
         store.append(more(), embedder=embedder)
+    elif change == "replace":
+        store.append([*more(3), {"id": "doc-1", "text": "another text"}], embedder=embedder, replace=True)
+    elif change == "sync":
+        store.sync([*corpus()[4:], *more(3)], embedder=embedder)
     elif change == "delete":
         store.delete(["doc-1"])
     else:
@@ -229,7 +233,7 @@ def _change_and_die(folder, change, embedder, after):
     os._exit(0)
 
 
-@pytest.mark.parametrize("change", ["append", "delete", "compact"])
+@pytest.mark.parametrize("change", ["append", "replace", "sync", "delete", "compact"])
 def test_crash_leaves_the_old_state_or_the_new_one(store, embedder, change, tmp_path):
     """Killed before each step in turn, until one run comes through."""
     store.delete(["doc-2"])
@@ -249,7 +253,8 @@ def test_crash_leaves_the_old_state_or_the_new_one(store, embedder, change, tmp_
         opened.delete(["doc-30"])
         assert {file.name for file in folder.iterdir()} == {"datastore.json", *(f.name for f in opened.manifest.files)}
     assert code == 0 and after > 3
-    assert states == {(40, 1), {"append": (50, 1), "delete": (40, 2), "compact": (39, 0)}[change]}
+    expected = {"append": (50, 1), "replace": (44, 2), "sync": (43, 4), "delete": (40, 2), "compact": (39, 0)}
+    assert states == {(40, 1), expected[change]}
 
 
 def test_compact_store_is_not_rewritten(store, embedder, caplog):

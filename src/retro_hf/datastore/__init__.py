@@ -1,5 +1,6 @@
 """The datastore of RETRO: documents cut into chunks, their keys, and the index that finds them. It knows no model."""
 
+from .changes import Changes
 from .chunks import chunk_texts
 from .compatibility import tokenizer_fingerprint
 from .duplicates import near_duplicates
@@ -14,6 +15,7 @@ from .store import RetroDatastore
 
 
 __all__ = [
+    "Changes",
     "ChunkEmbedder",
     "DatastoreManifest",
     "EmbeddingSearcher",

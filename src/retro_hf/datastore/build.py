@@ -22,7 +22,7 @@ from transformers.utils import logging
 from ..errors import DatastoreExistsError, DatastoreInputError, RetroError, counted
 from .chunks import token_dtype
 from .compatibility import tokenizer_identity, vocabulary_size
-from .documents import DocumentReader
+from .documents import Document, DocumentReader
 from .embedder import ChunkEmbedder
 from .executors import Call, Executor, progress_bar, run_stage
 from .files import building_folder, check_free, digest_of, new_folder, not_written
@@ -157,7 +157,9 @@ def _not_work(folder: Path) -> str:
     return f"it contains {others[0]!r}" if others else ""
 
 
-def build_datastore(documents: Any, path: str | os.PathLike[str], options: BuildOptions, executor: Executor) -> None:
+def build_datastore(
+    documents: DocumentReader, path: str | os.PathLike[str], options: BuildOptions, executor: Executor
+) -> None:
     """Write the datastore of `documents` to the folder `path`. See [`RetroDatastore.build`]."""
     path = Path(os.path.abspath(new_path(path)))
     check_free(path)
@@ -197,23 +199,22 @@ def _finish(path: Path, work: Path, built: Built, options: BuildOptions) -> None
 
 
 def build_shards(
-    documents: Any,
+    reader: DocumentReader,
     work: Path,
     options: BuildOptions,
     executor: Executor,
     first_shard: int = 0,
-    taken: Callable[[list[str]], np.ndarray] | None = None,
+    select: Callable[[Iterator[Document]], Iterator[Document]] | None = None,
 ) -> Built | None:
     """Make shards of documents in a work folder.
 
     Args:
         first_shard (`int`): number of the first shard.
-        taken (`Callable`, *optional*): for a list of ids, returns a number that is not -1 for those already in use.
+        select (`Callable`, *optional*): yields the documents to take; it may take none of them.
     Returns:
         The shards; None in a process that only helps.
     """
     tokenizer, embedder, size = options.tokenizer, options.embedder, options.chunk_size
-    reader = DocumentReader(documents)
     dtype = token_dtype(vocabulary_size(tokenizer))
     settings = digest_of(tokenizer_identity(tokenizer), str(size), str(dtype), library_version())
     embed = EmbedBlock(work, tokenizer, embedder, size, options.batch_size)
@@ -222,7 +223,7 @@ def build_shards(
     blocks: list[Block] = []
 
     def tokenize_calls() -> Iterator[Call]:
-        for batch in batches(iter(reader)):
+        for batch in batches(iter(reader) if select is None else select(iter(reader))):
             blocks.append(Block(len(blocks), content_digest(batch, settings)))
             yield Call(len(batch), (blocks[-1], batch))
 
@@ -235,8 +236,15 @@ def build_shards(
                 run_stage(run, tasks, number, calls, progress)
 
         stage(0, tokenize_calls(), reader.total, "doc", "Tokenizing")
-        blocks, counts, num_wordless = _checked_blocks(work, blocks, size, documents, taken)
-        _tell_input(len(blocks), num_wordless, reader)
+        blocks, counts, num_wordless = _checked_blocks(work, blocks, size, reader)
+        if not blocks and (select is None or reader.num_empty == reader.num_read):
+            raise DatastoreInputError(
+                f"The input has {counted(reader.num_empty + num_wordless, 'document')}, none of them with text. Pass at least one "
+                "with text."
+            )
+        _tell_input(num_wordless, reader)
+        if not blocks:
+            return Built([], reader.sources, reader.num_empty + num_wordless) if executor.is_main else None
         groups, sizes = _groups(blocks, counts, options.shard_chunks)
         check_num_shards(len(groups))
         total = sum(sizes)
@@ -260,12 +268,12 @@ def build_shards(
 
 
 def _checked_blocks(
-    work: Path, blocks: list[Block], chunk_size: int, documents: Any, taken: Callable[[list[str]], np.ndarray] | None
+    work: Path, blocks: list[Block], chunk_size: int, reader: DocumentReader
 ) -> tuple[list[Block], list[np.ndarray], int]:
     """The blocks that have chunks, the chunks of each document, and the number of documents without tokens.
 
     Raises:
-        DatastoreInputError: if an id comes twice, or is taken already.
+        DatastoreInputError: if an id comes twice.
     """
     counts, hashes, num_wordless = [], [], 0
     kept = []
@@ -277,20 +285,11 @@ def _checked_blocks(
             counts.append(summary.counts)
             hashes.append(summary.id_hashes)
     if hashes:
-        _check_unique(work, kept, hashes, documents)
-    for block in kept if taken is not None else ():
-        ids = read_documents(work, block, ["id"]).column("id").to_pylist()
-        found = np.flatnonzero(taken(ids) >= 0)  # type: ignore[misc]
-        if len(found):
-            raise DatastoreInputError(
-                f"The id {ids[found[0]]!r} and {len(found) - 1} more are already in the datastore. Delete the old documents first, or "
-                "give the new ones other ids (a text without an id gets its position). If the same call was interrupted before, "
-                "it may have succeeded: then all of its documents are there."
-            )
+        _check_unique(work, kept, hashes, reader)
     return kept, counts, num_wordless
 
 
-def _check_unique(work: Path, blocks: list[Block], hashes: list[np.ndarray], documents: Any) -> None:
+def _check_unique(work: Path, blocks: list[Block], hashes: list[np.ndarray], reader: DocumentReader) -> None:
     # Only hashes are held in memory; where two are equal, the ids themselves are read and compared.
     owner = np.repeat(np.arange(len(hashes)), [len(part) for part in hashes])
     everything = np.concatenate(hashes)
@@ -305,7 +304,7 @@ def _check_unique(work: Path, blocks: list[Block], hashes: list[np.ndarray], doc
         if first["id"] != second["id"]:
             continue
         # The input is read again to name files and lines; an iterator is exhausted by now.
-        places = list(islice((one.where for one in DocumentReader(documents) if one.id == first["id"]), 2))
+        places = list(islice((one.where for one in reader.again() if one.id == first["id"]), 2))
         if len(places) < 2:
             sources = first["source"], second["source"]
             places = [f"document {row} (source {source!r})" for row, source in zip(rows, sources, strict=True)]
@@ -315,13 +314,8 @@ def _check_unique(work: Path, blocks: list[Block], hashes: list[np.ndarray], doc
         )
 
 
-def _tell_input(num_blocks: int, num_wordless: int, reader: DocumentReader) -> None:
-    num_empty = reader.num_empty + num_wordless
-    if not num_blocks:
-        raise DatastoreInputError(
-            f"The input has {counted(num_empty, 'document')}, none of them with text. Pass at least one with text."
-        )
-    if num_empty:
+def _tell_input(num_wordless: int, reader: DocumentReader) -> None:
+    if num_empty := reader.num_empty + num_wordless:
         logger.warning(f"Skipped {num_empty:,} of {counted(reader.num_read, 'document')} without text.")
     reader.warn_of_repairs()
 
@@ -333,8 +327,8 @@ def _tell_largest(counts: np.ndarray) -> None:
         logger.warning(
             f"One of {counted(len(counts), 'document')} has {largest:,} of {counted(total, 'chunk')} ({largest / total:.0%}). In training "
             "and evaluation a chunk reads nothing of its own document, so these chunks find "
-            f"{'nothing at all' if len(counts) == 1 else 'little'} in this datastore. Divide the text into several documents, such "
-            "as one per section."
+            f"{'nothing at all' if len(counts) == 1 else 'little'} in this datastore. Divide the text into several documents: with "
+            '`split="heading"`, "paragraph" or "line" (`--split heading`), or by hand.'
         )
 
 

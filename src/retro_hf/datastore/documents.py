@@ -2,37 +2,29 @@
 
 from __future__ import annotations
 
-import gzip
 import os
 import reprlib
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sized
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 from transformers.utils import logging
 
 from ..errors import DatastoreInputError, DatastoreNotFoundError, counted
-from ..outside import is_inside, parse_json
+from ..outside import is_inside
 from .files import MANIFEST_NAME
+from .formats import SUFFIXES, FileReader, Record, suffix_of
+from .splitting import check_split, split_text
 
 
 logger = logging.get_logger(__name__)
 
-_SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".parquet")
-_LONGEST_SUFFIX = max(map(len, _SUFFIXES))
 _FIELDS = ("id", "title", "source", "text")
-_PARQUET_ROWS = 1024
 _NAMED_OTHERS = 5
-# A document is in memory as a whole, and tokenized in one piece.
-MAX_DOCUMENT_BYTES = 1 << 28
-
-# A record, where it was read (for messages), and its id, title and source unless it has its own.
-Record = tuple[Any, str, dict[str, str]]
+_NAMED_UNDECODABLE = 20
 
 
 def without_lone_surrogates(text: str) -> str:
@@ -46,7 +38,10 @@ def without_lone_surrogates(text: str) -> str:
 
 @dataclass(slots=True)
 class Document:
-    """One document of the input: `where` names it in messages, `metadata` holds all fields but the four."""
+    """One document of the input: `where` names it in messages, `metadata` holds all fields but the four.
+
+    If it `is_repaired`, it had lone surrogates.
+    """
 
     id: str
     title: str
@@ -54,6 +49,7 @@ class Document:
     text: str
     where: str
     metadata: dict[str, Any] = field(default_factory=dict)
+    is_repaired: bool = False
 
 
 class DocumentReader:
@@ -61,27 +57,35 @@ class DocumentReader:
 
     Args:
         documents: an iterable of texts (`str`), of records (`dict` with `text` and optionally `id`, `title`, `source` and
-            more), or of paths (`Path`); one path, as `str` or `Path`, to a .txt, .md, .jsonl, .jsonl.gz or .parquet
-            file or to a folder of such files; a `datasets.Dataset` or `IterableDataset` with a `text` column.
+            more), or of paths (`Path`); one path, as `str` or `Path`, to a file of [`SUFFIXES`] or to a folder of such files;
+            a `datasets.Dataset` or `IterableDataset` with a `text` column.
+        encoding (`str`, *optional*): of files without a mark (BOM); UTF-8 by default.
+        split (`str`, *optional*): `"line"`, `"paragraph"` (ended by a blank line) or `"heading"`: each document becomes
+            several, whose ids have the number of their first line in it, such as `notes.md:12`.
+
+    A value of None, or NaN as pandas has it for a gap, is a value that is not there.
 
     Attributes:
-        total (`int`, *optional*): number of records, where it is known in advance.
+        total (`int`, *optional*): number of documents, where it is known in advance.
         num_read (`int`): records read so far.
         num_empty (`int`): records without text so far; they are skipped.
         num_repaired (`int`): documents so far whose text, title, source or id had lone surrogates (half characters, which
             JSON allows); they became U+FFFD.
-        not_utf8 (`set[str]`): names of text files so far that are not UTF-8; unreadable bytes became U+FFFD.
+        undecodable (`dict[str, str]`): files so far that have other bytes than their encoding, which became U+FFFD.
         sources (`list[dict]`): the files or the dataset that documents were read from.
 
     Raises:
         DatastoreInputError: for an invalid document; the message names it, or its file and line.
         DatastoreNotFoundError: for a path that does not exist.
+        MissingExtraError: for a PDF file if `pypdf` is not installed.
     """
 
-    def __init__(self, documents: Any) -> None:
+    def __init__(self, documents: Any, *, encoding: str | None = None, split: str | None = None) -> None:
+        check_split(split)
+        self._given = documents, encoding, split
+        self._files = FileReader(encoding)
         self.num_read = self.num_empty = self.num_repaired = 0
         self.first_empty: str | None = None
-        self.not_utf8: set[str] = set()
         self.sources: list[dict[str, str]] = []
         self.total: int | None = None
         if isinstance(documents, (str, os.PathLike)):
@@ -92,56 +96,51 @@ class DocumentReader:
             return
         if remedy := _unsuitable(documents):
             raise DatastoreInputError(f"The documents are of type {type(documents).__name__}. {remedy}")
-        if hasattr(documents, "info"):
+        if hasattr(documents, "with_format"):
             self.sources = [_source_of(documents.info)]
-        self.total = len(documents) if isinstance(documents, Sized) else None
+            documents = documents.with_format(None)  # rows of Python values
+        self.total = len(documents) if isinstance(documents, Sized) and split is None else None
         self._records = self._read_iterable(documents)
 
     def __iter__(self) -> Iterator[Document]:
         for number, (record, where, defaults) in enumerate(self._records):
             self.num_read = number + 1
-            document = self._document(record, where, {"id": str(number), **defaults})
+            document = as_document(record, where, {"id": str(number), **defaults})
             if document is None:
                 self.num_empty += 1
                 self.first_empty = self.first_empty or where
-            else:
+                continue
+            self.num_repaired += document.is_repaired
+            split = self._given[2]
+            if split is None:
                 yield document
+            else:
+                for line, title, text in split_text(document.text, split):
+                    id, where = f"{document.id}:{line}", f"{document.where}, line {line}"
+                    yield replace(document, id=id, where=where, text=text, title=title or document.title)
+
+    @property
+    def undecodable(self) -> dict[str, str]:
+        """Files so far that have other bytes than their encoding, and that encoding."""
+        return self._files.undecodable
+
+    def again(self) -> DocumentReader:
+        """Another pass over the same documents; an iterator is exhausted by then."""
+        documents, encoding, split = self._given
+        return DocumentReader(documents, encoding=encoding, split=split)
 
     def warn_of_repairs(self) -> None:
         """Log once, after everything was read, which texts were repaired."""
         if self.num_repaired:
             logger.warning(f"Replaced lone surrogates by U+FFFD in {counted(self.num_repaired, 'document')}.")
-        if self.not_utf8:
+        if self.undecodable:
+            named = sorted(f"{name!r} ({encoding})" for name, encoding in self.undecodable.items())
+            more = f" and {len(named) - _NAMED_UNDECODABLE:,} more" if len(named) > _NAMED_UNDECODABLE else ""
             logger.warning(
-                f"{len(self.not_utf8):,} of {counted(len(self.sources), 'file')} are not UTF-8, such as {min(self.not_utf8)!r}; "
-                "unreadable bytes became U+FFFD. Convert them with `iconv -f <encoding> -t utf-8` (often latin1 or utf-16) "
-                "and build again, or leave out files that are not text."
+                f"{len(named):,} of {counted(len(self.sources), 'file')} have bytes that are not text in their encoding: "
+                f"{', '.join(named[:_NAMED_UNDECODABLE])}{more}. What could not be read became U+FFFD. Say which encoding they "
+                'have, such as `encoding="cp1252"` (`--encoding cp1252`) or "utf-16-le", or leave out files that are not text.'
             )
-
-    def _document(self, record: Any, where: str, defaults: dict[str, str]) -> Document | None:
-        if isinstance(record, str):
-            record = {"text": record}
-        if not isinstance(record, Mapping):
-            raise DatastoreInputError(
-                f"{where} is of type {type(record).__name__}. Pass a text (str), or a dict with a 'text'."
-            )
-        if "text" not in record:
-            raise DatastoreInputError(
-                f"{where} has the fields {[str(key) for key in record]}, but no 'text'. Rename the field with the text."
-            )
-        text = record["text"]
-        if text is not None and not isinstance(text, str):
-            raise DatastoreInputError(
-                f"The text of {where} is of type {type(text).__name__}, not str. Convert it, or leave the document out."
-            )
-        if text is None or not text.strip():
-            return None
-        texts = {name: _as_text(record.get(name), defaults.get(name, ""), name, where) for name in _FIELDS[:3]}
-        texts["text"] = text
-        clean = {name: without_lone_surrogates(value) for name, value in texts.items()}
-        self.num_repaired += clean != texts
-        metadata = {str(key): value for key, value in record.items() if key not in _FIELDS}
-        return Document(where=where, metadata=metadata, **clean)
 
     def _read_iterable(self, documents: Iterable[Any]) -> Iterator[Record]:
         for number, record in enumerate(documents):
@@ -150,7 +149,7 @@ class DocumentReader:
                     yield from self._read_file(file, name)
                 continue
             # Most likely a list of file names, which would become documents of one word each.
-            if isinstance(record, str) and _is_readable(record) and os.path.isfile(record):
+            if isinstance(record, str) and suffix_of(record) and os.path.isfile(record):
                 raise DatastoreInputError(
                     f"Document {number} is the text {record!r}, which is also the name of a file. Pass Path({record!r}) for "
                     f"its content, or {{'text': {record!r}}} for the name as a text."
@@ -160,54 +159,50 @@ class DocumentReader:
     def _read_file(self, file: Path, name: str) -> Iterator[Record]:
         # `name` is relative to the path that the user gave: a datastore records no absolute paths.
         self.sources.append({"name": without_lone_surrogates(name)})
-        defaults = {"source": name}
-        suffix = file.suffix.lower()
-        if suffix in (".txt", ".md"):
-            if (size := file.stat().st_size) > MAX_DOCUMENT_BYTES:
-                raise _too_long(f"The file {name!r}", size)
-            text = self._decode(file.read_bytes(), name).replace("\r\n", "\n").replace("\r", "\n")
-            yield text, f"File {name!r}", {"id": name, "title": file.stem, **defaults}
-        elif suffix == ".parquet":
-            yield from _read_parquet(file, name, defaults)
-        else:
-            yield from self._read_jsonl(file, name, defaults)
-
-    def _read_jsonl(self, file: Path, name: str, defaults: dict[str, str]) -> Iterator[Record]:
-        number = 0
-        opened = gzip.open(file, "rb") if file.suffix.lower() == ".gz" else file.open("rb")
-        try:
-            with opened as lines:
-                # One byte more than the bound, so that a longer line is known before it is read, or unpacked, as a whole.
-                for number, line in enumerate(iter(lambda: lines.readline(MAX_DOCUMENT_BYTES + 1), b""), start=1):
-                    if len(line) > MAX_DOCUMENT_BYTES:
-                        raise _too_long(f"Line {number} of {name!r}", len(line))
-                    if not line.strip():
-                        continue
-                    where = f"{name}:{number}"
-                    try:
-                        record = parse_json(self._decode(line, name))
-                    except ValueError as error:
-                        raise DatastoreInputError(
-                            f"{where} is not JSON ({error}). Repair or remove the line: each line holds one JSON object."
-                        ) from error
-                    yield record, where, {"id": where, **defaults}
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            what = "ends too early" if isinstance(error, EOFError) else "is damaged, or has trailing data,"
-            what = f"{what} after line {number}" if number else "is not a gzip file"
-            raise DatastoreInputError(f"{name!r} {what} ({error}). Download or compress it again.") from error
-
-    def _decode(self, content: bytes, name: str) -> str:
-        try:
-            return content.decode("utf-8-sig")
-        except UnicodeDecodeError:
-            self.not_utf8.add(name)
-            return content.decode("utf-8-sig", errors="replace")
+        yield from self._files.read(file, name)
 
 
-def _too_long(what: str, size: int) -> DatastoreInputError:
-    return DatastoreInputError(
-        f"{what} has {size:,} bytes or more, and a document has {MAX_DOCUMENT_BYTES:,} at most. Split it into several."
-    )
+def as_document(record: Any, where: str, defaults: dict[str, str]) -> Document | None:
+    """A record as a checked document; None if it has no text.
+
+    Args:
+        record: a text, or a mapping with a `text`.
+        where (`str`): where it was read, for messages.
+        defaults (`dict[str, str]`): its id, title and source, unless it has its own.
+    Raises:
+        DatastoreInputError: if it is neither, or one of the four fields has an unsuitable type.
+    """
+    if isinstance(record, str):
+        record = {"text": record}
+    if not isinstance(record, Mapping):
+        raise DatastoreInputError(
+            f"{where} is of type {type(record).__name__}. Pass a text (str), or a dict with a 'text'."
+        )
+    if "text" not in record:
+        raise DatastoreInputError(
+            f"{where} has the fields {[str(key) for key in record]}, but no 'text'. Rename the field with the text, or leave out "
+            "what is no document."
+        )
+    record = {key: None if is_missing(value) else value for key, value in record.items()}
+    text = record["text"]
+    if text is not None and not isinstance(text, str):
+        raise DatastoreInputError(
+            f"The text of {where} is of type {type(text).__name__}, not str. Pass a text, or None if it has none."
+        )
+    if text is None or not text.strip():
+        return None
+    texts = {name: _as_text(record.get(name), defaults.get(name, ""), name, where) for name in _FIELDS[:3]}
+    texts["text"] = text
+    clean = {name: without_lone_surrogates(value) for name, value in texts.items()}
+    metadata = {str(key): value for key, value in record.items() if key not in _FIELDS}
+    return Document(where=where, metadata=metadata, is_repaired=clean != texts, **clean)
+
+
+def is_missing(value: Any) -> bool:
+    """None, or NaN, NaT or NA, which pandas has where a row is empty: one rule for every input."""
+    if value is None or type(value).__name__ in ("NAType", "NaTType"):
+        return True
+    return isinstance(value, Real) and bool(value != value)
 
 
 def _unsuitable(documents: Any) -> str:
@@ -227,25 +222,12 @@ def _unsuitable(documents: Any) -> str:
     return ""
 
 
-def _read_parquet(file: Path, name: str, defaults: dict[str, str]) -> Iterator[Record]:
-    try:
-        with pq.ParquetFile(file) as table:
-            rows = chain.from_iterable(batch.to_pylist() for batch in table.iter_batches(batch_size=_PARQUET_ROWS))
-            for number, row in enumerate(rows):
-                yield row, f"Row {number} of {name!r}", {"id": f"{name}:{number}", **defaults}
-    except (OSError, ValueError) as error:
-        # An error of the consumer of this generator passes through here, too.
-        if isinstance(error, DatastoreInputError):
-            raise
-        raise DatastoreInputError(f"{name!r} is not a readable parquet file: {error}.") from error
-
-
 def _files_of(path: Path) -> list[tuple[Path, str]]:
     """The files under a path in a fixed order, each with its name relative to the path."""
     if path.is_file():
-        if not _is_readable(path.name):
+        if not suffix_of(path.name):
             raise DatastoreInputError(
-                f"{str(path)!r} has none of the suffixes {', '.join(_SUFFIXES)}. Convert or rename it."
+                f"{str(path)!r} has none of the suffixes {', '.join(SUFFIXES)}, with or without .gz. Convert or rename it."
             )
         return [(path, path.name)]
     if path.exists() and not path.is_dir():
@@ -281,21 +263,16 @@ def _files_of(path: Path) -> list[tuple[Path, str]]:
             "into it, or pass them themselves."
         )
     found = sorted((pair for pair in files_there if is_inside(path, pair[0])), key=lambda pair: pair[1])
-    files = [pair for pair in found if _is_readable(pair[1])]
+    files = [pair for pair in found if suffix_of(pair[1])]
     if not files:
-        raise DatastoreInputError(f"The folder {str(path)!r} has no {', '.join(_SUFFIXES)} file. Check the path.")
-    others = [name for _, name in found if not _is_readable(name)]
+        raise DatastoreInputError(f"The folder {str(path)!r} has no {', '.join(SUFFIXES)} file. Check the path.")
+    others = [name for _, name in found if not suffix_of(name)]
     if others:
         more = ", …" if len(others) > _NAMED_OTHERS else ""
         logger.warning(
             f"Skipped {counted(len(others), 'file')} of other kinds: {', '.join(others[:_NAMED_OTHERS])}{more}"
         )
     return files
-
-
-def _is_readable(name: str) -> bool:
-    # The name may be a whole text: `lower()` of its end only.
-    return name[-_LONGEST_SUFFIX:].lower().endswith(_SUFFIXES)
 
 
 def _source_of(info: Any) -> dict[str, str]:
@@ -310,7 +287,7 @@ def _source_of(info: Any) -> dict[str, str]:
 
 
 def _as_text(value: Any, default: str, name: str, where: str) -> str:
-    if value is None or value == "":
+    if value is None or (isinstance(value, str) and not value):
         return default
     text = _in_digits(value)
     if text is None:

@@ -1,5 +1,5 @@
 """
-Changing a datastore: append, delete, compact.
+Changing a datastore: append, sync, delete, compact.
 
 A change writes new files first and then, as its last step, the manifest that names them. A process that is killed leaves
 the old state or the new one. Files that no manifest names are removed by the next change; unfinished work is used again
@@ -9,7 +9,7 @@ when the same call is repeated.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,7 +19,8 @@ from transformers.utils import logging
 
 from ..errors import DatastoreInputError, counted
 from .build import BuildOptions, build_shards, work_folder
-from .documents import document_ids
+from .changes import Changes, Comparison
+from .documents import DocumentReader, document_ids
 from .embedder import ChunkEmbedder
 from .executors import Executor, as_executor, progress_bar
 from .files import MANIFEST_NAME, complete_file, write_npy
@@ -39,29 +40,113 @@ def append(
     documents: Any,
     *,
     embedder: ChunkEmbedder | str,
+    replace: bool = False,
     index: IndexOptions | str = "auto",
     batch_size: int = 64,
     shard_chunks: int = DEFAULT_SHARD_CHUNKS,
     executor: Executor | int = 1,
     show_progress: bool | None = None,
-) -> None:
-    """Add documents to a datastore as a new shard, with an index of its own.
+    encoding: str | None = None,
+    split: str | None = None,
+) -> Changes:
+    """Add documents to a datastore as a new shard, with an index of its own, in one step.
 
     Every shard is searched, so after many appends [`compact`] makes search faster.
 
     Args:
         datastore ([`RetroDatastore`]): the store; refreshed at the end.
-        documents: as for [`RetroDatastore.build`]. Their ids must not be in the store yet. A text without an id gets its
-            position in the input, which an earlier build or append has probably used.
+        documents: as for [`RetroDatastore.build`]. A text without an id gets its position in the input, which an earlier build
+            or append has probably used.
         embedder ([`ChunkEmbedder`] or `str`): the encoder that made the store's keys.
-        index, batch_size, shard_chunks, executor, show_progress: as for [`RetroDatastore.build`], for the new shard.
+        replace (`bool`, defaults to `False`): a document takes the place of the one with its id; one that is equal to it is
+            left out. Otherwise such an id is an error.
+        index, batch_size, shard_chunks, executor, show_progress, encoding, split: as for [`RetroDatastore.build`], for the new
+            documents.
+    Returns:
+        [`Changes`]: what was new, changed and unchanged.
     Raises:
         DatastoreInputError: for documents that cannot be added; nothing is changed.
         DatastoreMismatchError: for another embedder than the store's.
     """
+    reader = DocumentReader(documents, encoding=encoding, split=split)
+    options = _build_options(datastore, embedder, index, batch_size, shard_chunks, show_progress)
+    with _changing(datastore) as work:
+        comparison = Comparison(datastore, replaces=replace)
+        return _write(datastore, reader, comparison, work, options, as_executor(executor))
+
+
+def compare(
+    datastore: RetroDatastore, documents: Any, *, encoding: str | None = None, split: str | None = None
+) -> Changes:
+    """What [`sync`] would change; nothing is written.
+
+    Args:
+        datastore ([`RetroDatastore`]): the store; refreshed first.
+        documents, encoding, split: as for [`RetroDatastore.build`].
+    Returns:
+        [`Changes`]: the ids of new, changed and gone documents.
+    """
+    datastore.refresh()
+    reader, comparison = DocumentReader(documents, encoding=encoding, split=split), _mirror(datastore)
+    for _ in comparison.select(iter(reader)):
+        pass
+    reader.warn_of_repairs()
+    return comparison.changes()
+
+
+def sync(
+    datastore: RetroDatastore,
+    documents: Any,
+    *,
+    embedder: ChunkEmbedder | str,
+    index: IndexOptions | str = "auto",
+    batch_size: int = 64,
+    shard_chunks: int = DEFAULT_SHARD_CHUNKS,
+    executor: Executor | int = 1,
+    show_progress: bool | None = None,
+    encoding: str | None = None,
+    split: str | None = None,
+) -> Changes:
+    """Make a datastore hold the documents of a folder, or of any other input: new ones are added, changed ones replaced, and
+    those that are gone deleted, all in one step.
+
+    A document is the same if it has the same id, and it has changed if any of its fields differs from what the store holds.
+    Only new and changed documents are embedded. Pass the same path, `encoding` and `split` as for the build, since ids come
+    from them.
+
+    Args:
+        datastore ([`RetroDatastore`]): the store; refreshed at the end.
+        documents: all documents that the store is to have, as for [`RetroDatastore.build`].
+        embedder ([`ChunkEmbedder`] or `str`): the encoder that made the store's keys.
+        index, batch_size, shard_chunks, executor, show_progress, encoding, split: as for [`RetroDatastore.build`].
+    Returns:
+        [`Changes`]: what was new, changed, gone and unchanged.
+    Raises:
+        DatastoreInputError: for invalid documents, or if none of the store's documents is among them; nothing is changed.
+        DatastoreMismatchError: for another embedder than the store's.
+    """
+    reader = DocumentReader(documents, encoding=encoding, split=split)
+    options = _build_options(datastore, embedder, index, batch_size, shard_chunks, show_progress)
+    with _changing(datastore) as work:
+        return _write(datastore, reader, _mirror(datastore), work, options, as_executor(executor))
+
+
+def _mirror(datastore: RetroDatastore) -> Comparison:
+    return Comparison(datastore, replaces=True, is_mirror=True)
+
+
+def _build_options(
+    datastore: RetroDatastore,
+    embedder: ChunkEmbedder | str,
+    index: IndexOptions | str,
+    batch_size: int,
+    shard_chunks: int,
+    show_progress: bool | None,
+) -> BuildOptions:
+    """How new shards of a store are built."""
     embedder = ChunkEmbedder.of(embedder)
     datastore.check_compatible(embedder=embedder)
-    options = BuildOptions(
+    return BuildOptions(
         tokenizer=datastore.tokenizer,
         embedder=embedder,
         chunk_size=datastore.chunk_size,
@@ -71,21 +156,47 @@ def append(
         shard_chunks=shard_chunks,
         show_progress=show_progress,
     )
-    with _changing(datastore) as work:
-        manifest = datastore.manifest
-        built = build_shards(
-            documents, work, options, as_executor(executor), manifest.next_shard, taken=datastore.document_numbers
-        )
-        if built is None:
-            return
+
+
+def _write(
+    datastore: RetroDatastore,
+    reader: DocumentReader,
+    comparison: Comparison,
+    work: Path,
+    options: BuildOptions,
+    executor: Executor,
+) -> Changes:
+    """Write what differs as new shards, and delete what they replace and what is gone, as one generation."""
+    manifest = datastore.manifest
+    built = build_shards(reader, work, options, executor, manifest.next_shard, comparison.select)
+    changes = comparison.changes()
+    if built is None:
+        return changes
+    hidden = [*comparison.replaced, *comparison.gone().tolist()]
+    if built.shards or hidden:
+        is_all = comparison.is_mirror  # of what the store holds
         _replace(
             datastore,
             shards=(*manifest.shards, *(shard.entry for shard in built.shards)),
-            files=(*manifest.files, *placed(built.shards, datastore.path)),
             next_shard=manifest.next_shard + len(built.shards),
-            num_empty_documents=manifest.num_empty_documents + built.num_empty,
-            sources=unique_sources([*manifest.sources, *built.sources]),
+            num_empty_documents=built.num_empty + (0 if is_all else manifest.num_empty_documents),
+            sources=unique_sources([*(() if is_all else manifest.sources), *built.sources]),
+            **_without(datastore, hidden, placed(built.shards, datastore.path)),
         )
+    return changes
+
+
+def _without(datastore: RetroDatastore, numbers: Sequence[int], added: Sequence[FileEntry] = ()) -> dict[str, Any]:
+    """The fields of the next manifest in which more documents are deleted and files are added; writes their numbers."""
+    files = (*datastore.manifest.files, *added)
+    if not len(numbers):
+        return {"files": files}
+    deleted = np.union1d(datastore.deleted_documents, np.asarray(numbers, dtype=np.int64))
+    path = datastore.path / f"deleted-{datastore.generation + 1:05d}.npy"
+    with complete_file(path) as partial:
+        write_npy(partial, deleted)
+    kept = (file for file in files if file.kind != "deleted")
+    return {"files": (*kept, describe_file(path, "deleted")), "num_deleted_documents": len(deleted)}
 
 
 def delete(datastore: RetroDatastore, ids: str | Iterable[str]) -> None:
@@ -111,13 +222,7 @@ def delete(datastore: RetroDatastore, ids: str | Iterable[str]) -> None:
             )
         if not ids:
             return
-        manifest = datastore.manifest
-        deleted = np.union1d(datastore.deleted_documents, numbers)
-        path = datastore.path / f"deleted-{manifest.generation + 1:05d}.npy"
-        with complete_file(path) as partial:
-            write_npy(partial, deleted)
-        kept = (file for file in manifest.files if file.kind != "deleted")
-        _replace(datastore, files=(*kept, describe_file(path, "deleted")), num_deleted_documents=len(deleted))
+        _replace(datastore, **_without(datastore, numbers.tolist()))
 
 
 def compact(

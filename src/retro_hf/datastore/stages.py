@@ -84,13 +84,14 @@ def batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-def _metadata_of(document: Document) -> str | None:
+def metadata_of(document: Document) -> str | None:
+    """All fields of a document but the four, as the JSON that a store keeps; None if it has none."""
     return json.dumps(document.metadata, default=str, sort_keys=True) if document.metadata else None
 
 
 def content_digest(documents: list[Document], settings: str) -> str:
     """The digest of a block of documents and of the settings that they are tokenized with."""
-    fields = ((d.id, d.title, d.source, d.text, _metadata_of(d) or "") for d in documents)
+    fields = ((d.id, d.title, d.source, d.text, metadata_of(d) or "") for d in documents)
     return digest_of(settings, *(part for row in fields for part in row))
 
 
@@ -157,7 +158,7 @@ class TokenizeBlock:
         columns: dict[str, list[Any]] = {
             name: [getattr(document, name) for document in kept] for name in ("id", "title", "source", "text")
         }
-        columns["metadata"] = [_metadata_of(document) for document in kept]
+        columns["metadata"] = [metadata_of(document) for document in kept]
         with complete_file(_documents_path(self.folder, block)) as path:
             pq.write_table(pa.table(columns, schema=DOCUMENT_SCHEMA), path, compression="zstd")
         arrays = {

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from ..errors import DatastoreInputError
 from . import compatibility, derive, edit, hub
 from .build import BuildOptions, build_datastore
+from .documents import DocumentReader
 from .embedder import ChunkEmbedder
 from .executors import Executor, as_executor
 from .files import hash_of
@@ -69,6 +70,8 @@ class RetroDatastore:
         shard_chunks: int = DEFAULT_SHARD_CHUNKS,
         executor: Executor | int = 1,
         show_progress: bool | None = None,
+        encoding: str | None = None,
+        split: str | None = None,
     ) -> RetroDatastore:
         """Build a datastore and open it.
 
@@ -77,9 +80,9 @@ class RetroDatastore:
 
         Args:
             documents: an iterable of texts, of dicts with `text` (and optionally `id`, `title`, `source` and any other
-                field) or of `Path`s; or the path of a .txt, .md, .jsonl, .jsonl.gz or .parquet file or of a folder of
-                such files; or a `datasets.Dataset` or `IterableDataset` with a `text` column. Ids must be unique;
-                documents without text are skipped and counted.
+                field) or of `Path`s; or the path of a .txt, .md, .html, .csv, .tsv, .json, .jsonl, .parquet or .pdf file, also
+                packed as .gz, or of a folder of such files; or a `datasets.Dataset` or `IterableDataset` with a `text` column.
+                Ids must be unique; documents without text (None, NaN or white space) are skipped and counted.
             path (`str` or `Path`): the folder to make. It appears when it is complete; an existing one is an error.
             tokenizer ([`~transformers.PreTrainedTokenizerBase`] or `str`): of the language model that will read it.
             embedder ([`ChunkEmbedder`] or `str`): the frozen encoder that makes the keys.
@@ -93,6 +96,9 @@ class RetroDatastore:
             executor (`int` or [`Executor`], defaults to 1): number of processes on this machine, a
                 [`RankExecutor`] under torchrun or Slurm, or a [`RayExecutor`].
             show_progress (`bool`, *optional*): show progress bars; by default on a terminal only.
+            encoding (`str`, *optional*): of files without a mark (BOM), such as `"cp1252"`; UTF-8 by default.
+            split (`str`, *optional*): make several documents of each, by `"line"`, `"paragraph"` (ended by a blank line) or
+                `"heading"` (of Markdown, or HTML). The number of a part's first line is added to the id: `notes.md:12`.
         Returns:
             [`RetroDatastore`]: the opened store.
         Raises:
@@ -101,6 +107,7 @@ class RetroDatastore:
         *Determinism*: the same documents, tokenizer, embedder, library versions and thread count give the same bytes.
         *Memory*: a few hundred MB and the encoder, whatever the input; then the index of one shard.
         """
+        reader = DocumentReader(documents, encoding=encoding, split=split)
         tokenizer = compatibility.load_tokenizer(tokenizer)
         options = BuildOptions(
             tokenizer=tokenizer,
@@ -112,7 +119,7 @@ class RetroDatastore:
             shard_chunks=shard_chunks,
             show_progress=show_progress,
         )
-        build_datastore(documents, path, options, as_executor(executor))
+        build_datastore(reader, path, options, as_executor(executor))
         datastore = cls.load(path)
         datastore._tokenizer = tokenizer
         return datastore
@@ -131,7 +138,7 @@ class RetroDatastore:
         Args:
             path (`str` or `Path`, *optional*): the folder to make instead of a temporary one.
             options: the other options of [`RetroDatastore.build`]: `embedder`, `chunk_size`, `neighbor_size`, `index`,
-                `batch_size`, `shard_chunks`, `executor`, `show_progress`.
+                `batch_size`, `shard_chunks`, `executor`, `show_progress`, `encoding`, `split`.
         """
         if path is not None:
             return cls.build(texts, path, tokenizer=tokenizer, **options)
@@ -212,6 +219,8 @@ class RetroDatastore:
 
     # Each is documented where it is defined, with the datastore as its first argument.
     append = edit.append
+    compare = edit.compare
+    sync = edit.sync
     delete = edit.delete
     compact = edit.compact
     save = derive.save
@@ -354,6 +363,12 @@ class RetroDatastore:
             raise DatastoreInputError(f"Document {number} has been deleted from {str(self.path)!r}.")
         place = int(np.searchsorted(opened.document_starts, number, side="right") - 1)
         return opened.shards[place].documents.document(number - int(opened.document_starts[place]))
+
+    def document_id(self, number: int) -> str:
+        """The id of a document by its number, without reading its text."""
+        opened = self._opened
+        place = int(np.searchsorted(opened.document_starts, number, side="right") - 1)
+        return opened.shards[place].documents.document_id(number - int(opened.document_starts[place]))
 
     def document_number(self, id: str) -> int:
         """The number of the document with a given id.
