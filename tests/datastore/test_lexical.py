@@ -10,6 +10,8 @@ import shutil
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from retro_hf.datastore import LexicalSearcher, RetroDatastore
 from retro_hf.datastore.chunks import chunk_texts
@@ -256,3 +258,62 @@ def test_lexical_search_numbers_chunks_across_shards(tokenizer, embedder, querie
     np.testing.assert_array_equal(
         LexicalSearcher.build(many).search(queries, 3)[1], LexicalSearcher.build(datastore).search(queries, 3)[1]
     )
+
+
+@pytest.mark.parametrize(
+    ("query", "found"),
+    [
+        ("图书馆", "zh"),
+        ("图书馆几点开门", "zh"),
+        ("门", "zh"),
+        ("市长", "zh2"),
+        ("としょかん", "ja"),
+        ("ﾎﾃﾙ", "ja"),
+        ("ห้องสมุด", "th"),
+        ("도서관", "ko"),
+        ("पुस्तकालय", "hi"),
+        ("LIBRARY", "en"),
+        ("ｌｉｂｒａｒｙ", "en"),
+    ],
+)
+def test_words_of_every_script_are_found(query, found, scripts):
+    """Also of those that put no space between words, and with letters that consist of several characters."""
+    ids = scripts.search([query], 1)[1]
+    assert scripts.datastore.document(int(scripts.datastore.document_of(ids)[0, 0]))["id"] == found
+
+
+@pytest.fixture(scope="module")
+def scripts(embedder) -> LexicalSearcher:
+    """An index over one document for each script, as bytes for a tokenizer without these letters."""
+    texts = {
+        "zh": "图书馆每天早上九点开门。",
+        "zh2": "市长住在大教堂附近。",
+        "ja": "としょかんはホテルのとなりです。",
+        "th": "ห้องสมุดเปิดเก้าโมงเช้า",
+        "ko": "도서관은 아홉 시에 열린다.",
+        "hi": "पुस्तकालय नौ बजे खुलता है।",
+        "en": "The library opens at nine.",
+    }
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokens = Tokenizer(models.BPE({letter: number for number, letter in enumerate(sorted(alphabet))}, []))
+    tokens.pre_tokenizer, tokens.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    rows = [{"id": id, "text": text} for id, text in texts.items()]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokens)
+    store = RetroDatastore.from_texts(rows, tokenizer, embedder=embedder, chunk_size=128)
+    return LexicalSearcher.build(store)
+
+
+def test_index_of_before_keeps_its_words(own_store, tmp_path):
+    """Another rule would look for words that it does not have."""
+    LexicalSearcher.build(own_store, tmp_path / "words")
+    path = tmp_path / "words" / "lexical.json"
+    content = json.loads(path.read_text())
+    assert content.pop("words") == 2
+    path.write_text(json.dumps(content))
+    old, new = LexicalSearcher.load(own_store, tmp_path / "words"), LexicalSearcher.build(own_store)
+    assert old.words(["图书馆 opens"]) == [["图书馆", "opens"]] != new.words(["图书馆 opens"])
+    assert pickle.loads(pickle.dumps(old)).words(["图书馆"]) == [["图书馆"]]
+    np.testing.assert_array_equal(old.search(["the king"], 3)[1], new.search(["the king"], 3)[1])
+    path.write_text(json.dumps(content | {"words": 3}))
+    with pytest.raises(DatastoreCorruptError):
+        LexicalSearcher.load(own_store, tmp_path / "words")

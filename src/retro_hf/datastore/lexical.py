@@ -28,6 +28,7 @@ from .files import damaged, map_npy, new_folder, reading, write_file
 from .generation import MAX_GATHERED
 from .manifest import FileEntry, check_content, check_sizes, describe_file
 from .search import check_num_neighbors, checked_exclusion
+from .words import WORDS_VERSION, words_function
 
 
 if TYPE_CHECKING:
@@ -46,7 +47,8 @@ _MAPPED: dict[str, tuple[str, Any]] = {
     "indices": ("indices.csc.index.npy", np.int32),
     "indptr": ("indptr.csc.index.npy", np.int64),
 }
-_FIELDS = {"shards", "num_words", "num_entries", "files"}
+# An index without the field `words` is of the first rule for words.
+_FIELDS = {"shards", "num_words", "num_entries", "files", "words"}
 _FILES = (*_READ, *(name for name, _ in _MAPPED.values()))
 
 
@@ -54,20 +56,19 @@ def _bm25s() -> Any:
     return extras.load("bm25s", "Search by words")
 
 
-def _words(texts: Sequence[str]) -> list[list[str]]:
-    """Words of at least two letters or digits, in lower case; the same for chunks and queries."""
-    return _bm25s().tokenize(list(texts), stopwords=None, return_ids=False, show_progress=False)
-
-
 class LexicalSearcher:
     """Finds the chunks that share words with a text, ranked by BM25 in Lucene's form, through `bm25s`.
 
     Neighbors found by their words lower RETRO's perplexity where text is continued word by word (Doostmohammadi et al.,
-    2023). A word is a run of two or more letters or digits, so scripts without spaces are not supported. A chunk without a
-    word of the query is not a neighbor, so there may be fewer neighbors than asked for. Search is exact.
+    2023). A word is a run of two or more letters or digits; where a script has no spaces between words, the characters and the
+    pairs of characters are taken for words (of Thai and its like, two and three letters in a row). A chunk without a word of
+    the query is not a neighbor, so there may be fewer neighbors than asked for. Search is exact.
 
     Made by [`LexicalSearcher.build`], opened by [`LexicalSearcher.load`]. Documents may be deleted from the datastore
     afterwards. After documents were appended, or the store compacted, build it again.
+
+    Attributes:
+        words (`Callable`): for a list of texts, the words of each that are looked up.
 
     *Memory*: 8 bytes per different word of each chunk (about 0.4 GB per million chunks of 64 tokens), in memory or
     memory-mapped from its folder; while building, about five times that.
@@ -76,7 +77,10 @@ class LexicalSearcher:
 
     metric = "bm25"
 
-    def __init__(self, datastore: RetroDatastore, bm25: Any, path: Path | None = None) -> None:
+    def __init__(
+        self, datastore: RetroDatastore, bm25: Any, path: Path | None = None, words_version: int = WORDS_VERSION
+    ) -> None:
+        self.words = words_function(words_version)
         self.datastore = datastore
         self.path = path
         self._bm25 = bm25
@@ -103,6 +107,7 @@ class LexicalSearcher:
         bm25s = _bm25s()
         start = time.perf_counter()
         vocabulary: dict[str, int] = {}
+        words = words_function(WORDS_VERSION)
         rows = []
         size, count = datastore.chunk_size, datastore.num_chunks
         with progress_bar(show_progress, total=count, unit="chunk", desc="Indexing words") as progress:
@@ -111,7 +116,7 @@ class LexicalSearcher:
                 tokens, mask = datastore.gather(np.arange(first, min(first + step, count)))
                 texts = chunk_texts(datastore.tokenizer, tokens[:, :size], mask[:, :size])
                 # Word ids in compact arrays: lists of Python integers would take ten times the memory.
-                rows += [array("i", [vocabulary.setdefault(w, len(vocabulary)) for w in row]) for row in _words(texts)]
+                rows += [array("i", [vocabulary.setdefault(w, len(vocabulary)) for w in row]) for row in words(texts)]
                 progress.update(len(texts))
         if not vocabulary:
             gone = datastore.num_deleted_documents == datastore.num_documents
@@ -132,6 +137,7 @@ class LexicalSearcher:
             bm25.save(folder, show_progress=False)
             entries = [describe_file(folder / name, "words") for name in _FILES]
             content = {
+                "words": WORDS_VERSION,
                 "shards": _shards_of(datastore),
                 "num_words": len(bm25.vocab_dict),
                 "num_entries": len(bm25.scores["data"]),
@@ -181,7 +187,7 @@ class LexicalSearcher:
                 raise ValueError(f"it has {bm25.scores['num_docs']} instead of {datastore.num_chunks} chunks")
             # Of the same arrays without open files, which bm25s would keep.
             bm25.scores |= arrays
-        searcher = cls(datastore, bm25, path)
+        searcher = cls(datastore, bm25, path, content["words"])
         if verify:
             searcher.verify()
         return searcher
@@ -220,7 +226,7 @@ class LexicalSearcher:
         deleted = _chunks_of(store, store.deleted_documents)
         scores = np.full((len(texts), num_neighbors), -np.inf, dtype=np.float32)
         ids = np.full((len(texts), num_neighbors), -1, dtype=np.int64)
-        for row, words in enumerate(_words(texts)):
+        for row, words in enumerate(self.words(texts)):
             try:
                 everything = self._bm25.get_scores_from_ids(self._bm25.get_tokens_ids(words))
             except IndexError as error:
@@ -273,8 +279,11 @@ def _read_description(path: Path) -> tuple[dict[str, Any], list[FileEntry]]:
     """The content of `lexical.json` after validation, and the files that it names."""
     with reading(path, _REMEDY):
         content = read_json(path, _NAME)
+        content.setdefault("words", 1)
         counts = content["num_words"], content["num_entries"]
         sound = set(content) == _FIELDS and set(content["files"]) == set(_FILES)
+        if content["words"] not in (1, WORDS_VERSION):
+            raise ValueError(f"its words are of version {content['words']!r:.20}, which this library does not know")
         if not sound or not all(type(number) is int and 0 < number < _MAX_COUNT for number in counts):
             raise ValueError(f"{_NAME} has other fields, files or counts than this library writes")
         return content, [FileEntry(name=name, kind="words", **entry) for name, entry in content["files"].items()]
