@@ -6,7 +6,18 @@ from typing import Annotated
 import typer
 
 from . import paths
-from .datastore import DEFAULT_EMBEDDER, STORE, TEXTS, AsJson, Embedder, open_retriever, readable
+from .datastore import (
+    DEFAULT_EMBEDDER,
+    STORE,
+    TEXTS,
+    AsJson,
+    Embedder,
+    Encoding,
+    MinScore,
+    Split,
+    open_retriever,
+    readable,
+)
 from .model import MODEL, load_reader
 from .output import say, say_json
 
@@ -25,6 +36,9 @@ def ask(
     embedder: Embedder = None,
     passages: Annotated[int, typer.Option(min=1, help="Passages to read.")] = 2,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
+    min_score: MinScore = None,
+    encoding: Encoding = None,
+    split: Split = None,
     as_json: AsJson = False,
 ) -> None:
     """Answer a question from a datastore or from texts, and name the passages that were read."""
@@ -40,9 +54,12 @@ def ask(
 
     tokenizer = load_tokenizer(model)
     if texts is None:
-        retriever = open_retriever(str(store), embedder, tokenizer)
+        retriever = open_retriever(str(store), embedder, tokenizer, min_score)
     else:
-        retriever = RetroRetriever.from_texts(str(texts), tokenizer, embedder=embedder or DEFAULT_EMBEDDER)
+        retriever = RetroRetriever.from_texts(
+            str(texts), tokenizer, embedder=embedder or DEFAULT_EMBEDDER, encoding=encoding, split=split
+        )
+        retriever.min_score = min_score
     reader = load_reader(model, retriever)
     result = answer(reader, retriever, readable(question), num_passages=passages, max_new_tokens=max_new_tokens)
     if as_json:

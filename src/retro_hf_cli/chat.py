@@ -6,8 +6,9 @@ from typing import Annotated, Any
 
 import typer
 
-from .datastore import STORE, Embedder, harmless, readable
+from .datastore import STORE, Embedder, MinScore, harmless, readable
 from .model import MODEL, open_model
+from .output import say
 from .serve import Dtype, NumNeighbors
 
 
@@ -20,6 +21,7 @@ def chat(
     store: Annotated[str, typer.Option(help=STORE)],
     embedder: Embedder = None,
     num_neighbors: NumNeighbors = None,
+    min_score: MinScore = None,
     dtype: Dtype = "auto",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")] = 256,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.0,
@@ -36,7 +38,7 @@ def chat(
     from retro_hf_server.prompts import Prompts
     from retro_hf_server.source import Source
 
-    loaded, tokenizer, retriever = open_model(model, store, embedder, num_neighbors, dtype)
+    loaded, tokenizer, retriever = open_model(model, store, embedder, num_neighbors, dtype, min_score)
     if not tokenizer.chat_template:
         raise ValueError(f"'{model}' has no chat template, so it cannot chat. Continue a text with `retro generate`.")
     engine = Engine(loaded, tokenizer, Source(retriever, tokenizer, loaded.config.chunk_size))
@@ -52,7 +54,7 @@ def chat(
         messages.append({"role": "user", "content": said})
         prompt = prompts.prompt(messages, said)
         if engine.context_size is not None and len(prompt.tokens) + max_new_tokens > engine.context_size:
-            typer.echo(f"The conversation has no room for {max_new_tokens} more tokens; /new forgets it.", err=True)
+            say(f"The conversation has no room for {max_new_tokens} more tokens; /new forgets it.", err=True)
             messages.pop()
             continue
         messages.append({"role": "assistant", "content": _answer(engine, prompt, sampling, retrieve)})
@@ -62,7 +64,7 @@ def chat(
 def _turn() -> str:
     """The next line of the user; empty at the end."""
     if sys.stdin.isatty():
-        typer.echo("> ", nl=False)
+        say("> ", nl=False)
     return readable(sys.stdin.readline()).strip()
 
 
@@ -82,16 +84,16 @@ def _answer(engine: Any, prompt: Any, sampling: Any, retrieve: bool) -> str:
             continue
         if isinstance(event, Delta):
             text += event.text
-            typer.echo(harmless(event.text, lines=True), nl=False)
+            say(harmless(event.text, lines=True), nl=False)
         elif isinstance(event, ChunkRead):
             passages = event.passages
         elif isinstance(event, Failed):
             raise RuntimeError(event.message)
         elif isinstance(event, Finished):
-            typer.echo()
+            say()
             if event.retrieval == "unavailable":
-                typer.echo(f"  written without the store: {event.message}", err=True)
+                say(f"  written without the store: {event.message}", err=True)
             for passage in passages:
                 name = harmless(passage["title"] or passage["document_id"])
-                typer.echo(f"  [{passage['score']:.2f}] {name}: {harmless(' '.join(passage['text'].split()))[:100]}")
+                say(f"  [{passage['score']:.2f}] {name}: {harmless(' '.join(passage['text'].split()))[:100]}")
             return text

@@ -17,9 +17,16 @@ commands = typer.Typer()
 DEFAULT_EMBEDDER = "sentence-transformers/all-MiniLM-L6-v2"
 STORE = "A datastore: its folder, or a dataset repository on the Hub."
 Folder = Annotated[Path, typer.Argument(callback=paths.datastore, help="Folder of a datastore.")]
-TEXTS = "Folder of texts, or a .txt, .md, .jsonl, .jsonl.gz or .parquet file."
+TEXTS = "Folder of texts, or a .txt, .md, .html, .csv, .tsv, .json, .jsonl, .parquet or .pdf file, also as .gz."
 Source = Annotated[Path, typer.Argument(callback=paths.source, help=TEXTS)]
 Embedder = Annotated[str | None, typer.Option(help="Encoder that built the datastore; needed if it was a folder.")]
+Encoding = Annotated[str | None, typer.Option(help="Of texts without a mark (BOM), such as cp1252; UTF-8 by default.")]
+Split = Annotated[
+    str | None, typer.Option(help="Make several documents of each: by line, paragraph (blank lines) or heading.")
+]
+MinScore = Annotated[
+    float | None, typer.Option(help="Read nothing with a lower score, as `retro search` shows it; by default all.")
+]
 Workers = Annotated[int, typer.Option(min=1, help="Processes that share the cores.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -38,6 +45,8 @@ def build(
     ] = 0.95,
     memory_budget: Annotated[str | None, typer.Option(help="Memory for the index in use, such as 4GB.")] = None,
     workers: Workers = 1,
+    encoding: Encoding = None,
+    split: Split = None,
 ) -> None:
     """Build a datastore, or go on with a build that was stopped."""
     from retro_hf import RetroDatastore
@@ -53,20 +62,77 @@ def build(
         neighbor_size=neighbor_size,
         index=IndexOptions(index, recall, memory_budget),
         executor=workers,
+        encoding=encoding,
+        split=split,
     )
     say(f"{_size_of(store)} in {output}")
 
 
 @commands.command(rich_help_panel="Datastore", epilog="retro append store more.jsonl")
-def append(store: Folder, source: Source, embedder: Embedder = None, workers: Workers = 1) -> None:
+def append(
+    store: Folder,
+    source: Source,
+    embedder: Embedder = None,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Let a document take the place of the one with its id.")
+    ] = False,
+    workers: Workers = 1,
+    encoding: Encoding = None,
+    split: Split = None,
+) -> None:
     """Add documents; nothing that is there is computed again."""
     from retro_hf import ChunkEmbedder
 
     _tell_sizes()
     opened = _load_datastore(store)
-    before = opened.num_documents
-    opened.append(source, embedder=ChunkEmbedder.of_datastore(opened.manifest.embedder, embedder), executor=workers)
-    say(f"{_size_of(opened)} in {store}; documents added: {opened.num_documents - before:,}")
+    changes = opened.append(
+        source,
+        replace=replace,
+        embedder=ChunkEmbedder.of_datastore(opened.manifest.embedder, embedder),
+        executor=workers,
+        encoding=encoding,
+        split=split,
+    )
+    replaced = f", replaced: {len(changes.changed):,}, unchanged: {changes.num_unchanged:,}" if replace else ""
+    say(f"{_size_of(opened)} in {store}; documents added: {len(changes.new):,}{replaced}")
+
+
+@commands.command(rich_help_panel="Datastore", epilog="retro sync notes/ store --dry-run")
+def sync(
+    source: Source,
+    store: Folder,
+    embedder: Embedder = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would change.")] = False,
+    workers: Workers = 1,
+    encoding: Encoding = None,
+    split: Split = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a datastore hold what a folder holds: new, changed and gone documents, in one step.
+
+    Pass the path, --encoding and --split that the datastore was built with. Only new and changed documents are embedded.
+    """
+    from retro_hf import ChunkEmbedder
+
+    opened = _load_datastore(store)
+    changes = opened.compare(source, encoding=encoding, split=split)
+    if not as_json:
+        say(changes)
+    if changes and not dry_run:
+        _tell_sizes()
+        changes = opened.sync(
+            source,
+            embedder=ChunkEmbedder.of_datastore(opened.manifest.embedder, embedder),
+            executor=workers,
+            encoding=encoding,
+            split=split,
+        )
+    if as_json:
+        say_json(dataclasses.asdict(changes) | {"dry_run": dry_run, "generation": opened.generation})
+    elif dry_run:
+        say("Nothing was changed (--dry-run).")
+    else:
+        say(f"{_size_of(opened)} in {store}, of which deleted: {opened.num_deleted_documents:,}")
 
 
 @commands.command(rich_help_panel="Datastore", epilog="retro delete store doc-7 doc-9")
@@ -107,6 +173,7 @@ def search(
     query: Annotated[str, typer.Argument(help="Text to look up.")],
     num_neighbors: Annotated[int, typer.Option("-k", min=1, help="How many neighbors.")] = 2,
     embedder: Embedder = None,
+    min_score: MinScore = None,
     bm25: Annotated[bool, typer.Option("--bm25", help="Search by words instead of vectors.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -118,16 +185,22 @@ def search(
         from retro_hf.datastore import LexicalSearcher
 
         datastore = RetroDatastore.from_pretrained(store)
-        retriever = RetroRetriever(datastore, searcher=LexicalSearcher.build(datastore))
+        retriever = RetroRetriever(datastore, searcher=LexicalSearcher.build(datastore), min_score=min_score)
     else:
-        retriever = open_retriever(store, embedder)
+        retriever = open_retriever(store, embedder, min_score=min_score)
     found = retriever.find(readable(query), num_neighbors=num_neighbors)[0]
     if as_json:
         say_json([dataclasses.asdict(neighbor) for neighbor in found])
         return
     if not found:
-        gone = retriever.datastore.num_deleted_documents == retriever.datastore.num_documents
-        reason = f"all documents of {store} have been deleted" if gone else "no chunk has a word of the query"
+        if retriever.datastore.num_deleted_documents == retriever.datastore.num_documents:
+            reason = f"all documents of {store} have been deleted"
+        elif retriever.min_score is not None:
+            reason = f"no chunk has a score of {retriever.min_score:g} or more (--min-score)"
+        elif not any(getattr(retriever.searcher, "words", list)([query])):
+            reason = "the query has no word of two letters or digits"
+        else:
+            reason = "no chunk has a word of the query"
         say(f"Nothing was found: {reason}.")
     for neighbor in found:
         say(f"{neighbor.score:.3f}  {harmless(neighbor.document_id)}  {harmless(neighbor.title)}")
@@ -175,11 +248,11 @@ def _load_datastore(folder: Path) -> Any:
     return RetroDatastore.load(folder)
 
 
-def open_retriever(store: str, embedder: str | None, tokenizer: Any = None) -> Any:
+def open_retriever(store: str, embedder: str | None, tokenizer: Any = None, min_score: float | None = None) -> Any:
     """The retriever of a datastore, with the encoder that built it or the one that is named."""
     from retro_hf import RetroRetriever
 
-    return RetroRetriever.from_pretrained(store, embedder=embedder, tokenizer=tokenizer)
+    return RetroRetriever.from_pretrained(store, embedder=embedder, tokenizer=tokenizer, min_score=min_score)
 
 
 def readable(argument: str) -> str:

@@ -6,6 +6,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 import typer
 
+from .output import say
+
 
 commands = typer.Typer()
 
@@ -48,4 +50,4 @@ def env() -> None:
     )
     lines["virtual environment"] = "yes" if sys.prefix != sys.base_prefix else "no"
     for name, value in lines.items():
-        typer.echo(f"{name:<22} {value}")
+        say(f"{name:<22} {value}")

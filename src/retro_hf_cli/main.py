@@ -43,6 +43,11 @@ for group in (ask, datastore, model, evaluate, serve, chat, mcp, env):
 
 def main() -> None:
     """Run the `retro` command; an error that can be explained is one line on stderr, exit code 1; after Ctrl-C it is 130."""
+    # Help, logs and tables come from others; what the output cannot show is written out instead of raised. Input of another
+    # encoding has U+FFFD for what cannot be read.
+    for stream, errors in ((sys.stdout, "backslashreplace"), (sys.stderr, "backslashreplace"), (sys.stdin, "replace")):
+        if hasattr(stream, "reconfigure"):  # a stream may be closed, or an object of the caller's
+            stream.reconfigure(errors=errors)
     if not sys.stderr.isatty():
         # The switch of transformers and the Hub's client, whose bars would fill a log.
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -5,14 +5,16 @@ from typing import Annotated
 
 import typer
 
-from .datastore import STORE, Embedder, open_retriever
+from .datastore import STORE, Embedder, MinScore, open_retriever
 
 
 commands = typer.Typer()
 
 
 @commands.command(rich_help_panel="Datastore", epilog="retro mcp store")
-def mcp(store: Annotated[str, typer.Argument(help=STORE)], embedder: Embedder = None) -> None:
+def mcp(
+    store: Annotated[str, typer.Argument(help=STORE)], embedder: Embedder = None, min_score: MinScore = None
+) -> None:
     """Let agents search a datastore, by the Model Context Protocol on standard input and output.
 
     An agent's settings name the command: {"command": "retro", "args": ["mcp", "/path/to/store"]}.
@@ -22,4 +24,4 @@ def mcp(store: Annotated[str, typer.Argument(help=STORE)], embedder: Embedder = 
     extras.load("mcp", "`retro mcp`")
     from retro_hf_server.tools import make_tools
 
-    make_tools(open_retriever(store, embedder), Path(store).name).run("stdio")
+    make_tools(open_retriever(store, embedder, min_score=min_score), Path(store).name).run("stdio")

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .datastore import STORE, Embedder, harmless, open_retriever, readable
+from .datastore import STORE, Embedder, MinScore, harmless, open_retriever, readable
 from .output import say
 
 
@@ -20,6 +20,7 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="Text to continue.")],
     store: Annotated[str | None, typer.Option(help=f"{STORE} Without one, retrieval is off.")] = None,
     embedder: Embedder = None,
+    min_score: MinScore = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 64,
     query: Annotated[str | None, typer.Option(help="Text to look up for the prompt, instead of the prompt.")] = None,
 ) -> None:
@@ -27,7 +28,7 @@ def generate(
     from retro_hf.datastore.compatibility import load_tokenizer
 
     tokenizer = load_tokenizer(model)
-    retriever = None if store is None else open_retriever(store, embedder, tokenizer)
+    retriever = None if store is None else open_retriever(store, embedder, tokenizer, min_score)
     inputs = tokenizer(readable(prompt), return_tensors="pt", return_token_type_ids=False)
     if inputs.input_ids.shape[1] == 0:
         raise ValueError("The prompt is empty; give at least one word to continue.")
@@ -95,6 +96,7 @@ def open_model(
     embedder: str | None,
     num_neighbors: int | None = None,
     dtype: str = "auto",
+    min_score: float | None = None,
 ) -> tuple[Any, Any, Any]:
     """A model on the best device, its tokenizer, and the retriever of its store, which is None without a store.
 
@@ -109,7 +111,7 @@ def open_model(
     if dtype not in ("auto", "float32", "bfloat16"):
         raise ValueError(f"--dtype is {dtype!r}, but it is float32, bfloat16 or auto.")
     tokenizer = load_tokenizer(name)
-    retriever = None if store is None else open_retriever(store, embedder, tokenizer)
+    retriever = None if store is None else open_retriever(store, embedder, tokenizer, min_score)
     if retriever is not None and num_neighbors is not None:
         retriever.num_neighbors = num_neighbors
     model = load_reader(name, retriever)

@@ -1,5 +1,7 @@
 """What the command shows: text of documents, stores and models may hold characters that control a terminal."""
 
+import json
+import sys
 import unicodedata
 from typing import Any
 
@@ -20,13 +22,27 @@ def plain(text: str) -> str:
     )
 
 
-def say(text: Any = "", err: bool = False) -> None:
-    """Print text, whoever wrote it."""
-    typer.echo(plain(str(text)), err=err)
+def say(text: Any = "", err: bool = False, nl: bool = True) -> None:
+    """Print text, whoever wrote it; a character that the output cannot show is written out, too."""
+    _write(plain(str(text)), sys.stderr if err else sys.stdout, nl)
 
 
 def say_json(value: Any) -> None:
-    """Print JSON in readable UTF-8, the same characters as JSON escapes."""
+    """Print JSON in readable UTF-8, the same characters as JSON escapes, or all as escapes where UTF-8 cannot be shown."""
     from retro_hf.outside import printable_json
 
-    typer.echo(printable_json(value))
+    text = printable_json(value)
+    if _shown(text, sys.stdout) != text:
+        text = json.dumps(value)
+    _write(text, sys.stdout)
+
+
+def _write(text: str, stream: Any, nl: bool = True) -> None:
+    # Given a stream, typer writes to it as it is; without one it would take UTF-8 for ASCII.
+    typer.echo(_shown(text, stream), file=stream, nl=nl)
+
+
+def _shown(text: str, stream: Any) -> str:
+    """The text as a stream can show it: cp1252, which Windows has for pipes, knows few characters."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .datastore import STORE, Embedder
+from .datastore import STORE, Embedder, MinScore
 from .model import MODEL, open_model
 from .output import say
 
@@ -22,6 +22,7 @@ def serve(
     store: Annotated[str | None, typer.Option(help=f"{STORE} Without one, retrieval is off.")] = None,
     embedder: Embedder = None,
     num_neighbors: NumNeighbors = None,
+    min_score: MinScore = None,
     dtype: Dtype = "auto",
     host: Annotated[
         str, typer.Option(help="Address to listen on. By default only this machine can call.")
@@ -62,7 +63,7 @@ def serve(
         )
     listening = run.bind(host, port)  # what is taken shows before the model is loaded
     try:
-        loaded, tokenizer, retriever = open_model(model, store, embedder, num_neighbors, dtype)
+        loaded, tokenizer, retriever = open_model(model, store, embedder, num_neighbors, dtype, min_score)
         address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
         served = name or os.path.basename(os.path.normpath(model))
         say(f"Serving {served} at {address} (the page) and {address}/v1 (the API). Ctrl-C ends it.")
