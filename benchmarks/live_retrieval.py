@@ -115,7 +115,9 @@ def main() -> None:
         )
         retriever = RetroRetriever(store, embedder=embedder)
         texts = Dataset.from_list(books(parts.heldout))
-        windows = tokenize_documents(texts, tokenizer, max_length=WINDOW, chunk_size=size)
+        windows = tokenize_documents(
+            texts, tokenizer, max_length=WINDOW, chunk_size=size, add_bos=False, add_eos=False
+        )
         windows = windows.select(range(min(len(windows), args.steps * args.batch)))
         found = precompute_neighbors(windows, retriever)
         runs: dict[str, list[dict]] = {way: [] for way in WAYS}

@@ -86,7 +86,9 @@ def build(factory: str, folder: Path) -> tuple[RetroDatastore, Dataset]:
     store = RetroDatastore.build(
         documents, folder / "store", tokenizer=tokenizer, embedder=Points(), chunk_size=CHUNK_SIZE, index=factory
     )
-    return store, tokenize_documents(Dataset.from_list(documents), tokenizer, max_length=WINDOW, chunk_size=CHUNK_SIZE)
+    return store, tokenize_documents(
+        Dataset.from_list(documents), tokenizer, max_length=WINDOW, chunk_size=CHUNK_SIZE, add_eos=False
+    )
 
 
 def build_big(num_chunks: int, folder: Path) -> tuple[RetroDatastore, Dataset]:

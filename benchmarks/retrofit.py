@@ -80,7 +80,9 @@ def prepare(work: Path) -> None:
     tokenizer = train_tokenizer(train)
     tokenizer.save_pretrained(work / "tokenizer")
     store = open_datastore(work / "train_store", train, tokenizer, embedder)
-    windows = tokenize_documents(Dataset.from_list(train), tokenizer, max_length=WINDOW, chunk_size=CHUNK)
+    windows = tokenize_documents(
+        Dataset.from_list(train), tokenizer, max_length=WINDOW, chunk_size=CHUNK, add_bos=False, add_eos=False
+    )
     windows = precompute_neighbors(windows, store, num_neighbors=NEIGHBORS, tokenizer=tokenizer)
     windows.save_to_disk(work / "windows")
     heldout = {}
@@ -89,7 +91,14 @@ def prepare(work: Path) -> None:
         documents = sorted(parts[part].heldout, key=lambda document: document["id"])
         documents = documents[:: max(len(documents) // count, 1)][:count]
         # One window for each document, however long.
-        rows = tokenize_documents(Dataset.from_list(documents), tokenizer, max_length=64 * WINDOW, chunk_size=CHUNK)
+        rows = tokenize_documents(
+            Dataset.from_list(documents),
+            tokenizer,
+            max_length=64 * WINDOW,
+            chunk_size=CHUNK,
+            add_bos=False,
+            add_eos=False,
+        )
         retriever = RetroRetriever(store, embedder=embedder, num_neighbors=NEIGHBORS)
         rows = precompute_neighbors(rows, retriever, tokenizer=tokenizer)
         found = {row["document_id"]: row["neighbor_chunk_ids"] for row in rows}

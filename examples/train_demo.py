@@ -125,7 +125,9 @@ def main() -> None:
     train_store = open_datastore(args.work / "train_store", parts.train, tokenizer, embedder)
     validation_store = open_datastore(args.work / "validation_store", parts.store, tokenizer, embedder)
 
-    windows = tokenize_documents(Dataset.from_list(parts.train), tokenizer, max_length=WINDOW, chunk_size=CHUNK)
+    windows = tokenize_documents(
+        Dataset.from_list(parts.train), tokenizer, max_length=WINDOW, chunk_size=CHUNK, add_bos=False, add_eos=False
+    )
     windows = precompute_neighbors(windows, train_store, num_neighbors=NEIGHBORS, tokenizer=tokenizer)
 
     config = demo_config(len(tokenizer), tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id)

@@ -85,7 +85,7 @@ def open_windows(folder: Path, name: str, datastore: RetroDatastore, tokenizer: 
         windows = Dataset.from_list(
             [{key: document[key] for key in ("id", "text")} for document in load_documents()[name]]
         )
-        windows = tokenize_documents(windows, tokenizer, max_length=WINDOW, chunk_size=CHUNK_SIZE)
+        windows = tokenize_documents(windows, tokenizer, max_length=WINDOW, chunk_size=CHUNK_SIZE, add_eos=False)
         windows = windows.filter(lambda row: len(row["input_ids"]) > CHUNK_SIZE)
         embedder = ChunkEmbedder.from_pretrained(minilm_path())
         retriever = RetroRetriever(datastore, embedder=embedder, num_neighbors=NUM_NEIGHBORS)

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from . import paths
+from .datastore import Encoding, MinScore, Split
 from .model import MODEL, open_model
 from .output import say, say_json
 
@@ -64,6 +65,16 @@ def evaluate(
             min=1, help="Tokens between two rows, whole chunks and less than a window; by default half of it."
         ),
     ] = None,
+    min_score: MinScore = None,
+    encoding: Encoding = None,
+    split: Split = None,
+    add_bos: Annotated[
+        bool | None,
+        typer.Option(
+            "--add-bos/--no-add-bos", help="Begin documents as a prompt begins; by default as the tokenizer does."
+        ),
+    ] = None,
+    add_eos: Annotated[bool, typer.Option("--add-eos", help="Score the end-of-text token, too.")] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per forward pass.")] = 8,
     dtype: Annotated[
         str, typer.Option(help="Of the weights: float32, bfloat16, or auto for the checkpoint's.")
@@ -91,7 +102,7 @@ def evaluate(
     if report:
         extras.load("matplotlib", "The page of --report")  # what is missing shows before any work is spent
     try:
-        reader = DocumentReader(texts)
+        reader = DocumentReader(texts, encoding=encoding, split=split)
         documents = [{"id": one.id, "title": one.title, "text": one.text} for one in reader]
     except DatastoreInputError as error:
         # The reader is that of datastores, but these documents are not to go into one.
@@ -100,7 +111,7 @@ def evaluate(
     longest = sorted(documents, key=lambda one: -len(one["text"]))[:_TRACED]
     # The reader skips those without text, but they are counted.
     documents += [{"id": reader.first_empty or "", "text": ""}] * reader.num_empty
-    loaded, tokenizer, retriever = open_model(model, store, embedder, dtype=dtype)
+    loaded, tokenizer, retriever = open_model(model, store, embedder, dtype=dtype, min_score=min_score)
     result = measure(
         loaded,
         documents,
@@ -113,6 +124,8 @@ def evaluate(
         output=output,
         window=window,
         stride=stride,
+        add_bos=add_bos,
+        add_eos=add_eos,
         batch_size=batch_size,
         seed=seed,
     )

@@ -26,6 +26,7 @@ def test_windows_join_to_their_documents_and_begin_at_chunk_borders(world):
     for document in corpus():
         windows = [row for row in world.windows if row["document_id"] == document["id"]]
         tokens = world.tokenizer(document["text"], add_special_tokens=False)["input_ids"]
+        tokens.append(world.tokenizer.eos_token_id)
         joined = [token for row in windows for token in row["input_ids"]]
         assert joined == tokens[: len(joined)] and len(tokens) - len(joined) <= 1
         assert [row["window_start"] for row in windows] == list(range(0, len(joined), 32))
@@ -45,7 +46,7 @@ def test_windows_have_the_tokens_of_the_stored_chunks(world):
 def test_documents_without_text_give_no_windows(world):
     """Empty, blank, missing and one-token documents are left out. Row numbers replace missing ids."""
     dataset = Dataset.from_dict({"text": ["", "   ", None, "a", "the river runs"]})
-    windows = tokenize_documents(dataset, world.tokenizer, max_length=32, chunk_size=SIZE)
+    windows = tokenize_documents(dataset, world.tokenizer, max_length=32, chunk_size=SIZE, add_eos=False)
     assert windows["document_id"] == ["4"]
 
 
@@ -117,7 +118,7 @@ def test_unknown_document_ids_exclude_nothing(world):
     for row in found:
         chunks = np.array(row["input_ids"][: len(row["input_ids"]) // SIZE * SIZE]).reshape(-1, SIZE)
         if len(chunks):
-            queries = world.embedder.embed(world.tokenizer.batch_decode(chunks))
+            queries = world.embedder.embed(world.tokenizer.batch_decode(chunks, skip_special_tokens=True))
             assert row["neighbor_chunk_ids"] == world.datastore.search(queries, 2)[1].tolist()
 
 
@@ -242,7 +243,7 @@ def test_stored_keys_are_not_used_if_queries_have_a_prompt(world, tmp_path):
     for row in found:
         chunks = np.array(row["input_ids"][: len(row["input_ids"]) // SIZE * SIZE], dtype=np.int64).reshape(-1, SIZE)
         own = np.full(len(chunks), store.document_number(row["document_id"]))
-        queries = embedder.embed_queries(world.tokenizer.batch_decode(chunks))
+        queries = embedder.embed_queries(world.tokenizer.batch_decode(chunks, skip_special_tokens=True))
         assert row["neighbor_chunk_ids"] == store.search(queries, 2, exclude_documents=own)[1].tolist()
     with pytest.raises(DatasetError):
         precompute_neighbors(windows, store)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..datastore import RetroDatastore
+from ..datastore.borders import Borders
 from ..errors import DatasetError, counted
 from ..retriever import RetroRetriever
 from ..training.search import wanted_neighbors
@@ -91,6 +92,8 @@ def bits_per_byte(
     modes: Sequence[str] | None = None,
     window: int | None = None,
     stride: int | None = None,
+    add_bos: bool | None = None,
+    add_eos: bool = False,
     batch_size: int = 8,
     seed: int = 0,
     num_resamples: int = 2000,
@@ -121,6 +124,10 @@ def bits_per_byte(
             2048.
         stride (`int`, *optional*): tokens between the starts of two windows, a multiple of the chunk size and shorter
             than the window; by default half a window, as in the paper.
+        add_bos (`bool`, *optional*): whether a document begins with the begin-of-text token, after which its first token is
+            scored, too; by default if the tokenizer puts one before a prompt.
+        add_eos (`bool`, defaults to `False`): whether the end-of-text token is scored behind each document. It counts as a
+            token without bytes, so results are not comparable with those of texts alone.
         batch_size (`int`, defaults to 8): windows per forward pass.
         seed (`int`, defaults to 0): seed of random neighbors and of the bootstrap.
         num_resamples (`int`, defaults to 2000): draws of the bootstrap.
@@ -147,7 +154,8 @@ def bits_per_byte(
         num_neighbors = max((len(row) for rows in neighbor_chunk_ids for row in rows), default=None)
     count = wanted_neighbors(retriever, num_neighbors)
 
-    read = list(read_documents(documents, tokenizer))
+    borders = Borders.of(tokenizer, add_bos, add_eos)
+    read = list(read_documents(documents, tokenizer, borders))
     kept = [number for number, document in enumerate(read) if document.num_bytes]
     if not kept:
         raise DatasetError(f"There is nothing to score: none of {counted(len(read), 'document')} has two tokens.")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..datastore import RetroDatastore
+from ..datastore.borders import Borders
 from ..datastore.derive import drawn_documents
 from ..errors import DatasetError, counted
 from ..retriever import RetroRetriever
@@ -59,6 +60,8 @@ def evaluate(
     output: str | os.PathLike[str] | None = None,
     window: int | None = None,
     stride: int | None = None,
+    add_bos: bool | None = None,
+    add_eos: bool = False,
     batch_size: int = 8,
     seed: int = 0,
     num_resamples: int = 2000,
@@ -91,7 +94,7 @@ def evaluate(
             `on` with. They are those of [`RetroDatastore.subset`] with the same seed.
         output (`str` or `Path`, *optional*): folder for `evaluation.json`, `tokens.parquet`, `documents.parquet` and
             finished work. The same call resumes after a crash; a call that asks for more computes only what is new.
-        window, stride, batch_size, num_resamples, show_progress: as for [`bits_per_byte`].
+        window, stride, add_bos, add_eos, batch_size, num_resamples, show_progress: as for [`bits_per_byte`].
         seed (`int`, defaults to 0): seed of random and shuffled neighbors, of fractions and of the bootstrap.
     Returns:
         [`Evaluation`]: `print` shows all of it, `verdict` first.
@@ -117,9 +120,10 @@ def evaluate(
     )
     count = wanted_neighbors(retriever, num_neighbors)
 
-    read = list(read_documents(documents, tokenizer))
+    borders = Borders.of(tokenizer, add_bos, add_eos)
+    read = list(read_documents(documents, tokenizer, borders))
     identity = score_identity(model, datastore)
-    origin = provenance(model, identity, datastore, read)
+    origin = provenance(model, identity, datastore, read, borders)
     cache = ArrayCache()
     if output is not None:
         claim_folder(Path(output), origin)

@@ -101,17 +101,20 @@ def _prompts(
     starts = np.cumsum([0, *(document.num_scored for document in documents)])
     for window in cut_windows(documents, options.window, options.stride):
         ids = documents[window.document].input_ids
+        # The begin-of-text token stays in front of everything.
+        lead = ids[:1] if documents[window.document].has_bos else ids[:0]
+        limit_here = limit and limit - len(lead)
         for chunk in range(max(1, window.scored_from // size), -(-window.end // size)):
             first, end = max(window.scored_from, chunk * size), min(window.end, (chunk + 1) * size)
             known = chunk_ids[window.document][chunk - 1]
             tokens, mask = datastore.gather(known[known >= 0])
             passages = [np.append(row[kept == 1], separator) for row, kept in zip(tokens, mask, strict=True)]
             # At least the token before the first scored one must fit; if not, the farthest neighbors are left out.
-            while limit and passages and sum(map(len, passages)) + end - first + 1 > limit:
+            while limit_here and passages and sum(map(len, passages)) + end - first + 1 > limit_here:
                 passages.pop()
-            room = end if not limit else limit - sum(map(len, passages))
+            room = end if not limit_here else limit_here - sum(map(len, passages))
             if len(known[known >= 0]):
-                text = ids[max(window.start, end - room) : end]
-                row = np.concatenate([*reversed(passages), text]).astype(np.int64)
+                text = ids[max(window.start, len(lead), end - room) : end]
+                row = np.concatenate([lead, *reversed(passages), text]).astype(np.int64)
                 is_cut = end - window.start > room or len(passages) < len(tokens)
                 yield _Row(row, int(starts[window.document]) + first - 1, end - first, is_cut)

@@ -16,6 +16,7 @@ import torch
 import xxhash
 
 from ..datastore import RetroDatastore
+from ..datastore.borders import Borders
 from ..datastore.files import digest_of
 from ..datastore.manifest import MANIFEST_NAME
 from ..training.search import neighbor_source
@@ -64,7 +65,11 @@ def score_identity(model: PreTrainedModel, datastore: RetroDatastore | None) -> 
 
 
 def provenance(
-    model: PreTrainedModel, identity: str, datastore: RetroDatastore | None, documents: Sequence[Document]
+    model: PreTrainedModel,
+    identity: str,
+    datastore: RetroDatastore | None,
+    documents: Sequence[Document],
+    borders: Borders,
 ) -> dict[str, Any]:
     """Where a result comes from, for its JSON. `identity` is what [`score_identity`] returned."""
     texts = (f"{document.id}\n{document.text}".encode("utf-8", "replace") for document in documents)
@@ -83,7 +88,11 @@ def provenance(
             "neighbor_size": getattr(model.config, "neighbor_size", None),
         },
         "datastore": None if datastore is None else _datastore(datastore),
-        "documents": {"fingerprint": digest_of(*texts)},
+        "documents": {
+            "fingerprint": digest_of(
+                *texts, *(f"begin {id}" for id in borders.begin), *(f"end {id}" for id in borders.end)
+            )
+        },
     }
 
 

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 
 from ..datastore import RetroDatastore
+from ..datastore.borders import Borders
+from ..datastore.documents import document_ids, is_missing
 from ..datastore.executors import progress_bar
 from ..datastore.files import digest_of
 from ..errors import DatasetError
@@ -39,6 +41,7 @@ __all__ = [
 ]
 
 _DEFAULT_WINDOW = 2048
+_NO_BORDERS = Borders()
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,9 @@ class Document:
     Attributes:
         id (`str`, *optional*): as given.
         text (`str`): as given.
-        input_ids (`np.ndarray` of int64 and shape `(num_tokens,)`): token ids, without special tokens.
+        input_ids (`np.ndarray` of int64 and shape `(num_tokens,)`): token ids, between the begin-of-text and end-of-text tokens
+            that were asked for, which have no bytes.
+        has_bos (`bool`): whether they begin with the begin-of-text token.
         char_ends, byte_ends (`np.ndarray` of int64 and shape `(num_tokens,)`): end of each token in the text, in
             characters and in UTF-8 bytes. White space that the tokenizer drops belongs to the token after it. A
             character made of several tokens belongs to the first of them.
@@ -59,6 +64,7 @@ class Document:
     input_ids: np.ndarray
     char_ends: np.ndarray
     byte_ends: np.ndarray
+    has_bos: bool = False
 
     @property
     def num_scored(self) -> int:
@@ -143,13 +149,14 @@ class _Window:
 
 
 def read_documents(
-    documents: Iterable[str | Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase
+    documents: Iterable[str | Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, borders: Borders = _NO_BORDERS
 ) -> Iterator[Document]:
     """Tokenize documents and find the text of each token.
 
     Args:
         documents (iterable of `str`, or of `dict` with `text` and optionally `id`): the texts.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): a fast tokenizer.
+        borders ([`Borders`]): what stands before and behind the tokens of a document.
     Raises:
         DatasetError: if the tokenizer cannot map tokens to text, or a document has no text.
     """
@@ -165,13 +172,20 @@ def read_documents(
     for number, record in enumerate(documents):
         fields = record if isinstance(record, Mapping) else {"text": record}
         text, id = fields.get("text"), fields.get("id")
+        if "text" in fields and is_missing(text):
+            text = ""
         if not isinstance(text, str):
             raise DatasetError(f"Document {number} has no text. Pass texts, or dicts with a 'text'.")
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ends = np.maximum.accumulate([0, *(end for _, end in encoded["offset_mapping"])])[1:]
         sizes = np.cumsum([0, *(len(letter.encode("utf-8", "surrogatepass")) for letter in text)])
-        input_ids = np.array(encoded["input_ids"], dtype=np.int64)
-        yield Document(None if id is None else str(id), text, input_ids, ends, sizes[ends])
+        around = borders if encoded["input_ids"] else _NO_BORDERS
+        input_ids = np.array(around.around(encoded["input_ids"]), dtype=np.int64)
+        last = ends[-1:] if len(around.end) else ends[:0]
+        ends = np.concatenate([np.zeros(len(around.begin), dtype=np.int64), ends, last])
+        yield Document(
+            None if is_missing(id) else document_ids([id])[0], text, input_ids, ends, sizes[ends], bool(around.begin)
+        )
 
 
 def check_numbers(**numbers: tuple[Any, int]) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from ..datastore.borders import Borders
 from ..errors import DatasetError
 from ..retriever import RetrievedNeighbor, RetroRetriever
 from ..training.exclusion import document_numbers
@@ -184,7 +185,7 @@ def trace(
     fields = document if isinstance(document, Mapping) else {"text": document}
     size, datastore = model.config.chunk_size, retriever.datastore
     datastore.check_compatible(tokenizer=tokenizer, chunk_size=size)
-    (read,) = read_documents([fields], tokenizer)
+    (read,) = read_documents([fields], tokenizer, Borders.of(tokenizer, None, False))
     if read.num_scored < 1:
         raise DatasetError("There is nothing to trace: the text has fewer than two tokens.")
     input_ids = read.input_ids[:max_tokens]

@@ -57,7 +57,7 @@ class Text:
             `np.ndarray` of bool and shape `(n, k)`.
         """
         chunks, size = self.chunks[rows][:, None], self.chunks.shape[1]
-        same = (neighbors[..., :size] == chunks).all(axis=-1) & (chunks >= 0).all(axis=-1)
+        same = (neighbors[..., :size] == chunks).all(axis=-1) & (chunks[..., 0] >= 0)
         width = min(size, neighbors.shape[-1] - size)
         text, other = self.following[rows][:, None, :width], neighbors[..., size : size + width]
         known = (text >= 0) & (other >= 0)

@@ -110,6 +110,11 @@ def neighbors_of_windows(
     chunks = tokens[ranges(np.cumsum(lengths) - lengths, counts * size)].reshape(-1, size).astype(np.int64)
     if not len(chunks):
         return np.empty((0, num_neighbors), dtype=np.int64), 0
+    # The end-of-text token that closes a document is no text: where it stands, a stored chunk has ended.
+    last = np.cumsum(lengths)[lengths > 0] - 1
+    without_end = tokens.astype(np.int64)
+    without_end[last[tokens[last] == datastore.tokenizer.eos_token_id]] = -1
+    text = Text.of_windows(without_end, lengths, size)
     own = np.full((len(lengths), 1), -1, dtype=np.int64) if documents is None else documents
     excluded = np.repeat(own, counts, axis=0)
     searcher = retriever if isinstance(retriever, RetroDatastore) else retriever.searcher
@@ -118,7 +123,7 @@ def neighbors_of_windows(
         return search_without_copies(
             datastore,
             lambda rows, count, excluded: search(what[rows], count, exclude_documents=excluded),
-            Text.of_windows(tokens, lengths, size),
+            text,
             num_neighbors,
             owners=np.repeat(np.arange(len(lengths)), counts),
             excluded=excluded,
@@ -138,7 +143,7 @@ def neighbors_of_windows(
     if documents is not None and starts is not None and symmetric:
         places = _stored_places(datastore, documents[:, 0], starts, counts)
         stored, mask = datastore.gather(places)
-        known = ((stored[:, :size] == chunks) & (mask[:, :size] == 1)).all(axis=1)
+        known = (np.where(mask == 1, stored, -1)[:, :size] == text.chunks).all(axis=1) & (text.chunks[:, 0] >= 0)
         queries[known] = datastore.keys_of(places[known])
     if not known.all():
         if isinstance(searcher, RetroDatastore):
