@@ -105,3 +105,16 @@ def test_folder_and_store_are_brought_together(world, tmp_path):
     printed = retro("append", store, folder, "--replace", *embedder)
     assert "added: 0, replaced: 1, unchanged: 2" in printed
     shutil.rmtree(folder)
+
+
+def test_encoding_and_split_are_options_of_what_reads_documents(world, tmp_path):
+    folder, store = tmp_path / "notes", tmp_path / "store"
+    folder.mkdir()
+    (folder / "a.txt").write_bytes("the café opens.\n\nthe king reads.".encode("cp1252"))
+    options = ("--embedder", world / "encoder", "--encoding", "cp1252", "--split", "paragraph")
+    retro("build", folder, "-o", store, "--tokenizer", world / "model", "--chunk-size", CHUNK_SIZE, *options)
+    opened = RetroDatastore.load(store)
+    assert opened.document(0)["text"] == "the café opens." and opened.document(1)["id"] == "a.txt:3"
+    assert "unchanged: 2" in retro("sync", folder, store, *options)
+    (folder / "b.txt").write_text("one\n\ntwo")
+    assert "added: 2, replaced: 0, unchanged: 2" in retro("append", store, folder, "--replace", *options)

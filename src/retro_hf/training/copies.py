@@ -97,7 +97,7 @@ def tell_lookups(what: str, found: np.ndarray, num_copied: int = 0, num_short: i
     if not len(found) or share > _LOUD_SHARE:
         logger.warning(
             f"{message} They are read without retrieval. A chunk gets nothing from its own document, nor below `min_score`: "
-            "a datastore needs other documents. Add some, or divide long files into several documents."
+            'a datastore needs other documents. Add some, or divide long files into several documents, such as with `split="heading"`.'
         )
     else:
         logger.info(message)
