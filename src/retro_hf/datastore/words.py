@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 
@@ -26,6 +27,7 @@ _RUNS = regex.compile(
     rf"(?V1)(?P<syllables>[{_SYLLABLES}]+)|(?P<letters>[{_LETTERS}]+)"
     rf"|(?P<word>[[\p{{L}}\p{{N}}\p{{M}}_\u200c\u200d]--[{_SYLLABLES}{_LETTERS}]]{{2,}})"
 )
+_ASCII_WORD = re.compile(r"\w\w+")
 _GRAMS = {"syllables": (1, 2), "letters": (2, 3)}
 
 
@@ -46,10 +48,14 @@ def _words(texts: Sequence[str]) -> list[list[str]]:
     Of scripts that put no spaces between words, every character and pair of characters (Chinese, Japanese, Korean) or every
     two and three letters in a row (Thai, Lao, Khmer, Burmese): a word of the query is found wherever it is.
     """
-    return [list(_words_in(unicodedata.normalize("NFKC", text).casefold())) for text in texts]
+    return [list(_words_in(text)) for text in texts]
 
 
 def _words_in(text: str) -> Iterator[str]:
+    if text.isascii():  # the same rule, several times as fast
+        yield from _ASCII_WORD.findall(text.lower())
+        return
+    text = unicodedata.normalize("NFKC", text).casefold()
     for match in _RUNS.finditer(text):
         run, sizes = match[0], _GRAMS.get(match.lastgroup or "")
         if sizes is None:
