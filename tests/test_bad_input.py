@@ -4,6 +4,8 @@ import pytest
 import torch
 from transformers.cache_utils import DynamicCache
 
+from retro_hf.model.compatibility_retro import CACHE_NAME
+
 from .tiny import CHUNK_SIZE, VOCAB_SIZE, hash_retriever, random_ids, random_neighbors, tiny_backbone, tiny_retro
 
 
@@ -178,24 +180,137 @@ def test_embeddings_cannot_be_looked_up(model):
 def test_both_ids_and_embeddings(model):
     """One of the two, not both and not neither."""
     for inputs in ({}, {"input_ids": random_ids(1, 9), "inputs_embeds": torch.zeros(1, 9, 32)}):
-        with pytest.raises(ValueError, match="either `input_ids` or `inputs_embeds`"):
+        with pytest.raises(ValueError, match="exactly one of `input_ids` and `inputs_embeds`"):
             model(**inputs)
-        with pytest.raises(ValueError, match="either `input_ids` or `inputs_embeds`"):
+        with pytest.raises(ValueError, match="exactly one of `input_ids` and `inputs_embeds`"):
             model.model(**inputs, retriever=hash_retriever())
 
 
-@pytest.mark.parametrize("shape", [(0, 9), (2, 0)])
-def test_no_tokens(model, shape):
-    """An empty batch, or rows without a token."""
-    with pytest.raises(ValueError, match=r"no tokens.*\(\d, \d\) \(batch, tokens\)"):
-        model(torch.zeros(shape, dtype=torch.long), retriever=hash_retriever())
+IDS = random_ids(2, 9)
+MODELS = {
+    "llama": lambda: tiny_retro("llama"),
+    "gpt2": lambda: tiny_retro("gpt2"),
+    "parallel_context": lambda: tiny_retro("llama", reader="parallel_context"),
+    "retro_decoder": lambda: tiny_retro("retro_decoder"),
+    "baseline": lambda: tiny_backbone("retro_decoder"),
+}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def any_model(request):
+    """Both readers, three families, and the paper's decoder by itself."""
+    return MODELS[request.param]()
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"input_ids": IDS[0]}, r"shape \(batch, tokens\).*unsqueeze\(0\).*got \(9,\)"),
+        ({"input_ids": torch.tensor(5)}, r"shape \(batch, tokens\).*got \(\)"),
+        ({"input_ids": IDS[None]}, r"shape \(batch, tokens\).*got \(1, 2, 9\)"),
+        ({"input_ids": IDS[:, :0]}, r"no tokens.*\(2, 0\)"),
+        ({"input_ids": IDS[:0]}, r"no tokens.*\(0, 9\)"),
+        ({"input_ids": IDS[0, :0]}, r"shape \(batch, tokens\).*got \(0,\)"),
+        ({"input_ids": IDS.tolist()}, r"tensor.*got list.*return_tensors"),
+        ({"input_ids": "a text"}, r"tensor.*got str.*return_tensors"),
+        ({"input_ids": {"input_ids": IDS}}, r"tensor.*got dict.*\*\*inputs"),
+        ({"input_ids": IDS.numpy()}, r"tensor.*got ndarray.*torch.tensor"),
+        ({"input_ids": IDS.float()}, r"torch.long or torch.int, got torch.float32.*long\(\)"),
+        ({"input_ids": IDS.bool()}, r"torch.long or torch.int, got torch.bool"),
+        ({"input_ids": IDS.short()}, r"torch.long or torch.int, got torch.int16"),
+        ({"input_ids": torch.full((2, 9), VOCAB_SIZE)}, r"ids from 99 to 99.*0 to 98.*resize_token_embeddings"),
+        ({"input_ids": torch.full((2, 9), -100)}, r"ids from -100 to -100.*0 to 98"),
+        ({"inputs_embeds": torch.zeros(9, 32)}, r"shape \(batch, tokens, 32\), got \(9, 32\)"),
+        ({"inputs_embeds": torch.zeros(2, 9, 31)}, r"shape \(batch, tokens, 32\), got \(2, 9, 31\)"),
+        ({"inputs_embeds": torch.zeros(2, 9, 32).long()}, r"floating-point dtype, got torch.int64"),
+        ({"inputs_embeds": torch.zeros(2, 0, 32)}, r"no tokens.*\(2, 0\)"),
+        ({"inputs_embeds": [[1.0]]}, r"shape \(batch, tokens, 32\), got list"),
+        ({"input_ids": IDS, "attention_mask": torch.ones(9)}, r"shape \(2, 9\).*got \(9,\)"),
+        ({"input_ids": IDS, "attention_mask": torch.ones(2, 9, 9)}, r"shape \(2, 9\).*got \(2, 9, 9\)"),
+        ({"input_ids": IDS, "attention_mask": torch.ones(3, 9)}, r"shape \(2, 9\).*got \(3, 9\)"),
+        ({"input_ids": IDS, "attention_mask": torch.ones(2, 8)}, r"shape \(2, 9\).*got \(2, 8\)"),
+        ({"input_ids": IDS, "attention_mask": torch.ones(2, 1, 8, 8)}, r"shape \(2, 9\).*got \(2, 1, 8, 8\)"),
+        ({"input_ids": IDS, "attention_mask": [[1] * 9] * 2}, r"shape \(2, 9\), got list"),
+        ({"input_ids": IDS, "position_ids": torch.arange(9)}, r"shape \(2, 9\).*got \(9,\)"),
+        ({"input_ids": IDS, "position_ids": torch.arange(8)[None]}, r"shape \(2, 9\).*got \(1, 8\)"),
+        ({"input_ids": IDS, "position_ids": torch.arange(27).view(3, 9)}, r"shape \(2, 9\).*got \(3, 9\)"),
+        ({"input_ids": IDS, "position_ids": torch.arange(9.0)[None]}, r"integers.*got torch.float32"),
+        ({"input_ids": IDS, "position_ids": [[0] * 9]}, r"integers.*got list"),
+    ],
+)
+@pytest.mark.parametrize("retrieves", [False, True])
+def test_what_every_language_model_takes(any_model, inputs, message, retrieves):
+    """Ids, embeddings, masks and positions: in forward and in generate, with a retriever and without one."""
+    is_baseline = not hasattr(any_model, "set_retriever")
+    options = {"retriever": hash_retriever()} if retrieves and not is_baseline else {}
+    with pytest.raises(ValueError, match=message):
+        any_model(**inputs, **options)
+    with pytest.raises(ValueError, match=message):
+        any_model.generate(**inputs, **options, max_new_tokens=2, **GREEDY)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (IDS[0], r"shape of the input \(2, 9\), got \(9,\)"),
+        (IDS[:, :7], r"shape of the input \(2, 9\), got \(2, 7\)"),
+        (IDS.tolist(), r"tensor of token ids, got list"),
+        (IDS.float(), r"torch.long, got torch.float32.*long\(\)"),
+        (torch.full((2, 9), VOCAB_SIZE), r"`labels` holds ids from 99 to 99.*0 to 98, or -100"),
+        (torch.full((2, 9), -1), r"`labels` holds ids from -1 to -1"),
+    ],
+)
+def test_labels(any_model, labels, message):
+    with pytest.raises(ValueError, match=message):
+        any_model(IDS, labels=labels)
+
+
+def test_labels_may_leave_tokens_out(any_model):
+    """-100 means no loss, and so does another number that the caller names."""
+    labels = IDS.clone()
+    labels[:, :5] = -100
+    expected = any_model(IDS, labels=labels).loss
+    assert torch.equal(any_model(IDS, labels=labels.clamp(min=-1), ignore_index=-1).loss, expected)
+
+
+@pytest.mark.parametrize("cache", [((torch.zeros(2, 4, 3, 8),) * 2,) * 4, [1], "dynamic"])
+def test_a_cache_that_is_none(any_model, cache):
+    with pytest.raises(TypeError, match=rf"must be a cache of transformers, got {type(cache).__name__}"):
+        any_model(IDS, **{CACHE_NAME: cache})
+    with pytest.raises(TypeError, match=rf"must be a cache of transformers, got {type(cache).__name__}"):
+        any_model.generate(IDS, **{CACHE_NAME: cache}, max_new_tokens=2, **GREEDY)
+
+
+@pytest.mark.parametrize("positions", [torch.arange(9)[None] - 20, torch.arange(9)[None] + 120])
+def test_positions_beyond_the_table(positions):
+    """A table has an end on both sides; rotary and relative positions have none."""
+    with pytest.raises(ValueError, match=r"table has those from 0 to 127"):
+        tiny_retro("gpt2")(IDS, position_ids=positions)
+    assert tiny_retro("llama")(IDS, position_ids=positions.clamp(min=0)).logits.shape == (2, 9, VOCAB_SIZE)
+
+
+@pytest.mark.parametrize("name", ["neighbour_input_ids", "neighbors", "chunk_offsets", "retriver", "retrievers"])
+def test_a_misspelt_argument_of_retrieval(model, name):
+    """A model would take it among its other arguments, and run without retrieval."""
+    with pytest.raises(TypeError, match=rf"no argument `{name}`.*Did you mean"):
+        model(IDS, **{name: None})
+
+
+@pytest.mark.parametrize("looked_up", [4, [4, 4], torch.tensor(4), torch.tensor([[4], [4]])])
+def test_forms_of_neighbor_chunk_size(model, looked_up):
+    """One number says it, too; a wrong one is refused in every form."""
+    neighbors = random_neighbors(2, 2)
+    assert torch.equal(model(IDS, neighbor_chunk_size=looked_up, **neighbors).logits, model(IDS, **neighbors).logits)
+    with pytest.raises(ValueError, match=r"chunks of \[8\] tokens"):
+        model(IDS, neighbor_chunk_size=2 * torch.as_tensor(looked_up), **neighbors)
 
 
 @pytest.mark.parametrize("shape", [(2, 8), (2, 10), (1, 9)])
 def test_attention_mask_of_another_shape(model, shape):
     """A mask that is shorter or longer than the input would shift every chunk."""
-    with pytest.raises(ValueError, match=r"`attention_mask` must have shape \(2, 9\).*got \(\d, \d+\)"):
-        model(random_ids(2, 9), attention_mask=torch.ones(shape), retriever=hash_retriever(), use_cache=False)
+    for retriever in (None, hash_retriever()):
+        with pytest.raises(ValueError, match=r"`attention_mask` must have shape \(2, 9\).*got \(\d, \d+\)"):
+            model(IDS, attention_mask=torch.ones(shape), retriever=retriever, use_cache=False)
 
 
 def test_attention_mask_that_forgets_the_cache(model):
@@ -261,12 +376,6 @@ def test_continuous_batching_of_the_papers_decoder_is_refused(make):
     """Its relative positions would count across the packed sequences."""
     with pytest.raises(NotImplementedError):
         make("retro_decoder").generate_batch([[5, 6, 7]])
-
-
-@pytest.mark.parametrize("retriever", [None, hash_retriever()])
-def test_an_empty_prompt_is_refused(model, retriever):
-    with pytest.raises(ValueError, match="no tokens"):
-        model.generate(torch.empty(2, 0, dtype=torch.long), retriever=retriever, max_new_tokens=3)
 
 
 def test_embeddings_must_say_where_their_chunks_begin(model):

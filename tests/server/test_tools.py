@@ -4,7 +4,7 @@ import sys
 
 import anyio
 import pytest
-from mcp import Client, StdioServerParameters
+from mcp import Client, StdioServerParameters, stdio_client
 from tiny_training import make_world
 
 from retro_hf import RetroDatastore
@@ -56,5 +56,6 @@ def test_bad_arguments_are_errors_of_the_call(world):
 def test_the_command_speaks_the_protocol_on_its_standard_streams(world):
     """Nothing else may be printed there."""
     arguments = ["-m", "retro_hf_cli", "mcp", str(world.folder / "store"), "--embedder", str(world.folder / "encoder")]
-    (found,) = call(StdioServerParameters(command=sys.executable, args=arguments), {"query": "a king"})
+    server = stdio_client(StdioServerParameters(command=sys.executable, args=arguments))
+    (found,) = call(server, {"query": "a king"})
     assert len(found.structured_content["result"]) == 5

@@ -243,13 +243,15 @@ def accepted_arguments(module: nn.Module) -> tuple[str, ...]:
     return tuple(inspect.signature(module.forward).parameters)
 
 
-def learned_positions(backbone: PreTrainedModel) -> int | None:
-    """The length of the backbone's table of absolute positions; None if it has no such table."""
+def learned_positions(backbone: PreTrainedModel) -> range | None:
+    """The positions that the backbone's table has; None if it has no table."""
     limit = getattr(backbone.config.get_text_config(decoder=True), "max_position_embeddings", None)
     tables = [
         m for m in backbone.modules() if isinstance(m, nn.Embedding) and m is not backbone.get_input_embeddings()
     ]
-    return limit if limit and any(limit <= table.num_embeddings <= limit + 2 for table in tables) else None
+    extra = [table.num_embeddings - limit for table in tables] if limit else []
+    extra = [rows for rows in extra if 0 <= rows <= 2]
+    return range(-extra[0], limit) if extra else None  # what is extra comes first, as in OPT
 
 
 def placement(backbone: nn.Module) -> tuple[torch.device, torch.dtype]:

@@ -135,7 +135,9 @@ def _looks_like_cache(name: str, value: Any) -> bool:
     if isinstance(value, Cache) or hasattr(value, "get_seq_length"):
         return True
     by_name = "cache" in name or name.startswith("past_") or name.endswith("_past")
-    return by_name and value is not None and not isinstance(value, bool) and name != "cache_position"
+    return (
+        by_name and value is not None and not isinstance(value, bool) and name not in ("cache_position", "use_cache")
+    )
 
 
 warn_if_untested()

@@ -23,6 +23,7 @@ from transformers.utils import ModelOutput, logging
 from .cache_retro import chunk_offsets
 from .compatibility_retro import CACHE_NAME
 from .configuration_retro import RetroConfig
+from .inputs_retro import check_prompt, vocabulary_of
 from .modeling_retro_decoder import RetroDecoderForCausalLM
 from .retriever_protocol_retro import ATTACHED, Retriever, RetroLookup
 
@@ -74,12 +75,7 @@ class RetroGenerationMixin(GenerationMixin):
                 f"`query` is {query!r}, but there is {'no retriever' if retriever is None else 'no need to look it up'}: "
                 f"{'pass `retriever=` with it' if retriever is None else '`neighbor_input_ids` are given'}."
             )
-        prompt = kwargs.get("input_ids") if inputs is None else inputs
-        if isinstance(prompt, torch.Tensor) and 0 in prompt.shape and kwargs.get("inputs_embeds") is None:
-            raise ValueError(
-                f"The prompt has no tokens: its shape is {tuple(prompt.shape)} (batch, tokens). Begin with at least one "
-                "token, such as the tokenizer's `bos_token_id`."
-            )
+        check_prompt(inputs, kwargs, vocabulary_of(self))
         if retriever is None and kwargs.get("neighbor_input_ids") is None and self.config.retriever_name_or_path:
             logger.warning_once(
                 f"Generating without retrieval: this model was trained with '{self.config.retriever_name_or_path}'. Open it "

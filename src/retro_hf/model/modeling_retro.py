@@ -62,6 +62,7 @@ from .chunking_retro import PassPlan
 from .compatibility_retro import CACHE_NAME, CACHE_NAMES, CHECKPOINTING, accept_cache_by_any_name
 from .configuration_retro import RetroConfig, RetroDecoderConfig, RetroEncoderConfig
 from .generation_retro import RetroGenerationMixin
+from .inputs_retro import check_inputs, check_labels, check_names, vocabulary_of
 from .modeling_retro_decoder import RetroDecoderForCausalLM
 from .parallel_context_retro import ParallelContextPass, ParallelContextReader
 from .planning_retro import plan_pass, real_tokens
@@ -587,7 +588,7 @@ class RetroModel(RetroPreTrainedModel):
             self.retro = RetroReader(config, backbone.get_input_embeddings().embedding_dim)
             attach_hooks(backbone, config)
         self._backbone_arguments = accepted_arguments(backbone)
-        self._max_positions = learned_positions(backbone)
+        self._positions = learned_positions(backbone)
         self._retriever = _Shared(None)
         if config.freeze_backbone:
             backbone.requires_grad_(False)
@@ -627,10 +628,11 @@ class RetroModel(RetroPreTrainedModel):
         # `generate` gives the 2-D padding mask where `attention_mask` is another one (static caches), and the tokens of a
         # prompt whose embeddings are given.
         token_mask, token_ids = kwargs.pop("token_mask", None), kwargs.pop("token_ids", None)
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
+        text, vocabulary = (input_ids, inputs_embeds, attention_mask, position_ids), vocabulary_of(self)
+        check_inputs(*text, past_key_values, vocabulary, self._positions)
+        check_names(kwargs)
         tokens = inputs_embeds if input_ids is None else input_ids
-        self._check_length(tokens.shape[1], past_key_values)
+        check_labels(kwargs.get("labels"), tokens.shape[:2], vocabulary, kwargs.get("ignore_index", -100))
         check_chunk_size(neighbor_chunk_size, self.config.chunk_size)
         is_whole = past_key_values is None and not use_cache
         state = getattr(past_key_values, "retro", None)
@@ -700,8 +702,6 @@ class RetroModel(RetroPreTrainedModel):
         sources: dict[str, Any],
     ) -> ModelOutput:
         """Plan the pass, and run `module(**inputs)` within it; `sources` are arguments of `plan_pass`."""
-        if 0 in tokens.shape[:2]:
-            raise ValueError(f"The input has no tokens: its shape is {tuple(tokens.shape[:2])} (batch, tokens).")
         size, cache = self.config.chunk_size, inputs[CACHE_NAME]
         state = None if cache is None else state_of(cache, len(tokens), sources["chunk_offset"], size)
         real = real_tokens(mask, position_ids, state, *tokens.shape[:2])
@@ -720,16 +720,6 @@ class RetroModel(RetroPreTrainedModel):
         outputs = run_within(retro_pass, module, inputs)
         retro_pass.finish(outputs)
         return outputs
-
-    def _check_length(self, num_tokens: int, past_key_values: Cache | None) -> None:
-        if self._max_positions is None:
-            return
-        length = num_tokens + (int(past_key_values.get_seq_length()) if isinstance(past_key_values, Cache) else 0)
-        if length > self._max_positions:
-            raise ValueError(
-                f"The sequence has {length} tokens, but the backbone's position table ends at {self._max_positions}. "
-                "Shorten the prompt, or lower `max_new_tokens`."
-            )
 
 
 def _wants_attentions(inputs: dict[str, Any], config: RetroConfig) -> bool:

@@ -35,6 +35,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .attention_retro import RetroAttention, RetroMLP, RetroRelativePositionBias, RetroRMSNorm, position_features
 from .compatibility_retro import CACHE_NAME, CACHE_NAMES, accept_cache_by_any_name, slice_logits_to_keep
 from .configuration_retro import RetroDecoderConfig
+from .inputs_retro import check_inputs, check_labels, check_prompt, vocabulary_of
 
 
 FEATURE_BLOCK = 256
@@ -137,8 +138,7 @@ class RetroDecoderModel(RetroDecoderPreTrainedModel):
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
+        check_inputs(input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, vocabulary_of(self))
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and past_key_values is None:
@@ -193,6 +193,9 @@ class RetroDecoderForCausalLM(RetroDecoderPreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
+        tokens = inputs_embeds if input_ids is None else input_ids
+        if isinstance(tokens, torch.Tensor):
+            check_labels(labels, tokens.shape[:2], vocabulary_of(self), kwargs.get("ignore_index", -100))
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -213,6 +216,12 @@ class RetroDecoderForCausalLM(RetroDecoderPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             **{CACHE_NAME: outputs.get(CACHE_NAME)},
         )
+
+    # trf-ignore: TRF033 (no hyperparameter)
+    def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any):
+        """Generate as any model of transformers does; a prompt that it cannot read raises with the remedy."""
+        check_prompt(inputs, kwargs, vocabulary_of(self))
+        return super().generate(inputs, *args, **kwargs)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any):
         """Refused: a packed row holds many sequences, and relative positions count across all of them."""

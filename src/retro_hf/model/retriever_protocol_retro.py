@@ -175,10 +175,11 @@ def text_of(
     return inputs_embeds
 
 
-def check_chunk_size(looked_up: torch.Tensor | None, chunk_size: int) -> None:
-    """Check that given neighbors were looked up for chunks of the model's size; `looked_up` is a tensor of shape `(B,)`."""
+def check_chunk_size(looked_up: torch.Tensor | int | None, chunk_size: int) -> None:
+    """Check that given neighbors were looked up for chunks of the model's size; `looked_up` is one number, or `(B,)`."""
     if looked_up is None:
         return
+    looked_up = torch.as_tensor(looked_up).flatten()
     if torch.compiler.is_compiling():  # reading values would break the graph
         message = f"The neighbors were looked up for chunks of another size than the model's {chunk_size}."
         torch._assert_async((looked_up == chunk_size).all(), message)

@@ -1,0 +1,263 @@
+# Copyright 2026 The retro-hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What a model is given, checked before anything is computed, so that an error names the argument and the remedy.
+
+Values are read on the CPU alone: on an accelerator that would wait for it, and a program that is compiled has none.
+"""
+
+from difflib import get_close_matches
+from typing import Any, NamedTuple
+
+import torch
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import is_torchdynamo_exporting
+
+from .compatibility_retro import CACHE_NAME, CACHE_NAMES
+
+
+_ARGUMENTS = ("neighbor_input_ids", "neighbor_attention_mask", "neighbor_chunk_size", "chunk_offset", "retriever")
+
+
+class Vocabulary(NamedTuple):
+    """The table that a model looks ids up in; None where the model computes embeddings in another way.
+
+    Args:
+        size (`int`, *optional*): its rows; None, too, where ids beyond them stand for images or sound.
+        width (`int`, *optional*): length of an embedding.
+    """
+
+    size: int | None
+    width: int | None
+
+
+def vocabulary_of(model: PreTrainedModel) -> Vocabulary:
+    """The [`Vocabulary`] of a model as it is now: it may have been resized."""
+    table, text_config = model.get_input_embeddings(), getattr(model.config, "text_config", model.config)
+    size = getattr(table, "num_embeddings", None) if text_config.get_text_config() is text_config else None
+    return Vocabulary(size, getattr(table, "embedding_dim", None))
+
+
+def check_inputs(
+    input_ids: Any,
+    inputs_embeds: Any,
+    attention_mask: Any,
+    position_ids: Any,
+    cache: Any,
+    vocabulary: Vocabulary,
+    positions: range | None = None,
+) -> None:
+    """Check the arguments of a forward pass that every causal language model has.
+
+    Args:
+        input_ids, inputs_embeds, attention_mask, position_ids, cache: as in `forward`.
+        vocabulary ([`Vocabulary`]): of the model.
+        positions (`range`, *optional*): the positions that the model has a table of.
+    Raises:
+        ValueError: for a tensor of another shape or dtype than it must have, for ids that the vocabulary lacks, or more
+            tokens than positions.
+        TypeError: for a cache that is none.
+    """
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
+    _check_cache(cache)
+    if input_ids is not None:
+        _check_ids(input_ids, vocabulary)
+    else:
+        _check_embeddings(inputs_embeds, vocabulary)
+    if is_torchdynamo_exporting():  # a comparison would fix a size that may be dynamic
+        return
+    rows, tokens = (inputs_embeds if input_ids is None else input_ids).shape[:2]
+    if 0 in (rows, tokens):
+        raise ValueError(f"The input has no tokens: its shape is {(rows, tokens)} (batch, tokens).")
+    _check_mask(attention_mask, rows, tokens, is_whole=cache is None)
+    if positions is not None:
+        length = tokens + (0 if cache is None else int(cache.get_seq_length()))
+        if length > positions.stop:
+            raise ValueError(
+                f"The sequence has {length} tokens, but the backbone's position table ends at {positions.stop}. Shorten "
+                "the prompt, or lower `max_new_tokens`."
+            )
+    if position_ids is not None:
+        _check_positions(position_ids, rows, tokens, positions)
+
+
+def check_prompt(prompt: Any, arguments: dict[str, Any], vocabulary: Vocabulary) -> None:
+    """Check the prompt of `generate` and what comes with it; without a prompt it begins with the `bos_token_id`.
+
+    Args:
+        prompt (`torch.LongTensor` of shape `(B, T)`, *optional*): the first argument of `generate`.
+        arguments (`dict`): its keyword arguments.
+        vocabulary ([`Vocabulary`]): of the model.
+    Raises:
+        ValueError, TypeError: as `check_inputs`.
+    """
+    prompt = arguments.get("input_ids") if prompt is None else prompt
+    embeds, position_ids = arguments.get("inputs_embeds"), arguments.get("position_ids")
+    cache = next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)
+    _check_cache(cache)
+    if prompt is not None:
+        _check_ids(prompt, vocabulary)
+    if embeds is not None:
+        _check_embeddings(embeds, vocabulary)
+    text = prompt if embeds is None else embeds
+    if text is None:
+        return
+    rows, tokens = text.shape[:2]
+    if 0 in (rows, tokens):
+        raise ValueError(
+            f"The prompt has no tokens: its shape is {(rows, tokens)} (batch, tokens). Begin with at least one token, such "
+            "as the tokenizer's `bos_token_id`."
+        )
+    # A prompt may go on from a cache, or begin with embeddings of its first part.
+    _check_mask(arguments.get("attention_mask"), rows, tokens, is_whole=cache is None and embeds is None)
+    if position_ids is not None:
+        _check_positions(position_ids, rows, tokens, None)
+
+
+def check_labels(labels: Any, shape: tuple[int, ...], vocabulary: Vocabulary, ignore_index: int = -100) -> None:
+    """Check the labels of a loss.
+
+    Args:
+        labels (`torch.LongTensor` of shape `(B, T)`, *optional*): token ids, `ignore_index` where there is no loss.
+        shape (`tuple[int]`): B and T of the input.
+        vocabulary ([`Vocabulary`]): of the model.
+        ignore_index (`int`, defaults to -100): label of tokens without a loss.
+    Raises:
+        ValueError: for another shape or dtype, or ids that the vocabulary lacks.
+    """
+    if labels is None:
+        return
+    if not isinstance(labels, torch.Tensor):
+        raise ValueError(f"`labels` must be a tensor of token ids, got {type(labels).__name__}.")
+    if not is_torchdynamo_exporting() and tuple(labels.shape) != tuple(shape):
+        raise ValueError(
+            f"`labels` must have the shape of the input {tuple(shape)}, got {tuple(labels.shape)}. The model shifts them "
+            "by one token itself."
+        )
+    if labels.dtype != torch.long:
+        raise ValueError(f"`labels` must be of the dtype torch.long, got {labels.dtype}. Use `labels.long()`.")
+    if vocabulary.size is not None and _can_read(labels):
+        _check_range("labels", labels[labels != ignore_index], vocabulary.size, f", or {ignore_index} for no loss")
+
+
+def check_names(arguments: dict[str, Any]) -> None:
+    """Check arguments that a model does not know: one that is meant for retrieval would be ignored without a word.
+
+    Raises:
+        TypeError: for a name that speaks of neighbors, chunks or retrieval.
+    """
+    for name in arguments:
+        if any(part in name for part in ("neighbo", "chunk", "retr")):
+            match = next(iter(get_close_matches(name, _ARGUMENTS, 1, 0.0)))
+            raise TypeError(f"RETRO has no argument `{name}`, which would be ignored. Did you mean `{match}`?")
+
+
+def _can_read(tensor: torch.Tensor) -> bool:
+    return tensor.device.type == "cpu" and type(tensor) is torch.Tensor and not torch.compiler.is_compiling()
+
+
+def _check_cache(cache: Any) -> None:
+    if cache is not None and not hasattr(cache, "get_seq_length"):
+        raise TypeError(
+            f"`{CACHE_NAME}` must be a cache of transformers, got {type(cache).__name__}. Make one with "
+            "`DynamicCache(config=model.config)`, or leave it out."
+        )
+
+
+def _check_ids(input_ids: Any, vocabulary: Vocabulary) -> None:
+    if not isinstance(input_ids, torch.Tensor):
+        remedy = "Pass `torch.tensor(ids)`, one row of ids per text"
+        if hasattr(input_ids, "keys"):  # what a tokenizer returns
+            remedy = "Unpack what the tokenizer returned: `model(**inputs)`, `model.generate(**inputs)`"
+        elif isinstance(input_ids, (str, list, tuple)):
+            remedy = "Let the tokenizer make it: `tokenizer(texts, return_tensors='pt')`"
+        raise ValueError(
+            f"`input_ids` must be a tensor of shape (batch, tokens), got {type(input_ids).__name__}. {remedy}."
+        )
+    if input_ids.dim() != 2:
+        remedy = "one row per text: `input_ids.unsqueeze(0)`" if input_ids.dim() == 1 else "one row per text"
+        raise ValueError(f"`input_ids` must have the shape (batch, tokens), {remedy}; got {tuple(input_ids.shape)}.")
+    if input_ids.dtype not in (torch.long, torch.int):
+        raise ValueError(
+            f"`input_ids` must be of the dtype torch.long or torch.int, got {input_ids.dtype}. Use `input_ids.long()`."
+        )
+    if vocabulary.size is not None and _can_read(input_ids):
+        _check_range("input_ids", input_ids, vocabulary.size)
+
+
+def _check_range(name: str, ids: torch.Tensor, vocab_size: int, others: str = "") -> None:
+    if not ids.numel():
+        return
+    least, most = (int(value) for value in ids.aminmax())
+    if least < 0 or most >= vocab_size:
+        raise ValueError(
+            f"`{name}` holds ids from {least} to {most}, but the vocabulary has the ids 0 to {vocab_size - 1}{others}. Use "
+            "the model's own tokenizer; if tokens were added to it, `model.resize_token_embeddings(len(tokenizer))`."
+        )
+
+
+def _check_embeddings(inputs_embeds: Any, vocabulary: Vocabulary) -> None:
+    width = vocabulary.width
+    expected = f"(batch, tokens, {'hidden_size' if width is None else width})"
+    if not isinstance(inputs_embeds, torch.Tensor):
+        raise ValueError(
+            f"`inputs_embeds` must be a tensor of shape {expected}, got {type(inputs_embeds).__name__}. For token ids use "
+            "`input_ids`."
+        )
+    if inputs_embeds.dim() != 3 or width not in (None, inputs_embeds.shape[-1]):
+        raise ValueError(f"`inputs_embeds` must have the shape {expected}, got {tuple(inputs_embeds.shape)}.")
+    if not inputs_embeds.is_floating_point():
+        raise ValueError(
+            f"`inputs_embeds` must be of a floating-point dtype, got {inputs_embeds.dtype}. For token ids use `input_ids`."
+        )
+
+
+def _check_mask(mask: Any, rows: int, tokens: int, is_whole: bool) -> None:
+    """A 2-D mask covers the tokens, and those of a cache if there is one; other kinds are transformers' own."""
+    if mask is None or isinstance(mask, dict):
+        return
+    expected = f"({rows}, {tokens}{'' if is_whole else ' and those of the cache'})"
+    if isinstance(mask, (list, tuple, str)) or hasattr(mask, "__array_interface__"):
+        raise ValueError(f"`attention_mask` must be a tensor of shape {expected}, got {type(mask).__name__}.")
+    if not isinstance(mask, torch.Tensor):  # of flex attention
+        return
+    if mask.dim() == 2:
+        fits = mask.shape[0] == rows and (mask.shape[1] == tokens or (mask.shape[1] > tokens and not is_whole))
+    else:
+        fits = mask.dim() == 4 and mask.shape[0] in (1, rows) and mask.shape[2] == tokens
+    if not fits:
+        raise ValueError(
+            f"`attention_mask` must have shape {expected}, one entry per token of the input and of the cache, got "
+            f"{tuple(mask.shape)}."
+        )
+
+
+def _check_positions(position_ids: Any, rows: int, tokens: int, positions: range | None) -> None:
+    if not isinstance(position_ids, torch.Tensor) or position_ids.is_floating_point():
+        found = position_ids.dtype if isinstance(position_ids, torch.Tensor) else type(position_ids).__name__
+        raise ValueError(f"`position_ids` must be a tensor of integers of shape {(rows, tokens)}, got {found}.")
+    shape = tuple(position_ids.shape)
+    # Models of images and text have several positions per token, in a dimension before the rows.
+    if len(shape) not in (2, 3) or shape[-1] != tokens or shape[-2] not in (1, rows):
+        raise ValueError(f"`position_ids` must have the shape {(rows, tokens)}, one per token, got {shape}.")
+    if positions is not None and _can_read(position_ids):
+        least, most = (int(value) for value in position_ids.aminmax())
+        if least not in positions or most not in positions:
+            raise ValueError(
+                f"`position_ids` are from {least} to {most}, but the backbone's position table has those from "
+                f"{positions.start} to {positions.stop - 1}."
+            )
+
+
+__all__ = ["Vocabulary", "check_inputs", "check_labels", "check_names", "check_prompt", "vocabulary_of"]
