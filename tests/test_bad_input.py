@@ -289,7 +289,7 @@ def test_positions_beyond_the_table(positions):
     assert tiny_retro("llama")(IDS, position_ids=positions.clamp(min=0)).logits.shape == (2, 9, VOCAB_SIZE)
 
 
-@pytest.mark.parametrize("name", ["neighbour_input_ids", "neighbors", "chunk_offsets", "retriver", "retrievers"])
+@pytest.mark.parametrize("name", ["neighbour_input_ids", "neighbors", "chunk_offsets", "retrieve"])
 def test_a_misspelt_argument_of_retrieval(model, name):
     """A model would take it among its other arguments, and run without retrieval."""
     with pytest.raises(TypeError, match=rf"no argument `{name}`.*Did you mean"):

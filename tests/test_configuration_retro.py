@@ -354,6 +354,50 @@ def test_a_field_of_the_backbone_can_be_given_at_loading(family, tmp_path):
             assert getattr(read.get_text_config(decoder=True), name) == value
 
 
+@pytest.mark.parametrize(
+    ("family", "name", "value", "field"),
+    [
+        ("llama", "rope_theta", 5.0, "rope_parameters"),
+        ("llama", "rope_scaling", {"rope_type": "linear", "factor": 2.0}, "rope_parameters"),
+        ("llama", "n_embd", 64, "hidden_size"),
+        ("llama", "n_positions", 64, "max_position_embeddings"),
+        ("gpt2", "n_embd", 64, "n_embd"),
+        ("gpt2", "embd_pdrop", 0.5, "embd_pdrop"),
+    ],
+)
+def test_what_the_backbone_alone_understands_is_refused(family, name, value, field):
+    """On the whole config it would be stored and ignored, also where the backbone turns it into another field."""
+    with pytest.raises(ValueError, match=rf"no field '{name}'.*text_config={{'{field}'"):
+        RetroConfig(text_config=FAMILIES[family], **{name: value})
+
+
+def test_what_the_backbone_alone_understands_is_refused_at_loading(tmp_path):
+    RetroConfig(text_config=FAMILIES["llama"]).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="no field 'rope_theta'") as caught:
+        RetroConfig.from_pretrained(tmp_path, rope_theta=5.0)
+    remedy = {"rope_parameters": {"rope_theta": 5.0, "rope_type": "default"}}
+    assert str(remedy) in str(caught.value)
+    assert RetroConfig.from_pretrained(tmp_path, text_config=remedy).text_config.rope_parameters["rope_theta"] == 5.0
+
+
+def test_notes_of_a_user_are_kept(tmp_path):
+    """As in transformers; they say nothing that the backbone would understand."""
+    RetroConfig(text_config=FAMILIES["llama"], note="mine").save_pretrained(tmp_path)
+    config, unused = RetroConfig.from_pretrained(tmp_path, device_map="auto", return_unused_kwargs=True)
+    assert (config.note, unused) == ("mine", {"device_map": "auto"})
+
+
+@pytest.mark.parametrize("save_backbone", [True, False])
+def test_special_tokens_can_be_given_at_loading(tmp_path, save_backbone):
+    """They belong to the whole model, although they are no fields of its config."""
+    tiny_backbone("llama").save_pretrained(tmp_path / "base")
+    retrofit(tmp_path / "base", save_backbone=save_backbone).save_pretrained(tmp_path / "retro")
+    given = {"bos_token_id": 5, "eos_token_id": [6, 7], "pad_token_id": 8}
+    for load in (RetroForCausalLM, AutoModelForCausalLM):
+        config = load.from_pretrained(tmp_path / "retro", **given).config
+        assert {name: getattr(config, name) for name in given} == given
+
+
 def test_the_error_says_where_a_field_of_a_composite_backbone_belongs():
     """The layers read the config inside the backbone's, so the remedy names both."""
     with pytest.raises(ValueError, match=r"`text_config=\{'text_config': \{'sliding_window': \.\.\.\}\}`"):

@@ -33,17 +33,27 @@ _SPELLINGS = {
     "num_neighbors": "knn k num_neighbours",
     "neighbor_size": "neighbour_size retrieved_length",
     "cross_attention_layers": "dec_cross_attn_layers dec_cca_layers",
-    "hidden_size": "d_model dim",
-    "intermediate_size": "d_ff ffn_dim",
-    "num_hidden_layers": "depth num_layers",
+    "hidden_size": "d_model dim n_embd",
+    "intermediate_size": "d_ff ffn_dim n_inner",
+    "num_hidden_layers": "depth num_layers n_layer n_layers",
     "head_dim": "dim_head",
-    "num_attention_heads": "heads num_heads",
+    "num_attention_heads": "heads num_heads n_head n_heads",
+    "max_position_embeddings": "n_positions n_ctx max_seq_len",
     "neighbor_encoder_config": "encoder_config",
     "text_config": "backbone_config decoder_config",
 }
 _ALIASES = {spelling: name for name, spellings in _SPELLINGS.items() for spelling in spellings.split()}
 # Sizes of a transformer; those of the backbone can't be set on `RetroConfig`.
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim")
+
+# Arguments that every config takes although they are no fields of it.
+_OF_EVERY_CONFIG = (
+    "attn_implementation",
+    "experts_implementation",
+    "torch_dtype",
+    "quantization_config",
+    "model_type",
+)
 
 READERS = ("cross_attention", "parallel_context")
 """How neighbors are read: see `RetroConfig.reader`."""
@@ -375,9 +385,14 @@ class RetroConfig(_RetroConfigMixin, PreTrainedConfig):
                 f"This is a config of the family '{family}', not of a RETRO model. To add retrieval to a model of that family, use "
                 "`retro_hf.retrofit`; to load it as it is, use `AutoModelForCausalLM`."
             )
-        unknown = set(kwargs) - {field.name for field in fields(cls)}
+        unknown = {name: value for name, value in kwargs.items() if name not in {field.name for field in fields(cls)}}
         saved = cls(**config_dict) if unknown else None
-        theirs = {name: kwargs.pop(name) for name in unknown if saved._owner(name) is not None}
+        # Ids of special tokens belong to the whole model, which has the backbone's tokenizer, though no field is called so.
+        theirs = {
+            name: kwargs.pop(name) for name in unknown if name.endswith("_token_id") or saved._owner(name) is not None
+        }
+        if saved is not None:
+            saved._reject_backbone_fields({name: value for name, value in kwargs.items() if name in unknown})
         loaded = super().from_dict(config_dict, **kwargs)
         for name, value in theirs.items():
             setattr(loaded[0] if isinstance(loaded, tuple) else loaded, name, value)
@@ -396,7 +411,9 @@ class RetroConfig(_RetroConfigMixin, PreTrainedConfig):
 
     def _reject_backbone_fields(self, unknown: dict) -> None:
         for name, value in unknown.items():
-            match = _ALIASES.get(name) or next(iter(get_close_matches(name, _SIZES, 1, 0.85)), name)
+            match = name
+            if self._owner(name) is None:
+                match = _ALIASES.get(name) or next(iter(get_close_matches(name, _SIZES, 1, 0.85)), name)
             owner = self._owner(match)
             # Trainer sets `use_cache` on every config; any other that says what the backbone says does no harm either.
             is_harmless = name == "use_cache" or (name == match and value == getattr(owner, name, None))
@@ -408,6 +425,26 @@ class RetroConfig(_RetroConfigMixin, PreTrainedConfig):
                 )
                 remedy = f"`text_config={inner}`"
                 raise ValueError(f"RetroConfig has no field '{name}'. It is one of the backbone's: {remedy}.")
+            if owner is None and (kept := self._backbone_keeps(name, value)):
+                family = type(self.text_config).__name__
+                raise ValueError(
+                    f"RetroConfig has no field '{name}'. {family} makes the field '{next(iter(kept))}' of it. Set that one in "
+                    f"the backbone's config: `text_config={kept}`."
+                )
+
+    def _backbone_keeps(self, name: str, value: Any) -> dict[str, Any]:
+        """The fields that the backbone's config makes of an argument that is no field of it, such as `rope_theta`."""
+        is_general = hasattr(PreTrainedConfig, name) and name != "rope_scaling"  # kept there for older code alone
+        if is_general or name in _OF_EVERY_CONFIG or name.startswith("_"):
+            return {}
+        if not isinstance(value, (int, float, str, list, dict)):
+            return {}
+        family = type(self.text_config)
+        try:
+            plain, made = family().to_dict(), family(**{name: copy.deepcopy(value)}).to_dict()
+        except Exception:  # a family without defaults, or a value that it refuses
+            return {}
+        return {field: made[field] for field in made if field != name and made[field] != plain.get(field)}
 
     def _check_family(self, name: str, expected: str | None) -> None:
         config = getattr(self, name) or {}
