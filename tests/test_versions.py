@@ -46,8 +46,14 @@ def test_rows_are_ordered_by_set_and_python(versions):
     assert found == [("lowest", "3.12"), ("newest", "3.9"), ("newest", "3.11"), ("transformers-5.20", "3.11")]
 
 
-def test_every_test_of_the_model_exists(versions):
-    assert all((ROOT / path).exists() for path in versions["TESTS"])
+def test_every_test_exists(versions):
+    assert list(versions["TESTS"]) == ["model", "extras"]
+    assert all((ROOT / path.partition("::")[0]).exists() for paths in versions["TESTS"].values() for path in paths)
+
+
+def test_a_row_of_the_extras_follows_that_of_the_model(versions):
+    rows = [result("newest", "3.11") | {"tests": tests} for tests in ("all", "extras", "model")]
+    assert [row["tests"] for row in sorted(rows, key=versions["order"])] == ["model", "all", "extras"]
 
 
 def test_the_page_shows_the_results(versions):

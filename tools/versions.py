@@ -12,6 +12,7 @@ The exit code is 1 if a test failed, or a set could not be installed.
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -31,18 +32,35 @@ BEGIN, END = "<!-- Made by tools/versions.py: -->", "<!-- until here. -->"
 
 SETS = ("lowest", "constraints", "newest")
 SHOWN = ("transformers", "torch", "numpy", "huggingface-hub", "datasets", "accelerate", "faiss-cpu", "peft", "trl")
-# What touches transformers most.
-TESTS = (
-    "tests/test_compatibility_retro.py",
-    "tests/test_oracle.py",
-    "tests/test_generation.py",
-    "tests/test_cache_retro.py",
-    "tests/test_retrofit.py",
-    "tests/test_saving.py",
-    "tests/test_loading.py",
-    "tests/test_gradient_checkpointing.py",
-    "tests/training/test_trainer.py",
-)
+TESTS = {
+    # What touches transformers most.
+    "model": (
+        "tests/test_compatibility_retro.py",
+        "tests/test_oracle.py",
+        "tests/test_generation.py",
+        "tests/test_cache_retro.py",
+        "tests/test_retrofit.py",
+        "tests/test_saving.py",
+        "tests/test_loading.py",
+        "tests/test_gradient_checkpointing.py",
+        "tests/training/test_trainer.py",
+    ),
+    # What touches an optional package: each extra of pyproject.toml that the tests install, PEFT and TRL.
+    "extras": (
+        "tests/test_peft.py",
+        "tests/test_trl.py",
+        "tests/server/test_engine.py",
+        "tests/server/test_server.py",
+        "tests/server/test_tools.py",
+        "tests/integrations",
+        "tests/datastore/test_embedder.py",
+        "tests/datastore/test_lexical.py",
+        "tests/datastore/test_duplicates.py",
+        "tests/evaluation/test_lm_eval.py",
+        "tests/evaluation/test_questions.py::test_scores_equal_a_naive_transcription",
+        "tests/evaluation/test_report.py",
+    ),
+}
 
 
 def uv(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -129,12 +147,11 @@ def state_of_the_code() -> str:
     return digest.hexdigest()
 
 
-def run_set(name: str, python: str, tests: list[str], workers: int, kept: dict | None) -> dict:
-    """Run one set, unless `kept` is its result for the same versions, code and tests."""
+def run_set(name: str, python: str, label: str, tests: list[str], workers: int, kept: dict | None) -> dict:
+    """Run tests, which are called `label`, with one set, unless `kept` is the result for the same versions, code and tests."""
     folder = WORK / f"{name}-py{python}"
     folder.mkdir(parents=True, exist_ok=True)
-    which = "all" if not tests else "model" if tests == list(TESTS) else ", ".join(Path(one).stem for one in tests)
-    row = {"set": name, "python": python, "tests": which, "date": f"{datetime.now(UTC):%Y-%m-%d}"}
+    row = {"set": name, "python": python, "tests": label, "date": f"{datetime.now(UTC):%Y-%m-%d}"}
     try:
         backend = torch_backend(python)
         versions = resolve(name, python, folder, backend)
@@ -194,7 +211,13 @@ def write_page(results: list[dict]) -> None:
 def order(row: dict) -> tuple:
     """Where a result stands in the table."""
     python = [int(part) for part in row["python"].split(".")]
-    return SETS.index(row["set"]) if row["set"] in SETS else len(SETS), row["set"], python
+    return (
+        SETS.index(row["set"]) if row["set"] in SETS else len(SETS),
+        row["set"],
+        python,
+        row["tests"] != "model",
+        row["tests"],
+    )
 
 
 def main() -> int:
@@ -202,7 +225,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sets", nargs="*", help=f"{', '.join(SETS)}, or a release such as transformers-5.20")
     parser.add_argument("--python", default="3.11", help="version of the interpreter, which uv finds or fetches")
-    parser.add_argument("--all", action="store_true", help="run all tests, not only those that touch transformers")
+    parser.add_argument(
+        "--all", action="store_true", help="run all tests, not only those of the model and of the extras"
+    )
+    parser.add_argument("--only", choices=TESTS, help="run the tests of the model, or those of the extras, alone")
     parser.add_argument("--again", action="store_true", help="run sets again that have a result")
     parser.add_argument("--workers", type=int, default=2, help="processes that run tests")
     parser.add_argument("--pytest", default="", help="files of tests, or other arguments, instead of the usual ones")
@@ -210,17 +236,21 @@ def main() -> int:
     unknown = [name for name in options.sets if name not in SETS and not re.fullmatch(r"transformers-\d+\.\d+", name)]
     if unknown:
         parser.error(f"no set is called {unknown[0]!r}; there are {', '.join(SETS)} and transformers-X.Y")
-    tests = options.pytest.split() or ([] if options.all else list(TESTS))
+    runs = {label: list(tests) for label, tests in TESTS.items() if options.only in (None, label)}
+    if options.all or options.pytest:
+        tests = options.pytest.split()
+        runs = {", ".join(Path(one).stem for one in tests) or "all": tests}
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
     problems = 0
-    for name in options.sets or SETS:
-        same = [row for row in results if (row["set"], row["python"]) == (name, options.python)]
+    for name, (label, tests) in itertools.product(options.sets or SETS, runs.items()):
+        key = name, options.python, label
+        same = [row for row in results if (row["set"], row["python"], row["tests"]) == key]
         kept = same[0] if same and not options.again else None
-        row = run_set(name, options.python, tests, options.workers, kept)
+        row = run_set(*key, tests, options.workers, kept)
         results = sorted([*(one for one in results if one not in same), row], key=order)
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
         write_page(results)
-        print(f"{name}, Python {options.python}: {row.get('problem') or summary(row)}", flush=True)
+        print(f"{name}, Python {options.python}, {label}: {row.get('problem') or summary(row)}", flush=True)
         problems += "problem" in row or bool(row["failed"])
     return int(problems > 0)
 
