@@ -20,6 +20,7 @@ from difflib import get_close_matches
 from typing import Any, NamedTuple
 
 import torch
+from transformers.cache_utils import Cache
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import is_torchdynamo_exporting
 
@@ -82,7 +83,7 @@ def check_inputs(
         raise ValueError(f"The input has no tokens: its shape is {(rows, tokens)} (batch, tokens).")
     _check_mask(attention_mask, rows, tokens, is_whole=cache is None)
     if positions is not None:
-        length = tokens + (0 if cache is None else int(cache.get_seq_length()))
+        length = tokens + (int(cache.get_seq_length()) if isinstance(cache, Cache) else 0)
         if length > positions.stop:
             raise ValueError(
                 f"The sequence has {length} tokens, but the backbone's position table ends at {positions.stop}. Shorten "
@@ -168,7 +169,8 @@ def _can_read(tensor: torch.Tensor) -> bool:
 
 
 def _check_cache(cache: Any) -> None:
-    if cache is not None and not hasattr(cache, "get_seq_length"):
+    # That of continuous batching is a class of its own, without a length.
+    if isinstance(cache, (tuple, list, dict, str, int, float, torch.Tensor)):
         raise TypeError(
             f"`{CACHE_NAME}` must be a cache of transformers, got {type(cache).__name__}. Make one with "
             "`DynamicCache(config=model.config)`, or leave it out."
