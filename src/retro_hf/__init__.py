@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .answering import Answer, answer
     from .datastore import ChunkEmbedder, RetroDatastore
     from .errors import RetroError
+    from .fitting import Fit, fit
     from .retriever import RetrievedNeighbor, RetroRetriever
     from .training import RetroDataCollator, precompute_neighbors
 
@@ -28,18 +29,21 @@ __version__ = "0.1.0"
 _LAZY = {
     "Answer": "answering",
     "ChunkEmbedder": "datastore",
+    "Fit": "fitting",
     "RetrievedNeighbor": "retriever",
     "RetroDataCollator": "training",
     "RetroDatastore": "datastore",
     "RetroError": "errors",
     "RetroRetriever": "retriever",
     "answer": "answering",
+    "fit": "fitting",
     "precompute_neighbors": "training",
 }
 
 __all__ = [
     "Answer",
     "ChunkEmbedder",
+    "Fit",
     "RetrievedNeighbor",
     "RetroConfig",
     "RetroDataCollator",
@@ -54,6 +58,7 @@ __all__ = [
     "RetroPreTrainedModel",
     "RetroRetriever",
     "answer",
+    "fit",
     "precompute_neighbors",
     "retrofit",
 ]

@@ -12,6 +12,7 @@ __all__ = ["EXTRAS", "load"]
 
 # The name under which a package is imported, and the extra of pyproject.toml that installs it.
 EXTRAS = {
+    "accelerate": "train",
     "bm25s": "bm25",
     "datasets": "train",
     "datasketch": "dedup",
@@ -22,6 +23,7 @@ EXTRAS = {
     "matplotlib": "plot",
     "mcp": "mcp",
     "prometheus_client": "serve",
+    "psutil": "train",
     "pypdf": "pdf",
     "ray": "ray",
     "sentence_transformers": "sentence-transformers",

@@ -87,6 +87,7 @@ def test_what_is_copied_raises_the_logits_that_it_should():
         {"encoder": {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 3, "head_dim": 8}},
         {"encoder": {"hidden_size": 40, "intermediate_size": 16, "num_attention_heads": 2, "head_dim": 8}},
         {"reader": "parallel_context", "encoder": None},
+        {"cross_attention_head_dim": 80},
     ],
     ids=str,
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from .result import CopiedDocument, LeakedDocument
 from .scoring import Document
 
 
-__all__ = ["common_runs", "copied_documents", "leaked_documents", "overlaps", "shared_tokens"]
+__all__ = ["common_runs", "copied_documents", "holders", "leaked_documents", "overlaps", "shared_tokens"]
 
 # Documents are compared by their sets of 13-grams of tokens, as in section 2.6 of the paper.
 _NGRAM = 13
@@ -81,8 +81,8 @@ def shared_tokens(datastore: RetroDatastore, chunks: Chunks, chunk_ids: Neighbor
 class _Shingles:
     """The sets of 13-grams of some documents, indexed by 13-gram."""
 
-    def __init__(self, documents: Sequence[Document]) -> None:
-        self.members = shingles_of([document.input_ids for document in documents], _NGRAM)
+    def __init__(self, documents: Sequence[np.ndarray]) -> None:
+        self.members = shingles_of(documents, _NGRAM)
         self.sizes = np.array([len(shingles) for shingles in self.members], dtype=np.int64)
         owners = np.repeat(np.arange(len(self.members)), self.sizes)
         flat = np.concatenate([*self.members, np.empty(0, dtype=np.uint32)])
@@ -106,7 +106,7 @@ def copied_documents(documents: Sequence[Document], names: Sequence[str]) -> dic
     Returns:
         `dict[int, CopiedDocument]`: by the place of the document; `names` are those in the result.
     """
-    sets = _Shingles(documents)
+    sets = _Shingles([document.input_ids for document in documents])
     kept = np.zeros(len(documents), dtype=bool)
     copies: dict[int, CopiedDocument] = {}
     for place in np.argsort(-sets.sizes, kind="stable").tolist():
@@ -116,6 +116,22 @@ def copied_documents(documents: Sequence[Document], names: Sequence[str]) -> dic
         if not kept[place]:
             copies[place] = CopiedDocument(names[place], names[best], round(float(shared[best] / size), 4))
     return copies
+
+
+def holders(documents: Sequence[np.ndarray], others: Iterable[tuple[str, np.ndarray]]) -> list[list[str]]:
+    """For each document the ids of those others that have at least 80 % of its 13-grams, itself if it is among them.
+
+    Args:
+        documents (`Sequence` of int64 arrays of shape `(num_tokens,)`): token ids.
+        others (iterable of `tuple`): ids and token ids.
+    """
+    sets = _Shingles(documents)
+    found: list[list[str]] = [[] for _ in documents]
+    for id, tokens in others if sets.sizes.any() else ():
+        shared = sets.shared(shingles_of([tokens], _NGRAM)[0])
+        for row in np.flatnonzero((shared > 0) & (shared >= _THRESHOLD * sets.sizes)).tolist():
+            found[row].append(id)
+    return found
 
 
 def leaked_documents(
@@ -129,7 +145,7 @@ def leaked_documents(
     Returns:
         `dict[int, LeakedDocument]`: by the place of the document.
     """
-    sets = _Shingles(documents)
+    sets = _Shingles([document.input_ids for document in documents])
     best: dict[int, LeakedDocument] = {}
     with progress_bar(
         show_progress, total=datastore.num_documents, unit="doc", desc="Checking for leakage"

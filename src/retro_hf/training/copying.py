@@ -132,6 +132,12 @@ def _check(model: RetroForCausalLM, input_ids: torch.Tensor) -> None:
             f"`start_by_copying` needs an encoder of at least {len(_BEFORE)} heads and a width of at least {needed}, got "
             f"{encoder.num_attention_heads} heads and {encoder.hidden_size}. Give a larger `encoder` to `retrofit`."
         )
+    if config.cross_attention_head_dim > 4 * encoder.head_dim:
+        raise ValueError(
+            f"`start_by_copying` needs heads of cross-attention that are at most four times as wide as the encoder's, got "
+            f"cross_attention_head_dim={config.cross_attention_head_dim} and head_dim={encoder.head_dim}. Give `retrofit` "
+            f"cross_attention_head_dim={4 * encoder.head_dim}, or an encoder of wider heads."
+        )
     wanted = 4 * config.hidden_size
     if input_ids.numel() < wanted or input_ids.shape[-1] < 8:
         raise ValueError(

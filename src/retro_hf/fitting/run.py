@@ -1,0 +1,341 @@
+"""fit: from a base and documents to a reader of one's own, and what it is worth."""
+
+from __future__ import annotations
+
+import json
+import os
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers.utils import logging
+
+from .. import extras
+from ..datastore import ChunkEmbedder, RetroDatastore
+from ..datastore.compatibility import load_tokenizer
+from ..datastore.files import digest_of, write_file
+from ..errors import DatasetError, UnsupportedBackboneError, counted
+from ..evaluation import Evaluation, evaluate
+from ..evaluation.leakage import holders
+from ..model.modeling_retro import RetroForCausalLM
+from ..retriever import RetroRetriever
+from ..retrofit import parameter_report, retrofit
+from ..training import precompute_neighbors, start_by_copying
+from ..training.collator import padding_id
+from .plan import Plan, check_memory, measure
+from .recipe import FitCollator, is_adapter, load_start
+from .result import Fit
+from .texts import Texts, split, stored_tokens, windows_of, with_stored_ids
+from .train import Watch, last_checkpoint, train
+
+
+__all__ = ["fit"]
+
+logger = logging.get_logger(__name__)
+
+_CHUNK_SIZE, _NEIGHBOR_SIZE = 32, 128  # of a datastore that is built here
+_WINDOW, _LEAST_CHUNKS = 256, 4
+_WATCHED = 6  # held-out documents that are scored on the way
+_COPY_TOKENS = 40_000  # that `start_by_copying` is fitted to
+_MODES = ("off", "on", "random", "in_context")
+_MINUTES = 30.0
+
+
+def fit(
+    base: str | os.PathLike[str],
+    texts: Any,
+    output: str | os.PathLike[str],
+    *,
+    retriever: RetroRetriever | None = None,
+    embedder: ChunkEmbedder | str | None = None,
+    minutes: float | None = None,
+    steps: int | None = None,
+    num_neighbors: int = 2,
+    num_heldout: int = 24,
+    batch_size: int | None = None,
+    learning_rate: float | None = None,
+    seed: int = 0,
+) -> Fit:
+    """Fit a reader to documents, and measure on documents that were held out what it brings.
+
+    A new reader begins with [`start_by_copying`]; a RETRO adapter goes on learning. Every chunk reads neighbors of other documents:
+    a document that lies in the datastore, under whatever id, gives none to itself. What was held out is searched for in a
+    datastore without it. At the end the adapter is compared with no retrieval, with random neighbors, and with the base that
+    reads the same neighbors untrained, in its prompt and in parallel context.
+
+    How long it takes is measured in two steps and logged before it starts. The state is saved every two minutes; the same call
+    goes on from there after a crash, or when the time was over.
+
+    Args:
+        base (`str` or `Path`): a causal language model, which stays as it is, or a RETRO adapter to go on with.
+        texts: documents, as for [`RetroDatastore.build`].
+        output (`str` or `Path`): folder of the adapter. Its `work` folder is only needed to go on.
+        retriever ([`RetroRetriever`], *optional*): where to look. By default a datastore is built in `output/store` from the
+            documents that are not held out.
+        embedder ([`ChunkEmbedder`] or `str`, *optional*): for that datastore.
+        minutes (`float`, *optional*): longest time of training; 30 unless `steps` are given.
+        steps (`int`, *optional*): steps of training; by default as many as fit into the time, and at most four times through
+            the texts.
+        num_neighbors (`int`, defaults to 2): what is read in use. In training it varies from one to one more.
+        num_heldout (`int`, defaults to 24): documents to hold out, at most a fifth of all. Each is cut to a window.
+        batch_size (`int`, *optional*): windows of 256 tokens per step; 6 on a CPU, 32 on a GPU.
+        learning_rate (`float`, *optional*): 1e-3 for a new reader, 7e-4 for an adapter that goes on.
+        seed (`int`, defaults to 0): of what is held out and of all draws.
+    Returns:
+        [`Fit`]: `print` shows the verdict and a table.
+    Raises:
+        DatasetError: if there are too few documents.
+        DatastoreMismatchError: if the datastore has another tokenizer or chunk size.
+        FileExistsError: if `output` has something else, or a fit with other settings.
+        UnsupportedBackboneError: for a base that cannot get a reader.
+        ValueError: if this machine is too small; the message says what would do.
+    *Memory*: logged before the training. *Disk*: the datastore a second time if documents that are held out lie in it.
+    """
+    extras.load("accelerate", "Fitting")
+    output = Path(output)
+    minutes = _MINUTES if minutes is None and steps is None else minutes
+    for name, value, least in (("minutes", minutes, 0), ("steps", steps, 0), ("num_neighbors", num_neighbors, 0)):
+        if value is not None and value <= least:
+            raise ValueError(f"{name} is {value}, but it must be above {least}.")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    goes_on = is_adapter(base)
+    batch_size = batch_size or (6 if device.type == "cpu" else 32)
+    learning_rate = learning_rate or (7e-4 if goes_on else 1e-3)
+    if retriever is None and embedder is None:
+        raise ValueError("Give a `retriever`, or an `embedder` to build a datastore of the texts with.")
+    chunk_size = _CHUNK_SIZE if retriever is None else retriever.chunk_size
+    window = max(_WINDOW // chunk_size, _LEAST_CHUNKS) * chunk_size
+    tokenizer = load_tokenizer(base if retriever is None else retriever.tokenizer)
+    check_memory(base, device, dtype, batch_size * window)
+
+    parts = split(texts, tokenizer, num_heldout=num_heldout, least=3 * chunk_size, window=window, seed=seed)
+    logger.info(
+        f"{counted(len(parts.train), 'document')} to train on, {len(parts.heldout)} held out; {parts.num_near:,} left out because they "
+        "have most of a text that is held out."
+    )
+    identity = {
+        "base": str(base),
+        "num_neighbors": num_neighbors,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "seed": seed,
+        "num_heldout": len(parts.heldout),
+        "texts": digest_of(*(f"{one['id']}\n{one['text']}" for one in (*parts.train, *parts.heldout))),
+        "datastore": ""
+        if retriever is None
+        else digest_of(*(file.sha256 for file in retriever.datastore.manifest.files)),
+    }
+    state = _claim(output, identity if steps is None else identity | {"planned": steps})
+    work = output / "work"
+    if retriever is None:
+        retriever = _own_store(parts, output / "store", tokenizer, embedder)
+    store = retriever.datastore
+    store.check_compatible(tokenizer=load_tokenizer(base))
+    sizes = {"chunk_size": store.chunk_size, "neighbor_size": store.neighbor_size, "num_neighbors": num_neighbors}
+    finished = "steps" in state and state["steps"] == state["planned"]
+    torch.manual_seed(seed)
+    model: Any = load_start(output if finished else base, dtype, **sizes)
+    model.to(device)
+    store.check_compatible(chunk_size=model.config.chunk_size)
+    logger.info(parameter_report(model))
+    held = _without(parts, retriever, work / "store", tokenizer)
+    watch = Watch(parts.heldout[:_WATCHED], tokenizer, held, num_neighbors, window, batch_size, seed)
+
+    if not finished:
+        cut = {"window": window, "chunk_size": chunk_size, "seed": seed}
+        if not goes_on and last_checkpoint(work) is None:
+            few = windows_of(parts.train, tokenizer, count=-(-_COPY_TOKENS // window), **cut)
+            start_by_copying(model, _rows(few["input_ids"]).to(device))
+        plan = _plan(
+            model, parts, tokenizer, store, state, steps, minutes, batch_size, cut, len(parts.heldout) * window
+        )
+        logger.info(str(plan))
+        write_file(work / "state.json", json.dumps(identity | {"planned": plan.steps}).encode())
+        windows = windows_of(parts.train, tokenizer, count=plan.steps * batch_size, **cut)
+        windows = with_stored_ids(windows, parts.train, store, tokenizer)
+        rows = precompute_neighbors(
+            windows, retriever, num_neighbors=2 * (num_neighbors + 1), cache_dir=work / "neighbors"
+        )
+        collator = FitCollator(padding_id(tokenizer), store, num_neighbors=num_neighbors, seed=seed)
+        done = train(model, rows, collator, watch, work, plan, batch_size, learning_rate, minutes, seed)
+        model.model.retro.to(torch.bfloat16)
+        model.save_pretrained(output, save_backbone=False)
+        tokenizer.save_pretrained(output)
+        state = identity | {"planned": plan.steps} | done
+        write_file(work / "state.json", json.dumps(state).encode())
+    result = _measured(model, parts, tokenizer, held, window, num_neighbors, work / f"measured-{state['steps']}", seed)
+    settings = {
+        **identity,
+        **state,
+        **sizes,
+        "backbone": model.config.backbone_name_or_path,
+        "num_train": len(parts.train),
+        "window": window,
+        "device": f"{torch.get_num_threads()} threads of a CPU"
+        if device.type == "cpu"
+        else torch.cuda.get_device_name(),
+        "versions": {name: version(name) for name in ("retro-hf", "torch", "transformers")},
+    }
+    fitted = Fit(output, *result, settings)
+    fitted.save()
+    return fitted
+
+
+def _claim(output: Path, identity: dict[str, Any]) -> dict[str, Any]:
+    """What an earlier call of this fit has left in its folder.
+
+    Raises:
+        FileExistsError: if the folder has something else.
+    """
+    path = output / "work" / "state.json"
+    if path.exists():
+        state: dict[str, Any] = json.loads(path.read_text())
+        for name, value in identity.items():
+            if state.get(name) != value:
+                raise FileExistsError(
+                    f"'{output}' has a fit with {name}={state.get(name)!r}, but this one has {value!r}. Choose another folder, or "
+                    "remove that one."
+                )
+        return state
+    if output.exists() and any(output.iterdir()):
+        raise FileExistsError(f"'{output}' is not empty and has no fit to go on with. Choose another folder.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, json.dumps(identity).encode())
+    return identity
+
+
+def _own_store(parts: Texts, path: Path, tokenizer: Any, embedder: ChunkEmbedder | str | None) -> RetroRetriever:
+    """The retriever of the documents that are not held out."""
+    encoder = ChunkEmbedder.of(embedder)  # type: ignore[arg-type]  # checked
+    if not path.exists():
+        RetroDatastore.build(
+            parts.train,
+            path,
+            tokenizer=tokenizer,
+            embedder=encoder,
+            chunk_size=_CHUNK_SIZE,
+            neighbor_size=_NEIGHBOR_SIZE,
+        )
+    return RetroRetriever(RetroDatastore.load(path), embedder=encoder, tokenizer=tokenizer)
+
+
+def _without(parts: Texts, retriever: RetroRetriever, path: Path, tokenizer: Any) -> RetroRetriever:
+    """A retriever of the same datastore without the documents that are held out, or have most of one."""
+    store = retriever.datastore
+    tokens = [np.array(tokenizer(one["text"], add_special_tokens=False)["input_ids"]) for one in parts.heldout]
+    gone = set().union(*holders(tokens, stored_tokens(store)))
+    if not gone:
+        return retriever
+    logger.info(
+        f"{counted(len(gone), 'document')} of the datastore have a text that is held out, which is looked up without them."
+    )
+    if not path.exists():
+        kept = [id for id, _ in stored_tokens(store) if id not in gone]
+        if not kept:
+            raise DatasetError("Every document of the datastore has a text that is held out. Give a larger datastore.")
+        store.subset(path, ids=kept)
+    searcher = retriever.searcher
+    if retriever.embedder is None:
+        raise DatasetError(
+            f"Texts that are held out lie in the datastore, which {type(searcher).__name__} searches; only a search by vectors can "
+            "leave them out. Leave those documents out of `texts` or of the datastore."
+        )
+    return RetroRetriever(
+        RetroDatastore.load(path), embedder=retriever.embedder, num_neighbors=retriever.num_neighbors
+    )
+
+
+def _plan(
+    model: RetroForCausalLM,
+    parts: Texts,
+    tokenizer: Any,
+    store: RetroDatastore,
+    state: dict[str, Any],
+    steps: int | None,
+    minutes: float | None,
+    batch_size: int,
+    cut: dict[str, int],
+    heldout_tokens: int,
+) -> Plan:
+    """Time steps with random neighbors."""
+    few = windows_of(parts.train, tokenizer, count=batch_size, **cut)
+    rows = _padded(few["input_ids"], padding_id(tokenizer), cut["window"])
+    shape = (len(rows), cut["window"] // cut["chunk_size"], model.config.num_neighbors)
+    ids, mask = store.gather(store.random_chunks(np.random.default_rng(0), shape))
+    given = {"input_ids": rows, "labels": rows, "neighbor_input_ids": ids, "neighbor_attention_mask": mask}
+    batch = {name: torch.as_tensor(values).to(model.device) for name, values in given.items()}
+
+    def run() -> torch.Tensor:
+        with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=model.device.type == "cuda"):
+            loss: torch.Tensor = model.train()(**batch, use_cache=False).loss
+        return loss
+
+    # Tokens through the base for each scored one: three modes and the parallel reader's three, each of two windows; and the
+    # neighbors, in the prompt of every chunk and as the parallel reader's.
+    read = cut["window"] // 2 + shape[2] * store.neighbor_size
+    per_token = 6 + 3 * read / cut["chunk_size"]
+    characters = sum(len(one["text"]) for one in parts.train)
+    return measure(
+        model,
+        run,
+        steps=state.get("planned", steps),
+        minutes=minutes,
+        most_windows=max(len(parts.train), characters // (4 * cut["window"])),
+        batch_size=batch_size,
+        batch_tokens=rows.size,
+        afterwards=int(per_token * heldout_tokens),
+    )
+
+
+def _measured(
+    model: Any,
+    parts: Texts,
+    tokenizer: Any,
+    retriever: RetroRetriever,
+    window: int,
+    num_neighbors: int,
+    work: Path,
+    seed: int,
+) -> tuple[Evaluation, Evaluation | None]:
+    """The adapter, and the base that reads in parallel context, on what was held out."""
+    options: dict[str, Any] = {
+        "num_neighbors": num_neighbors,
+        "window": window,
+        "stride": window // 2 // retriever.chunk_size * retriever.chunk_size,
+    }
+    options |= {"retriever": retriever, "seed": seed}
+    model.eval().to(model.model.backbone.dtype)
+    found = evaluate(model, parts.heldout, tokenizer, modes=_MODES, output=work / "evaluation", **options)
+    config = model.config
+    try:
+        # Loaded again, because the base in the model reads through its reader.
+        other: Any = retrofit(
+            config.backbone_name_or_path,
+            reader="parallel_context",
+            revision=config.backbone_revision,
+            base_kwargs={"dtype": model.dtype},
+            chunk_size=config.chunk_size,
+            neighbor_size=config.neighbor_size,
+        ).to(model.device)
+    except UnsupportedBackboneError as error:
+        logger.info(f"Not measured in parallel context: {error}")
+        return found, None
+    modes = ("off", "on", "random")
+    return found, evaluate(other, parts.heldout, tokenizer, modes=modes, output=work / "parallel_context", **options)
+
+
+def _rows(windows: list[list[int]]) -> torch.Tensor:
+    """Tokens of windows one after another, in rows of equal length."""
+    tokens = [token for ids in windows for token in ids]
+    length = min(128, max(8, len(tokens) // 8))
+    return torch.tensor(tokens[: len(tokens) // length * length]).view(-1, length)
+
+
+def _padded(windows: list[list[int]], pad: int, length: int) -> np.ndarray:
+    rows = np.full((len(windows), length), pad, dtype=np.int64)
+    for row, ids in enumerate(windows):
+        rows[row, : len(ids)] = ids
+    return rows

@@ -1,0 +1,171 @@
+"""The training of a fit: plain `Trainer`, saved by the clock, with what the reader brings on the way."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.utils import logging
+
+from ..datastore.files import write_file
+from ..evaluation.neighbors import Chunks, NeighborSearch, Run, neighbors_by_mode
+from ..evaluation.scoring import ScoringOptions, read_documents, score_runs
+from ..model.modeling_retro import RetroForCausalLM
+from ..retriever import RetroRetriever
+from .plan import Plan
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+__all__ = ["Watch", "last_checkpoint", "train"]
+
+logger = logging.get_logger(__name__)
+
+_SAVE_SECONDS = 120.0
+_WATCHES = 6  # in a training
+_WARM_UP = 10
+
+
+class Watch:
+    """Bits per byte of some held-out documents, off, on and random, as `evaluate` counts them.
+
+    Args:
+        heldout (`list[dict]`): the documents.
+        retriever ([`RetroRetriever`]): of a datastore that has none of them.
+    """
+
+    def __init__(
+        self,
+        heldout: list[dict[str, str]],
+        tokenizer: Any,
+        retriever: RetroRetriever,
+        num_neighbors: int,
+        window: int,
+        batch_size: int,
+        seed: int,
+    ) -> None:
+        self.documents = list(read_documents(heldout, tokenizer))
+        self.datastore = retriever.datastore
+        size = self.datastore.chunk_size
+        chunks = Chunks.of(self.documents, size)
+        nearest = NeighborSearch(retriever, self.documents, chunks, show_progress=False).nearest(num_neighbors)
+        found = neighbors_by_mode(self.datastore, chunks, nearest, seed)
+        self._runs = [Run(name, found.get(name), num_neighbors) for name in ("off", "on", "random")]
+        self._options = ScoringOptions(window, max(window // 2 // size, 1) * size, batch_size, show_progress=False)
+        self._off: float | None = None
+
+    def __call__(self, model: RetroForCausalLM) -> dict[str, float]:
+        """Bits per byte by mode."""
+        runs = self._runs if self._off is None else self._runs[1:]
+        scores = score_runs(model, self.documents, runs, self.datastore, self._options)
+        num_bytes = sum(one.num_bytes for one in self.documents)
+        values = {name: float(nats.sum(dtype=np.float64)) / math.log(2) / num_bytes for name, nats in scores.items()}
+        self._off = values.setdefault("off", self._off or 0.0)
+        return {name: values[name] for name in ("off", "on", "random")}
+
+
+class _Clock(TrainerCallback):
+    """Saves by the clock, ends when the time is over, and tells how it goes."""
+
+    def __init__(self, watch: Watch, plan: Plan, minutes: float | None, path: Path, step: int) -> None:
+        self._watch, self._plan, self._path = watch, plan, path
+        before = json.loads(path.read_text()) if path.exists() else []
+        self.log: list[dict[str, float]] = [entry for entry in before if entry["step"] <= step]
+        self._before = self.log[-1]["seconds"] if self.log else 0.0
+        self._begin = self._saved = time.monotonic()
+        self._end = math.inf if minutes is None else self._begin + 60 * minutes
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """After each step."""
+        now = time.monotonic()
+        is_over = now > self._end
+        if now - self._saved > _SAVE_SECONDS or is_over or state.global_step >= state.max_steps:
+            control.should_save, self._saved = True, now
+        if is_over:
+            control.should_training_stop = True
+        if state.global_step % max(state.max_steps // _WATCHES, 1) == 0 or is_over:
+            self.tell(kwargs["model"], state)
+
+    def tell(self, model: RetroForCausalLM, state: Any) -> None:
+        """Score the watched documents, and say so in one line."""
+        values = self._watch(model)
+        seconds, left = self._before + time.monotonic() - self._begin, self._plan.steps - state.global_step
+        losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+        entry = {"step": state.global_step, "seconds": round(seconds, 1)}
+        self.log.append(entry | {name: round(value, 4) for name, value in values.items()})
+        write_file(self._path, json.dumps(self.log).encode())
+        change = values["on"] / values["off"] - 1
+        logger.info(
+            f"Step {state.global_step} of {self._plan.steps}, {seconds / 60:.1f} minutes, about "
+            f"{left * self._plan.seconds_per_step / 60:.0f} left"
+            + (f"; loss {losses[-1]:.3f} nats per token" if losses else "")
+            + f"; held-out bits per byte: {values['on']:.4f} ON ({change:+.1%}), {values['off']:.4f} OFF, {values['random']:.4f} RANDOM"
+        )
+
+
+def last_checkpoint(work: Path) -> Path | None:
+    """The newest complete checkpoint."""
+    # Trainer writes this file last; a run that was killed may leave a folder without it.
+    complete = [path.parent for path in (work / "checkpoints").glob("checkpoint-*/trainer_state.json")]
+    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def train(
+    model: RetroForCausalLM,
+    rows: Dataset,
+    collator: Any,
+    watch: Watch,
+    work: Path,
+    plan: Plan,
+    batch_size: int,
+    learning_rate: float,
+    minutes: float | None,
+    seed: int,
+) -> dict[str, Any]:
+    """Train the reader in place, from the last checkpoint if there is one.
+
+    Returns:
+        `dict`: `steps` that were done, the `seconds` they took, and the `log` of what was watched.
+    """
+    checkpoint = last_checkpoint(work)
+    begun = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
+    clock = _Clock(watch, plan, minutes, work / "log.json", begun)
+    arguments = TrainingArguments(
+        output_dir=str(work / "checkpoints"),
+        per_device_train_batch_size=batch_size,
+        max_steps=plan.steps,
+        learning_rate=learning_rate,
+        adam_beta2=0.98,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": 0.1},
+        warmup_steps=min(_WARM_UP, plan.steps // 5),
+        bf16=model.device.type == "cuda",
+        use_cpu=model.device.type == "cpu",
+        logging_steps=5,
+        save_strategy="no",
+        save_total_limit=2,
+        seed=seed,
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=model.device.type == "cuda",
+    )
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collator, callbacks=[clock])
+    trainer.callback_handler.callbacks = [
+        one for one in trainer.callback_handler.callbacks if type(one).__name__ != "PrinterCallback"
+    ]
+    if checkpoint is None:
+        clock.tell(model, trainer.state)
+    else:
+        logger.info(f"Going on from step {begun} of {plan.steps}.")
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    done = trainer.state.global_step
+    if done < plan.steps:
+        logger.info(f"The time was over after {done} of {plan.steps} steps; the same call goes on from there.")
+    return {"steps": done, "seconds": clock.log[-1]["seconds"], "log": clock.log}

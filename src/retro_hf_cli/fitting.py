@@ -1,0 +1,63 @@
+"""The command that fits a reader to documents: fit."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import paths
+from .datastore import DEFAULT_EMBEDDER, STORE, TEXTS, Embedder, _tell_sizes, open_retriever
+from .output import say
+
+
+commands = typer.Typer()
+
+
+@commands.command(
+    rich_help_panel="Model", epilog="retro fit HuggingFaceTB/SmolLM2-135M-Instruct --texts notes/ -o my-adapter"
+)
+def fit(
+    base: Annotated[
+        str, typer.Argument(help="Folder or Hub name of a decoder-only model, or of a RETRO adapter to go on with.")
+    ],
+    texts: Annotated[Path, typer.Option(callback=paths.source, help=f"Documents to learn reading on. {TEXTS}")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder of the adapter; a fit that was stopped goes on there.")
+    ],
+    store: Annotated[
+        str | None, typer.Option(help=f"{STORE} Without one, OUTPUT/store is built from the texts.")
+    ] = None,
+    embedder: Embedder = None,
+    minutes: Annotated[
+        float | None, typer.Option(help="Longest time of training; by default 30.", show_default=False)
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of training, instead of what fits into the time.")] = None,
+    num_neighbors: Annotated[int, typer.Option("-k", min=1, help="Neighbors per chunk in use.")] = 2,
+    num_heldout: Annotated[
+        int, typer.Option("--held-out", min=2, help="Documents to measure on, a fifth of all at most.")
+    ] = 24,
+    seed: Annotated[int, typer.Option(min=0, help="Of what is held out, and of all draws.")] = 0,
+) -> None:
+    """Fit a reader to documents of your own, and measure what it brings on documents that were held out.
+
+    How long it will take, and how much memory, is told before it starts.
+    """
+    _tell_sizes()
+
+    from retro_hf import fit as fit_reader
+    from retro_hf.datastore.compatibility import load_tokenizer
+
+    retriever = None if store is None else open_retriever(store, embedder, load_tokenizer(base))
+    result = fit_reader(
+        base,
+        texts,
+        output,
+        retriever=retriever,
+        embedder=embedder or DEFAULT_EMBEDDER,
+        minutes=minutes,
+        steps=steps,
+        num_neighbors=num_neighbors,
+        num_heldout=num_heldout,
+        seed=seed,
+    )
+    say(f"\n{result}\n\nThe adapter and its card are in {output}; its folder 'work' is only needed to go on.")
