@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .datastore import RetroDatastore, chunk_texts
+from .datastore import RetroDatastore
 from .datastore.documents import without_lone_surrogates
 from .errors import RetrieverError
 from .retriever import RetroRetriever
@@ -68,8 +68,7 @@ def find_passages(retriever: RetroRetriever, questions: Sequence[str], num_passa
     numbers = datastore.document_of(starts)
     # In order, so that each group of the documents' file is read once.
     documents = {number: datastore.document(number) for number in np.unique(numbers).tolist() if number >= 0}
-    known = starts >= 0
-    texts = iter(chunk_texts(datastore.tokenizer, *(values[known] for values in datastore.gather(starts))))
+    texts = iter(datastore.texts_of(starts[starts >= 0]))
     passages: list[list[Passage]] = []
     for row in range(len(readable)):
         passages.append([])
@@ -79,8 +78,7 @@ def find_passages(retriever: RetroRetriever, questions: Sequence[str], num_passa
             document = documents[number]
             passages[row].append(
                 Passage(
-                    # A chunk border within a character leaves U+FFFD.
-                    text=next(texts).strip("\ufffd").strip(),
+                    text="".join(next(texts)).strip(),
                     title=document["title"],
                     source=document["source"],
                     document_id=document["id"],

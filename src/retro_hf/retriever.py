@@ -373,15 +373,13 @@ class RetroRetriever:
         return parts[0], parts[1]
 
     def _describe(self, found: RetrievalResult) -> list[list[RetrievedNeighbor]]:
-        tokens, mask = self.datastore.gather(found.chunk_ids)
         owners = self.datastore.document_of(found.chunk_ids)
-        parts = slice(self.chunk_size), slice(self.chunk_size, None)
+        texts = iter(self.datastore.texts_of(found.chunk_ids[found.chunk_ids >= 0]))
         traces = []
         for row, ids in enumerate(found.chunk_ids):
-            known = np.flatnonzero(ids >= 0)
-            texts = (chunk_texts(self.tokenizer, tokens[row, known, part], mask[row, known, part]) for part in parts)
             trace = []
-            for column, text, continuation in zip(known, *texts, strict=True):
+            for column in np.flatnonzero(ids >= 0):
+                text, continuation = next(texts)
                 document = self.datastore.document(int(owners[row, column]))
                 chunk_id, score = int(ids[column]), float(found.scores[row, column])
                 names = document["id"], document["title"]

@@ -211,26 +211,34 @@ def search(
 def inspect(
     store: Folder,
     verify: Annotated[bool, typer.Option("--verify", help="Check the checksum of every file.")] = False,
+    embedder: Annotated[
+        str | None,
+        typer.Option(help="Encoder that built the datastore: also check what it cuts off or does not know."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what a datastore is made of."""
+    """Show what a datastore is made of, and what its keys have seen of their chunks."""
+    from retro_hf import ChunkEmbedder
+
     opened = _load_datastore(store)
     if verify:
         opened.verify()
     manifest = opened.manifest
+    seen = opened.coverage(embedder and ChunkEmbedder.of_datastore(manifest.embedder, embedder))
     if as_json:
         counts = {name: getattr(opened, name) for name in ("num_documents", "num_chunks", "num_tokens")}
-        say_json(counts | dataclasses.asdict(manifest))
+        say_json(counts | dataclasses.asdict(manifest) | {"coverage": dataclasses.asdict(seen)})
         return
-    tokenizer, embedder = manifest.tokenizer, manifest.embedder
+    tokenizer, encoder = manifest.tokenizer, manifest.embedder
     lines = {
         "documents": f"{opened.num_documents:,}, of which deleted: {opened.num_deleted_documents:,}; left out as empty: "
         f"{manifest.num_empty_documents:,}",
         "chunks": f"{opened.num_chunks:,} of up to {manifest.chunk_size} tokens; a neighbor has up to {manifest.neighbor_size}",
         "tokens": f"{opened.num_tokens:,} ({manifest.token_dtype})",
         "tokenizer": f"{tokenizer['name']}, vocabulary {tokenizer['vocab_size']:,}, fingerprint {tokenizer['fingerprint'][:12]}",
-        "embedder": f"{embedder['name']}, {embedder['dim']} numbers per key, {embedder['pooling']} pooling, "
-        f"{embedder['dtype']}, fingerprint {embedder['fingerprint'][:12]}",
+        "embedder": f"{encoder['name']}, {encoder['dim']} numbers per key, {encoder['pooling']} pooling, "
+        f"{encoder['dtype']}, fingerprint {encoder['fingerprint'][:12]}",
+        "keys": f"{seen}{'' if embedder else '; --embedder checks what the encoder cuts off and does not know, too'}",
         "index": _first([_index_of(shard) for shard in manifest.shards]),
         "sources": _first([" ".join(one.values()) for one in manifest.sources]) or "not known",
         "version": f"generation {manifest.generation}, format {manifest.format_version}, retro-hf {manifest.library_version}",

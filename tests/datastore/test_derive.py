@@ -161,6 +161,8 @@ def test_retokenized_store_can_be_changed(datastore, tmp_path, tokenizer):
 
 def test_any_text_survives_retokenization(tokenizer, embedder, tmp_path, monkeypatch):
     monkeypatch.undo()
+    for module in ("build", "derive"):  # the encoder knows few of these words
+        monkeypatch.setattr(f"retro_hf.datastore.{module}.check_coverage", lambda *_, **options: None)
     texts = [
         "\U0001f600\U0001f468\u200d\U0001f469 x",
         "\u05e9\u05dc\u05d5\u05dd " * 9,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from retro_hf.datastore import ChunkEmbedder, LexicalSearcher, RetroDatastore
+from retro_hf.datastore import ChunkEmbedder, LexicalSearcher, RetroDatastore, chunk_texts
 
 from .fixtures import make_encoder
 
@@ -67,3 +67,22 @@ def test_old_datastore_can_be_changed(old, tmp_path):
     store.compact()
     assert store.num_documents == 14 and store.num_deleted_documents == 0
     RetroDatastore.load(store.path, verify=True)
+
+
+def test_old_datastore_tells_its_old_keys_from_new_ones(old, tmp_path):
+    """Keys of format 2 are made of decoded tokens. What is appended knows its text, and compacting keeps the two apart."""
+    store = RetroDatastore.load(shutil.copytree(old / "format_2", tmp_path / "store"))
+    assert store.manifest.format_version == 2
+    num_old = store.num_chunks
+    ids = np.arange(num_old)[~np.isin(store.document_of(np.arange(num_old)), store.deleted_documents)]
+    tokens, mask = store.gather(ids)
+    size = store.chunk_size
+    assert [text for text, _ in store.texts_of(ids)] == chunk_texts(store.tokenizer, tokens[:, :size], mask[:, :size])
+    prompts = {"prompt": "the river: ", "query_prompt": "the king: "}
+    embedder = ChunkEmbedder.from_pretrained(make_encoder(tmp_path / "encoder"), dtype=torch.float32, **prompts)
+    store.append([{"id": "new", "text": "The King  sings"}], embedder=embedder)
+    store.compact()
+    assert store.manifest.format_version == 3
+    assert [shard.text_starts is None for shard in store.shards] == [True, True, False]
+    new = np.flatnonzero(store.document_of(np.arange(store.num_chunks)) == store.document_number("new"))
+    assert "".join(text for text, _ in store.texts_of(new)) == "The King  sings"

@@ -22,12 +22,14 @@ from transformers.utils import logging
 from ..errors import DatastoreExistsError, DatastoreInputError, RetroError, counted
 from .chunks import token_dtype
 from .compatibility import tokenizer_identity, vocabulary_size
+from .coverage import check_coverage, coverage_of, looked_at
 from .documents import Document, DocumentReader
 from .embedder import ChunkEmbedder
 from .executors import Call, Executor, progress_bar, run_stage
 from .files import building_folder, check_free, digest_of, new_folder, not_written
 from .index_plan import IndexOptions, check_factory, plan_index, tell_plan
 from .manifest import (
+    FORMAT_VERSION,
     MAX_TOKENS,
     DatastoreManifest,
     check_num_shards,
@@ -47,6 +49,7 @@ from .stages import (
     WriteShard,
     batches,
     content_digest,
+    read_chunk_texts,
     read_documents,
     read_summary,
 )
@@ -216,7 +219,8 @@ def build_shards(
     """
     tokenizer, embedder, size = options.tokenizer, options.embedder, options.chunk_size
     dtype = token_dtype(vocabulary_size(tokenizer))
-    settings = digest_of(tokenizer_identity(tokenizer), str(size), str(dtype), library_version())
+    versions = library_version(), str(FORMAT_VERSION)
+    settings = digest_of(tokenizer_identity(tokenizer), str(size), str(dtype), *versions)
     embed = EmbedBlock(work, tokenizer, embedder, size, options.batch_size)
     write = WriteShard(work, embed, options.index.recall)
     tasks = (TokenizeBlock(work, tokenizer, size, dtype), embed, write)
@@ -252,9 +256,15 @@ def build_shards(
         # Planned before the long part of the work, so that an impossible index is refused first.
         plans = [plan_index(size, embedder.dim, options.index, total) for size in sizes]
         tell_plan(total, embedder, plans, options.batch_size)
+        places = _looked_at(blocks, counts) if executor.is_main else []
+        texts = [text for block, here in places for text in read_chunk_texts(work, block, tokenizer, size, here)]
+        check_coverage(coverage_of(texts, embedder), size, is_final=False)
 
         calls = [Call(int(part.sum()), (block,)) for block, part in zip(blocks, counts, strict=True)]
         stage(1, calls, total, "chunk", "Embedding")
+        if executor.is_main:
+            keys = np.concatenate([embed.keys(block)[here] for block, here in places])
+            check_coverage(coverage_of(texts, embedder, keys), size)
 
         shard_calls = []
         for number, (group, size, plan) in enumerate(zip(groups, sizes, plans, strict=True)):
@@ -265,6 +275,16 @@ def build_shards(
         return None
     shards = [BuiltShard.read(write.output(*call.args)) for call in shard_calls]
     return Built(shards, reader.sources, reader.num_empty + num_wordless)
+
+
+def _looked_at(blocks: list[Block], counts: list[np.ndarray]) -> list[tuple[Block, np.ndarray]]:
+    """The chunks of which it is checked what their keys see: blocks, and positions of chunks (int64) in each."""
+    ends = np.cumsum([part.sum() for part in counts])
+    seen = looked_at(int(ends[-1]))
+    parts = np.split(seen, np.searchsorted(seen, ends[:-1]))
+    return [
+        (block, part - start) for block, part, start in zip(blocks, parts, [0, *ends[:-1]], strict=True) if len(part)
+    ]
 
 
 def _checked_blocks(

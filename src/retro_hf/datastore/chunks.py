@@ -18,6 +18,11 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 
+# What decoders write for bytes that are no character, and the most bytes that a character has in UTF-8.
+_LOST = "\ufffd"
+_CHARACTER_BYTES = 4
+
+
 def num_chunks_of(num_tokens: int | np.ndarray, chunk_size: int) -> Any:
     """Number of chunks that `num_tokens` tokens of one document fill; the last one may be short."""
     return -(-num_tokens // chunk_size)
@@ -97,18 +102,34 @@ def gather_tokens(
     return found.astype(np.int64).reshape(shape), mask.astype(np.int64).reshape(shape)
 
 
-def chunk_texts(tokenizer: PreTrainedTokenizerBase, rows: np.ndarray, mask: np.ndarray | None = None) -> list[str]:
-    """The text of token rows, as the embedder reads it.
+def text_starts(spans: list[tuple[int, int]], first_tokens: np.ndarray) -> np.ndarray:
+    """Where in its document the text of each chunk begins, so that every character belongs to one chunk.
 
-    Keys and queries both go through this function: a stored chunk that comes back as a query has the same text and
-    therefore the same vector. Special tokens (padding, begin of text) are left out.
+    A chunk's text begins where the token before it ends. A character that a chunk border cuts, because its bytes are several
+    tokens, belongs to the chunk that has its last byte: a model that reads the tokens in order does not know it sooner.
+
+    Args:
+        spans (`list[tuple[int, int]]`): the characters of each token of a document, as a fast tokenizer tells them.
+        first_tokens (`np.ndarray` of int64 and shape `(num_chunks,)`): positions of the chunks' first tokens, in order.
+    Returns:
+        `np.ndarray` of int64 and shape `(num_chunks,)`: positions in the text, in order, the first 0.
+    """
+    begins, ends = np.maximum.accumulate(np.array(spans, dtype=np.int64)).T
+    return np.where(first_tokens > 0, np.minimum(ends[first_tokens - 1], begins[first_tokens]), 0)
+
+
+def chunk_texts(tokenizer: PreTrainedTokenizerBase, rows: np.ndarray, mask: np.ndarray | None = None) -> list[str]:
+    """The text of token rows that are to be looked up, and of which nothing but the tokens is known.
+
+    Keys are made of the documents' own characters ([`RetroDatastore.texts_of`]). Special tokens (padding, begin of text) are
+    left out, and so is a character that a border of the row cuts.
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): the language model's tokenizer.
         rows (`np.ndarray` of int64 and shape `(num_rows, num_tokens)`): token ids.
         mask (`np.ndarray` of the same shape, *optional*): 0 at padding.
     Returns:
-        `list[str]`: one text per row. Bytes of a character that is cut by the border of a chunk become U+FFFD.
+        `list[str]`: one text per row.
     """
     if not len(rows):
         return []
@@ -116,4 +137,23 @@ def chunk_texts(tokenizer: PreTrainedTokenizerBase, rows: np.ndarray, mask: np.n
         ids = rows.tolist()
     else:
         ids = [row[keep].tolist() for row, keep in zip(rows, mask.astype(bool), strict=True)]
-    return tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return [
+        _whole_characters(tokenizer, row, text) if text.startswith(_LOST) or text.endswith(_LOST) else text
+        for row, text in zip(ids, _decoded(tokenizer, ids), strict=True)
+    ]
+
+
+def _decoded(tokenizer: PreTrainedTokenizerBase, rows: list[list[int]]) -> list[str]:
+    return tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def _whole_characters(tokenizer: PreTrainedTokenizerBase, ids: list[int], text: str) -> str:
+    """The text of tokens without characters that are cut at either end."""
+    whole = text.strip(_LOST)
+    if len(text) - len(whole) < _CHARACTER_BYTES:
+        return whole
+    # Where a token is a byte, one cut character makes a decoder give up all bytes beside it. It reads them without the rest
+    # of that character, of at most three tokens.
+    cuts = [(first, last) for first in range(_CHARACTER_BYTES) for last in range(_CHARACTER_BYTES)]
+    texts = _decoded(tokenizer, [ids[first : len(ids) - last] for first, last in cuts])
+    return max((one.strip(_LOST) for one in texts), key=lambda one: len(one) - one.count(_LOST))

@@ -14,8 +14,9 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import DatastoreInputError, DatastoreMismatchError, counted
 from .build import work_folder
-from .chunks import token_dtype
+from .chunks import text_starts, token_dtype
 from .compatibility import load_tokenizer, tokenizer_fingerprint, vocabulary_size
+from .coverage import check_coverage, coverage
 from .documents import document_ids
 from .edit import placed, rewrite
 from .executors import progress_bar
@@ -23,6 +24,7 @@ from .files import INT64, NpyWriter, hash_of, link_or_copy, new_folder, write_np
 from .generation import at_rest
 from .index_plan import IndexOptions
 from .manifest import (
+    FORMAT_VERSION,
     SHARD_FILES,
     FileEntry,
     ShardEntry,
@@ -247,7 +249,8 @@ def retokenize(
     Returns:
         [`RetroDatastore`]: the new store, with the same documents and chunks under the same numbers.
     Raises:
-        DatastoreInputError: if a tokenizer is not a fast one, or leaves a document without tokens.
+        DatastoreInputError: if a tokenizer is not a fast one, or leaves a document without tokens, or the keys do not tell the
+            chunks apart.
     """
     path = new_path(path)
     tokenizer = load_tokenizer(tokenizer)
@@ -257,6 +260,7 @@ def retokenize(
                 f"The tokenizer {one.name_or_path!r} is not a fast one, which can tell where its tokens are in the text. Build the "
                 "datastore again instead."
             )
+    check_coverage(coverage(datastore), datastore.chunk_size)
     at_rest([datastore], lambda: _write_retokenized(datastore, path, tokenizer, show_progress))
     return type(datastore).load(path)
 
@@ -306,20 +310,19 @@ def _retokenized(
     ):
         for table in shard.documents.pieces():
             texts = table.column("text").to_pylist()
-            before = old(texts, **options)["offset_mapping"]
             after = new(texts, **options)
-            for text, places, ids, spans in zip(
-                texts, before, after["input_ids"], after["offset_mapping"], strict=True
-            ):
-                if not ids or len(places) != shard.doc_lengths[document]:
+            for text, ids, spans in zip(texts, after["input_ids"], after["offset_mapping"], strict=True):
+                if not ids:
                     raise DatastoreInputError(
-                        f"The document {text[:40]!r}… has {len(places)} tokens instead of the {shard.doc_lengths[document]} recorded, and "
-                        f"{len(ids)} in the new tokenizer. Delete it first, or build the datastore again."
+                        f"The document {text[:40]!r}… has no token in the new tokenizer. Delete it first, or use another tokenizer."
                     )
                 chunks = np.arange(shard.doc_offsets[document], shard.doc_offsets[document + 1])
-                in_document = shard.token_starts(chunks) - shard.token_starts(chunks[:1])
-                # A chunk begins in the new token that contains the first character of its first old token.
-                first_characters = np.array([begin for begin, _ in places])[in_document]
+                # A chunk begins in the new token that contains the first character of its text.
+                if shard.text_starts is None:
+                    in_document = shard.token_starts(chunks) - shard.token_starts(chunks[:1])
+                    first_characters = _first_characters(old, text, int(shard.doc_lengths[document]), in_document)
+                else:
+                    first_characters = shard.text_starts[chunks]
                 ends = np.maximum.accumulate([end for _, end in spans])
                 begins = np.minimum(np.searchsorted(ends, first_characters, side="right"), len(ids) - 1)
                 begins[0] = 0
@@ -331,6 +334,19 @@ def _retokenized(
                 document += 1
             progress.update(len(texts))
     return dataclasses.replace(shard.entry, num_tokens=num_tokens, stream_length=num_tokens, max_token_id=largest)
+
+
+def _first_characters(
+    tokenizer: PreTrainedTokenizerBase, text: str, num_tokens: int, first_tokens: np.ndarray
+) -> np.ndarray:
+    """Where the chunks of a document begin in its text, for a store that has not recorded it."""
+    spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+    if len(spans) != num_tokens:
+        raise DatastoreInputError(
+            f"The document {text[:40]!r}… has {len(spans)} tokens instead of the {num_tokens} recorded. Delete it first, or build "
+            "the datastore again."
+        )
+    return text_starts(spans, first_tokens)
 
 
 def _linked_shard(
@@ -353,5 +369,5 @@ def _linked(datastore: RetroDatastore, folder: Path, kind: str) -> Iterator[File
 
 def _write_manifest(folder: Path, datastore: RetroDatastore, **changes: Any) -> None:
     """Write the manifest of a first generation, which differs from another store's by some changes."""
-    changes |= {"generation": 1, "library_version": library_version()}
+    changes |= {"generation": 1, "library_version": library_version(), "format_version": FORMAT_VERSION}
     dataclasses.replace(datastore.manifest, **changes).write(folder)

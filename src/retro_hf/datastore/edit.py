@@ -25,7 +25,7 @@ from .embedder import ChunkEmbedder
 from .executors import Executor, as_executor, progress_bar
 from .files import MANIFEST_NAME, complete_file, write_npy
 from .index_plan import DEFAULT_SHARD_CHUNKS, IndexOptions, plan_index
-from .manifest import SHARD_FILES, FileEntry, describe_file, library_version, unique_sources
+from .manifest import FORMAT_VERSION, SHARD_FILES, FileEntry, describe_file, library_version, unique_sources
 from .shard import BuiltShard, Shard, ShardWriter
 
 
@@ -288,7 +288,8 @@ def placed(shards: list[BuiltShard], folder: Path) -> list[FileEntry]:
 
 def _replace(datastore: RetroDatastore, **changes: Any) -> None:
     """Write the next generation of the manifest; this one step makes the change."""
-    changes |= {"generation": datastore.generation + 1, "library_version": library_version()}
+    versions = {"library_version": library_version(), "format_version": FORMAT_VERSION}
+    changes |= {"generation": datastore.generation + 1} | versions
     dataclasses.replace(datastore.manifest, **changes).write(datastore.path)
     datastore.refresh()
     _remove_unnamed(datastore)
@@ -328,16 +329,20 @@ def _sources(datastore: RetroDatastore, keep: np.ndarray) -> list[_Source]:
 
 
 def _joined(sources: list[_Source], shard_chunks: int) -> list[list[_Source]]:
-    """Consecutive shards that become one: both retokenized or both not, and not above the limit together."""
+    """Consecutive shards that become one: both retokenized or both not, with keys of the same text, and not above the limit."""
     groups: list[list[_Source]] = []
     for source in sources:
         last = groups[-1] if groups else []
-        alike = last and (last[0].shard.chunk_starts is None) == (source.shard.chunk_starts is None)
+        alike = last and _kinds(last[0].shard) == _kinds(source.shard)
         if alike and sum(one.num_chunks for one in last) + source.num_chunks <= shard_chunks:
             last.append(source)
         else:
             groups.append([source])
     return groups
+
+
+def _kinds(shard: Shard) -> tuple[bool, bool]:
+    return shard.chunk_starts is None, shard.text_starts is None
 
 
 def _is_compact(datastore: RetroDatastore, shard_chunks: int) -> bool:

@@ -368,16 +368,65 @@ class ChunkEmbedder:
             return self.query_encoder.embed_queries(texts, batch_size, show_progress)
         return self._encode(texts, batch_size, show_progress, query=True)
 
-    def _encode(self, texts: Sequence[str], batch_size: int, show_progress: bool | None, query: bool) -> np.ndarray:
+    @property
+    def max_length(self) -> int | None:
+        """Tokens of a text that the encoder reads, special ones included; None if it reads all."""
+        return self._loaded.max_seq_length
+
+    @property
+    def _loaded(self) -> Any:
         if self._model is None:
             self._load()
+        return self._model
+
+    def seen(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """How much of texts the encoder sees of what it embeds: neither cut off at its maximum length nor unknown to it.
+
+        Args:
+            texts (`Sequence[str]`): chunks.
+        Returns:
+            Two `np.ndarray` of float32 and shape `(len(texts),)`: the share of each text's characters that is before the
+            cut, and the share of these that are in known words. Both are 1 for a text without characters, and where the
+            tokenizer is not one of transformers.
+        """
+        tokenizer = self._loaded.tokenizer
+        shares = np.ones((2, len(texts)), dtype=np.float32)
+        if not isinstance(tokenizer, PreTrainedTokenizerBase) or not len(texts):
+            return shares[0], shares[1]
+        encoded = tokenizer(
+            [self.prompt + text for text in texts],
+            add_special_tokens=False,
+            padding=False,
+            truncation=False,
+            return_attention_mask=False,
+            return_offsets_mapping=tokenizer.is_fast,
+            verbose=False,
+        )
+        limit = max((self.max_length or 1 << 60) - tokenizer.num_special_tokens_to_add(), 0)
+        for row, ids in enumerate(encoded["input_ids"]):
+            widths, letters = np.ones(len(ids), dtype=np.int64), len(ids)
+            if tokenizer.is_fast:
+                begins, ends = np.array([(0, 0), *encoded["offset_mapping"][row]], dtype=np.int64).T
+                # Bytes of one character share its place.
+                widths = np.maximum(ends[1:] - np.maximum(begins[1:], np.maximum.accumulate(ends)[:-1]), 0)
+                # A tokenizer may leave out what it does not know.
+                letters = sum(map(len, texts[row].split()))
+            if not letters:
+                continue
+            total, cut = max(int(widths.sum()), letters), int(widths[limit:].sum())
+            known = int(widths[:limit][np.array(ids[:limit]) != tokenizer.unk_token_id].sum())
+            shares[:, row] = 1 - cut / total, known / max(total - cut, 1)
+        return shares[0], shares[1]
+
+    def _encode(self, texts: Sequence[str], batch_size: int, show_progress: bool | None, query: bool) -> np.ndarray:
+        model = self._loaded
         if self._process != os.getpid():
             # The threads that share the work do not survive a fork, and PyTorch would wait for them for ever.
             torch.set_num_threads(1)
             self._process = os.getpid()
         if not len(texts):
             return np.zeros((0, self.dim), dtype=np.float32)
-        encode = self._model.encode_query if query else self._model.encode_document
+        encode = model.encode_query if query else model.encode_document
         prompt = self.query_prompt if query else self.prompt
         vectors = encode(list(texts), prompt=prompt, batch_size=batch_size, show_progress_bar=bool(show_progress))
         vectors = vectors.astype(np.float32)

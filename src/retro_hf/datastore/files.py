@@ -33,6 +33,7 @@ from ..outside import file_inside, parse_json
 MANIFEST_NAME = "datastore.json"
 RESTORE = "Restore the folder from a copy, or build the datastore again."
 INT64 = np.dtype(np.int64)
+UINT32 = np.dtype(np.uint32)
 _KEYS = "keys"
 # The keys start here in their file: after room for the longest header, at a multiple of a cache line.
 _KEYS_OFFSET = 256

@@ -22,7 +22,7 @@ from ..errors import (
     counted,
 )
 from ..outside import read_json
-from .chunks import chunk_texts, ranges
+from .chunks import ranges
 from .executors import progress_bar
 from .files import damaged, map_npy, new_folder, reading, write_file
 from .generation import MAX_GATHERED
@@ -109,12 +109,11 @@ class LexicalSearcher:
         vocabulary: dict[str, int] = {}
         words = words_function(WORDS_VERSION)
         rows = []
-        size, count = datastore.chunk_size, datastore.num_chunks
+        count = datastore.num_chunks
         with progress_bar(show_progress, total=count, unit="chunk", desc="Indexing words") as progress:
             step = max(1, min(_BLOCK_CHUNKS, MAX_GATHERED // datastore.neighbor_size))
             for first in range(0, count, step):
-                tokens, mask = datastore.gather(np.arange(first, min(first + step, count)))
-                texts = chunk_texts(datastore.tokenizer, tokens[:, :size], mask[:, :size])
+                texts = [text for text, _ in datastore.texts_of(np.arange(first, min(first + step, count)))]
                 # Word ids in compact arrays: lists of Python integers would take ten times the memory.
                 rows += [array("i", [vocabulary.setdefault(w, len(vocabulary)) for w in row]) for row in words(texts)]
                 progress.update(len(texts))

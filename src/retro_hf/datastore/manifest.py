@@ -32,7 +32,9 @@ from .files import (
 )
 
 
-FORMAT_VERSION = 2
+# Of what is written. Version 2 had no `text_starts`: its keys are made of decoded tokens, not of the documents' own text.
+FORMAT_VERSION = 3
+_READABLE_VERSIONS = (2, FORMAT_VERSION)
 MAX_TOKENS = 1 << 20
 
 # A manifest may come from a stranger. These bounds keep it from claiming absurd amounts of memory before any file is read.
@@ -43,7 +45,8 @@ _MAX_SOURCES = 1_000
 _MAX_TEXT = 1 << 16
 _MORE_SOURCES = {"name": "and more, which the table of documents names"}
 
-# The files of a shard by kind, each named after the shard. Only a retokenized shard has `chunk_starts`.
+# The files of a shard by kind, each named after the shard. Only a retokenized shard has `chunk_starts`, and only a shard
+# whose keys are made of the documents' own characters has `text_starts`.
 SHARD_FILES = {
     "tokens": "tokens-{}.npy",
     "doc_offsets": "doc_offsets-{}.npy",
@@ -53,8 +56,9 @@ SHARD_FILES = {
     "keys": "keys-{}.safetensors",
     "index": "index-{}.faiss",
     "chunk_starts": "chunk_starts-{}.npy",
+    "text_starts": "text_starts-{}.npy",
 }
-_OPTIONAL = ("chunk_starts",)
+_OPTIONAL = ("chunk_starts", "text_starts")
 _STORE_KINDS = ("tokenizer", "deleted")
 
 
@@ -352,8 +356,8 @@ class DatastoreManifest:
         with reading(path):
             content = read_json(folder, MANIFEST_NAME)
             version = content.get("format_version")
-            if version != FORMAT_VERSION:
-                raise ValueError(f"its format version is {version!r:.100}, but this version of retro-hf reads 2")
+            if type(version) is not int or version not in _READABLE_VERSIONS:
+                raise ValueError(f"its format version is {version!r:.100}, but this version of retro-hf reads 2 and 3")
             if content.pop("checksum", None) != _checksum(content):
                 raise ValueError("its checksum does not match its content")
             if missing := {field.name for field in dataclasses.fields(cls)} - set(content):

@@ -21,6 +21,7 @@ from ..outside import parse_json
 from .chunks import document_of, gather_tokens, ranges
 from .files import (
     INT64,
+    UINT32,
     NpyWriter,
     TensorWriter,
     damaged,
@@ -68,6 +69,8 @@ class Piece(NamedTuple):
         documents (`pa.Table`): the documents, by `DOCUMENT_SCHEMA`.
         chunk_starts (`np.ndarray` of int64 and shape `(num_chunks,)`, *optional*): where in `tokens` each chunk begins,
             if not at every multiple of the chunk size.
+        text_starts (`np.ndarray` of uint32 and shape `(num_chunks,)`, *optional*): where in the text of its document each
+            chunk begins, if the keys are made of that text.
     """
 
     tokens: np.ndarray
@@ -77,6 +80,7 @@ class Piece(NamedTuple):
     keys: np.ndarray
     documents: pa.Table
     chunk_starts: np.ndarray | None = None
+    text_starts: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -126,6 +130,7 @@ class ShardWriter:
                 files.enter_context(NpyWriter(self._path[kind], INT64))
                 for kind in ("doc_offsets", "doc_lengths", "chunk_starts")
             )
+            self._texts = files.enter_context(NpyWriter(self._path["text_starts"], UINT32))
             self._keys = files.enter_context(TensorWriter(self._path["keys"], dim))
             documents = pq.ParquetWriter(self._path["documents"], DOCUMENT_SCHEMA, compression="zstd")
             self._documents = files.enter_context(documents)
@@ -148,6 +153,8 @@ class ShardWriter:
         self._tokens.append(piece.tokens)
         if piece.chunk_starts is not None:
             self._starts.append(piece.chunk_starts + self._stream_length)
+        if piece.text_starts is not None:
+            self._texts.append(piece.text_starts)
         self._keys.append(piece.keys)
         # Long documents get row groups of their own, which stay below what a reader accepts.
         step = GROUP_DOCUMENTS if piece.documents.nbytes <= MAX_GROUP_BYTES // 2 else 1
@@ -164,8 +171,9 @@ class ShardWriter:
         """Close the files, build the index, describe all files, and rename the folder."""
         self._offsets.append(np.array([self._num_chunks]))
         self._files.close()
-        if not self._starts.length:
-            self._path["chunk_starts"].unlink()
+        for kind, written in (("chunk_starts", self._starts), ("text_starts", self._texts)):
+            if not written.length:
+                self._path[kind].unlink()
         hashes = np.concatenate(self._hashes)
         order = np.argsort(hashes, kind="stable")
         with NpyWriter(self._path["ids"], np.dtype(np.uint64)) as ids:
@@ -248,6 +256,11 @@ class DocumentTable:
         with reading(self._path):
             return {**parse_json(metadata), **row} if metadata else row
 
+    def text(self, number: int) -> str:
+        """The text of the document at a position."""
+        group, place = self._place(number)
+        return self._rows(group)[place]["text"]
+
     def document_id(self, number: int) -> str:
         """The id of the document at a position, without reading its text."""
         group, place = self._place(number)
@@ -305,6 +318,9 @@ class Shard:
         self.chunk_starts = None
         if "chunk_starts" in self._files:
             self.chunk_starts = map_npy(self._files["chunk_starts"], INT64, self.num_chunks)
+        self.text_starts = None
+        if "text_starts" in self._files:
+            self.text_starts = map_npy(self._files["text_starts"], UINT32, self.num_chunks)
         self.keys = map_tensor(self._files["keys"], (self.num_chunks, self.dim))
         ids = map_npy(self._files["ids"], np.dtype(np.uint64), 2 * self.num_documents)
         # Sorted hashes of the document ids, and the document of each.
@@ -388,6 +404,7 @@ class Shard:
             keys=self.keys[chunks],
             documents=table,
             chunk_starts=chunk_starts,
+            text_starts=None if self.text_starts is None else self.text_starts[chunks],
         )
 
     def gather(self, chunk_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -22,7 +22,7 @@ from safetensors.numpy import save_file
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import DatastoreInputError
-from .chunks import chunk_texts, num_chunks_of
+from .chunks import chunk_texts, num_chunks_of, text_starts
 from .documents import Document
 from .embedder import ChunkEmbedder
 from .files import complete_file, digest_of, hash_of
@@ -52,11 +52,15 @@ class BlockPart(NamedTuple):
 
 
 class TokenBlock(NamedTuple):
-    """A tokenized block: `tokens` `(num_chunks * chunk_size,)`, `lengths` and `id_hashes` `(num_documents,)`."""
+    """A tokenized block: `tokens` `(num_chunks * chunk_size,)`, `lengths` and `id_hashes` `(num_documents,)`.
+
+    `text_starts` `(num_chunks,)` tells where in its document each chunk begins; None for a tokenizer that cannot tell.
+    """
 
     tokens: np.ndarray
     lengths: np.ndarray
     id_hashes: np.ndarray
+    text_starts: np.ndarray | None
 
 
 class BlockSummary(NamedTuple):
@@ -106,7 +110,29 @@ def _documents_path(folder: Path, block: Block) -> Path:
 def read_token_block(folder: Path, block: Block) -> TokenBlock:
     """Read what [`TokenizeBlock`] wrote."""
     with safe_open(_tokens_path(folder, block), framework="np") as file:
-        return TokenBlock(*(file.get_tensor(name) for name in TokenBlock._fields))
+        found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        return TokenBlock(**{"text_starts": None, **found})
+
+
+def read_chunk_texts(
+    folder: Path, block: Block, tokenizer: PreTrainedTokenizerBase, chunk_size: int, places: np.ndarray | None = None
+) -> list[str]:
+    """The texts of a tokenized block's chunks, or of some of them by their positions in the block (int64, in order)."""
+    tokens = read_token_block(folder, block)
+    counts = num_chunks_of(tokens.lengths, chunk_size)
+    firsts = np.cumsum(counts) - counts
+    owners = np.repeat(np.arange(len(counts)), counts)
+    places = np.arange(len(owners)) if places is None else places
+    if tokens.text_starts is None:
+        left = tokens.lengths[owners[places]] - (places - firsts[owners[places]]) * chunk_size
+        rows = tokens.tokens.reshape(-1, chunk_size)[places]
+        return chunk_texts(tokenizer, rows, np.arange(chunk_size) < left[:, None])
+    documents = read_documents(folder, block, ["text"]).column("text").to_pylist()
+    starts, last = tokens.text_starts.tolist(), (firsts + counts - 1).tolist()
+    return [
+        documents[owner][starts[place] : None if place == last[owner] else starts[place + 1]]
+        for place, owner in zip(places.tolist(), owners[places].tolist(), strict=True)
+    ]
 
 
 def read_summary(folder: Path, block: Block, chunk_size: int) -> BlockSummary:
@@ -137,6 +163,7 @@ class TokenizeBlock:
     def __call__(self, block: Block, documents: list[Document]) -> None:
         """Tokenize the documents, and leave out those that have no token."""
         kept, lengths, parts = [], [], [np.empty(0, dtype=self.dtype)]
+        starts = [np.empty(0, dtype=np.uint32)]
         for start in range(0, len(documents), GROUP_DOCUMENTS):
             batch = documents[start : start + GROUP_DOCUMENTS]
             encoded = self.tokenizer(
@@ -146,13 +173,17 @@ class TokenizeBlock:
                 truncation=False,
                 return_attention_mask=False,
                 return_token_type_ids=False,
+                return_offsets_mapping=self.tokenizer.is_fast,
                 verbose=False,
-            )["input_ids"]
-            for document, ids in zip(batch, encoded, strict=True):
+            )
+            spans = encoded.get("offset_mapping") or [None] * len(batch)
+            for document, ids, places in zip(batch, encoded["input_ids"], spans, strict=True):
                 if ids:
                     padded = np.zeros(num_chunks_of(len(ids), self.chunk_size) * self.chunk_size, dtype=self.dtype)
                     padded[: len(ids)] = ids
                     parts.append(padded)
+                    if places is not None:
+                        starts.append(text_starts(places, np.arange(0, len(ids), self.chunk_size)).astype(np.uint32))
                     lengths.append(len(ids))
                     kept.append(document)
         columns: dict[str, list[Any]] = {
@@ -166,6 +197,8 @@ class TokenizeBlock:
             "lengths": np.array(lengths, dtype=np.int64),
             "id_hashes": np.array([hash_of(document.id) for document in kept], dtype=np.uint64),
         }
+        if self.tokenizer.is_fast:
+            arrays["text_starts"] = np.concatenate(starts)
         # The tokens come last: once their file exists, the block is complete.
         with complete_file(_tokens_path(self.folder, block)) as path:
             save_file(arrays, path, metadata={"num_wordless": str(len(documents) - len(kept))})
@@ -188,12 +221,7 @@ class EmbedBlock:
 
     def __call__(self, block: Block) -> None:
         """Embed the chunks."""
-        tokens = read_token_block(self.folder, block)
-        rows = tokens.tokens.reshape(-1, self.chunk_size)
-        counts = num_chunks_of(tokens.lengths, self.chunk_size)
-        first = np.repeat(np.cumsum(counts) - counts, counts)
-        left = np.repeat(tokens.lengths, counts) - (np.arange(len(rows)) - first) * self.chunk_size
-        texts = chunk_texts(self.tokenizer, rows, np.arange(self.chunk_size) < left[:, None])
+        texts = read_chunk_texts(self.folder, block, self.tokenizer, self.chunk_size)
         # Sorted by length over the whole block, which saves more padding than sorting inside each call.
         order = np.argsort([-len(text) for text in texts], kind="stable")
         vectors = np.empty((len(texts), self.embedder.dim), dtype=np.float32)
@@ -210,6 +238,10 @@ class EmbedBlock:
         with complete_file(self.output(block)) as path, path.open("wb") as file:
             np.save(file, vectors.astype(np.float16))
 
+    def keys(self, block: Block) -> np.ndarray:
+        """The keys of an embedded block, float16 of shape `(num_chunks, dim)`, memory-mapped."""
+        return np.load(self.output(block), mmap_mode="r", allow_pickle=False)
+
     def piece(self, part: BlockPart) -> Piece:
         """Documents of an embedded block, to be written to a shard."""
         tokens = read_token_block(self.folder, part.block)
@@ -221,8 +253,9 @@ class EmbedBlock:
             lengths=tokens.lengths[documents],
             counts=counts[documents],
             hashes=tokens.id_hashes[documents],
-            keys=np.load(self.output(part.block), mmap_mode="r", allow_pickle=False)[start:stop],
+            keys=self.keys(part.block)[start:stop],
             documents=read_documents(self.folder, part.block).slice(part.first, part.last - part.first),
+            text_starts=None if tokens.text_starts is None else tokens.text_starts[start:stop],
         )
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import DatastoreInputError
-from . import compatibility, derive, edit, hub
+from . import compatibility, coverage, derive, edit, hub, texts
 from .build import BuildOptions, build_datastore
 from .documents import DocumentReader
 from .embedder import ChunkEmbedder
@@ -229,6 +229,8 @@ class RetroDatastore:
     merge = staticmethod(derive.merge)
     push_to_hub = hub.push
     check_compatible = compatibility.check_compatible
+    texts_of = texts.texts_of
+    coverage = coverage.coverage
 
     def verify(self) -> None:
         """Check the size and the sha256 of every file; raises `DatastoreCorruptError` at the first that differs."""

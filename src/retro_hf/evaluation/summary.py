@@ -198,14 +198,8 @@ def _example(
     texts = document.token_texts
     known = measured.read[number] if measured.read is not None else np.empty(0, dtype=np.int64)
     known = known[known >= 0]
-    found, mask = datastore.gather(known)
-    size = datastore.chunk_size
-    parts = zip(
-        (datastore.document(int(owner)) for owner in datastore.document_of(known)),
-        chunk_texts(tokenizer, found[:, :size], mask[:, :size]),
-        chunk_texts(tokenizer, found[:, size:], mask[:, size:]),
-        strict=True,
-    )
+    owners = (datastore.document(int(owner)) for owner in datastore.document_of(known))
+    parts = zip(owners, datastore.texts_of(known), strict=True)
     return Example(
         document_id=document.id,
         document=place,
@@ -215,5 +209,5 @@ def _example(
         tokens=[texts[position] for position in table.position[rows].tolist()],
         gain=[round(value, 4) for value in table.gain()[rows].tolist()],
         run=table.run[rows].tolist(),
-        neighbors=[ExampleNeighbor(owner["id"], owner["title"] or "", text, rest) for owner, text, rest in parts],
+        neighbors=[ExampleNeighbor(owner["id"], owner["title"] or "", *texts) for owner, texts in parts],
     )
