@@ -133,6 +133,8 @@ def change(tokenizer, part):
     backend = tokenizer.backend_tokenizer
     if part == "added tokens":
         tokenizer.add_tokens([AddedToken("<new>")])
+    elif part == "how merges apply":
+        backend.model.fuse_unk, backend.model.unk_token = True, "<|endoftext|>"
     elif part == "normalizer":
         backend.normalizer = normalizers.Lowercase()
     elif part == "pre-tokenizer":
@@ -141,12 +143,20 @@ def change(tokenizer, part):
         backend.post_processor = processors.TemplateProcessing("<|endoftext|> $A", None, [("<|endoftext|>", 0)])
 
 
-@pytest.mark.parametrize("part", ["added tokens", "normalizer", "pre-tokenizer", "post-processor"])
+@pytest.mark.parametrize("part", ["added tokens", "how merges apply", "normalizer", "pre-tokenizer", "post-processor"])
 def test_the_fingerprint_tells_every_stage_apart(tokenizer, part):
     other = make_tokenizer()
     change(other, part)
     assert vocabulary_fingerprint(other) == vocabulary_fingerprint(tokenizer)
     assert tokenizer_fingerprint(other) != tokenizer_fingerprint(tokenizer)
+
+
+def test_the_fingerprint_tells_how_added_tokens_match():
+    one, other = make_tokenizer(), make_tokenizer()
+    one.add_tokens([AddedToken("<new>", lstrip=True)])
+    other.add_tokens([AddedToken("<new>", lstrip=False)])
+    assert one(" <new>")["input_ids"] != other(" <new>")["input_ids"]
+    assert tokenizer_fingerprint(one) != tokenizer_fingerprint(other)
 
 
 def test_fingerprint_distinguishes_vocabularies(tokenizer):

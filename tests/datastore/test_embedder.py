@@ -2,6 +2,8 @@
 
 import json
 import pickle
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -70,6 +72,25 @@ def test_weights_are_frozen_and_bfloat16_where_the_hardware_has_it(encoder_folde
     whole = ChunkEmbedder.from_pretrained(encoder_folder, dtype=torch.float32)
     cosine = (half.embed(texts) * whole.embed(texts)).sum(axis=1)
     assert cosine.min() > 0.999
+
+
+@pytest.mark.parametrize("part", ["normalizer", "pre-tokenizer", "length", "heads"])
+def test_fingerprint_depends_on_what_changes_vectors_beside_weights(encoder_folder, embedder, tmp_path, part):
+    """With the same weights and vocabulary, another encoder."""
+    folder = Path(shutil.copytree(encoder_folder, tmp_path / "encoder"))
+    name = "config.json" if part == "heads" else "tokenizer.json"
+    content = json.loads((folder / name).read_text())
+    if part == "normalizer":
+        content["normalizer"]["lowercase"] = False
+    elif part == "pre-tokenizer":
+        content["pre_tokenizer"] = {"type": "Whitespace"}
+    elif part == "heads":
+        content["num_attention_heads"] = 4
+    (folder / name).write_text(json.dumps(content))
+    if part == "length":
+        (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 64}')
+    other = ChunkEmbedder.from_pretrained(folder)
+    assert other.fingerprint != embedder.fingerprint and other.query_fingerprint != embedder.query_fingerprint
 
 
 def test_fingerprint_depends_on_weights_not_on_path_or_dtype(encoder_folder, embedder, tmp_path):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from retro_hf.datastore import ChunkEmbedder, LexicalSearcher, RetroDatastore, chunk_texts
+from retro_hf.errors import DatastoreMismatchError
 
 from .fixtures import make_encoder
 
@@ -53,12 +54,15 @@ def test_old_index_of_words_opens_and_answers_as_before(old, answers):
     np.testing.assert_allclose(scores, answers["word_scores"], rtol=1e-6)
 
 
-def test_embedder_of_an_old_datastore_has_the_same_fingerprints(old, answers, tmp_path):
+def test_embedder_of_an_old_datastore_is_recognized(old, answers, tmp_path):
     encoder = make_encoder(tmp_path)
     prompts = {"prompt": "the river: ", "query_prompt": "the king: "}
     embedder = ChunkEmbedder.from_pretrained(encoder, dtype=torch.float32, **prompts)
-    assert [embedder.fingerprint, embedder.query_fingerprint] == answers["fingerprint"].tolist()
+    former = [embedder.former_fingerprint, embedder.former_query_fingerprint]
+    assert former == answers["fingerprint"].tolist() and embedder.fingerprint not in former
     RetroDatastore.load(old / "format_2").check_compatible(embedder=embedder)
+    with pytest.raises(DatastoreMismatchError):
+        RetroDatastore.load(old / "format_2").check_compatible(embedder=ChunkEmbedder.from_pretrained(encoder))
 
 
 def test_old_datastore_can_be_changed(old, tmp_path):

@@ -95,8 +95,8 @@ def vocabulary_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase, without: str | None = None) -> str:
     """A sha256 of what turns text into ids and back.
 
-    Vocabulary, merges, added tokens, normalizer, pre-tokenizer, post-processor and decoder count. Padding and truncation
-    settings and the path that it was loaded from do not.
+    Vocabulary, merges, how the model applies them, added tokens and how they match, normalizer, pre-tokenizer, post-processor
+    and decoder count. Padding and truncation settings and the path that it was loaded from do not.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): any tokenizer; of a slow one the vocabulary and the added tokens are read.
@@ -104,11 +104,36 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase, without: str | Non
     Returns:
         `str` of 64 hexadecimal digits.
     """
+    stages = _stages(tokenizer)
+    # What is off or empty is left out: other versions of the library do not write it.
+    model = {key: value for key, value in stages.get("model", {}).items() if key not in ("vocab", "merges") and value}
+    added = [
+        (id_, *(getattr(token, name, None) for name in ("content", "lstrip", "rstrip", "normalized", "single_word")))
+        for id_, token in sorted(getattr(tokenizer, "added_tokens_decoder", {}).items())
+        if str(token) != without
+    ]
+    parts = [vocabulary_fingerprint(tokenizer), added, *_pipeline(stages), model]
+    return sha256_of(json.dumps(parts, sort_keys=True, default=str))
+
+
+def former_fingerprints(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """What datastores of earlier versions recorded for the same tokenizer, also before a pad token was added."""
+    alike = [vocabulary_fingerprint(tokenizer)]
+    for without in (None, getattr(tokenizer, "pad_token", None)):
+        named = getattr(tokenizer, "added_tokens_decoder", {}).items()
+        added = sorted((id_, str(token)) for id_, token in named if str(token) != without)
+        content = [vocabulary_fingerprint(tokenizer), added, _pipeline(_stages(tokenizer))]
+        alike.append(sha256_of(json.dumps(content, sort_keys=True)))
+    return tuple(alike)
+
+
+def _stages(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    stages = {} if backend is None else json.loads(backend.to_str())
-    parts = [stages.get(name) for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder")]
-    added = sorted((id_, str(token)) for id_, token in tokenizer.added_tokens_decoder.items() if str(token) != without)
-    return sha256_of(json.dumps([vocabulary_fingerprint(tokenizer), added, parts], sort_keys=True))
+    return {} if backend is None else json.loads(backend.to_str())
+
+
+def _pipeline(stages: dict[str, Any]) -> list[Any]:
+    return [stages.get(name) for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder")]
 
 
 def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -152,8 +177,8 @@ def check_compatible(
 
 def _check_tokenizer(path: str, known: dict[str, Any], max_id: int, tokenizer: PreTrainedTokenizerBase) -> None:
     found = tokenizer_fingerprint(tokenizer)
-    # A pad token that was added since changes no text; and datastores of version 0.1 recorded the vocabulary alone.
-    alike = found, tokenizer_fingerprint(tokenizer, without=tokenizer.pad_token), vocabulary_fingerprint(tokenizer)
+    # A pad token that was added since changes no text.
+    alike = found, tokenizer_fingerprint(tokenizer, without=tokenizer.pad_token), *former_fingerprints(tokenizer)
     lacks = max_id >= vocabulary_size(tokenizer)
     if known["fingerprint"] in alike and not lacks:
         return
@@ -166,14 +191,14 @@ def _check_tokenizer(path: str, known: dict[str, Any], max_id: int, tokenizer: P
 
 
 def _check_embedder(path: str, made: dict[str, Any], embedder: ChunkEmbedder) -> None:
-    if embedder.fingerprint != made["fingerprint"]:
+    if made["fingerprint"] not in (embedder.fingerprint, embedder.former_fingerprint):
         raise DatastoreMismatchError(
             f"The keys of the datastore {path!r} were made by the embedder {made['name']!r} (fingerprint "
             f"{made['fingerprint'][:12]}), but the embedder given is {embedder.name_or_path!r} (fingerprint "
             f"{embedder.fingerprint[:12]}), whose vectors are not comparable. Use its own embedder, or rebuild it."
         )
     query = made.get("query") or {"name": None, "prompt": made.get("prompt", ""), "fingerprint": made["fingerprint"]}
-    if embedder.query_fingerprint != query["fingerprint"]:
+    if query["fingerprint"] not in (embedder.query_fingerprint, embedder.former_query_fingerprint):
         other = embedder.query_encoder or embedder
         raise DatastoreMismatchError(
             f"The datastore {path!r} was built for queries by {query['name'] or made['name']!r} with the prompt "

@@ -208,7 +208,7 @@ def _check_alike(first: RetroDatastore, other: RetroDatastore) -> None:
                 continue
             known, found = (f"{part['name']!r} ({part['fingerprint'][:12]})" for part in (known, found))
         if name == "tokenizer" and tokenizer_fingerprint(first.tokenizer) == tokenizer_fingerprint(other.tokenizer):
-            continue  # version 0.1 recorded the vocabulary alone
+            continue  # earlier versions recorded less of it
         if known != found:
             raise DatastoreMismatchError(
                 f"{str(first.path)!r} has {name}={known}, but {str(other.path)!r} has {name}={found}. Rebuild one of them, or, for "

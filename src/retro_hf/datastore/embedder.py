@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from transformers.utils.hub import cached_file
 from .. import extras
 from ..errors import DatastoreMismatchError, PretrainedNotFoundError, UnsupportedEmbedderError
 from ..outside import MAX_JSON_BYTES, check_base, check_hub_name, check_pretrained, parse_json
-from .compatibility import loading, vocabulary_fingerprint
+from .compatibility import loading, tokenizer_fingerprint, vocabulary_fingerprint
 from .files import sha256_of
 
 
@@ -157,6 +158,19 @@ def _tensor_digests(model: torch.nn.Module) -> list[str]:
     return sorted(digests)
 
 
+def _settings_of(encoder: Any) -> list[str]:
+    """Settings that change vectors but no weights: of a transformer its heads and activation, of a pipeline all modules'."""
+    config = getattr(getattr(encoder, "model", None), "config", None)
+    names = ("model_type", "num_attention_heads", "hidden_act", "layer_norm_eps", "position_embedding_type")
+    settings = [f"{name} {getattr(config, name, None)}" for name in names] if config is not None else []
+    if isinstance(encoder, torch.nn.Module):
+        for module in encoder.children():
+            # Of a transformer it would say how it was loaded; its length is told already.
+            described = {} if type(module).__name__ == "Transformer" else getattr(module, "get_config_dict", dict)()
+            settings.append(f"{type(module).__name__} {json.dumps(described, sort_keys=True, default=str)}")
+    return settings
+
+
 def _origin(made: dict[str, Any]) -> str:
     """The name on the Hub under which an encoder of a manifest can be loaded; a folder is named by the caller alone."""
     name: str = made["name"]
@@ -184,7 +198,7 @@ class ChunkEmbedder:
 
     Attributes:
         dim (`int`): length of a vector.
-        fingerprint (`str`): sha256 over weights, vocabulary, pooling, maximum length and prompt. It does not depend on the
+        fingerprint (`str`): sha256 over weights, tokenizer, pooling, maximum length and prompt. It does not depend on the
             name, the folder, the device or the dtype, so a copy of a model is the same embedder.
         query_fingerprint (`str`): the same for queries; equal to `fingerprint` if they are embedded as chunks are.
         name_or_path (`str`), revision (`str`, *optional*): as given.
@@ -325,21 +339,26 @@ class ChunkEmbedder:
         own, own_query = _prompts_of(encoder.prompts or {})
         self.prompt = own if prompt is None else prompt
         self.query_prompt: str = own_query if query_prompt is None else query_prompt
-        length, tokenizer = int(encoder.max_seq_length or 0), vocabulary_fingerprint(encoder.tokenizer)
-        parts = [self.pooling, str(length), tokenizer, *_tensor_digests(model)]
+        length, weights = str(int(encoder.max_seq_length or 0)), _tensor_digests(model)
+        parts = [self.pooling, length, tokenizer_fingerprint(encoder.tokenizer), *_settings_of(encoder), *weights]
+        # What datastores of earlier versions recorded.
+        former = [self.pooling, length, vocabulary_fingerprint(encoder.tokenizer), *weights]
 
         def fingerprint(parts: list[str], prompt: str) -> str:
-            # Nothing is added for an empty prompt, so plain encoders keep the fingerprints of older datastores.
             return sha256_of("\n".join([*parts, *([f"prompt {prompt}"] if prompt else [])]))
 
-        self.fingerprint = fingerprint(parts, self.prompt)
+        self.fingerprint, self.former_fingerprint = (fingerprint(one, self.prompt) for one in (parts, former))
         if self.query_encoder is not None:
             self.query_prompt = self.query_encoder.query_prompt
             self.query_fingerprint: str = self.query_encoder.query_fingerprint
+            self.former_query_fingerprint: str = self.query_encoder.former_query_fingerprint
             return
         # A router sends queries through a part of the model that is theirs alone.
         routed = any(type(module).__name__ == "Router" for module in model.children())
-        self.query_fingerprint = fingerprint([*parts, *(["route query"] if routed else [])], self.query_prompt)
+        route = ["route query"] if routed else []
+        self.query_fingerprint, self.former_query_fingerprint = (
+            fingerprint([*one, *route], self.query_prompt) for one in (parts, former)
+        )
 
     def embed(self, texts: Sequence[str], batch_size: int = 64, show_progress: bool | None = None) -> np.ndarray:
         """Embed texts, in batches of similar length.

@@ -45,8 +45,7 @@ _MAX_SOURCES = 1_000
 _MAX_TEXT = 1 << 16
 _MORE_SOURCES = {"name": "and more, which the table of documents names"}
 
-# The files of a shard by kind, each named after the shard. Only a retokenized shard has `chunk_starts`, and only a shard
-# whose keys are made of the documents' own characters has `text_starts`.
+# The files of a shard by kind. Only a retokenized one has `chunk_starts`, only one with keys of its own text `text_starts`.
 SHARD_FILES = {
     "tokens": "tokens-{}.npy",
     "doc_offsets": "doc_offsets-{}.npy",
