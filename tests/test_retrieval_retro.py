@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from retro_hf.datastore import ChunkEmbedder, EmbeddingSearcher, HybridSearcher, LexicalSearcher, RetroDatastore
-from retro_hf.errors import DatastoreMismatchError, PretrainedNotFoundError, RetrieverError
+from retro_hf.errors import DatastoreMismatchError, PretrainedNotFoundError, RetrieverError, RetroError
+from retro_hf.passages import find_passages
 from retro_hf.retriever import RetroRetriever
 
 from .datastore.fixtures import corpus, make_encoder, make_tokenizer, one_thread
@@ -332,3 +333,28 @@ def test_retriever_takes_exactly_one_of_embedder_and_searcher(parts, tmp_path):
     store.save(tmp_path / "copy")
     with pytest.raises(RetrieverError):
         RetroRetriever(RetroDatastore.load(tmp_path / "copy"), searcher=lexical)
+
+
+@pytest.mark.parametrize("number", [0, -1, "2", 2.0, True, 10**9])
+def test_odd_number_of_neighbors_is_explained(searching, number):
+    for call in (searching.find, searching.search_texts):
+        with pytest.raises(RetroError):
+            call("the old river", num_neighbors=number)
+    with pytest.raises(RetroError):
+        find_passages(searching, ["the old river"], number)
+
+
+def test_odd_chunks_and_ids_are_explained(searching):
+    ids = torch.zeros(1, searching.chunk_size, dtype=torch.long)
+    for arguments in ((ids - 1,), (ids, ids.tolist()), (None,)):
+        with pytest.raises(RetroError):
+            searching(*arguments)
+    for call, argument in (
+        (searching.datastore.gather, [[1], [1, 2]]),
+        (searching.datastore.document_number, None),
+        (searching.datastore.document_numbers, [3]),
+    ):
+        with pytest.raises(RetroError):
+            call(argument)
+    with pytest.raises(RetroError):
+        find_passages(searching, [None], 1)

@@ -58,7 +58,9 @@ def find_passages(retriever: RetroRetriever, questions: Sequence[str], num_passa
     Raises:
         RetrieverError: for a question without a word.
     """
-    if not all(question.strip() for question in questions):
+    if isinstance(num_passages, bool) or not isinstance(num_passages, int) or num_passages < 1:
+        raise RetrieverError(f"num_passages is {num_passages!r}. Pass an integer of at least 1.")
+    if not all(isinstance(question, str) and question.strip() for question in questions):
         raise RetrieverError("A question is empty. Pass texts with at least one word each.")
     datastore = retriever.datastore
     readable = [without_lone_surrogates(question) for question in questions]

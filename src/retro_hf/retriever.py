@@ -338,6 +338,7 @@ class RetroRetriever:
     def search_texts(self, texts: str | list[str], num_neighbors: int | None = None) -> RetrievalResult:
         """As [`RetroRetriever.find`], without reading what was found."""
         wanted = self.num_neighbors if num_neighbors is None else num_neighbors
+        check_num_neighbors(wanted, self.datastore.num_chunks)
         queries = list(texts) if isinstance(texts, Iterable) and not isinstance(texts, str) else [texts]
         for number, query in enumerate(queries):
             if not isinstance(query, str) or not query.strip():
@@ -394,13 +395,19 @@ class RetroRetriever:
                 f"The chunks are of {found}, but the datastore looks up tensors of shape (num_chunks, {self.chunk_size}). Use a "
                 f"model with chunk_size={self.chunk_size}, or rebuild the datastore."
             )
-        if ids.is_floating_point() or ids.dtype == torch.bool or (mask is not None and mask.shape != ids.shape):
-            masked = "" if mask is None else f" and a mask of shape {tuple(mask.shape)}"
+        is_mask = mask is None or (isinstance(mask, torch.Tensor) and mask.shape == ids.shape)
+        if ids.is_floating_point() or ids.dtype == torch.bool or not is_mask:
+            kind = f"shape {tuple(mask.shape)}" if isinstance(mask, torch.Tensor) else f"type {type(mask).__name__}"
+            masked = "" if mask is None else f" and a mask of {kind}"
             raise RetrieverError(
                 f"The chunks are {ids.dtype} of {found}{masked}. Pass integers, and a mask of their shape."
             )
         rows = ids.detach().cpu().to(torch.int64).numpy()
         kept = np.ones(rows.shape, dtype=bool) if mask is None else mask.detach().cpu().numpy().astype(bool)
+        if (least := int(rows[kept].min(initial=0))) < 0:
+            raise RetrieverError(
+                f"The chunks have the token id {least}. Pass ids of the tokenizer, and a mask for padding."
+            )
         return rows, kept
 
     @classmethod

@@ -166,7 +166,9 @@ def _settings_of(encoder: Any) -> list[str]:
     if isinstance(encoder, torch.nn.Module):
         for module in encoder.children():
             # Of a transformer it would say how it was loaded; its length is told already.
-            described = {} if type(module).__name__ == "Transformer" else getattr(module, "get_config_dict", dict)()
+            described: dict[str, Any] = (
+                {} if type(module).__name__ == "Transformer" else getattr(module, "get_config_dict", dict)()
+            )
             settings.append(f"{type(module).__name__} {json.dumps(described, sort_keys=True, default=str)}")
     return settings
 

@@ -145,7 +145,10 @@ class Generation:
 
     def chunk_ids(self, ids: Any) -> np.ndarray:
         """Chunk ids as int64; DatastoreInputError for another type, or ids that the store does not have."""
-        ids = np.asarray(ids)
+        try:
+            ids = np.asarray(ids)
+        except ValueError as error:
+            raise DatastoreInputError(f"Chunk ids are no array: {error}. Pass rows of the same length.") from error
         if ids.size and not np.issubdtype(ids.dtype, np.integer):
             raise DatastoreInputError(f"Chunk ids are of type {ids.dtype}. Pass integers.")
         ids = ids.astype(np.int64, copy=False)

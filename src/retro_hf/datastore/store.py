@@ -386,6 +386,8 @@ class RetroDatastore:
     def document_numbers(self, ids: Sequence[str]) -> np.ndarray:
         """The numbers (int64, `(n,)`) of documents by id, -1 for ids that are not there or have been deleted."""
         opened = self._opened
+        if strange := [id for id in ids if not isinstance(id, str)]:
+            raise DatastoreInputError(f"{strange[0]!r} is no id of a document. Pass texts.")
         hashes = np.array([hash_of(id) for id in ids], dtype=np.uint64)
         numbers = np.full(len(ids), -1, dtype=np.int64)
         deleted = set(opened.deleted.tolist())
