@@ -254,6 +254,20 @@ class TestSameAsAFullForwardPass:
 class TestGivenNeighbors:
     """Neighbors that the caller brings."""
 
+    def test_chunks_without_neighbors_are_not_encoded(self, llama):
+        """With a cache, too; the scores are those of a pass without a cache, which encodes all of them."""
+        ids, given = random_ids(2, 14), random_neighbors(2, 3)
+        given["neighbor_attention_mask"][:, :2] = 0
+        encoded = []
+        hook = llama.model.retro.encoder.register_forward_pre_hook(lambda _, inputs: encoded.append(len(inputs[0])))
+        with torch.no_grad():
+            whole = llama(ids, **given, use_cache=False).logits
+            cached = llama(ids, **given, use_cache=True)
+        hook.remove()
+        assert encoded == [6, 2]
+        torch.testing.assert_close(cached.logits, whole, atol=1e-5, rtol=0)
+        assert not torch.equal(cached.logits, llama(ids).logits)
+
     def test_replace_the_retriever(self, model):
         """Tensors for all chunks give what a retriever with the same answers gives."""
         prompt = random_ids(2, 9)

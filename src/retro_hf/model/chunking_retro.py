@@ -96,6 +96,17 @@ class PassPlan:
             return self.neighbor_input_ids.shape[-1]
         return None if self.state is None else self.state.neighbor_size
 
+    def chunks_with_neighbors(self) -> torch.Tensor | None:
+        """The numbers of the completing chunks that have neighbors, if others of a cached pass have none; else None.
+
+        A long prompt with passages for its question alone is encoded for the chunks of the question alone.
+        """
+        mask = self.neighbor_mask
+        if self.state is None or mask is None or len(mask) == 1 or torch.compiler.is_compiling():
+            return None
+        some = mask.flatten(1).any(dim=1).nonzero().squeeze(1)
+        return some if 0 < len(some) < len(mask) else None
+
     @property
     def places(self) -> list[int] | None:
         """The place of each row's token in its attending chunk, from 0. None if the plan holds whole attending chunks."""

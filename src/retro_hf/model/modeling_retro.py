@@ -369,7 +369,12 @@ class RetroPass:
             return None
         # The bound method, not the module: accelerate moves modules that it finds among the arguments to another device.
         embed = self.embed.__call__
-        return self.reader.encoder(plan.neighbor_input_ids, plan.neighbor_mask, chunk_states, plan.chunk_mask, embed)
+        inputs = (plan.neighbor_input_ids, plan.neighbor_mask, chunk_states, plan.chunk_mask)
+        some = plan.chunks_with_neighbors()
+        if some is None:
+            return self.reader.encoder(*inputs, embed)
+        states = self.reader.encoder(*(part[some] for part in inputs), embed)
+        return states.new_zeros(len(chunk_states), *states.shape[1:]).index_copy(0, some, states)  # others stay masked
 
     def attend(
         self, layer_idx: int, hidden_states: torch.Tensor, neighbor_states: torch.Tensor | None
@@ -713,18 +718,14 @@ class RetroModel(RetroPreTrainedModel):
         if isinstance(self.retro, ParallelContextReader):
             retro_pass = self.retro.begin(self.backbone, planned, cache)
         else:
-            attentions = _wants_attentions(inputs, self.config)
+            asked = inputs.get("output_attentions")
+            attentions = self.config.output_attentions if asked is None else asked
             retro_pass = RetroPass(
                 self.retro, self.get_input_embeddings(), self.config, planned, output_attentions=attentions
             )
         outputs = run_within(retro_pass, module, inputs)
         retro_pass.finish(outputs)
         return outputs
-
-
-def _wants_attentions(inputs: dict[str, Any], config: RetroConfig) -> bool:
-    wanted = inputs.get("output_attentions")
-    return bool(getattr(config, "output_attentions", False) if wanted is None else wanted)
 
 
 def _with_arguments_of(forward: Callable) -> Callable:
