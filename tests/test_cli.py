@@ -20,7 +20,7 @@ from tiny_training import CHUNK_SIZE, make_model, make_world
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from retro_hf import RetroDatastore
+from retro_hf import RetroDatastore, retrofit
 from retro_hf.errors import (
     DatasetError,
     DatastoreInputError,
@@ -141,10 +141,23 @@ def test_ask_answers_and_names_its_sources(world, name, source):
     printed = retro(*arguments, "--passages", 3, "--max-new-tokens", 5).splitlines()
     found = json.loads(retro(*arguments, "--passages", 3, "--max-new-tokens", 5, "--json"))
     assert len(found["sources"]) == 3
-    assert [line.split("]")[1] for line in printed[-3:]] == [
-        f" {passage['title'] or passage['document_id']}: {' '.join(passage['text'].split())[:100]}"
-        for passage in found["sources"]
-    ]
+    for passage, (heading, text) in zip(
+        found["sources"], zip(printed[-6::2], printed[-5::2], strict=True), strict=True
+    ):
+        assert heading.split("] ")[1].split()[0] == passage["document_id"]
+        assert text.strip() == " ".join(passage["text"].split())
+
+
+def test_a_model_saved_without_a_tokenizer_has_that_of_its_base(world, tmp_path):
+    """As `model.save_pretrained(folder, save_backbone=False)` leaves it."""
+    base, saved = tmp_path / "base", tmp_path / "saved"
+    tokenizer = AutoTokenizer.from_pretrained(world / "model")
+    tiny_backbone("llama", vocab_size=len(tokenizer)).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    sizes = {"chunk_size": CHUNK_SIZE, "neighbor_size": 2 * CHUNK_SIZE}
+    retrofit(base, reader="parallel_context", **sizes).save_pretrained(saved, save_backbone=False)
+    arguments = ("the lighthouse", "--store", world / "store", "--embedder", world / "encoder", "--max-new-tokens", 5)
+    assert retro("generate", saved, *arguments) == retro("generate", base, *arguments)
 
 
 def test_ask_needs_one_source(world):

@@ -145,6 +145,12 @@ def prepare_question(
             text = (tokenizer.bos_token or "") + text
     input_ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
     length = input_ids.shape[1]
+    limit = config.max_position_embeddings
+    if limit is not None and length + max_new_tokens > limit:
+        raise RetrieverError(
+            f"The prompt with the question has {length:,} tokens, and the answer may have {max_new_tokens:,}, but the context of "
+            f"the model ends at {limit:,}. Shorten the question, or lower `max_new_tokens`."
+        )
 
     num_passages = retriever.num_neighbors if num_passages is None else num_passages
     if num_passages < 1:

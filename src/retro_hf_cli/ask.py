@@ -18,8 +18,8 @@ from .datastore import (
     open_retriever,
     readable,
 )
-from .model import MODEL, load_reader
-from .output import say, say_json
+from .model import MODEL, load_reader, tokenizer_of
+from .output import say, say_json, say_passage
 
 
 commands = typer.Typer()
@@ -34,7 +34,7 @@ def ask(
     store: Annotated[str | None, typer.Option(help=STORE)] = None,
     texts: Annotated[Path | None, typer.Option(help=f"Instead of a datastore: {TEXTS}")] = None,
     embedder: Embedder = None,
-    passages: Annotated[int, typer.Option(min=1, help="Passages to read.")] = 2,
+    passages: Annotated[int, typer.Option("--passages", "-k", min=1, help="Passages to read.")] = 2,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
     min_score: MinScore = None,
     encoding: Encoding = None,
@@ -50,9 +50,8 @@ def ask(
     import dataclasses
 
     from retro_hf import RetroRetriever, answer
-    from retro_hf.datastore.compatibility import load_tokenizer
 
-    tokenizer = load_tokenizer(model)
+    tokenizer = tokenizer_of(model)
     if texts is None:
         retriever = open_retriever(str(store), embedder, tokenizer, min_score)
     else:
@@ -67,5 +66,4 @@ def ask(
         return
     say(result.text)
     for source in result.sources:
-        name = source.title or source.document_id
-        say(f"  [{source.score:.2f}] {name}: {' '.join(source.text.split())[:100]}")
+        say_passage(source.score, source.document_id, source.title, source.text)

@@ -8,11 +8,13 @@ import typer
 
 from .datastore import STORE, Embedder, MinScore, harmless, readable
 from .model import MODEL, open_model
-from .output import say
+from .output import say, say_passage
 from .serve import Dtype, NumNeighbors
 
 
 commands = typer.Typer()
+
+_COMMANDS = "/new forgets the conversation, /off and /on switch the store, and an empty line or Ctrl-D ends the chat."
 
 
 @commands.command(rich_help_panel="Model", epilog="retro chat model --store store")
@@ -38,6 +40,7 @@ def chat(
     from retro_hf_server.prompts import Prompts
     from retro_hf_server.source import Source
 
+    say("Loading the model and the store ...", err=True)
     loaded, tokenizer, retriever = open_model(model, store, embedder, num_neighbors, dtype, min_score)
     if not tokenizer.chat_template:
         raise ValueError(f"'{model}' has no chat template, so it cannot chat. Continue a text with `retro generate`.")
@@ -46,10 +49,18 @@ def chat(
     sampling = Sampling(max_new_tokens, temperature, seed=seed)
     messages: list[dict[str, str]] = []
     retrieve = True
+    say(_COMMANDS, err=True)
     while said := _turn():
-        if said in ("/on", "/off", "/new"):
-            retrieve = retrieve if said == "/new" else said == "/on"
-            messages = [] if said == "/new" else messages
+        if said == "/new":
+            messages = []
+            say("  The conversation is forgotten.", err=True)
+            continue
+        if said in ("/on", "/off"):
+            retrieve = said == "/on"
+            say(f"  The store is {said[1:]}.", err=True)
+            continue
+        if said.startswith("/"):
+            say(f"  {said.split()[0]} is not a command. {_COMMANDS}", err=True)
             continue
         messages.append({"role": "user", "content": said})
         prompt = prompts.prompt(messages, said)
@@ -94,6 +105,5 @@ def _answer(engine: Any, prompt: Any, sampling: Any, retrieve: bool) -> str:
             if event.retrieval == "unavailable":
                 say(f"  written without the store: {event.message}", err=True)
             for passage in passages:
-                name = harmless(passage["title"] or passage["document_id"])
-                say(f"  [{passage['score']:.2f}] {name}: {harmless(' '.join(passage['text'].split()))[:100]}")
+                say_passage(passage["score"], passage["document_id"], passage["title"], passage["text"])
             return text

@@ -52,7 +52,7 @@ def build(
     from retro_hf import RetroDatastore
     from retro_hf.datastore import IndexOptions
 
-    _tell_sizes()
+    tell_progress()
     store = RetroDatastore.build(
         source,
         output,
@@ -83,7 +83,7 @@ def append(
     """Add documents; nothing that is there is computed again."""
     from retro_hf import ChunkEmbedder
 
-    _tell_sizes()
+    tell_progress()
     opened = _load_datastore(store)
     changes = opened.append(
         source,
@@ -119,7 +119,7 @@ def sync(
     if not as_json:
         say(changes)
     if changes and not dry_run:
-        _tell_sizes()
+        tell_progress()
         changes = opened.sync(
             source,
             embedder=ChunkEmbedder.of_datastore(opened.manifest.embedder, embedder),
@@ -268,8 +268,8 @@ def readable(argument: str) -> str:
     return argument.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
-def _tell_sizes() -> None:
-    """Show what the library says before long work: sizes, times, and without a terminal each stage."""
+def tell_progress() -> None:
+    """Show what the library logs: sizes and times before long work, and the progress where there is no terminal."""
     logger = logging.getLogger("retro_hf")
     logger.setLevel(logging.INFO)
     if not logger.handlers:  # Python shows nothing below a warning by itself
@@ -279,7 +279,9 @@ def _tell_sizes() -> None:
 def _size_of(datastore: Any) -> str:
     from retro_hf.errors import counted
 
-    return f"{counted(datastore.num_documents, 'document')}, {counted(datastore.num_chunks, 'chunk')}"
+    kept = datastore.num_documents - datastore.num_deleted_documents
+    deleted = "" if kept == datastore.num_documents else f" and {datastore.num_documents - kept:,} deleted"
+    return f"{counted(kept, 'document')}{deleted}, {counted(datastore.num_chunks, 'chunk')}"
 
 
 def _index_of(shard: Any) -> str:

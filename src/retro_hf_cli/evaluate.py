@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from . import paths
-from .datastore import Encoding, MinScore, Split
+from .datastore import Encoding, MinScore, Split, tell_progress
 from .model import MODEL, open_model
 from .output import say, say_json
 
@@ -111,6 +111,7 @@ def evaluate(
     longest = sorted(documents, key=lambda one: -len(one["text"]))[:_TRACED]
     # The reader skips those without text, but they are counted.
     documents += [{"id": reader.first_empty or "", "text": ""}] * reader.num_empty
+    tell_progress()
     loaded, tokenizer, retriever = open_model(model, store, embedder, dtype=dtype, min_score=min_score)
     result = measure(
         loaded,

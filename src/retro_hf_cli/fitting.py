@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from . import paths
-from .datastore import DEFAULT_EMBEDDER, STORE, TEXTS, Embedder, _tell_sizes, open_retriever
+from .datastore import DEFAULT_EMBEDDER, STORE, TEXTS, Embedder, open_retriever, tell_progress
 from .output import say
 
 
@@ -42,7 +42,7 @@ def fit(
 
     How long it will take, and how much memory, is told before it starts.
     """
-    _tell_sizes()
+    tell_progress()
 
     from retro_hf import fit as fit_reader
     from retro_hf.datastore.compatibility import load_tokenizer

@@ -25,9 +25,7 @@ def generate(
     query: Annotated[str | None, typer.Option(help="Text to look up for the prompt, instead of the prompt.")] = None,
 ) -> None:
     """Continue a text, with a datastore to read or without; after the text comes what was read."""
-    from retro_hf.datastore.compatibility import load_tokenizer
-
-    tokenizer = load_tokenizer(model)
+    tokenizer = tokenizer_of(model)
     retriever = None if store is None else open_retriever(store, embedder, tokenizer, min_score)
     inputs = tokenizer(readable(prompt), return_tensors="pt", return_token_type_ids=False)
     if inputs.input_ids.shape[1] == 0:
@@ -77,9 +75,7 @@ def retrofit(
 
 def push_model(folder: Path, repo: str, *, private: bool, revision: str | None) -> str:
     """Upload a model and its tokenizer to a model repository; returns the address of the last commit."""
-    from retro_hf.datastore.compatibility import load_tokenizer
-
-    model, tokenizer = load_model(str(folder)), load_tokenizer(str(folder))
+    model, tokenizer = load_model(str(folder)), tokenizer_of(str(folder))
     options: dict[str, Any] = {"private": private or None, "revision": revision}
     if revision is not None:
         from huggingface_hub import HfApi
@@ -106,11 +102,9 @@ def open_model(
     """
     import torch
 
-    from retro_hf.datastore.compatibility import load_tokenizer
-
     if dtype not in ("auto", "float32", "bfloat16"):
         raise ValueError(f"--dtype is {dtype!r}, but it is float32, bfloat16 or auto.")
-    tokenizer = load_tokenizer(name)
+    tokenizer = tokenizer_of(name)
     retriever = None if store is None else open_retriever(store, embedder, tokenizer, min_score)
     if retriever is not None and num_neighbors is not None:
         retriever.num_neighbors = num_neighbors
@@ -121,6 +115,24 @@ def open_model(
     if dtype != "auto":
         model.to(getattr(torch, dtype))
     return model.eval(), tokenizer, retriever
+
+
+def tokenizer_of(name: str) -> Any:
+    """The tokenizer of a model. If its folder has none, as after `model.save_pretrained`, it is that of its base.
+
+    Raises:
+        PretrainedNotFoundError: if there is none in either place.
+    """
+    from retro_hf.datastore.compatibility import load_tokenizer
+    from retro_hf.errors import PretrainedNotFoundError
+
+    try:
+        return load_tokenizer(name)
+    except PretrainedNotFoundError:
+        base = load_model(name).config.backbone_name_or_path if _family(name) == "retro" else None
+        if base is None:
+            raise
+        return load_tokenizer(base)
 
 
 def load_reader(name: str, retriever: Any) -> Any:

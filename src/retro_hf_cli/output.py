@@ -27,6 +27,13 @@ def say(text: Any = "", err: bool = False, nl: bool = True) -> None:
     _write(plain(str(text)), sys.stderr if err else sys.stdout, nl)
 
 
+def say_passage(score: float, document_id: str, title: str, text: str) -> None:
+    """Print a passage that was read: its score and document, and its text on one line."""
+    heading = f"  [{score:.2f}] {document_id}" + (f"  {title}" if title else "")
+    say(plain(heading).replace("\n", " "))
+    say(f"      {' '.join(text.split())}")
+
+
 def say_json(value: Any) -> None:
     """Print JSON in readable UTF-8, the same characters as JSON escapes, or all as escapes where UTF-8 cannot be shown."""
     from retro_hf.outside import printable_json

@@ -166,6 +166,13 @@ class ChatRequest(_Request):
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
 
+    @field_validator("messages")
+    @classmethod
+    def _asks(cls, messages: list[Message]) -> list[Message]:
+        if messages[-1].role == "user" and not messages[-1].text().strip():
+            raise ValueError("the last message of the user is empty; write at least one word")
+        return messages
+
     @property
     def wanted_tokens(self) -> int | None:
         """The length of the answer, under either of its names."""

@@ -109,6 +109,7 @@ def test_retrieval_can_be_turned_off_for_one_request(client):
         ({"response_format": {"type": "json_object"}}, 400, "response_format"),
         ({"made_up": 1}, 400, "made_up"),
         ({"messages": []}, 400, "messages"),
+        ({"messages": [{"role": "user", "content": " "}]}, 400, "messages"),
         ({"messages": [{"role": "cat", "content": "x"}]}, 400, "messages.0.role"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages.0.content"),
         ({"messages": [{"role": "user", "content": "x " * 1000}]}, 400, "messages"),

@@ -20,12 +20,13 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..errors import DatastoreExistsError, DatastoreInputError, RetroError, counted
+from ..progress import progress_bar
 from .chunks import token_dtype
 from .compatibility import tokenizer_identity, vocabulary_size
 from .coverage import check_coverage, coverage_of, looked_at
 from .documents import Document, DocumentReader
 from .embedder import ChunkEmbedder
-from .executors import Call, Executor, progress_bar, run_stage
+from .executors import Call, Executor, run_stage
 from .files import building_folder, check_free, digest_of, new_folder, not_written
 from .index_plan import IndexOptions, check_factory, plan_index, tell_plan
 from .manifest import (

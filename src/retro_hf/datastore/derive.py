@@ -13,13 +13,13 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import DatastoreInputError, DatastoreMismatchError, counted
+from ..progress import progress_bar
 from .build import work_folder
 from .chunks import text_starts, token_dtype
 from .compatibility import load_tokenizer, tokenizer_fingerprint, vocabulary_size
 from .coverage import check_coverage, coverage
 from .documents import document_ids
 from .edit import placed, rewrite
-from .executors import progress_bar
 from .files import INT64, NpyWriter, hash_of, link_or_copy, new_folder, write_npy
 from .generation import at_rest
 from .index_plan import IndexOptions

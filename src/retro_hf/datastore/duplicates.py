@@ -9,8 +9,8 @@ import numpy as np
 
 from .. import extras
 from ..errors import DatastoreInputError
+from ..progress import progress_bar
 from .chunks import ranges
-from .executors import progress_bar
 
 
 if TYPE_CHECKING:

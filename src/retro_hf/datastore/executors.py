@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from transformers.utils import logging
 
 from ..errors import DatastoreInputError, RetroError, counted
 from .files import hash_of
@@ -61,11 +60,6 @@ class Executor(Protocol):
 
     def start(self, tasks: Sequence[Task]) -> AbstractContextManager[Run]:
         """Get ready for some tasks. Workers receive the tasks once, and stop when the context ends."""
-
-
-def progress_bar(show_progress: bool | None, **options: Any) -> Any:
-    """A progress bar: by default on a terminal only, and never if transformers' progress bars are switched off."""
-    return logging.tqdm(disable=None if show_progress is None else not show_progress, **options)
 
 
 def run_stage(run: Run, tasks: Sequence[Task], task: int, calls: Iterable[Call], progress: Any) -> None:

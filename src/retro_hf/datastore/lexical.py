@@ -22,8 +22,8 @@ from ..errors import (
     counted,
 )
 from ..outside import read_json
+from ..progress import progress_bar
 from .chunks import ranges
-from .executors import progress_bar
 from .files import damaged, map_npy, new_folder, reading, write_file
 from .generation import MAX_GATHERED
 from .manifest import FileEntry, check_content, check_sizes, describe_file

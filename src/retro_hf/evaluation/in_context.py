@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..datastore import RetroDatastore
-from ..datastore.executors import progress_bar
+from ..progress import progress_bar
 from .neighbors import NeighborIds
 from .scoring import Document, ScoringOptions, cut_windows, evaluating, score_batch
 

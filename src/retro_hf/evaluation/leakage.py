@@ -9,7 +9,7 @@ import numpy as np
 from ..datastore import RetroDatastore
 from ..datastore.chunks import ranges
 from ..datastore.duplicates import shingles_of, stored_documents
-from ..datastore.executors import progress_bar
+from ..progress import progress_bar
 from .neighbors import Chunks, NeighborIds
 from .result import CopiedDocument, LeakedDocument
 from .scoring import Document

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from ..datastore import EmbeddingSearcher, RetroDatastore, chunk_texts
-from ..datastore.executors import progress_bar
 from ..errors import RetrieverError
+from ..progress import progress_bar
 from ..retriever import RetroRetriever
 from ..training.copies import Text, search_without_copies, tell_lookups
 from ..training.exclusion import document_numbers

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .. import extras
-from ..datastore.executors import progress_bar
 from ..errors import DatasetError
+from ..progress import progress_bar
 from ..training.columns import check_columns, list_lengths
 from ..training.question_trainer import decode_answers, generate_answers
 from ..training.questions import QuestionCollator, check_same_tokenizer

@@ -15,9 +15,9 @@ import torch
 from ..datastore import RetroDatastore
 from ..datastore.borders import Borders
 from ..datastore.documents import document_ids, is_missing
-from ..datastore.executors import progress_bar
 from ..datastore.files import digest_of
 from ..errors import DatasetError
+from ..progress import progress_bar
 from .cache import ArrayCache
 
 

@@ -15,8 +15,8 @@ from transformers.utils import logging
 
 from .. import extras
 from ..datastore import RetroDatastore
-from ..datastore.executors import progress_bar
 from ..errors import DatasetError
+from ..progress import progress_bar
 from ..retriever import RetroRetriever
 from .columns import check_columns, flattened
 from .copies import tell_lookups
