@@ -49,10 +49,10 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(INSTALL) -e ".[dev]"
 	@touch $@
 
-demo: $(STAMP) ## Build a datastore, measure and show RETRO on real text (10 minutes on 2 cores)
+demo: $(STAMP) ## Ask a real language model with and without documents, change one, measure (10 minutes on 2 cores)
 	$(RUN)/python examples/demo.py
 
-demo-train: $(STAMP) ## Train the demo's model again from scratch
+demo-train: $(STAMP) ## Train the toy from scratch, which examples/demo_toy.py shows
 	$(RUN)/python examples/train_demo.py --bf16
 
 test: $(STAMP) ## Run the tests (20 minutes at most on 2 cores)
