@@ -240,7 +240,7 @@ def test_a_wrong_name_is_explained(world, tmp_path, place):
         "model": ("generate", "org/nothing", "the king"),
         "base": ("retrofit", "org/nothing", "-o", tmp_path / "out"),
     }[place]
-    what = {"model": "tokenizer", "base": "model"}.get(place, place)
+    what = {"base": "model"}.get(place, place)
     with pytest.raises(PretrainedNotFoundError, match=f"no folder 'org/nothing', and no {what} of that name"):
         retro(*arguments)
     assert list(tmp_path.iterdir()) == []

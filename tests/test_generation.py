@@ -19,6 +19,7 @@ from transformers.generation import (
 )
 from transformers.generation.streamers import BaseStreamer
 
+from retro_hf.model import inputs_retro
 from retro_hf.model.compatibility_retro import CACHE_NAME
 
 from .tiny import CHUNK_SIZE, hash_retriever, neighbors_from, random_ids, random_neighbors, tiny_backbone, tiny_retro
@@ -888,6 +889,7 @@ class TestCost:
                 step["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones(2, 1).long()], dim=1)
             listed = []
             with torch.no_grad(), _ReadsOnHost() as mode, monkeypatch.context() as patch:
+                patch.setattr(inputs_retro, "_can_read", lambda tensor: False)  # as on an accelerator
                 for name in ("tolist", "numpy"):
                     plain = getattr(torch.Tensor, name)
                     patch.setattr(torch.Tensor, name, lambda t, f=plain: (listed.append("list"), f(t))[1])

@@ -25,6 +25,7 @@ MODEL_FILES = {
     "retriever_protocol_retro.py",
     "modeling_retro.py",
     "modeling_retro_decoder.py",
+    "inputs_retro.py",
     "neighbor_cache_retro.py",
     "parallel_context_retro.py",
 }

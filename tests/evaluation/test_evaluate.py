@@ -491,11 +491,17 @@ def test_retriever_must_know_chunk_ids(world, model, held_out):
 
 @pytest.mark.parametrize(
     "documents",
-    [None, "text", {"text": "the king"}, ["the king", None], ["the king", 3], ["the king", {"text": None}]],
+    [None, "text", {"text": "the king"}, ["the king", 3], ["the king", {"id": "a"}]],
 )
 def test_documents_without_text_are_an_error(world, model, documents):
     with pytest.raises(DatasetError):
         measure(model, documents, world)
+
+
+def test_missing_texts_are_counted(world, model, held_out):
+    """As in a table of pandas with gaps: they are left out, and told."""
+    result = measure(model, [*held_out, None, {"id": "gap", "text": float("nan")}], world)
+    assert result.inputs.num_unscorable == 2
 
 
 def test_tokenizer_and_datastore_must_fit_the_model(world, model, held_out):

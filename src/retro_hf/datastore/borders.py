@@ -27,8 +27,12 @@ class Borders:
             add_bos (`bool`, *optional*): by default, whether the tokenizer puts the token before a prompt.
             add_eos (`bool`, *optional*): by default, whether the tokenizer has the token.
         Raises:
-            DatasetError: if the tokenizer lacks a token that is asked for.
+            DatasetError: if the tokenizer lacks a token that is asked for, or is not a tokenizer.
         """
+        if not hasattr(tokenizer, "bos_token_id"):
+            raise DatasetError(
+                f"The tokenizer is of type {type(tokenizer).__name__}. Pass the model's fast tokenizer."
+            )
         bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
         if add_bos is None:
             add_bos = bos is not None and list(tokenizer("a", verbose=False)["input_ids"])[:1] == [bos]

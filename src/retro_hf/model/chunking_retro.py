@@ -102,7 +102,9 @@ class PassPlan:
         A long prompt with passages for its question alone is encoded for the chunks of the question alone.
         """
         mask = self.neighbor_mask
-        if self.state is None or mask is None or len(mask) == 1 or torch.compiler.is_compiling():
+        if self.state is None or mask is None or len(mask) == 1:
+            return None
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():  # one graph for all chunks
             return None
         some = mask.flatten(1).any(dim=1).nonzero().squeeze(1)
         return some if 0 < len(some) < len(mask) else None
