@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import textwrap
+from numbers import Integral
+from typing import Any
 
 from .outside import printable
 
@@ -32,6 +34,13 @@ __all__ = [
 def counted(count: int, noun: str) -> str:
     """A number of things in words: "1 document", "2,000 documents"."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def check_integers(error: type[Exception] = ValueError, /, **numbers: tuple[Any, int]) -> None:
+    """Raise an error for the first number that is not an integer of at least the second value of its pair."""
+    for name, (value, least) in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+            raise error(f"{name} is {value!r}, but it must be an integer of at least {least}.")
 
 
 class RetroError(Exception):

@@ -8,8 +8,6 @@ from typing import Any
 from .errors import MissingExtraError
 
 
-__all__ = ["EXTRAS", "load"]
-
 # The name under which a package is imported, and the extra of pyproject.toml that installs it.
 EXTRAS = {
     "accelerate": "train",

@@ -9,11 +9,9 @@ import numpy as np
 
 from .datastore import RetroDatastore
 from .datastore.documents import without_lone_surrogates
-from .errors import RetrieverError
+from .errors import RetrieverError, check_integers
 from .retriever import RetroRetriever
 
-
-__all__ = ["PROMPT", "Passage", "find_passages", "passage_text"]
 
 PROMPT = "question: {question} \n answer:"
 """What the paper writes before an answer (section 4.3)."""
@@ -58,8 +56,7 @@ def find_passages(retriever: RetroRetriever, questions: Sequence[str], num_passa
     Raises:
         RetrieverError: for a question without a word.
     """
-    if isinstance(num_passages, bool) or not isinstance(num_passages, int) or num_passages < 1:
-        raise RetrieverError(f"num_passages is {num_passages!r}. Pass an integer of at least 1.")
+    check_integers(RetrieverError, num_passages=(num_passages, 1))
     if not all(isinstance(question, str) and question.strip() for question in questions):
         raise RetrieverError("A question is empty. Pass texts with at least one word each.")
     datastore = retriever.datastore

@@ -10,8 +10,6 @@ from typing import Any
 from transformers.utils import logging
 
 
-__all__ = ["progress_bar"]
-
 logger = logging.get_logger(__name__)
 
 _SECONDS = 20

@@ -13,8 +13,6 @@ from .errors import RetrieverError
 from .outside import read_json
 
 
-__all__ = ["SETTINGS_NAME", "RetrievalResult", "RetrievedNeighbor", "saved_settings"]
-
 SETTINGS_NAME = "retriever.json"
 _MAX_SAVED_NEIGHBORS = 1 << 10
 

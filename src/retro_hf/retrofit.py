@@ -155,6 +155,3 @@ def parameter_report(model: RetroForCausalLM) -> str:
         f"base {total - added:,} + retro {added:,} ({added / max(total - added, 1):.1%}) | trainable {trainable:,} of "
         f"{total:,} ({trainable / total:.1%})"
     )
-
-
-__all__ = ["parameter_report", "retrofit"]

@@ -11,18 +11,16 @@ import numpy as np
 
 from ..datastore import RetroDatastore
 from ..datastore.borders import Borders
-from ..errors import DatasetError, counted
+from ..errors import DatasetError, check_integers, counted
 from ..retriever import RetroRetriever
 from ..training.search import wanted_neighbors
 from .interval import Bootstrap
 from .neighbors import Chunks, NeighborIds, NeighborSearch, Run, check_modes, random_neighbors
-from .scoring import ScoringOptions, check_numbers, chunk_size_of, read_documents, score_runs
+from .scoring import ScoringOptions, chunk_size_of, read_documents, score_runs
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-__all__ = ["BitsPerByte", "bits_per_byte"]
 
 _MODES = ("on", "off", "random")
 
@@ -140,7 +138,7 @@ def bits_per_byte(
         ValueError: for unknown modes, or settings out of range.
     *Determinism*: the same arguments give the same numbers; `batch_size` moves only the last bits.
     """
-    check_numbers(batch_size=(batch_size, 1), num_resamples=(num_resamples, 1), seed=(seed, 0))
+    check_integers(batch_size=(batch_size, 1), num_resamples=(num_resamples, 1), seed=(seed, 0))
     datastore = retriever.datastore if isinstance(retriever, RetroRetriever) else retriever
     modes = tuple(modes or (("off",) if retriever is None else _MODES))
     check_modes(modes, _MODES, has_neighbors=retriever is not None)

@@ -11,8 +11,6 @@ from transformers.utils import logging
 from ..datastore.files import complete_file, digest_of
 
 
-__all__ = ["ArrayCache"]
-
 logger = logging.get_logger(__name__)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from ..datastore import RetroDatastore
 from ..datastore.borders import Borders
 from ..datastore.derive import drawn_documents
-from ..errors import DatasetError, counted
+from ..errors import DatasetError, check_integers, counted
 from ..retriever import RetroRetriever
 from ..training.search import wanted_neighbors
 from .cache import ArrayCache
@@ -29,7 +29,6 @@ from .scoring import (
     Document,
     ScoringOptions,
     accepts,
-    check_numbers,
     chunk_size_of,
     cut_windows,
     read_documents,
@@ -41,8 +40,6 @@ from .token_table import LEAKAGE_NEIGHBORS, TokenTable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-__all__ = ["evaluate"]
 
 _COMPARED = ("off", "on", "random")
 
@@ -108,7 +105,7 @@ def evaluate(
     """
     begin = time.perf_counter()
     started = datetime.now(UTC).isoformat(timespec="seconds")
-    check_numbers(batch_size=(batch_size, 1), num_resamples=(num_resamples, 1), seed=(seed, 0))
+    check_integers(batch_size=(batch_size, 1), num_resamples=(num_resamples, 1), seed=(seed, 0))
     names = _checked_modes(model, retriever, modes)
     _check_sweeps(retriever, num_neighbors_sweep, fractions)
     datastore = None if retriever is None else retriever.datastore
@@ -124,12 +121,15 @@ def evaluate(
     read = list(read_documents(documents, tokenizer, borders))
     identity = score_identity(model, datastore)
     origin = provenance(model, identity, datastore, read, borders)
+    # The folder is claimed before anything is searched or scored. It is claimed with the fingerprint of the documents.
     cache = ArrayCache()
     if output is not None:
         claim_folder(Path(output), origin)
         cache = ArrayCache(Path(output) / "blocks")
     scored, copies, leaked = _scorable(read, datastore, show_progress)
     chunks = Chunks.of(scored, chunk_size)
+    # One search serves every mode and the sweep over neighbors: its best `k` are the first `k` columns. Only a part of the
+    # datastore must be searched again.
     runs, found, num_same_id = {"off": Run("off", None)}, None, 0
     if retriever is not None:
         search = NeighborSearch(retriever, scored, chunks, cache=cache, show_progress=show_progress)
@@ -225,7 +225,7 @@ def _check_sweeps(retriever: RetroRetriever | None, num_neighbors: Sequence[int]
     if retriever is None and (num_neighbors or fractions):
         raise ValueError("A sweep over neighbors or fractions needs neighbors. Pass `retriever=`.")
     for number in num_neighbors:
-        check_numbers(num_neighbors_sweep=(number, 1))
+        check_integers(num_neighbors_sweep=(number, 1))
     for fraction in fractions:
         if not isinstance(fraction, (int, float)) or not 0 < fraction <= 1:
             raise ValueError(f"fractions has {fraction!r}, but a fraction must be above 0 and at most 1.")

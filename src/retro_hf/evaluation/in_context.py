@@ -7,22 +7,18 @@ text is that of the windows of every other mode, so both models predict the same
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..datastore import RetroDatastore
-from ..progress import progress_bar
 from .neighbors import NeighborIds
-from .scoring import Document, ScoringOptions, cut_windows, evaluating, score_batch
+from .scoring import Document, Row, ScoringOptions, cut_windows, score_rows
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-__all__ = ["Prompted", "score_in_context"]
 
 
 @dataclass(frozen=True)
@@ -39,16 +35,6 @@ class Prompted:
     nats: np.ndarray
     num_read: int
     num_cut: int
-
-
-@dataclass(frozen=True)
-class _Row:
-    """One prompt: its token ids, the place of its first scored token in the table, and how many tokens are scored."""
-
-    ids: np.ndarray
-    place: int
-    num_scored: int
-    is_cut: bool
 
 
 def score_in_context(
@@ -68,24 +54,14 @@ def score_in_context(
         separator (`Sequence[int]`): token ids after each neighbor.
     """
     limit = getattr(model.config, "max_position_embeddings", None)
+    prompts = list(_prompts(documents, neighbors, separator, options, limit))
     # The longest rows first, as in `score_runs`.
-    rows = sorted(_prompts(documents, neighbors, separator, options, limit), key=lambda row: -len(row.ids))
+    rows = sorted((row for row, _ in prompts), key=lambda row: -len(row.input_ids))
     nats = off.copy()
-    with (
-        progress_bar(options.show_progress, total=len(rows), unit="chunk", desc="Scoring prompts") as bar,
-        evaluating(model),
-    ):
-        for first in range(0, len(rows), options.batch_size):
-            batch = rows[first : first + options.batch_size]
-            texts = [row.ids for row in batch]
-            spans = [(len(row.ids) - row.num_scored, len(row.ids)) for row in batch]
-            places = np.concatenate([np.arange(row.place, row.place + row.num_scored) for row in batch])
-            key: list[str | bytes] = [options.identity, "in_context", *(f"{first}" for first, _ in spans)]
-            key += [text.tobytes() for text in texts]
-            score = partial(score_batch, model, "in_context", texts, spans, None, None)
-            nats[places] = options.cache.load_or_compute("scores", key, score)
-            bar.update(len(batch))
-    return Prompted(nats, sum(len(row.ids) for row in rows), sum(row.num_scored for row in rows if row.is_cut))
+    options = replace(options, identity=f"{options.identity} in_context")
+    score_rows(model, {"in_context": rows}, {"in_context": nats}, None, options)
+    num_cut = sum(row.num_scored for row, is_cut in prompts if is_cut)
+    return Prompted(nats, sum(len(row.input_ids) for row in rows), num_cut)
 
 
 def _prompts(
@@ -94,8 +70,8 @@ def _prompts(
     separator: Sequence[int],
     options: ScoringOptions,
     limit: int | None,
-) -> Iterator[_Row]:
-    """One row for each scored chunk of each window whose tokens read something."""
+) -> Iterator[tuple[Row, bool]]:
+    """One row for each scored chunk of each window whose tokens read something, and whether it has less text than the window."""
     datastore, chunk_ids = neighbors
     size = datastore.chunk_size
     starts = np.cumsum([0, *(document.num_scored for document in documents)])
@@ -117,4 +93,4 @@ def _prompts(
                 text = ids[max(window.start, len(lead), end - room) : end]
                 row = np.concatenate([lead, *reversed(passages), text]).astype(np.int64)
                 is_cut = end - window.start > room or len(passages) < len(tokens)
-                yield _Row(row, int(starts[window.document]) + first - 1, end - first, is_cut)
+                yield Row(row, end - first, int(starts[window.document]) + first - 1), is_cut

@@ -8,9 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 
 
-__all__ = ["Bootstrap", "Interval"]
-
-
 @dataclass(frozen=True)
 class Interval:
     """A value and its 95 % interval from `low` to `high`; both ends are NaN for fewer than two documents."""
@@ -53,6 +50,7 @@ class Bootstrap:
         value = float(numerators.sum() / (denominators.sum() + constant))
         if len(denominators) < 2:
             return Interval(value, math.nan, math.nan)
+        # The same draws for every pair of runs, so that two intervals of one evaluation differ by their scores alone.
         generator = np.random.default_rng(self.seed)
         ratios = np.empty(self.num_resamples)
         for draw in range(self.num_resamples):

@@ -15,8 +15,6 @@ from .result import CopiedDocument, LeakedDocument
 from .scoring import Document
 
 
-__all__ = ["common_runs", "copied_documents", "holders", "leaked_documents", "overlaps", "shared_tokens"]
-
 # Documents are compared by their sets of 13-grams of tokens, as in section 2.6 of the paper.
 _NGRAM = 13
 _THRESHOLD = 0.8
@@ -43,6 +41,8 @@ def common_runs(
     Returns:
         `np.ndarray` of int32 and shape `(num_rows, num_tokens)`.
     """
+    # The dynamic program of the longest common substring, over all chunks and neighbors at once, of which only the last
+    # column is kept. With the row [7, 8, 9] and the neighbor [8, 9, 5] the result is [0, 1, 2].
     found = np.where(neighbor_mask, neighbors, _NO_NEIGHBOR)
     tokens = rows if row_mask is None else np.where(row_mask, rows, _NO_TOKEN)
     result = np.zeros(rows.shape, dtype=np.int32)
@@ -82,6 +82,8 @@ class _Shingles:
     """The sets of 13-grams of some documents, indexed by 13-gram."""
 
     def __init__(self, documents: Sequence[np.ndarray]) -> None:
+        # An inverted index in three arrays: each distinct 13-gram, where its documents begin in `_owners`, and how many there
+        # are. The time to look up a text then depends on the text, and not on the number of documents.
         self.members = shingles_of(documents, _NGRAM)
         self.sizes = np.array([len(shingles) for shingles in self.members], dtype=np.int64)
         owners = np.repeat(np.arange(len(self.members)), self.sizes)
@@ -92,6 +94,7 @@ class _Shingles:
 
     def shared(self, shingles: np.ndarray) -> np.ndarray:
         """How many of these 13-grams each document has: int64 of shape `(num_documents,)`."""
+        # What is not there would be inserted somewhere; the next line drops it.
         places = np.minimum(np.searchsorted(self._values, shingles), len(self._values) - 1)
         places = places[self._values[places] == shingles]
         found = self._owners[ranges(self._starts[places], self._counts[places])]

@@ -24,9 +24,6 @@ register_model = extras.load("lm_eval.api.registry", _PURPOSE).register_model
 HFLM: Any = extras.load("lm_eval.models.huggingface", _PURPOSE).HFLM
 
 
-__all__ = ["RetroLM"]
-
-
 @register_model("retro")
 class RetroLM(HFLM):
     """The harness's model `retro`: its `hf` model, with retrieval if a datastore is given.

@@ -23,19 +23,6 @@ from .scoring import Document
 if TYPE_CHECKING:
     from ..datastore import VectorIndex
 
-__all__ = [
-    "MODES",
-    "Chunks",
-    "NeighborIds",
-    "NeighborSearch",
-    "Run",
-    "check_modes",
-    "neighbors_by_mode",
-    "oracle_neighbors",
-    "random_neighbors",
-    "shuffled_neighbors",
-]
-
 MODES = {
     "off": "no neighbors",
     "on": "the neighbors that the retriever finds",
@@ -155,6 +142,8 @@ class NeighborSearch:
         self.num_same_id = int((own >= 0).any(axis=1).sum())
         self._own = np.repeat(own, chunks.counts, axis=0)
         self._owners = np.repeat(np.arange(len(documents)), chunks.counts)
+        # What follows a chunk is the next chunk of the same document. -2 marks the end of the text, and -1 the padding of
+        # a neighbor; the two are never equal.
         rows = np.where(chunks.mask, chunks.rows, -2)
         following = np.full_like(rows, -2)
         following[:-1] = np.where((self._owners[1:] == self._owners[:-1])[:, None], rows[1:], -2)
@@ -214,7 +203,7 @@ class NeighborSearch:
             num_copied += copied
         found = np.concatenate(parts)
         if index is None:
-            tell_lookups("the scored documents", found, num_copied)
+            tell_lookups("the scored documents", np.asarray((found < 0).all(axis=1)), num_copied)
         return found
 
     def _search(
@@ -226,8 +215,8 @@ class NeighborSearch:
             scores, ids = search(self._vectors[block][rows], count, exclude_documents=excluded)
             return np.asarray(scores), np.asarray(ids, dtype=np.int64)
         found = self.retriever.search(
-            torch.from_numpy(self.chunks.rows[block][rows]),  # type: ignore[arg-type]
-            torch.from_numpy(self.chunks.mask[block][rows].astype(np.int64)),  # type: ignore[arg-type]
+            torch.from_numpy(self.chunks.rows[block][rows]),
+            torch.from_numpy(self.chunks.mask[block][rows].astype(np.int64)),
             num_neighbors=count,
             exclude_documents=excluded,
         )
@@ -264,6 +253,7 @@ def neighbors_by_mode(
 
 def random_neighbors(datastore: RetroDatastore, found: NeighborIds, seed: int) -> NeighborIds:
     """As many random chunks of the datastore as were found for each chunk, drawn uniformly."""
+    # A generator per document, so that the length of one does not move the draws of the next.
     # Where nothing was found, nothing is drawn. A retriever that is often silent would otherwise beat this control only
     # because it reads less.
     return [

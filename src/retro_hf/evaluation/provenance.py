@@ -26,8 +26,6 @@ from .scoring import Document
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["claim_folder", "provenance", "score_identity", "weights_digest"]
-
 _PACKAGES = ("retro-hf", "torch", "transformers", "numpy", "faiss-cpu")
 _RESULTS = ("evaluation.json", "tokens.parquet", "documents.parquet")
 # Where provenance has what must not change within a folder.
@@ -39,6 +37,7 @@ def weights_digest(model: PreTrainedModel) -> str:
 
     Offloaded weights cannot be read. Such a model gets a different digest each time.
     """
+    # Not the name of the model: the same weights give the same scores wherever they are.
     digest = xxhash.xxh3_128(json.dumps(_settings(model.config.to_dict()), sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
         if tensor.is_meta:

@@ -19,23 +19,6 @@ from .interval import Interval
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-__all__ = [
-    "Bucket",
-    "CopiedDocument",
-    "Evaluation",
-    "Example",
-    "ExampleNeighbor",
-    "InContext",
-    "Inputs",
-    "LeakageLevel",
-    "LeakedDocument",
-    "Mode",
-    "Offsets",
-    "Similarity",
-    "SweepPoint",
-    "Verdict",
-]
-
 _FILE = "evaluation.json"
 _FORMAT_VERSION = 1
 
@@ -313,12 +296,12 @@ class Evaluation:
             ) from error
 
     def __str__(self) -> str:
-        from .report.text import plain_text
+        from .text import plain_text
 
         return plain_text(self)
 
     def __rich_console__(self, *_: Any) -> Iterator[RenderableType]:
-        from .report.text import layout
+        from .text import layout
 
         yield layout(self)
 
@@ -336,10 +319,10 @@ def _read(kind: Any, value: Any) -> Any:
     origin, parts = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
         return None if value is None else _read(parts[0], value)
-    if dataclasses.is_dataclass(kind):
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
         hints = get_type_hints(kind)
         # A field that an older version did not write has a default.
-        return kind(**{name: _read(hint, value[name]) for name, hint in hints.items() if name in value})  # type: ignore[operator]
+        return kind(**{name: _read(hint, value[name]) for name, hint in hints.items() if name in value})
     if origin is list:
         return [_read(parts[0], part) for part in value]
     if origin is dict and parts[1] is not Any:

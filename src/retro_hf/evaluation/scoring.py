@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from ..datastore import RetroDatastore
 from ..datastore.borders import Borders
 from ..datastore.documents import document_ids, is_missing
 from ..datastore.files import digest_of
-from ..errors import DatasetError
+from ..errors import DatasetError, check_integers
 from ..progress import progress_bar
 from .cache import ArrayCache
 
@@ -25,20 +25,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from .neighbors import Run
-
-__all__ = [
-    "Document",
-    "ScoringOptions",
-    "accepts",
-    "check_numbers",
-    "chunk_size_of",
-    "cut_windows",
-    "evaluating",
-    "read_documents",
-    "score_batch",
-    "score_runs",
-    "token_nats",
-]
 
 _DEFAULT_WINDOW = 2048
 _NO_BORDERS = Borders()
@@ -115,10 +101,10 @@ class ScoringOptions:
         limit = getattr(model.config, "max_position_embeddings", None)
         if window is None:
             window = max(1, min(limit or _DEFAULT_WINDOW, _DEFAULT_WINDOW) // chunk_size) * chunk_size
-        check_numbers(window=(window, 1))
+        check_integers(window=(window, 1))
         if stride is None:
             stride = max(1, window // 2 // chunk_size) * chunk_size
-        check_numbers(stride=(stride, 1))
+        check_integers(stride=(stride, 1))
         for name, value, least in (("window", window, 2 * chunk_size), ("stride", stride, chunk_size)):
             if value % chunk_size or value < least:
                 raise ValueError(
@@ -136,6 +122,23 @@ class ScoringOptions:
                 f"been scored before. Use at most {window - chunk_size}."
             )
         return cls(window, stride, **options)
+
+
+class Row(NamedTuple):
+    """Tokens that a model reads together, and how many of the last ones are scored.
+
+    Args:
+        input_ids (`np.ndarray` of int64 and shape `(length,)`): token ids.
+        num_scored (`int`): the tokens at the end of the row that are scored; those before them are context.
+        place (`int`): place of the first scored token among the scored tokens of all documents.
+        chunk_ids (`np.ndarray` of int64 and shape `(num_chunks, num_neighbors)`, *optional*): neighbors of the row's
+            complete chunks; without them retrieval is off.
+    """
+
+    input_ids: np.ndarray
+    num_scored: int
+    place: int
+    chunk_ids: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -156,7 +159,7 @@ def read_documents(
     Args:
         documents (iterable of `str`, or of `dict` with `text` and optionally `id`): the texts.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): a fast tokenizer.
-        borders ([`Borders`]): what stands before and behind the tokens of a document.
+        borders ([`Borders`]): the tokens before and after each document.
     Raises:
         DatasetError: if the tokenizer cannot map tokens to text, or a document has no text.
     """
@@ -177,6 +180,7 @@ def read_documents(
         if not isinstance(text, str):
             raise DatasetError(f"Document {number} has no text. Pass texts, or dicts with a 'text'.")
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        # With the largest end so far every byte counts once, also where several tokens are parts of one character.
         ends = np.maximum.accumulate([0, *(end for _, end in encoded["offset_mapping"])])[1:]
         sizes = np.cumsum([0, *(len(letter.encode("utf-8", "surrogatepass")) for letter in text)])
         around = borders if encoded["input_ids"] else _NO_BORDERS
@@ -186,17 +190,6 @@ def read_documents(
         yield Document(
             None if is_missing(id) else document_ids([id])[0], text, input_ids, ends, sizes[ends], bool(around.begin)
         )
-
-
-def check_numbers(**numbers: tuple[Any, int]) -> None:
-    """Check that each number is an integer of at least the second value of its pair.
-
-    Raises:
-        ValueError: for the first number that is not.
-    """
-    for name, (value, least) in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
-            raise ValueError(f"{name} is {value!r}, but it must be an integer of at least {least}.")
 
 
 def accepts(model: PreTrainedModel, argument: str) -> bool:
@@ -237,6 +230,7 @@ def token_nats(
     if accepts(model, "retriever"):
         # An attached retriever must not add neighbors of its own.
         tensors["retriever"] = None
+    # The logits at a place predict the next token, so those for token t are at t - 1.
     logits = model(**tensors, use_cache=False).logits
     # Row by row, because float32 copies of the logits of a whole batch may not fit into memory.
     rows = [
@@ -267,34 +261,57 @@ def score_runs(
         run.name: digest_of(*(b"%d " % ids.shape[1] + ids.tobytes() for ids in run.chunk_ids or ())) for run in runs
     }
     first_of = {digest: name for name, digest in reversed(same.items())}
-    distinct = [run for run in runs if first_of[same[run.name]] == run.name]
     size = 1 if datastore is None else datastore.chunk_size
-    starts = np.cumsum([0, *(document.num_scored for document in documents)])
-    nats = {run.name: np.zeros(starts[-1], dtype=np.float32) for run in distinct}
+    starts = np.cumsum([0, *(document.num_scored for document in documents)]).tolist()
     windows = cut_windows(documents, options.window, options.stride)
-    total = len(windows) * len(distinct)
-    with (
-        progress_bar(options.show_progress, total=total, unit="window", desc="Scoring") as bar,
-        evaluating(model),
-    ):
-        for first in range(0, len(windows), options.batch_size):
-            rows = windows[first : first + options.batch_size]
-            places = np.concatenate([np.arange(row.scored_from, row.end) + starts[row.document] - 1 for row in rows])
-            texts = [documents[row.document].input_ids[row.start : row.end] for row in rows]
-            spans = [(row.scored_from - row.start, row.end - row.start) for row in rows]
-            sources: list[str | bytes] = [*(text.tobytes() for text in texts), *(f"{first}" for first, _ in spans)]
-            for run in distinct:
-                ids = run.chunk_ids
+    rows, nats = {}, {}
+    for run in runs:
+        if first_of[same[run.name]] != run.name:
+            continue
+        nats[run.name] = np.zeros(starts[-1], dtype=np.float32)
+        rows[run.name] = [
+            Row(
+                documents[part.document].input_ids[part.start : part.end],
+                part.end - part.scored_from,
+                # A document's first token is not scored, so the table has one place less than the document has tokens.
+                starts[part.document] + part.scored_from - 1,
                 # Windows begin at chunk borders, so a chunk has the same neighbors in every window.
-                given = (
-                    None if ids is None else [ids[row.document][row.start // size : row.end // size] for row in rows]
-                )
-                key: list[str | bytes] = [options.identity, f"{run.num_neighbors}", *sources]
-                key += [b""] * len(rows) if given is None else [part.tobytes() for part in given]
-                score = partial(score_batch, model, run.name, texts, spans, given, datastore)
-                nats[run.name][places] = options.cache.load_or_compute("scores", key, score)
-                bar.update(len(rows))
+                None if run.chunk_ids is None else run.chunk_ids[part.document][part.start // size : part.end // size],
+            )
+            for part in windows
+        ]
+    score_rows(model, rows, nats, datastore, options)
     return {run.name: nats[first_of[same[run.name]]] for run in runs}
+
+
+def score_rows(
+    model: PreTrainedModel,
+    rows: Mapping[str, Sequence[Row]],
+    nats: Mapping[str, np.ndarray],
+    datastore: RetroDatastore | None,
+    options: ScoringOptions,
+) -> None:
+    """Write the nats of all scored tokens of some rows to their places; the loop of every measurement.
+
+    Args:
+        rows (`dict[str, Sequence[Row]]`): by the name of the run; rows of similar length next to each other need little padding.
+        nats (`dict[str, np.ndarray]` of float32 and shape `(num_tokens,)`): by the name of the run; changed in place.
+    Raises:
+        ValueError: if a prediction is not a finite number.
+    """
+    total = sum(map(len, rows.values()))
+    with progress_bar(options.show_progress, total=total, unit="row", desc="Scoring") as bar, evaluating(model):
+        for name, part in rows.items():
+            for first in range(0, len(part), options.batch_size):
+                batch = part[first : first + options.batch_size]
+                places = np.concatenate([np.arange(row.place, row.place + row.num_scored) for row in batch])
+                width = 0 if batch[0].chunk_ids is None else batch[0].chunk_ids.shape[1]
+                key: list[str | bytes] = [options.identity, f"{width}", *(row.input_ids.tobytes() for row in batch)]
+                key += [f"{len(row.input_ids) - row.num_scored}" for row in batch]
+                key += [b"" if row.chunk_ids is None else row.chunk_ids.tobytes() for row in batch]
+                score = partial(_score_batch, model, name, batch, datastore)
+                nats[name][places] = options.cache.load_or_compute("scores", key, score)
+                bar.update(len(batch))
 
 
 def cut_windows(documents: Sequence[Document], window: int, stride: int) -> list[_Window]:
@@ -303,6 +320,8 @@ def cut_windows(documents: Sequence[Document], window: int, stride: int) -> list
     Sorted by length, because rows of one length need no padding; the longest first, so that running out of memory shows
     at once.
     """
+    # 10 tokens with windows of 4 and a stride of 2: [0, 4) scores 1 to 3, [2, 6) scores 4 and 5, [4, 8) scores 6 and 7, [6, 10)
+    # scores 8 and 9. Every token but those of the first window has at least window - stride tokens before it.
     windows = []
     for number, document in enumerate(documents):
         length, scored, start = len(document.input_ids), 1, 0
@@ -313,36 +332,24 @@ def cut_windows(documents: Sequence[Document], window: int, stride: int) -> list
     return sorted(windows, key=lambda part: part.start - part.end)
 
 
-def score_batch(
-    model: PreTrainedModel,
-    name: str,
-    texts: Sequence[np.ndarray],
-    spans: Sequence[tuple[int, int]],
-    chunk_ids: Sequence[np.ndarray] | None,
-    datastore: RetroDatastore | None,
+def _score_batch(
+    model: PreTrainedModel, name: str, rows: Sequence[Row], datastore: RetroDatastore | None
 ) -> np.ndarray:
-    """Nats of the scored tokens of some rows, one row after another.
-
-    Args:
-        name (`str`): of the run, for error messages.
-        texts (`Sequence` of int64 arrays of shape `(length,)`): token ids of each row.
-        spans (`Sequence[tuple[int, int]]`): first token to score and end of each row.
-        chunk_ids (`Sequence` of int64 arrays of shape `(num_chunks, num_neighbors)`, *optional*): neighbors of the
-            complete chunks of each row; without them retrieval is off.
-    """
-    length = max(map(len, texts))
-    input_ids = np.zeros((len(texts), length), dtype=np.int64)
+    """Nats of the scored tokens of some rows, one row after another; `name` is that of the run, for error messages."""
+    length = max(len(row.input_ids) for row in rows)
+    input_ids = np.zeros((len(rows), length), dtype=np.int64)
     attention_mask = np.zeros_like(input_ids)
-    for row, text in enumerate(texts):
-        input_ids[row, : len(text)] = text
-        attention_mask[row, : len(text)] = 1
+    for place, row in enumerate(rows):
+        input_ids[place, : len(row.input_ids)] = row.input_ids
+        attention_mask[place, : len(row.input_ids)] = 1
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-    if chunk_ids is not None and datastore is not None and length >= datastore.chunk_size:
-        shape = (len(texts), length // datastore.chunk_size, chunk_ids[0].shape[1])
-        padded = np.full(shape, -1, dtype=np.int64)
-        for row, ids in enumerate(chunk_ids):
-            padded[row, : len(ids)] = ids
-        inputs["neighbor_input_ids"], inputs["neighbor_attention_mask"] = datastore.gather(padded)
+    given = [row.chunk_ids for row in rows if row.chunk_ids is not None]
+    if given and datastore is not None and length >= datastore.chunk_size:
+        chunk_ids = np.full((len(rows), length // datastore.chunk_size, given[0].shape[1]), -1, dtype=np.int64)
+        for place, ids in enumerate(given):
+            chunk_ids[place, : len(ids)] = ids
+        inputs["neighbor_input_ids"], inputs["neighbor_attention_mask"] = datastore.gather(chunk_ids)
+    spans = [(len(row.input_ids) - row.num_scored, len(row.input_ids)) for row in rows]
     scores = np.concatenate(token_nats(model, inputs, spans))
     if not np.isfinite(scores).all():
         raise ValueError(

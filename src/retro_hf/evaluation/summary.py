@@ -23,8 +23,6 @@ from .verdict import give_verdict, in_context_note, not_measured, nothing_found,
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Measured", "summarize"]
-
 _EXAMPLES_PER_KIND = 3
 
 
@@ -178,6 +176,7 @@ def _examples(measured: Measured, datastore: RetroDatastore, tokenizer: PreTrain
     read = np.flatnonzero(table.run >= 0)
     numbers, inverse = np.unique(table.chunk[read], return_inverse=True)
     order = numbers[np.argsort(-np.bincount(inverse, weights=table.gain()[read]), kind="stable")].tolist()
+    # In a small evaluation the kinds overlap; a chunk is shown once, as the first kind that it is.
     middle = max(len(order) // 2 - _EXAMPLES_PER_KIND // 2, 0)
     kinds = {"gain": order, "typical": order[middle:], "loss": order[::-1]}
     chosen: dict[int, str] = {}

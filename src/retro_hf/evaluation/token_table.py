@@ -20,8 +20,6 @@ from .result import Bucket, LeakageLevel, Offsets
 from .scoring import Document
 
 
-__all__ = ["LEAKAGE_NEIGHBORS", "TokenTable"]
-
 # Of the leakage filter, section 2.6 of the paper.
 LEAKAGE_NEIGHBORS = 10
 _ALPHAS = (0.125, 0.25, 0.375, 0.5, 0.75, 1.0)
@@ -73,6 +71,8 @@ class TokenTable:
                 the nearest neighbors of each chunk, best first, and the neighbors that its tokens read.
         """
         size = chunks.rows.shape[1]
+        # The first token of a document is not scored, so positions begin at 1. With chunks of 8, position 8 is the first token
+        # of chunk 1; it is predicted by the last token of chunk 0, which already reads the neighbors of chunk 0.
         counts = [document.num_scored for document in documents]
         document = np.repeat(np.arange(len(documents)), counts)
         position = np.concatenate([np.arange(1, count + 1) for count in counts])
@@ -207,7 +207,8 @@ def _compared(
         block = np.arange(start, min(start + _BLOCK_CHUNKS, len(chunks.rows)))
         neighbors = datastore.gather(nearest[block, :LEAKAGE_NEIGHBORS])
         overlap[block] = overlaps(chunks.rows[block], chunks.mask[block], *neighbors)
-        # A run may begin in the chunk before.
+        # A run may begin in the chunk before. Chunks without neighbors are left out: -1 says that there was nothing to copy from,
+        # and 0 that nothing was copied.
         later = block[(read[block] >= 0).any(axis=1)]
         rows = np.concatenate([chunks.rows[later - 1], chunks.rows[later]], axis=1)
         runs[later] = common_runs(rows, *datastore.gather(read[later]))[:, size:]

@@ -12,17 +12,15 @@ import numpy as np
 import torch
 
 from ..datastore.borders import Borders
-from ..errors import DatasetError
+from ..errors import DatasetError, check_integers
 from ..retriever import RetrievedNeighbor, RetroRetriever
 from ..training.exclusion import document_numbers
-from .scoring import accepts, check_numbers, evaluating, read_documents, token_nats
+from .scoring import accepts, evaluating, read_documents, token_nats
 
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-__all__ = ["FULL_BITS", "Trace", "TracedChunk", "TracedNeighbor", "bits", "trace"]
 
 # The gain, in bits, from which on a color has its full strength: a token 64 times as likely.
 FULL_BITS = 6.0
@@ -92,7 +90,7 @@ class Trace:
         return dataclasses.asdict(self)
 
     def __str__(self) -> str:
-        from .report.text import plain_text
+        from .text import plain_text
 
         return plain_text(self)
 
@@ -180,8 +178,9 @@ def trace(
         raise ValueError(
             f"{type(model).__name__} has no retrieval to trace. Make a RETRO model of it with `retrofit`."
         )
-    check_numbers(max_tokens=(max_tokens, 2), batch_size=(batch_size, 1))
-    check_numbers(num_neighbors=(retriever.num_neighbors if num_neighbors is None else num_neighbors, 1))
+    check_integers(max_tokens=(max_tokens, 2), batch_size=(batch_size, 1))
+    if num_neighbors is not None:
+        check_integers(num_neighbors=(num_neighbors, 1))
     fields = document if isinstance(document, Mapping) else {"text": document}
     size, datastore = model.config.chunk_size, retriever.datastore
     datastore.check_compatible(tokenizer=tokenizer, chunk_size=size)
@@ -193,7 +192,7 @@ def trace(
 
     rows = input_ids[: length // size * size].reshape(-1, size)
     found = retriever.trace(
-        torch.from_numpy(rows),  # type: ignore[arg-type]
+        torch.from_numpy(rows),
         num_neighbors=num_neighbors,
         exclude_documents=np.repeat(document_numbers(datastore, [fields.get("id")]), len(rows), axis=0),
     )
@@ -203,7 +202,8 @@ def trace(
     neighbor_ids, mask = datastore.gather(chunk_ids)
     # Neighbors of a chunk that ends the text would be read for a token that is not there.
     places = [(u, k) for u in range(len(rows)) if (u + 1) * size < length for k in range(len(found[u]))]
-    # One row of the batch for each variant: off, on, and on without one neighbor.
+    # One row of the batch for each variant: off, on, and on without one neighbor. A neighbor is left out by its mask, so that
+    # all variants have the same shapes.
     masks = np.repeat(mask[None], 2 + len(places), axis=0)
     masks[0] = 0
     for number, place in enumerate(places, start=2):

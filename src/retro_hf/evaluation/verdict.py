@@ -11,8 +11,6 @@ from .interval import Interval
 from .result import Bucket, InContext, LeakageLevel, Mode, Similarity, SweepPoint, Verdict
 
 
-__all__ = ["give_verdict", "in_context_note", "not_measured", "nothing_found", "oracle_notes", "sweep_warnings"]
-
 # A token that ends a run of this many tokens from a neighbor counts as copied.
 _COPIED_RUN = 5
 _MOSTLY = 0.5
@@ -82,6 +80,7 @@ def give_verdict(
             "What is retrieved does not reach the output. A fresh RETROfit is like that until it is trained."
         )
         return Verdict("nothing", None, text, details)
+    # `beyond_doubt`: the interval is farther from 0 than it is wide.
     model_says = on_minus_random.high < 0
     beyond_doubt = on_minus_random.high < on_minus_random.low - on_minus_random.high
     if not beyond_doubt and not (model_says and similarity.difference.low > 0):
@@ -93,6 +92,7 @@ def give_verdict(
         gap = f"ON minus RANDOM {on_minus_random.shown()}"
         outcome, text, detail = _no_better_than_random(difference, gap, similarity, few, figures)
         return Verdict(outcome, None, text, [*details, detail])
+    # Some models predict better with any text before them. What random neighbors bring is no merit of the retriever.
     blind = ""
     if cost.high < 0:
         part = cost.value / difference.value if difference.value < 0 else math.nan

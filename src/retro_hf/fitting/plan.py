@@ -17,8 +17,6 @@ from .. import extras
 from ..model.modeling_retro import RetroForCausalLM
 
 
-__all__ = ["Plan", "check_memory", "measure"]
-
 # Fewer steps of the smallest batch have not been seen to help.
 LEAST_STEPS = 60
 _MOST_EPOCHS = 4
@@ -62,6 +60,7 @@ def check_memory(base: str | os.PathLike[str], device: torch.device, dtype: torc
     """
     config: Any = AutoConfig.from_pretrained(base, trust_remote_code=False)
     config = config.text_config if config.model_type == "retro" else config
+    # On the meta device a model has shapes and no memory.
     with torch.device("meta"):
         count = sum(weight.numel() for weight in AutoModelForCausalLM.from_config(config).parameters())
     # The weights; and logits with their softmax and gradient, in float32.
@@ -88,7 +87,7 @@ def measure(
     batch_tokens: int,
     afterwards: int,
 ) -> Plan:
-    """Time two steps, and plan so many that they fit.
+    """Time two steps, and plan as many as fit.
 
     Args:
         run (`Callable`): one forward pass, which returns the loss. The weights are not changed.
@@ -110,7 +109,7 @@ def measure(
             torch.cuda.synchronize()
         total = time.perf_counter() - start
     model.zero_grad()
-    gc.collect()
+    gc.collect()  # the graph of the two steps
     most = max(1, -(-_MOST_EPOCHS * most_windows // batch_size))
     if steps is None:
         steps = min(int(60 * (minutes or 0) / total), most)

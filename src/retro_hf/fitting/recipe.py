@@ -19,8 +19,6 @@ from ..training import RetroDataCollator
 from ..training.collator import generator_for
 
 
-__all__ = ["FitCollator", "is_adapter", "load_start", "new_reader"]
-
 # Where cross-attention is, as a share of the base's layers: layers 16, 22 and 28 of SmolLM2's 30.
 _DEPTHS = (0.53, 0.74, 0.94)
 _RANDOM_NEIGHBORS = 0.25  # share of chunks

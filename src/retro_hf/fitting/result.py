@@ -13,8 +13,6 @@ from ..evaluation.interval import Interval
 from ..evaluation.result import Evaluation, Mode
 
 
-__all__ = ["Fit", "write_card"]
-
 _CARD = """---
 {data}
 ---

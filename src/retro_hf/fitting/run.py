@@ -31,8 +31,6 @@ from .texts import Texts, split, stored_tokens, windows_of, with_stored_ids
 from .train import Watch, last_checkpoint, train
 
 
-__all__ = ["fit"]
-
 logger = logging.get_logger(__name__)
 
 _CHUNK_SIZE, _NEIGHBOR_SIZE = 32, 128  # of a datastore that is built here
@@ -149,9 +147,8 @@ def fit(
         if not goes_on and last_checkpoint(work) is None:
             few = windows_of(parts.train, tokenizer, count=-(-_COPY_TOKENS // window), **cut)
             start_by_copying(model, _rows(few["input_ids"]).to(device))
-        plan = _plan(
-            model, parts, tokenizer, store, state, steps, minutes, batch_size, cut, len(parts.heldout) * window
-        )
+        planned = state.get("planned", steps)
+        plan = _plan(model, parts, tokenizer, store, cut, steps=planned, minutes=minutes, batch_size=batch_size)
         logger.info(str(plan))
         write_file(work / "state.json", json.dumps(identity | {"planned": plan.steps}).encode())
         windows = windows_of(parts.train, tokenizer, count=plan.steps * batch_size, **cut)
@@ -160,7 +157,18 @@ def fit(
             windows, retriever, num_neighbors=2 * (num_neighbors + 1), cache_dir=work / "neighbors"
         )
         collator = FitCollator(padding_id(tokenizer), store, num_neighbors=num_neighbors, seed=seed)
-        done = train(model, rows, collator, watch, work, plan, batch_size, learning_rate, minutes, seed)
+        done = train(
+            model,
+            rows,
+            collator,
+            watch,
+            plan,
+            work=work,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            minutes=minutes,
+            seed=seed,
+        )
         model.model.retro.to(torch.bfloat16)
         model.save_pretrained(output, save_backbone=False)
         tokenizer.save_pretrained(output)
@@ -253,12 +261,11 @@ def _plan(
     parts: Texts,
     tokenizer: Any,
     store: RetroDatastore,
-    state: dict[str, Any],
+    cut: dict[str, int],
+    *,
     steps: int | None,
     minutes: float | None,
     batch_size: int,
-    cut: dict[str, int],
-    heldout_tokens: int,
 ) -> Plan:
     """Time steps with random neighbors."""
     few = windows_of(parts.train, tokenizer, count=batch_size, **cut)
@@ -281,12 +288,12 @@ def _plan(
     return measure(
         model,
         run,
-        steps=state.get("planned", steps),
+        steps=steps,
         minutes=minutes,
         most_windows=max(len(parts.train), characters // (4 * cut["window"])),
         batch_size=batch_size,
         batch_tokens=rows.size,
-        afterwards=int(per_token * heldout_tokens),
+        afterwards=int(per_token * len(parts.heldout) * cut["window"]),
     )
 
 

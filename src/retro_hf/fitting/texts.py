@@ -1,4 +1,4 @@
-"""The documents of a fit: which are held out, which lie in the datastore, and windows of the others."""
+"""The documents of a fit: which are held out, which are in the datastore, and windows of the others."""
 
 from __future__ import annotations
 
@@ -22,8 +22,6 @@ from ..training.windows import ID_COLUMN, tokenize_documents
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
-
-__all__ = ["Texts", "split", "stored_tokens", "windows_of"]
 
 logger = logging.get_logger(__name__)
 
@@ -62,6 +60,7 @@ def split(
     except DatastoreInputError as error:
         raise DatasetError(str(error)) from error
     reader.warn_of_repairs()
+    # An order that depends on each id alone: with more documents, most of those that were held out are held out again.
     documents.sort(key=lambda one: hashlib.sha256(f"{seed} {one['id']}".encode()).digest())
     wanted = min(num_heldout, len(documents) // _LARGEST_SHARE)
     heldout, tokens = [], []
@@ -107,6 +106,7 @@ def windows_of(
         DatasetError: if no document is longer than a chunk.
     """
     datasets = extras.load("datasets", "Fitting")
+    # Tokenizing everything would take minutes for a large corpus of which a short training sees a part.
     room, taken = _SPARE * count * window * _CHARACTERS, 0
     while taken < len(documents) and room > 0:
         room -= len(documents[taken]["text"])
@@ -136,10 +136,10 @@ def with_stored_ids(
     stored = dict(zip((one["id"] for one in used), holders(tokens, stored_tokens(datastore)), strict=True))
     known = sum(bool(ids) for ids in stored.values())
     logger.info(
-        f"{known:,} of {counted(len(used), 'training document')} lie in the datastore; each reads nothing of itself there."
+        f"{known:,} of {counted(len(used), 'training document')} are in the datastore; none of them reads itself there."
     )
     # The document itself first, whose stored keys are its queries.
-    rows = [sorted(stored[id], key=lambda other, id=id: other != id) for id in windows[ID_COLUMN]]  # type: ignore[misc]
+    rows = [sorted(stored[id], key=id.__ne__) for id in windows[ID_COLUMN]]
     datasets = extras.load("datasets", "Fitting")
     column = datasets.Dataset.from_dict(
         {ID_COLUMN: rows}, features=datasets.Features({ID_COLUMN: datasets.List(datasets.Value("string"))})

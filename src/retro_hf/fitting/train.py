@@ -23,8 +23,6 @@ from .plan import Plan
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["Watch", "last_checkpoint", "train"]
-
 logger = logging.get_logger(__name__)
 
 _SAVE_SECONDS = 120.0
@@ -56,6 +54,7 @@ class Watch:
         chunks = Chunks.of(self.documents, size)
         nearest = NeighborSearch(retriever, self.documents, chunks, show_progress=False).nearest(num_neighbors)
         found = neighbors_by_mode(self.datastore, chunks, nearest, seed)
+        # Scored every few minutes, so nothing is kept on the disk, and OFF only once: the base does not change.
         self._runs = [Run(name, found.get(name), num_neighbors) for name in ("off", "on", "random")]
         self._options = ScoringOptions(window, max(window // 2 // size, 1) * size, batch_size, show_progress=False)
         self._off: float | None = None
@@ -75,6 +74,7 @@ class _Clock(TrainerCallback):
 
     def __init__(self, watch: Watch, plan: Plan, minutes: float | None, path: Path, step: int) -> None:
         self._watch, self._plan, self._path = watch, plan, path
+        # After a crash the log may be ahead of the last checkpoint; those steps are done again.
         before = json.loads(path.read_text()) if path.exists() else []
         self.log: list[dict[str, float]] = [entry for entry in before if entry["step"] <= step]
         self._before = self.log[-1]["seconds"] if self.log else 0.0
@@ -121,8 +121,9 @@ def train(
     rows: Dataset,
     collator: Any,
     watch: Watch,
-    work: Path,
     plan: Plan,
+    *,
+    work: Path,
     batch_size: int,
     learning_rate: float,
     minutes: float | None,
@@ -148,7 +149,7 @@ def train(
         bf16=model.device.type == "cuda",
         use_cpu=model.device.type == "cpu",
         logging_steps=5,
-        save_strategy="no",
+        save_strategy="no",  # `clock` asks for each save
         save_total_limit=2,
         seed=seed,
         report_to="none",
@@ -157,6 +158,7 @@ def train(
         dataloader_pin_memory=model.device.type == "cuda",
     )
     trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collator, callbacks=[clock])
+    # `disable_tqdm` replaces the bar by a callback that prints every log entry; `clock` tells the same in one line.
     trainer.callback_handler.callbacks = [
         one for one in trainer.callback_handler.callbacks if type(one).__name__ != "PrinterCallback"
     ]
@@ -167,5 +169,5 @@ def train(
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     done = trainer.state.global_step
     if done < plan.steps:
-        logger.info(f"The time was over after {done} of {plan.steps} steps; the same call goes on from there.")
+        logger.info(f"The time was over after {done} of {plan.steps} steps; repeat the same call to resume.")
     return {"steps": done, "seconds": clock.log[-1]["seconds"], "log": clock.log}

@@ -26,8 +26,6 @@ from .windows import ID_COLUMN, START_COLUMN
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["IGNORED_LABEL", "RetroDataCollator", "checked_shares", "generator_for", "padding_id"]
-
 logger = logging.get_logger(__name__)
 
 IGNORED_LABEL = -100
@@ -109,7 +107,7 @@ class RetroDataCollator:
         found = self._looked_up(self.retriever, examples, tokens) if self.retriever else self._precomputed(examples)
         self._lookups.count(found)
         size = self.datastore.chunk_size
-        length = max(size, *map(len, tokens))
+        length = max(size, *map(len, tokens))  # at least one chunk; see the class
         input_ids = np.full((len(examples), length), self.pad_token_id, dtype=np.int64)
         labels = np.full_like(input_ids, IGNORED_LABEL)
         attention_mask = np.zeros_like(input_ids)
@@ -136,6 +134,8 @@ class RetroDataCollator:
     def _dropped(self, chunk_ids: np.ndarray, input_ids: np.ndarray, num_chunks: np.ndarray) -> np.ndarray:
         """Chunk ids in which those of some complete chunks are replaced by random ones, and those of others by -1."""
         generator = generator_for(self.seed, input_ids)
+        # One draw decides both events, from either end of [0, 1), so that they exclude each other. The random chunks are drawn
+        # whether they are used or not: so the draws of one probability do not move those of the other.
         draw = generator.random(chunk_ids.shape[:2])[:, :, None]
         drawn = self.datastore.random_chunks(generator, chunk_ids.shape)
         complete = np.arange(chunk_ids.shape[1]) < num_chunks[:, None]

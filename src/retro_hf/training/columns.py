@@ -16,8 +16,6 @@ from ..errors import DatasetError
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["check_columns", "check_example", "checked_text", "flattened", "list_lengths"]
-
 _REMEDIES = {
     "input_ids": "Tokenize it with `tokenize_documents(dataset, tokenizer, max_length=..., chunk_size=...)`",
     "neighbor_chunk_ids": "Find neighbors with `precompute_neighbors(dataset, retriever)`, or give the collator a retriever",

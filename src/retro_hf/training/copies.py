@@ -13,8 +13,6 @@ from ..datastore.selection import select
 from ..errors import counted
 
 
-__all__ = ["Lookups", "Text", "search_without_copies", "tell_lookups"]
-
 logger = logging.get_logger(__name__)
 
 # A share of chunks without neighbors above which it is a warning: most of them should have some.
@@ -37,6 +35,9 @@ class Text:
     @classmethod
     def of_windows(cls, tokens: np.ndarray, lengths: np.ndarray, chunk_size: int) -> Text:
         """The complete chunks of windows (integers, one after another), within which they are followed."""
+        # Windows of 10 and 9 tokens with chunks of 4: each has two chunks, which begin at the tokens 0, 4, 10 and 14. Each row
+        # of `columns` has a chunk and what would follow it; what is past the window's end (10, 19) is read from the
+        # padding that is appended.
         counts = lengths // chunk_size
         starts = np.repeat(np.cumsum(lengths) - lengths, counts)
         places = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -70,6 +71,9 @@ class Text:
 
         Args, Returns: as for `equal`.
         """
+        # A copy in a longer document is cut into chunks elsewhere, so it is looked for by a chunk's worth of tokens that runs
+        # over the border: it ends with the first eighth of the continuation. A document that only repeats the chunk, without
+        # what follows, is a fair neighbor.
         size = self.chunks.shape[1]
         both = np.concatenate([self.chunks[rows], self.following[rows]], axis=1)
         known = np.minimum((self.following[rows] >= 0).sum(axis=1), max(1, size // 8))
@@ -77,24 +81,23 @@ class Text:
         return _has(neighbors, over_border) | _has(neighbors, self.following[rows])
 
 
-def tell_lookups(what: str, found: np.ndarray, num_copied: int = 0, num_short: int = 0) -> None:
+def tell_lookups(what: str, missing: np.ndarray, num_copied: int = 0, num_short: int = 0) -> None:
     """Report the share of chunks without any neighbor; loudly if it is above a fifth.
 
     Args:
         what (`str`): whose chunks, for the message.
-        found (`np.ndarray` of integers and shape `(num_chunks, num_neighbors)`): chunk ids, -1 for none.
+        missing (`np.ndarray` of bool and shape `(num_chunks,)`): whether nothing was found for a chunk.
         num_copied (`int`): chunks for which a copy of the text was left out.
         num_short (`int`): texts without a complete chunk.
     """
-    missing = int((found < 0).all(axis=1).sum()) if found.size else len(found)
-    share = missing / max(len(found), 1)
-    parts = [f"{missing:,} of {counted(len(found), 'chunk')} of {what} have no neighbor ({share:.0%})"]
+    share = missing.sum() / max(len(missing), 1)
+    parts = [f"{missing.sum():,} of {counted(len(missing), 'chunk')} of {what} have no neighbor ({share:.0%})"]
     if num_copied:
         parts.append(f"for {num_copied:,} a neighbor was left out that is the text itself")
     if num_short:
         parts.append(f"{counted(num_short, 'text')} of less than a chunk read nothing")
     message = "; ".join(parts) + "."
-    if not len(found) or share > _LOUD_SHARE:
+    if not len(missing) or share > _LOUD_SHARE:
         logger.warning(
             f"{message} They are read without retrieval. A chunk gets nothing from its own document, nor below `min_score`: "
             'a datastore needs other documents. Add some, or divide long files into several documents, such as with `split="heading"`.'
@@ -107,8 +110,8 @@ class Lookups:
     """Counts the chunks of training batches that have no neighbor, and warns once if there are many."""
 
     def __init__(self) -> None:
-        self._found: list[np.ndarray] = []
-        self._num_short = self._num_chunks = 0
+        self._missing: list[bool] = []
+        self._num_short = 0
         self._is_told = False
 
     def count(self, found: list[np.ndarray]) -> None:
@@ -116,12 +119,10 @@ class Lookups:
         if self._is_told:
             return
         self._num_short += sum(not len(ids) for ids in found)
-        self._found += [np.asarray((ids < 0).all(axis=1)) for ids in found]
-        self._num_chunks += sum(map(len, found))
-        if self._num_chunks >= _COUNTED_CHUNKS or self._num_short >= _COUNTED_CHUNKS:
-            missing = np.concatenate(self._found)
-            self._is_told, self._found = True, []
-            tell_lookups("the first batches", np.where(missing, -1, 0)[:, None], num_short=self._num_short)
+        self._missing += [missing for ids in found for missing in np.asarray((ids < 0).all(axis=1)).tolist()]
+        if max(len(self._missing), self._num_short) >= _COUNTED_CHUNKS:
+            self._is_told = True
+            tell_lookups("the first batches", np.array(self._missing, dtype=bool), num_short=self._num_short)
 
 
 def _has(neighbors: np.ndarray, texts: np.ndarray) -> np.ndarray:
@@ -129,6 +130,7 @@ def _has(neighbors: np.ndarray, texts: np.ndarray) -> np.ndarray:
     n, k, length = neighbors.shape
     size = texts.shape[1]
     flat, wanted = neighbors.reshape(n * k, length), np.repeat(texts, k, axis=0)
+    # Only places that begin with the right token are compared in full: all windows would be `length` times the memory.
     candidates, places = np.nonzero(flat[:, : length - size + 1] == wanted[:, :1])
     windows = np.lib.stride_tricks.sliding_window_view(flat, size, axis=1)[candidates, places]
     found = np.zeros(n * k, dtype=bool)
@@ -188,6 +190,8 @@ def search_without_copies(
     ids = np.full((len(owners), num_neighbors), -1, dtype=np.int64)
     todo = np.arange(len(owners))
     named: set[tuple[int, int]] = set()
+    # One chunk may tell whose text this is, and then all chunks of the text are searched again without that document. This
+    # ends, because every round names a document that was not named before.
     while len(todo):
         ids[todo], own = search_once(todo, excluded)
         new = {

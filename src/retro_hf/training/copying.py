@@ -13,8 +13,6 @@ from ..model.backbone_retro import run_within
 from ..model.modeling_retro import RetroForCausalLM
 
 
-__all__ = ["start_by_copying"]
-
 _BEFORE = (1, 1, 2)  # which token before it each of the encoder's first heads brings to a token
 _SHARES = (0.5, 0.25, 0.25)  # of a key: the token before, the one before that, and the token itself
 _CONSTANT = 4.0  # a channel that is the same for every token

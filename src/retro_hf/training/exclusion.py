@@ -20,8 +20,6 @@ from .windows import ID_COLUMN, START_COLUMN
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["document_numbers", "duplicates_in", "excluded_documents"]
-
 _BLOCK_ROWS = 4096
 
 
@@ -41,7 +39,9 @@ def excluded_documents(
     # One more place at the end, for ids that are null.
     places = pc.fill_null(encoded.indices, len(ids)).to_numpy(zero_copy_only=False)
     own = [*datastore.document_numbers(ids).tolist(), -1]
-    # Ragged: all numbers of an id, then those of all ids of a row.
+    # Two ragged steps without a loop over rows: `flat` has the numbers of each distinct id one after another, and each id of
+    # the column takes its part of it. With a -> [3], b -> [5, 8] and the rows [a], [b, a], `values` is [3 | 5, 8, 3] and
+    # `rows` [0 | 1, 1, 1].
     numbers = [[number, *(duplicates or {}).get(id, ())] for number, id in zip(own, [*ids, None], strict=True)]
     sizes = np.array([len(row) for row in numbers])
     flat = np.concatenate([np.array(row, dtype=np.int64) for row in numbers])
@@ -109,6 +109,7 @@ def duplicates_in(dataset: Dataset, datastore: RetroDatastore) -> dict[str, list
     found = near_duplicates(tokens, datastore)
     numbers = iter(datastore.document_numbers([id for row in found for id in row]).tolist())
     rows = {id: [next(numbers) for _ in row] for id, row in zip(stored, found, strict=True)}
+    # A stored document is a near-duplicate of itself, and is excluded anyway.
     others = {id: [number for number in row if number != known[id]] for id, row in rows.items()}
     return {id: row for id, row in others.items() if row}
 

@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["NEIGHBORS_COLUMN", "SOURCE_COLUMN", "precompute_neighbors"]
-
 logger = logging.get_logger(__name__)
 
 NEIGHBORS_COLUMN = "neighbor_chunk_ids"
@@ -113,6 +111,7 @@ def precompute_neighbors(
             batch[START_COLUMN].to_numpy() if START_COLUMN in batch.column_names else None,
         )
         num_copied += copied
+        # A list per row of lists per chunk, made of borders, since Python lists of every id would take most of the time.
         ends = np.arange(len(found) + 1, dtype=np.int32) * np.int32(wanted)
         chunks = pa.ListArray.from_arrays(ends, pa.array(found.reshape(-1)))
         per_row = np.cumsum([0, *(lengths // datastore.chunk_size)]).astype(np.int32)
@@ -157,7 +156,7 @@ def precompute_neighbors(
     result = datasets.concatenate_datasets(parts)
     rows, per_row = flattened(result.select_columns([NEIGHBORS_COLUMN]).with_format("arrow")[:][NEIGHBORS_COLUMN])
     found = pc.list_flatten(rows).to_numpy(zero_copy_only=False).reshape(-1, wanted)
-    tell_lookups("the dataset", found, num_copied, int((per_row == 0).sum()))
+    tell_lookups("the dataset", (found < 0).all(axis=1), num_copied, int((per_row == 0).sum()))
     return _in_format_of(dataset, result)
 
 

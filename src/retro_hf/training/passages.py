@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .. import extras
-from ..errors import DatasetError
+from ..errors import DatasetError, check_integers
 from ..passages import find_passages
 from ..retriever import RetroRetriever
 from .columns import check_columns, checked_text
@@ -14,8 +14,6 @@ from .search import search_digest
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-__all__ = ["retrieve_passages"]
 
 
 def retrieve_passages(
@@ -46,8 +44,7 @@ def retrieve_passages(
         )
     if not isinstance(retriever, RetroRetriever):
         raise DatasetError(f"retrieve_passages needs a RetroRetriever, but got a {type(retriever).__name__}.")
-    if num_passages < 1:
-        raise ValueError(f"num_passages is {num_passages}, but it must be at least 1.")
+    check_integers(num_passages=(num_passages, 1))
 
     def find(batch: dict[str, list[Any]], numbers: list[int]) -> dict[str, list[Any]]:
         questions = [

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel
 
-__all__ = ["QuestionTrainer", "decode_answers", "generate_answers"]
-
 
 def generate_answers(
     model: PreTrainedModel,
@@ -75,6 +73,8 @@ def generate_ids(
             "`tokenize_questions(..., max_length=...)`."
         )
     if "neighbor_input_ids" in batch:
+        # The collator's neighbors are those of all chunks that prompt and answer complete. While generating, the answer is not
+        # known yet, so the passages are given for every chunk that an answer of any length can complete.
         lengths = inputs["attention_mask"].sum(dim=1) + batch["chunk_offset"]
         last = lengths // model.config.chunk_size - 1  # the chunk that ends with the prompt
         rows = torch.arange(len(last), device=last.device)
@@ -88,7 +88,8 @@ def generate_ids(
     if "retriever" in inspect.signature(model.forward).parameters:
         options["retriever"] = None
     defaults = {"do_sample": False, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": padding_id(tokenizer)}
-    sequences = model.generate(**inputs, max_new_tokens=max_new_tokens, **{**defaults, **options})  # type: ignore[operator]
+    generate: Any = model.generate  # any causal language model has it, `PreTrainedModel` by itself does not
+    sequences: torch.Tensor = generate(**inputs, max_new_tokens=max_new_tokens, **{**defaults, **options})
     return sequences[:, start:]
 
 
@@ -131,6 +132,7 @@ class QuestionTrainer(Trainer):
 
     @contextmanager
     def _own_passages(self) -> Iterator[None]:
+        # `Trainer` reads `self.data_collator` when it makes a data loader, and has no other way to give it one.
         self.data_collator = self._training_collator.for_evaluation()
         try:
             yield
@@ -160,5 +162,6 @@ class QuestionTrainer(Trainer):
             return loss, None, None
         inputs = self._prepare_inputs(inputs)
         with self.compute_loss_context_manager():
-            sequences = generate_ids(self.model, inputs, self._tokenizer, max_new_tokens=self.max_new_tokens)  # type: ignore[arg-type]
+            unwrapped: Any = self.model  # a `nn.Module` for `Trainer`
+            sequences = generate_ids(unwrapped, inputs, self._tokenizer, max_new_tokens=self.max_new_tokens)
         return loss, sequences, inputs.get("labels")

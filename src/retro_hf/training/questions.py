@@ -12,7 +12,7 @@ import torch
 from transformers.utils import logging
 
 from .. import extras
-from ..errors import DatasetError
+from ..errors import DatasetError, check_integers
 from ..passages import PROMPT, passage_text
 from .collator import IGNORED_LABEL, checked_shares, generator_for, padding_id
 from .columns import check_columns, check_example, checked_text, list_lengths
@@ -21,8 +21,6 @@ from .columns import check_columns, check_example, checked_text, list_lengths
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
-
-__all__ = ["PROMPT", "QuestionCollator", "check_same_tokenizer", "tokenize_questions"]
 
 logger = logging.get_logger(__name__)
 
@@ -71,8 +69,7 @@ def tokenize_questions(
     check_columns(dataset, needed)
     if "{question}" not in prompt:
         raise DatasetError(f"The prompt {prompt!r} has no place for the question. Write it as {{question}}.")
-    if neighbor_size < 1:
-        raise ValueError(f"neighbor_size is {neighbor_size}, but it must be at least 1.")
+    check_integers(neighbor_size=(neighbor_size, 1))
     if tokenizer.eos_token_id is None:
         raise DatasetError(
             "The tokenizer has no end token, which ends an answer. Set one: `tokenizer.eos_token = ...`."
@@ -181,14 +178,9 @@ class QuestionCollator:
         random_passages: Dataset | None = None,
         seed: int = 0,
     ) -> None:
-        least = {
-            "chunk_size": (chunk_size, 1),
-            "num_passages": (num_passages, 0),
-            "passages_in_prompt": (passages_in_prompt, 0),
-        }
-        for name, (value, lowest) in least.items():
-            if value is not None and value < lowest:
-                raise ValueError(f"{name} is {value}, but it must be at least {lowest}.")
+        check_integers(chunk_size=(chunk_size, 1), passages_in_prompt=(passages_in_prompt, 0))
+        if num_passages is not None:
+            check_integers(num_passages=(num_passages, 0))
         shares = checked_shares(
             random_passage_probability=random_passage_probability, no_passage_probability=no_passage_probability
         )
@@ -261,6 +253,7 @@ class QuestionCollator:
             return passages
         prompts = [np.asarray(example[_PROMPT_COLUMN], dtype=np.int64) for example in examples]
         generator = generator_for(self.seed, np.concatenate(prompts))
+        # As in `RetroDataCollator`: one draw, whose two ends are the two events.
         for row, draw in enumerate(generator.random(len(passages))):
             if draw < self.random_passage_probability and self.random_passages is not None:
                 other = self.random_passages[int(generator.integers(len(self.random_passages)))]

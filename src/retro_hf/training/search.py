@@ -13,12 +13,9 @@ import numpy as np
 from ..datastore import EmbeddingSearcher, HybridSearcher, LexicalSearcher, RetroDatastore, Searcher, chunk_texts
 from ..datastore.chunks import ranges
 from ..datastore.files import digest_of
-from ..errors import DatasetError, RetrieverError
+from ..errors import DatasetError, RetrieverError, check_integers
 from ..retriever import RetroRetriever
 from .copies import Text, search_without_copies
-
-
-__all__ = ["datastore_of", "neighbor_source", "neighbors_of_windows", "search_digest", "wanted_neighbors"]
 
 
 def datastore_of(retriever: RetroRetriever | RetroDatastore) -> RetroDatastore:
@@ -30,8 +27,7 @@ def wanted_neighbors(retriever: RetroRetriever | RetroDatastore | None, num_neig
     """The number of neighbors asked for, else the retriever's, else the paper's 2."""
     if num_neighbors is None:
         return retriever.num_neighbors if isinstance(retriever, RetroRetriever) else 2
-    if isinstance(num_neighbors, bool) or not isinstance(num_neighbors, (int, np.integer)) or num_neighbors < 1:
-        raise RetrieverError(f"num_neighbors is {num_neighbors!r}, but it must be an integer of at least 1.")
+    check_integers(RetrieverError, num_neighbors=(num_neighbors, 1))
     return int(num_neighbors)
 
 
@@ -110,7 +106,7 @@ def neighbors_of_windows(
     chunks = tokens[ranges(np.cumsum(lengths) - lengths, counts * size)].reshape(-1, size).astype(np.int64)
     if not len(chunks):
         return np.empty((0, num_neighbors), dtype=np.int64), 0
-    # The end-of-text token that closes a document is no text: where it stands, a stored chunk has ended.
+    # The end-of-text token of a document is not part of its text; the stored chunk ends before it.
     last = np.cumsum(lengths)[lengths > 0] - 1
     without_end = tokens.astype(np.int64)
     without_end[last[tokens[last] == datastore.tokenizer.eos_token_id]] = -1
@@ -167,6 +163,7 @@ def _stored_places(
     usable = (documents >= 0) & (starts % datastore.chunk_size == 0)
     known = np.maximum(documents, 0)
     # The chunks of a document have consecutive ids.
+    # A window that starts at token 128 of a document whose first chunk is 40 begins, with chunks of 64, at chunk 42.
     first = datastore.first_chunks(known) + starts // datastore.chunk_size
     ends = np.repeat(np.where(usable, datastore.first_chunks(known + 1), -1), counts)
     places = ranges(first, counts)

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["ID_COLUMN", "START_COLUMN", "tokenize_documents"]
-
 ID_COLUMN = "document_id"
 START_COLUMN = "window_start"
 _BATCH_DOCUMENTS = 256
@@ -149,6 +147,9 @@ class _Cutter:
         encoded = self.tokenizer(texts, add_special_tokens=False, truncation=False, padding=False, verbose=False)
         for document, text_ids in zip(documents, encoded["input_ids"], strict=True):
             tokens = self.borders.around(text_ids) if text_ids else []
+            # Up to `len - 1`: a last window of one token would have nothing to predict. With 9 tokens and windows of 4 they begin
+            # at 0 and 4, and the ninth token is left out.
             for start in range(0, len(tokens) - 1, self.max_length):
+                # Positions are those of the stored document, which has no begin token.
                 place = max(0, start - len(self.borders.begin))
                 yield tokens[start : start + self.max_length], document.id, place

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ... import extras
-from .text import number
+from ..text import number
 
 
 if TYPE_CHECKING:
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
     from ..interval import Interval
     from ..result import Bucket, Evaluation, Mode, SweepPoint
-
-__all__ = ["Chart", "charts_of", "to_png", "to_svg"]
 
 # The colors of the light page. Each is replaced by a variable of the page's style sheet, which also has dark ones.
 _COLORS = {
@@ -149,7 +147,7 @@ def _leakage(result: Evaluation) -> Iterator[Chart]:
             linewidth=0,
         )
         axes.set_xticks(alphas, [f"{alpha:g}" for alpha in alphas])
-        axes.set_xlabel("α: at most so much of a chunk is in a neighbor")
+        axes.set_xlabel("α: largest share of a chunk that is in a neighbor")
         axes.set_ylabel("bits per byte")
         _draw_legend(axes)
 

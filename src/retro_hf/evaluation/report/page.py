@@ -18,8 +18,8 @@ from markupsafe import Markup
 from ...datastore.files import write_file
 from ...outside import printable
 from ..neighbors import MODES
+from ..text import number
 from ..trace import FULL_BITS, bits
-from . import text as report_text
 from .charts import charts_of, to_png, to_svg
 
 
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from ..interval import Interval
     from ..result import Evaluation
     from ..trace import Trace
-
-__all__ = ["render_page", "write_report"]
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _SHARED_WORDS = 3
@@ -91,7 +89,7 @@ def render_page(result: Evaluation, traces: Sequence[Trace] = ()) -> str:
 
 def _number(value: float | None, form: str = ".4f") -> str:
     """A number with a typographic minus and no sign at zero; a dash if there is none."""
-    shown = report_text.number(value, form, missing="–")
+    shown = number(value, form, missing="–")
     return shown.replace("-", "−") if shown.strip("+-0.%") else shown.lstrip("+-")
 
 

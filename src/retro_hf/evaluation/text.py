@@ -5,18 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from ...errors import counted
-from ..interval import Interval
-from ..result import Bucket, Evaluation, LeakageLevel, Offsets, SweepPoint
+from ..errors import counted
 
 
-__all__ = ["layout", "number", "plain_text"]
+if TYPE_CHECKING:
+    from .interval import Interval
+    from .result import Bucket, Evaluation, LeakageLevel, Offsets, SweepPoint
 
 _WIDTH = 110
 
