@@ -69,7 +69,7 @@ test-versions: $(STAMP) ## Test the lowest, locked and newest versions of all de
 test-suites: $(STAMP) ## Run transformers' own suites on our classes (3 minutes on 2 cores)
 	$(RUN)/python -m pytest -m suites -n $(WORKERS) --dist worksteal tests/suites $(PYTEST)
 
-check: $(STAMP) ## Check format, lint, types, layers, spelling and the rules for model files
+check: $(STAMP) ## Check format, lint, types, imports, spelling, length and the rules for model files
 	$(RUN)/ruff format --check .
 	$(RUN)/ruff check .
 	$(RUN)/mypy
@@ -79,6 +79,7 @@ check: $(STAMP) ## Check format, lint, types, layers, spelling and the rules for
 	@# At most 500 lines a file; the model file, which is the paper from top to bottom, has 800.
 	@find src -name '*.py' | xargs wc -l | awk '$$2 != "total" && $$1 > ($$2 ~ /modeling_retro\.py$$/ ? 800 : 500) \
 	  { print $$2 " has " $$1 " lines; split it by its jobs"; long = 1 } END { exit long }'
+	@! grep -rnE 'type: ignore(\[[a-z-]+\])?$$' src || { echo 'Say after each "type: ignore[...]" why: "  # reason".'; exit 1; }
 
 style: $(STAMP) ## Format the code and repair what ruff can
 	$(RUN)/ruff format .

@@ -369,7 +369,7 @@ def test_bars_are_drawn_on_a_terminal_and_nowhere_else(world, tmp_path):
 
 
 @pytest.mark.parametrize("command", ["search", "inspect", "evaluate"])
-def test_json_is_all_that_stands_on_standard_output(world, command):
+def test_standard_output_has_only_json(world, command):
     """In a process of its own: what a library prints while it is imported would be there, too."""
     arguments = {
         "search": (world / "store", "the king", "--embedder", world / "encoder"),
@@ -512,7 +512,7 @@ def test_an_interrupt_says_what_became_of_the_datastore(monkeypatch, capsys):
         command_line.main()
     shown = capsys.readouterr().err
     assert (
-        shown.startswith("Interrupted. A datastore is as it was before or as it was to become")
+        shown.startswith("Interrupted. A datastore is as it was before, or the change is complete.")
         and shown.count("\n") == 1
     )
 

@@ -1,5 +1,6 @@
 """The package as a whole: what importing it costs and does, and what it promises to export."""
 
+import re
 import subprocess
 import sys
 from importlib.metadata import entry_points, version
@@ -102,3 +103,11 @@ def test_command_line_help_waits_for_no_heavy_import():
         "print([m for m in ('torch', 'transformers', 'faiss', 'datasets', 'retro_hf') if m in sys.modules])"
     )
     assert run_python(code) == "[]"
+
+
+def test_every_module_is_in_the_map_of_files():
+    """CONTRIBUTING.md says in a line what each file is for."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    tree = text[text.index("src/retro_hf/") : text.index("benchmarks/  ")]
+    modules = [file for file in (ROOT / "src").rglob("*.py") if not file.stem.startswith("__")]
+    assert not [str(file) for file in modules if not re.search(rf"\b{file.stem}\b", tree)]

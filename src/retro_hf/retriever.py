@@ -29,8 +29,6 @@ from .retrieved import SETTINGS_NAME, RetrievalResult, RetrievedNeighbor, saved_
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
 
-__all__ = ["RetrievalResult", "RetrievedNeighbor", "RetroRetriever"]
-
 
 class _Cache:
     """What was found for chunks in one generation of a datastore; the least recently used are dropped first."""
@@ -122,7 +120,7 @@ class RetroRetriever:
                 "the same datastore."
             )
         self.datastore = datastore
-        self.searcher: Searcher = searcher  # type: ignore[assignment]
+        self.searcher: Searcher = searcher  # type: ignore[assignment]  # one of the two is given
         self.cache_size = cache_size
         self.num_neighbors = num_neighbors
         self._tokenizer = tokenizer
@@ -190,8 +188,8 @@ class RetroRetriever:
         return self.datastore.neighbor_size
 
     def __call__(
-        self, chunk_input_ids: torch.LongTensor, chunk_attention_mask: torch.LongTensor | None = None
-    ) -> tuple[torch.LongTensor, torch.LongTensor]:
+        self, chunk_input_ids: torch.Tensor, chunk_attention_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Retrieve the neighbors of completed chunks.
 
         Args:
@@ -207,9 +205,9 @@ class RetroRetriever:
         found = now._search(chunk_input_ids, chunk_attention_mask)
         tokens, mask = now.datastore.gather(found.chunk_ids)
         device = chunk_input_ids.device
-        return torch.from_numpy(tokens).to(device), torch.from_numpy(mask).to(device)  # type: ignore[return-value]
+        return torch.from_numpy(tokens).to(device), torch.from_numpy(mask).to(device)
 
-    def look_up(self, texts: list[str]) -> tuple[torch.LongTensor, torch.LongTensor]:
+    def look_up(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Retrieve the neighbors of texts of any length, as tokens: what a model reads for a query.
 
         Args:
@@ -220,10 +218,10 @@ class RetroRetriever:
         """
         now = self.snapshot()
         tokens, mask = now.datastore.gather(now.search_texts(texts).chunk_ids)
-        return torch.from_numpy(tokens), torch.from_numpy(mask)  # type: ignore[return-value]
+        return torch.from_numpy(tokens), torch.from_numpy(mask)
 
     def last_turns(
-        self, prompt_input_ids: torch.LongTensor, prompt_attention_mask: torch.LongTensor
+        self, prompt_input_ids: torch.Tensor, prompt_attention_mask: torch.Tensor
     ) -> list[tuple[str, int] | None]:
         """The last user turn of each prompt that the tokenizer's chat template has made.
 
@@ -248,8 +246,8 @@ class RetroRetriever:
 
     def search(
         self,
-        chunk_input_ids: torch.LongTensor,
-        chunk_attention_mask: torch.LongTensor | None = None,
+        chunk_input_ids: torch.Tensor,
+        chunk_attention_mask: torch.Tensor | None = None,
         *,
         num_neighbors: int | None = None,
         exclude_documents: Any = None,
@@ -269,8 +267,8 @@ class RetroRetriever:
 
     def _search(
         self,
-        chunk_input_ids: torch.LongTensor,
-        chunk_attention_mask: torch.LongTensor | None = None,
+        chunk_input_ids: torch.Tensor,
+        chunk_attention_mask: torch.Tensor | None = None,
         *,
         num_neighbors: int | None = None,
         exclude_documents: Any = None,
@@ -308,8 +306,8 @@ class RetroRetriever:
 
     def trace(
         self,
-        chunk_input_ids: torch.LongTensor,
-        chunk_attention_mask: torch.LongTensor | None = None,
+        chunk_input_ids: torch.Tensor,
+        chunk_attention_mask: torch.Tensor | None = None,
         **options: Any,
     ) -> list[list[RetrievedNeighbor]]:
         """What was retrieved for each chunk, readable, nearest first; a chunk that was just looked up is not searched again.

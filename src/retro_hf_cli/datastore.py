@@ -1,4 +1,4 @@
-"""The commands of a datastore: build, append, delete, compact, push, search and inspect."""
+"""The commands of a datastore: build, append, sync, delete, compact, search and inspect."""
 
 import dataclasses
 import logging
@@ -48,7 +48,7 @@ def build(
     encoding: Encoding = None,
     split: Split = None,
 ) -> None:
-    """Build a datastore, or go on with a build that was stopped."""
+    """Build a datastore, or resume a build that was stopped."""
     from retro_hf import RetroDatastore
     from retro_hf.datastore import IndexOptions
 
@@ -148,23 +148,6 @@ def compact(store: Folder) -> None:
     opened = _load_datastore(store)
     opened.compact()
     say(f"{_size_of(opened)} in {store}")
-
-
-@commands.command(rich_help_panel="Datastore", epilog="retro push store me/my-store")
-def push(
-    folder: Annotated[Path, typer.Argument(callback=paths.saved, help="Folder of a datastore or of a RETRO model.")],
-    repo: Annotated[str, typer.Argument(help="Repository, such as me/my-store; made if it isn't there.")],
-    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
-    revision: Annotated[str | None, typer.Option(help="Branch to push to; made if it isn't there.")] = None,
-) -> None:
-    """Upload a datastore (as a dataset) or a model to the Hub, with a card."""
-    if paths.is_datastore(folder):
-        commit = _load_datastore(folder).push_to_hub(repo, private=private or None, revision=revision)
-        say(f"{commit.repo_url}, commit {commit.oid}")
-    else:
-        from .model import push_model
-
-        say(push_model(folder, repo, private=private, revision=revision))
 
 
 @commands.command(rich_help_panel="Datastore", epilog='retro search store "frogs came up" -k 3')

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from . import ask, chat, datastore, env, evaluate, fitting, mcp, model, serve
+from . import ask, chat, datastore, env, evaluate, fitting, mcp, model, push, serve
 from .output import say
 
 
@@ -37,7 +37,7 @@ def _options(
     pass
 
 
-for group in (ask, datastore, model, fitting, evaluate, serve, chat, mcp, env):
+for group in (ask, datastore, push, model, fitting, evaluate, serve, chat, mcp, env):
     app.add_typer(group.commands)
 
 
@@ -56,8 +56,8 @@ def main() -> None:
     except SystemExit as ended:
         if ended.code == _INTERRUPTED:
             say(
-                "Interrupted. A datastore is as it was before or as it was to become, never in between; the same `retro build`, "
-                "`retro fit` or `retro evaluate -o` goes on where it was.",
+                "Interrupted. A datastore is as it was before, or the change is complete. To resume `retro build`, `retro fit` or "
+                "`retro evaluate -o`, repeat the same command.",
                 err=True,
             )
         raise

@@ -73,19 +73,6 @@ def retrofit(
     say(parameter_report(model))
 
 
-def push_model(folder: Path, repo: str, *, private: bool, revision: str | None) -> str:
-    """Upload a model and its tokenizer to a model repository; returns the address of the last commit."""
-    model, tokenizer = load_model(str(folder)), tokenizer_of(str(folder))
-    options: dict[str, Any] = {"private": private or None, "revision": revision}
-    if revision is not None:
-        from huggingface_hub import HfApi
-
-        HfApi().create_repo(repo, private=private or None, exist_ok=True)
-        HfApi().create_branch(repo, branch=revision, exist_ok=True)
-    model.push_to_hub(repo, **options)
-    return str(tokenizer.push_to_hub(repo, **options))
-
-
 def open_model(
     name: str,
     store: str | None,

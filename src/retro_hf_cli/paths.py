@@ -1,6 +1,6 @@
 """Paths on the command line, looked at while it is parsed: a slip is answered before anything heavy is loaded.
 
-What lies at a path is for the package to judge; here it is only seen that something does, or that nothing is in the way.
+This only checks that a path exists, or that nothing is in the way; the package itself checks what is there.
 """
 
 from pathlib import Path

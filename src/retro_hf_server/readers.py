@@ -115,7 +115,7 @@ class TextReader(Reader):
         mask = np.zeros_like(tokens)
         if self.error is None:
             try:
-                found = self._retriever.trace(chunk_input_ids, chunk_mask)  # type: ignore[arg-type]
+                found = self._retriever.trace(chunk_input_ids, chunk_mask)
                 chunk_ids = np.full(shape, -1, dtype=np.int64)
                 for row, neighbors in zip(chunk_ids, found, strict=True):
                     row[: len(neighbors)] = [neighbor.chunk_id for neighbor in neighbors]

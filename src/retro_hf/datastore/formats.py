@@ -258,7 +258,7 @@ def _opened(file: Path, name: str) -> Iterator[IO[bytes]]:
     """A file, unpacked while it is read."""
     try:
         with gzip.open(file, "rb") if file.name.lower().endswith(".gz") else file.open("rb") as stream:
-            yield stream  # type: ignore[misc]
+            yield stream  # type: ignore[misc]  # both kinds read bytes
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DatastoreInputError(
             f"{name!r} is not a complete gzip file ({error}). Download or compress it again."

@@ -75,7 +75,7 @@ class IndexOptions:
     @classmethod
     def of(cls, index: IndexOptions | str) -> IndexOptions:
         """Options as they are, or those with a given factory string."""
-        return index if isinstance(index, cls) else cls(index)  # type: ignore[arg-type]
+        return index if isinstance(index, IndexOptions) else cls(index)
 
 
 @dataclass(frozen=True)

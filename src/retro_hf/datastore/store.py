@@ -431,7 +431,7 @@ class RetroDatastore:
         return {"path": os.path.abspath(self.path)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["path"])  # type: ignore[misc]
+        self.__init__(state["path"])  # type: ignore[misc]  # opened as by its maker
 
     def __repr__(self) -> str:
         return (

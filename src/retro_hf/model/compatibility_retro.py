@@ -27,7 +27,7 @@ try:
     from transformers.configuration_utils import SubConfigSpec
 except ImportError:
 
-    class SubConfigSpec(NamedTuple):  # type: ignore[no-redef]
+    class SubConfigSpec(NamedTuple):  # type: ignore[no-redef]  # the other half of the `try`
         """Read by no release that lacks it: these read `sub_configs`."""
 
         config_class: type
@@ -104,7 +104,7 @@ def accept_cache_by_any_name(forward: Callable) -> Callable:
             kwargs["past_key_values"] = next(iter(given.values()))
         return forward(self, *args, **kwargs)
 
-    wrapper.__signature__ = signature.replace(  # type: ignore[attr-defined]
+    wrapper.__signature__ = signature.replace(  # type: ignore[attr-defined]  # `inspect` reads it
         parameters=[
             parameter.replace(name=CACHE_NAME) if parameter.name == "past_key_values" else parameter
             for parameter in signature.parameters.values()

@@ -734,7 +734,7 @@ def _with_arguments_of(forward: Callable) -> Callable:
     def decorate(function: Callable) -> Callable:
         passed_on = [p for p in signature(forward).parameters.values() if p.name not in ("with_head", "kwargs")]
         own = [p for p in signature(function).parameters.values() if p.kind in (p.KEYWORD_ONLY, p.VAR_KEYWORD)]
-        function.__signature__ = Signature(passed_on + own)  # type: ignore[attr-defined]
+        function.__signature__ = Signature(passed_on + own)  # type: ignore[attr-defined]  # `inspect` reads it
         return function
 
     return decorate

@@ -1,0 +1,43 @@
+"""The command that uploads a datastore or a model: push."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from . import paths
+from .model import load_model, tokenizer_of
+from .output import say
+
+
+commands = typer.Typer()
+
+
+@commands.command(rich_help_panel="Datastore", epilog="retro push store me/my-store")
+def push(
+    folder: Annotated[Path, typer.Argument(callback=paths.saved, help="Folder of a datastore or of a RETRO model.")],
+    repo: Annotated[str, typer.Argument(help="Repository, such as me/my-store; made if it isn't there.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to push to; made if it isn't there.")] = None,
+) -> None:
+    """Upload a datastore (as a dataset) or a model to the Hub, with a card."""
+    if paths.is_datastore(folder):
+        from retro_hf import RetroDatastore
+
+        commit = RetroDatastore.load(folder).push_to_hub(repo, private=private or None, revision=revision)
+        say(f"{commit.repo_url}, commit {commit.oid}")
+    else:
+        say(_push_model(folder, repo, private=private, revision=revision))
+
+
+def _push_model(folder: Path, repo: str, *, private: bool, revision: str | None) -> str:
+    """Upload a model and its tokenizer to a model repository; returns the address of the last commit."""
+    model, tokenizer = load_model(str(folder)), tokenizer_of(str(folder))
+    options: dict[str, Any] = {"private": private or None, "revision": revision}
+    if revision is not None:
+        from huggingface_hub import HfApi
+
+        HfApi().create_repo(repo, private=private or None, exist_ok=True)
+        HfApi().create_branch(repo, branch=revision, exist_ok=True)
+    model.push_to_hub(repo, **options)
+    return str(tokenizer.push_to_hub(repo, **options))
