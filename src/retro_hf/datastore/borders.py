@@ -9,9 +9,6 @@ from transformers import PreTrainedTokenizerBase
 from ..errors import DatasetError
 
 
-__all__ = ["Borders"]
-
-
 @dataclass(frozen=True)
 class Borders:
     """What stands before and behind the tokens of a document: one token id or none."""

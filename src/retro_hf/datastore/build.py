@@ -190,7 +190,7 @@ def _finish(path: Path, work: Path, built: Built, options: BuildOptions) -> None
         DatastoreManifest(
             chunk_size=options.chunk_size,
             neighbor_size=options.neighbor_size,
-            token_dtype=token_dtype(vocabulary_size(tokenizer)).name,  # type: ignore[arg-type]
+            token_dtype=token_dtype(vocabulary_size(tokenizer)).name,  # type: ignore[arg-type]  # one of two names
             tokenizer=describe_tokenizer(tokenizer),
             embedder=describe_embedder(options.embedder),
             shards=tuple(shard.entry for shard in shards),
@@ -363,9 +363,12 @@ def _groups(
     starts = np.cumsum([0, *(len(part) for part in counts)])
     before = np.cumsum(np.concatenate([[0], *counts]))  # chunks before each document, and in all
     total, num_documents = int(before[-1]), len(before) - 1
+    # As few shards as the limit allows, and all of about the same size: 10 chunks with at most 4 per shard make three shards
+    # that aim at 4, 4 and 2, and 9 chunks three of 3.
     aim = -(-total // -(-total // shard_chunks))
     groups, sizes, first = [], [], 0
     while first < num_documents:
+        # Documents stay whole: the shard ends with the document that reaches the aim, or before it if that is too long.
         reached = int(np.searchsorted(before, before[first] + aim))
         fitting = int(np.searchsorted(before, before[first] + shard_chunks, side="right")) - 1
         last = min(max(first + 1, min(reached, fitting)), num_documents)

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from .embedder import ChunkEmbedder
     from .store import RetroDatastore
 
-__all__ = ["Coverage", "check_coverage", "coverage_of", "looked_at"]
-
 logger = logging.get_logger(__name__)
 
 # So many chunks are looked at, from all parts of a store; what matters is a share of them.

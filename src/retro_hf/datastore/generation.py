@@ -75,6 +75,7 @@ class Generation:
         check_sizes(folder, [file for file in manifest.files if file.shard in names])
         files = manifest.files_by_shard()
         # With the same files: another store may have been built at the path.
+        # Shards that stay open keep their memory maps and the pages that are warm; only new ones are opened.
         opened = {shard.entry.name: shard for shard in known if shard.files == files.get(shard.entry.name)}
         deleted = np.empty(0, dtype=np.int64)
         for file in manifest.entries("deleted"):
@@ -184,6 +185,7 @@ class Generation:
         for number, shard in enumerate(self.shards):
             local = None
             if excluded is not None:
+                # Documents of other shards become -1, for none.
                 local = excluded - self.document_starts[number]
                 local = np.where((excluded < 0) | (local < 0) | (local >= shard.num_documents), -1, local)
             scores, ids = shard.search(queries, num_neighbors, local, self.deleted_by_shard[number])

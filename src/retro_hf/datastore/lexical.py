@@ -232,6 +232,7 @@ class LexicalSearcher:
                 raise damaged(
                     Path(self.path or ""), f"it names a chunk that does not exist ({error})", _REMEDY
                 ) from error
+            # BM25 scores every chunk at once, so hidden chunks need no second search: a score of 0 is no neighbor.
             everything[deleted] = 0
             everything[_chunks_of(store, excluded[row][excluded[row] >= 0])] = 0
             found = _best(everything, num_neighbors)
@@ -258,6 +259,7 @@ class LexicalSearcher:
 
 def _best(scores: np.ndarray, count: int) -> np.ndarray:
     """The places of the best positive scores, best first; the first place wins a tie."""
+    # Only candidates that reach the last wanted score are sorted, which is much less than all chunks.
     least = np.partition(scores, -count)[-count] if count < len(scores) else 0
     candidates = np.flatnonzero((scores >= least) & (scores > 0))
     return candidates[np.argsort(-scores[candidates], kind="stable")[:count]]

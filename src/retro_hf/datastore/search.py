@@ -125,10 +125,13 @@ def search_excluding(
         counts &= ~deleted.mask[named]
     hidden = ((doc_offsets[named + 1] - doc_offsets[named]) * counts).sum(axis=1)
     hidden += 0 if deleted is None else deleted.num_chunks
-    # The most that a query can get, and the number of results that is certain to contain it.
+    # The most that a query can get, and the number of results that is certain to contain it: in the worst case all hidden
+    # chunks are nearer than the first that may be returned.
     obtainable = np.minimum(num_neighbors, num_chunks - hidden)
     enough = np.minimum(num_neighbors + hidden, num_chunks)
 
+    # Nearly all queries are done after the first round. The two reasons for another one are kept apart, because more results
+    # do not help where the index has read too little, and more effort does not where all that it found was hidden.
     todo = [(np.arange(len(queries)), num_neighbors + _OVER_FETCH, 1)]
     while todo:
         short, fetch, effort = todo.pop()
@@ -142,12 +145,8 @@ def search_excluding(
             kept = (found >= 0) & (owner[:, :, None] != excluded[rows, None, :]).all(axis=-1)
             if deleted is not None:
                 kept &= ~deleted.mask[owner]
-            # A stable sort moves the kept results to the front and leaves them in order.
-            order = np.argsort(~kept, axis=1, kind="stable")[:, :num_neighbors]
-            kept = np.take_along_axis(kept, order, axis=1)
-            columns = slice(0, order.shape[1])
-            ids[rows, columns] = np.where(kept, np.take_along_axis(found, order, axis=1), -1)
-            scores[rows, columns] = np.where(kept, np.take_along_axis(found_scores, order, axis=1), -np.inf)
+            columns = slice(0, min(num_neighbors, found.shape[1]))
+            scores[rows, columns], ids[rows, columns] = best_kept(kept, found_scores, found, num_neighbors)
             found_few = (ids[rows] >= 0).sum(axis=1) < obtainable[rows]
             found_all = (found >= 0).all(axis=1)
             cut.append(rows[found_few & found_all & (fetch < enough[rows])])
@@ -156,6 +155,18 @@ def search_excluding(
         if effort < max_effort:
             todo.append((np.concatenate(exhausted), fetch, 4 * effort))
     return scores, ids
+
+
+def best_kept(kept: np.ndarray, scores: np.ndarray, ids: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The first `count` results of each query that are kept, in order, then -inf and -1.
+
+    Args:
+        kept, scores, ids (`np.ndarray` of bool, float32 and int64, and shape `(num_queries, num_results)`): best first.
+    """
+    # A stable sort moves the kept results to the front and leaves them in order.
+    order = np.argsort(~kept, axis=1, kind="stable")[:, :count]
+    kept, scores, ids = (np.take_along_axis(values, order, axis=1) for values in (kept, scores, ids))
+    return np.where(kept, scores, -np.inf), np.where(kept, ids, -1)
 
 
 def merge_results(parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .search import best_kept
+
 
 if TYPE_CHECKING:
     from .store import RetroDatastore
-
-__all__ = ["Keep", "distinct_texts", "select"]
 
 # Results of one query that are looked through at most.
 _MOST_RESULTS = 1024
@@ -28,6 +28,8 @@ def distinct_texts(tokens: np.ndarray) -> np.ndarray:
     Returns:
         `np.ndarray` of bool and shape `(n, k)`.
     """
+    # One number per neighbor instead of R comparisons per pair. Odd multipliers are invertible modulo 2^64, so neighbors that
+    # differ in one token never collide, and others with a probability near 2^-64.
     multipliers = np.random.default_rng(0).integers(1 << 63, size=tokens.shape[-1], dtype=np.uint64) | np.uint64(1)
     hashes = (tokens.astype(np.uint64) * multipliers).sum(axis=-1, dtype=np.uint64)
     same = hashes[:, :, None] == hashes[:, None, :]
@@ -60,6 +62,7 @@ def select(
     scores = np.full((num_queries, num_neighbors), -np.inf, dtype=np.float32)
     ids = np.full((num_queries, num_neighbors), -1, dtype=np.int64)
     rows, count, limit = np.arange(num_queries), num_neighbors, min(datastore.num_chunks, _MOST_RESULTS)
+    # Each round searches the remaining queries again from the start: an index has no way to continue a search.
     while len(rows):
         found_scores, found = search(rows, count)
         good = found >= 0 if min_score is None else (found >= 0) & (found_scores >= min_score)
@@ -68,10 +71,7 @@ def select(
         kept = good & distinct_texts(tokens)
         if keep is not None:
             kept &= keep(rows, tokens, found)
-        order = np.argsort(~kept, axis=1, kind="stable")[:, :num_neighbors]
-        kept_here = np.take_along_axis(kept, order, axis=1)
-        ids[rows] = np.where(kept_here, np.take_along_axis(found, order, axis=1), -1)
-        scores[rows] = np.where(kept_here, np.take_along_axis(found_scores, order, axis=1), -np.inf)
+        scores[rows], ids[rows] = best_kept(kept, found_scores, found, num_neighbors)
         # Where everything that was found is good, there may be more.
         rows = rows[(kept.sum(axis=1) < num_neighbors) & good.all(axis=1)]
         if count >= limit:

@@ -11,8 +11,6 @@ import regex
 from .. import extras
 
 
-__all__ = ["WORDS_VERSION", "words_function"]
-
 WORDS_VERSION = 2
 """Of the rule below. An index of words records it, and keeps its own."""
 

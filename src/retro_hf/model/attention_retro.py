@@ -155,7 +155,7 @@ class RetroAttention(nn.Module):
 
     num_key_value_groups = 1
 
-    # trf-ignore: TRF029 (one class serves four attentions, whose sizes stand in three configs)
+    # trf-ignore: TRF029 (one class serves four attentions, whose sizes are in three configs)
     def __init__(
         self,
         config,

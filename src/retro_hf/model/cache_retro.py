@@ -9,6 +9,8 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.utils import is_torchdynamo_compiling
 
 
+# Appending to a buffer costs one token; `torch.cat` would copy all tokens at every step. A buffer that is full moves to a
+# larger one, once in so many steps.
 ROOM = 256
 """Buffers of keys and values grow to a multiple of this many tokens."""
 
@@ -109,6 +111,8 @@ class RetrievalState:
             device (`torch.device`): of the result.
             rows (`list[int]`, *optional*): the rows to which the entries of both lists belong; all rows by default.
         """
+        # Chunk u and chunk u + 2 share a half, so of more than two chunks only the last two are written; writing all of them
+        # would leave the order, and so the winner, to the device.
         width = max(num_completed, default=0)
         places = [
             (row, (chunk + step) % 2, number * width + step)
@@ -192,6 +196,8 @@ class RetrievalState:
                 f"Cannot take back {num_tokens} tokens: the retrieval state keeps one chunk of {self.chunk_size}. Propose "
                 f"at most {self.chunk_size} tokens at a time (`prompt_lookup_num_tokens`, `num_assistant_tokens`)."
             )
+        # Only the counters move back. What is in the buffers behind them is overwritten before it is read again, and the
+        # neighbors of the chunk before are still in the other half.
         self.lengths = [max(n - num_tokens, o) for n, o in zip(self.lengths, self.offsets, strict=True)]
         self.num_columns -= num_tokens
 
@@ -209,6 +215,8 @@ class RetrievalState:
                 that are not kept; the others of a row must be within two chunks.
             values (`torch.Tensor` of shape `(B, T, ...)`): what to write.
         """
+        # The buffer is a ring of two chunks, and one more cell that takes what must not be kept: a write to a cell that
+        # nobody reads costs less than a mask, whose true entries the host would have to count.
         size = 2 * self.chunk_size
         ring = getattr(self, buffer)
         if ring is None:
@@ -270,6 +278,8 @@ def _append(seen: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         grown = new.new_empty(*new.shape[:2], -(-new.shape[-2] // ROOM) * ROOM, new.shape[-1])[:, :, : new.shape[-2]]
         grown.copy_(new)
         return grown
+    # `seen` is a view of a buffer, and its strides tell how much of the buffer is before it and behind it. A tensor that
+    # `index_select` has made (beams) fills its buffer, so it moves to one with room.
     total = seen.shape[-2] + new.shape[-2]
     before = _room_before(seen)
     if seen.stride(1) // seen.stride(2) - before < total or not _is_writable(seen):

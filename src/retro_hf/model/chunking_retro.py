@@ -191,6 +191,7 @@ class SequencePlan(PassPlan):
         num_new = 0 if neighbors is None else num_chunks
         num_attending = num_new if history is None else num_new + 1
         num_cells = num_attending * size
+        # In the example there are 4 cells: row 0 has the cells [-, -, -, 0, 1, 2, 3], and row 1 [-, -, -, -, -, 0, 1].
         cells = positions + 1 - (size if history is None else 0)
         cells = torch.where((positions >= 0) & (cells >= 0) & (cells < num_cells), cells, num_cells)
         attending_tokens = _flat(_invert(cells, num_cells), num_tokens).view(-1, size)
@@ -267,7 +268,9 @@ class SequencePlan(PassPlan):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if self.state is None:
             return key, value
-        old = self.state.recall(layer_idx, self.before, key, value)  # first, because the new ones may overwrite them
+        # First, because the new ones may overwrite them: when two chunks complete in one pass, the second goes to the half
+        # of the chunk that was completed before the pass.
+        old = self.state.recall(layer_idx, self.before, key, value)
         if key is None:
             return old
         self.state.update(layer_idx, key, value, self.kept)
@@ -309,7 +312,8 @@ class StepPlan(PassPlan):
             new = None if neighbors is None else pad_to(self.neighbor_mask.flatten(1), width, dim=-1)
             self.state_mask = self.kept.put(self.state_mask, new)
 
-        # The last completed chunk, this token's included; -1 if there is none yet.
+        # The last completed chunk, this token's included; -1 if there is none yet. With m = 4 and three tokens before this
+        # one, this token ends chunk 0 and already reads its neighbors: (3 + 1) // 4 - 1 = 0.
         chunks = [(length + 1) // size - 1 for length in lengths]
         self.attended = per_row([chunk % 2 for chunk in chunks], device)
         if self.state_mask is not None:
@@ -320,6 +324,8 @@ class StepPlan(PassPlan):
 
     @property
     def places(self) -> list[int] | None:
+        # An attending chunk begins with the last token of a chunk (position m - 1, place 0), so places are one ahead of
+        # positions.
         return [(length + 1) % self.state.chunk_size for length in self.state.lengths]
 
     def completed(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
@@ -353,6 +359,7 @@ def chunk_positions(tokens: torch.Tensor, real: torch.Tensor | None, start: torc
     """Chunk positions (B, T) of tokens whose first real one has the position `start` (B,); -1 at padding."""
     if real is None:
         return torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape[:2]) + start.unsqueeze(1)
+    # Counting the real tokens, and not the columns, is what makes a padded row equal to the row alone.
     return torch.where(real, real.long().cumsum(dim=1) - 1 + start.unsqueeze(1), -1)
 
 
@@ -378,6 +385,7 @@ def _invert(cells: torch.Tensor, num_cells: int) -> torch.Tensor:
 
     The cell `num_cells` takes the columns that are in no cell, and is cut off.
     """
+    # A scatter instead of a search: its shapes depend on no value, so that the pass compiles and no device is waited for.
     batch_size, num_columns = cells.shape
     columns = torch.arange(num_columns, device=cells.device).expand(batch_size, -1)
     inverse = torch.full((batch_size, num_cells + 1), num_columns, device=cells.device)
@@ -386,6 +394,7 @@ def _invert(cells: torch.Tensor, num_cells: int) -> torch.Tensor:
 
 def _flat(index: torch.Tensor, length: int) -> torch.Tensor:
     """Turn an index (B, n) into rows of `length` entries into one over all rows; "none", which is `length`, becomes `B · length`."""
+    # "None" of every row becomes one number, behind all tokens, where `gather` has a row of zeros.
     batch_size = index.shape[0]
     rows = torch.arange(batch_size, device=index.device).unsqueeze(1) * length
     return torch.where(index < length, index + rows, batch_size * length)

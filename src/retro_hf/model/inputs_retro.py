@@ -22,7 +22,7 @@ class Vocabulary(NamedTuple):
     """The table that a model looks ids up in; None where the model computes embeddings in another way.
 
     Args:
-        size (`int`, *optional*): its rows; None, too, where ids beyond them stand for images or sound.
+        size (`int`, *optional*): its rows; also None where ids beyond them mean images or sound.
         width (`int`, *optional*): length of an embedding.
     """
 
@@ -108,7 +108,7 @@ def check_prompt(prompt: Any, arguments: dict[str, Any], vocabulary: Vocabulary)
             f"The prompt has no tokens: its shape is {(rows, tokens)} (batch, tokens). Begin with at least one token, such "
             "as the tokenizer's `bos_token_id`."
         )
-    # A prompt may go on from a cache, or begin with embeddings of its first part.
+    # A prompt may continue a cache, or begin with embeddings of its first part.
     _check_mask(arguments.get("attention_mask"), rows, tokens, is_whole=cache is None and embeds is None)
     if position_ids is not None:
         _check_positions(position_ids, rows, tokens, None)

@@ -101,8 +101,8 @@ class RetroDecoderPreTrainedModel(PreTrainedModel):
 def _distance_features(largest: int, num_distances: int, like: torch.Tensor, cache: Any) -> torch.Tensor:
     """Features `(num_distances, hidden_size)` of `largest` and the distances below it.
 
-    A step of generation needs all distances down to 0, one more than the step before: it takes them from the end of a
-    table that rides on the cache and is made anew every `FEATURE_BLOCK` steps.
+    A step of generation needs all distances down to 0, one more than the step before. It takes them from the end of a
+    table that is kept on the cache and made again every `FEATURE_BLOCK` steps.
     """
     if cache is None or num_distances != largest + 1:
         return position_features(largest - torch.arange(num_distances, device=like.device), like.shape[-1], like.dtype)

@@ -101,6 +101,7 @@ def _plan_sequence(
     # Chunks are counted from the row's first one, or with a history from its unfinished one.
     first_chunk = [0 if state is None else begin // chunk_size for begin in begins]
     starts = [begin - chunk * chunk_size for begin, chunk in zip(begins, first_chunk, strict=True)]
+    # Reading values on the host waits for the device, so this is done only where there is padding.
     counts = [num_tokens] * batch_size if real is None else real.sum(dim=1).tolist()
     num_completed = [(start + count) // chunk_size for start, count in zip(starts, counts, strict=True)]
     num_chunks = max(num_completed)
@@ -121,6 +122,7 @@ def _plan_sequence(
 
         def chunk_tokens(selected: torch.Tensor) -> Neighbors:
             ids = tokens
+            # A chunk may have begun in an earlier pass: `completed_tokens` counts the m remembered tokens before the new ones.
             if state is not None:
                 ring = state.read("input_ids")
                 old = tokens.new_zeros(batch_size, chunk_size)
@@ -143,7 +145,7 @@ def _plan_step(
     tokens: torch.Tensor, state: RetrievalState, given: Neighbors | None, retriever: RetroLookup | None
 ) -> StepPlan:
     size, device = state.chunk_size, tokens.device
-    if tokens.dim() == 2:
+    if tokens.dim() == 2:  # embeddings have no ids to look up
         state.write("input_ids", state.lengths, tokens)
     rows = [row for row, length in enumerate(state.lengths) if (length + 1) % size == 0]
     neighbors = None
@@ -195,6 +197,7 @@ def _fetch(
                 f"The retriever returned neighbors of {found.shape[-1]} tokens, `neighbor_input_ids` has "
                 f"{ids.shape[-1]}; both must have the same neighbor_size."
             )
+        # Given and found neighbors may differ in number; the missing ones are masked.
         width = max(ids.shape[1], found.shape[1])
         ids, mask = pad_to(ids, width, 1).clone(), pad_to(mask, width, 1).clone()
         ids[wanted], mask[wanted] = pad_to(found, width, 1), pad_to(found_mask, width, 1)
