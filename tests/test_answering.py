@@ -188,7 +188,7 @@ def test_options_reach_generate(model, retriever):
         [{"role": "user"}],
     ],
 )
-def test_what_is_no_question_is_refused(model, retriever, question):
+def test_invalid_question_is_refused(model, retriever, question):
     with pytest.raises(RetrieverError):
         answer(model, retriever, question)
 

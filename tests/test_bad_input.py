@@ -239,7 +239,7 @@ def any_model(request):
     ],
 )
 @pytest.mark.parametrize("retrieves", [False, True])
-def test_what_every_language_model_takes(any_model, inputs, message, retrieves):
+def test_wrong_inputs_of_any_language_model_are_refused(any_model, inputs, message, retrieves):
     """Ids, embeddings, masks and positions: in forward and in generate, with a retriever and without one."""
     is_baseline = not hasattr(any_model, "set_retriever")
     options = {"retriever": hash_retriever()} if retrieves and not is_baseline else {}

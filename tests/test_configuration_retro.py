@@ -143,7 +143,7 @@ def test_an_unknown_family_is_refused():
 
 
 @pytest.mark.parametrize("family", ["retro", "retro_encoder"])
-def test_retro_is_no_backbone(family):
+def test_retro_model_is_refused_as_backbone(family):
     """Neither the model itself nor its encoder can stand in the backbone's place, as a dict or as a config."""
     for config in ({"model_type": family}, AutoConfig.for_model(family)):
         with pytest.raises(

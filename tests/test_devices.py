@@ -98,7 +98,7 @@ def test_a_whole_model_is_loaded_onto_the_disk(tmp_path):
 @pytest.mark.parametrize(
     "places", [{"": "disk"}, {"model.backbone": "disk", "model.retro": "cpu"}], ids=["all", "base"]
 )
-def test_the_embeddings_that_a_whole_model_shares_may_lie_on_the_disk(tmp_path, places):
+def test_shared_embeddings_of_a_whole_model_can_be_on_disk(tmp_path, places):
     """The encoder of neighbors reads through them, wherever it lies itself."""
     model = retrofit(tiny_backbone("llama"), **SETTINGS)
     randomize(model.model.retro, seed=3)

@@ -42,7 +42,7 @@ def test_the_shipped_adapter_reads_what_its_base_does_not_know():
     assert len(read) == 3 and all("exodus_8_kjv.txt" in line for line in read)
 
 
-def test_a_finished_training_is_loaded_and_one_broken_off_goes_on(tmp_path, monkeypatch):
+def test_finished_training_is_loaded_and_interrupted_training_resumes(tmp_path, monkeypatch):
     """`Trainer` alone would take one more step after the last."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
     from train_demo import train_on

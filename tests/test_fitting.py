@@ -82,7 +82,7 @@ def test_it_leaves_a_measured_adapter(world, fitted):
     assert json.loads((fitted.folder / "fit.json").read_text())["steps"] == 2
 
 
-def test_a_killed_fit_goes_on_to_the_same_weights(world, fitted, monkeypatch):
+def test_killed_fit_resumes_to_the_same_weights(world, fitted, monkeypatch):
     """What was done since the last save is all that is lost, and the result is that of a fit that was not killed."""
     monkeypatch.setattr(train, "_SAVE_SECONDS", -1.0)
     tell, folder = train._Clock.tell, world.folder / "killed"
@@ -104,7 +104,7 @@ def test_a_killed_fit_goes_on_to_the_same_weights(world, fitted, monkeypatch):
     assert [entry["step"] for entry in again.settings["log"]] == [0, 1, 2]
 
 
-def test_where_the_time_is_over_the_same_call_goes_on(world, fitted):
+def test_same_call_resumes_when_the_time_was_over(world, fitted):
     """An adapter is there after the given time, and the steps that are missing can follow."""
     folder = world.folder / "short"
     short = small_fit(world, folder, minutes=1e-6)
@@ -114,7 +114,7 @@ def test_where_the_time_is_over_the_same_call_goes_on(world, fitted):
     assert_same_training(first, checkpoint(folder, 2), checkpoint(fitted.folder, 2))
 
 
-def test_an_adapter_goes_on_learning(world, fitted):
+def test_adapter_can_be_trained_further(world, fitted):
     """Its reader changes, and its base does not."""
     more = small_fit(world, world.folder / "more", base=fitted.folder)
     before, after = weights(fitted.folder), weights(more.folder)
@@ -123,14 +123,14 @@ def test_an_adapter_goes_on_learning(world, fitted):
     assert more.settings["backbone"] == fitted.settings["backbone"]
 
 
-def test_without_a_store_one_is_built_of_what_is_not_held_out(world):
+def test_without_a_store_one_is_built_from_the_other_documents(world):
     """No text that is held out can be looked up."""
     made = small_fit(world, world.folder / "own", retriever=None, embedder=world.embedder)
     stored = {id for id, _ in stored_tokens(RetroDatastore.load(made.folder / "store"))}
     assert len(stored) == made.settings["num_train"] and made.settings["num_heldout"] == 3
 
 
-def test_documents_of_the_store_are_known_whatever_they_are_called(world):
+def test_stored_documents_are_recognized_under_any_id(world):
     """A document that lies in the store under another id reads nothing of itself; a like id of another text does not count."""
     stored = [one | {"id": f"doc-{39 - number}"} for number, one in enumerate(corpus())]
     windows = tokenize_documents(Dataset.from_list(stored), world.tokenizer, max_length=32, chunk_size=CHUNK_SIZE)
@@ -143,7 +143,7 @@ def test_documents_of_the_store_are_known_whatever_they_are_called(world):
         assert world.datastore.document_number(true) not in world.datastore.document_of(numbers[numbers >= 0])
 
 
-def test_what_is_held_out_is_looked_up_without_it(world):
+def test_held_out_documents_are_looked_up_without_themselves(world):
     """Documents that lie in the store can be held out: the store that is searched for them has them no more."""
     stored = [one | {"id": f"other-{one['id']}"} for one in corpus()]
     made = small_fit(world, world.folder / "leaky", documents=stored)
@@ -154,7 +154,7 @@ def test_what_is_held_out_is_looked_up_without_it(world):
     assert not made.evaluation.inputs.leaked
 
 
-def test_near_copies_of_what_is_held_out_are_not_trained_on(world):
+def test_near_copies_of_held_out_documents_are_not_trained_on(world):
     """A copy under another name is in neither part."""
     doubled = [*DOCUMENTS, *(one | {"id": f"copy-{one['id']}"} for one in DOCUMENTS)]
     parts = split(doubled, world.tokenizer, num_heldout=5, least=24, window=256, seed=0)

@@ -167,7 +167,7 @@ def test_padding_is_invisible_in_other_families(family, side):
     contracts.check_padding_is_invisible(tiny_retro(family), side, live=True)
 
 
-def test_padding_between_tokens_is_no_chunk_position(model):
+def test_padding_between_tokens_has_no_chunk_position(model):
     """Chunk positions count real tokens: padding at both sides moves no border."""
     ids = random_ids(1, 9)
     mask = torch.tensor([[0, 0, *[1] * 9, 0]])

@@ -127,7 +127,7 @@ def test_a_perfect_reader_follows_every_change_of_the_store(tmp_path, monkeypatc
     assert swapped["answers_changed_by_restoring"] == 0
 
 
-def test_the_store_follows_every_step_and_a_second_run_goes_on(tmp_path):
+def test_store_follows_every_step_and_a_second_run_resumes(tmp_path):
     """A model of two training steps knows nothing, but cards come, change, go and come back, and so do its answers."""
     from knowledge import main
 

@@ -205,7 +205,7 @@ def test_fields_of_the_backbone_reach_it(tmp_path, form, cls, given):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_an_argument_that_nobody_knows(tmp_path, form):
+def test_unknown_argument_is_refused(tmp_path, form):
     """Raises, as transformers does."""
     _, folder = saved(tmp_path, form)
     with pytest.raises(TypeError, match="not_an_argument"):

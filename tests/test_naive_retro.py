@@ -203,7 +203,7 @@ def test_neighbor_order_and_duplicates_change_nothing():
     assert (swapped_chunks[M - 1 :] - logits[M - 1 :]).abs().amax(dim=-1).min() > 1e-3
 
 
-def test_off_is_no_neighbors():
+def test_off_equals_no_neighbors():
     w = weights()
     off = naive_decoder_logits(w, SHAPE, INPUT_IDS, None)
     for neighbors in ([], [[], [], []], [[[]], [], [[], []]]):

@@ -52,7 +52,7 @@ def test_step_zero_is_the_base(base):
             assert torch.equal(model(input_ids=ids, **inputs).logits, plain(ids).logits)
 
 
-def test_both_train_and_nothing_else(base):
+def test_only_lora_and_retro_weights_train(base):
     """The base's own weights stay, LoRA's and RETRO's move, and the loss goes down."""
     retro = retrofit(base, **SETTINGS)
     model = get_peft_model(retro, LoraConfig(**LORA))

@@ -181,7 +181,7 @@ def test_a_base_without_its_head(auto):
     ],
     ids=["none", "module", "config"],
 )
-def test_what_is_no_base(base, message):
+def test_invalid_base_is_refused(base, message):
     """It is said what a base is, and how to make one of a config."""
     with pytest.raises(UnsupportedBackboneError, match=f"must be a folder, .*{message}"):
         retrofit(base)

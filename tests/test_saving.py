@@ -319,7 +319,7 @@ def test_resized_embeddings_without_a_head():
     model(random_ids(2, 14, vocab_size=104), **random_neighbors(2, 3, vocab_size=104))
 
 
-def test_what_a_backbone_computes_when_it_loads(tmp_path):
+def test_values_that_a_backbone_computes_on_loading_are_kept(tmp_path):
     """Falcon-H1's multipliers are in no file: the backbone's own initialization fills them in."""
     model = retrofit(AutoModelForCausalLM.from_config(tiny_config("falcon_h1")), chunk_size=4)
     model.save_pretrained(tmp_path)

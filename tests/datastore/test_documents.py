@@ -384,7 +384,7 @@ def test_unknown_encoding_is_refused(encoding, tmp_path):
         DocumentReader(tmp_path, encoding=encoding)
 
 
-def test_every_file_with_bytes_that_are_no_text_is_named(tmp_path, caplog):
+def test_every_file_with_undecodable_bytes_is_named(tmp_path, caplog):
     for number in range(23):
         (tmp_path / f"{number:02d}.txt").write_bytes(b"caf\xe9")
     (tmp_path / "nul.txt").write_bytes("no mark".encode("utf-16-le"))

@@ -393,7 +393,7 @@ class PanicException(BaseException):
         (KeyboardInterrupt(), KeyboardInterrupt),
     ],
 )
-def test_whatever_goes_wrong_is_told_as_what_it_is(tmp_path, error, expected):
+def test_error_keeps_its_kind(tmp_path, error, expected):
     with pytest.raises(expected) as caught, reading(tmp_path):
         raise error
     if expected is DatastoreReadError:

@@ -94,7 +94,7 @@ def test_ids_are_those_of_a_datastore_of_the_same_documents(as_dataset, world):
         assert {id for _, id, _ in windows_of(documents, world)} == known
 
 
-def test_gap_of_pandas_is_no_text(world):
+def test_missing_value_of_pandas_is_not_text(world):
     assert {id for _, id, _ in windows_of([{"text": "the king"}, {"text": math.nan}, "a clock"], world)} == {"0", "2"}
 
 
