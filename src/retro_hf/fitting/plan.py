@@ -1,4 +1,4 @@
-"""What a fit will take on this machine: measured before it starts, and refused where it cannot be enough."""
+"""Time and memory that a fit needs on this machine, measured before it starts; an error if they are not there."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def measure(
             raise ValueError(
                 f"A step takes {total:.2g} seconds on this machine, so {minutes:g} minutes are {steps} steps, too few to learn from: "
                 f"{LEAST_STEPS} are the least. What would do: --minutes {int(np.ceil(LEAST_STEPS * total / 60 + 1))}, {INSTEAD}. To "
-                "go on all the same, say how many steps: --steps."
+                "continue anyway, say how many steps: --steps."
             )
     return Plan(steps, total, forward / batch_tokens * afterwards, memory)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from ..datastore import ChunkEmbedder, RetroDatastore
 from ..datastore.compatibility import load_tokenizer
 from ..datastore.files import digest_of, write_file
 from ..errors import DatasetError, UnsupportedBackboneError, counted
-from ..evaluation import Evaluation, evaluate
+from ..evaluation import Evaluation, bits_per_byte, evaluate
 from ..evaluation.leakage import holders
 from ..model.modeling_retro import RetroForCausalLM
 from ..retriever import RetroRetriever
@@ -28,7 +29,7 @@ from .plan import Plan, check_memory, measure
 from .recipe import FitCollator, is_adapter, load_start
 from .result import Fit
 from .texts import Texts, split, stored_tokens, windows_of, with_stored_ids
-from .train import Watch, last_checkpoint, train
+from .train import last_checkpoint, train
 
 
 logger = logging.get_logger(__name__)
@@ -58,18 +59,18 @@ def fit(
 ) -> Fit:
     """Fit a reader to documents, and measure on documents that were held out what it brings.
 
-    A new reader begins with [`start_by_copying`]; a RETRO adapter goes on learning. Every chunk reads neighbors of other documents:
-    a document that lies in the datastore, under whatever id, gives none to itself. What was held out is searched for in a
-    datastore without it. At the end the adapter is compared with no retrieval, with random neighbors, and with the base that
+    A new reader begins with [`start_by_copying`]; a RETRO adapter is trained further. Every chunk reads neighbors of other
+    documents: a document that is in the datastore, under any id, gives none to itself. Held-out documents are looked up in a
+    datastore without them. At the end the adapter is compared with no retrieval, with random neighbors, and with the base that
     reads the same neighbors untrained, in its prompt and in parallel context.
 
-    How long it takes is measured in two steps and logged before it starts. The state is saved every two minutes; the same call
-    goes on from there after a crash, or when the time was over.
+    Two steps are timed, and the time of the whole fit is logged before it starts. The state is saved every two minutes; repeat
+    the same call to resume after a crash, or when the time was over.
 
     Args:
-        base (`str` or `Path`): a causal language model, which stays as it is, or a RETRO adapter to go on with.
+        base (`str` or `Path`): a causal language model, which stays as it is, or a RETRO adapter to train further.
         texts: documents, as for [`RetroDatastore.build`].
-        output (`str` or `Path`): folder of the adapter. Its `work` folder is only needed to go on.
+        output (`str` or `Path`): folder of the adapter. Its `work` folder is only needed to resume.
         retriever ([`RetroRetriever`], *optional*): where to look. By default a datastore is built in `output/store` from the
             documents that are not held out.
         embedder ([`ChunkEmbedder`] or `str`, *optional*): for that datastore.
@@ -89,7 +90,7 @@ def fit(
         FileExistsError: if `output` has something else, or a fit with other settings.
         UnsupportedBackboneError: for a base that cannot get a reader.
         ValueError: if this machine is too small; the message says what would do.
-    *Memory*: logged before the training. *Disk*: the datastore a second time if documents that are held out lie in it.
+    *Memory*: logged before the training. *Disk*: the datastore a second time if it has documents that are held out.
     """
     extras.load("accelerate", "Fitting")
     output = Path(output)
@@ -140,7 +141,18 @@ def fit(
     store.check_compatible(chunk_size=model.config.chunk_size)
     logger.info(parameter_report(model))
     held = _without(parts, retriever, work / "store", tokenizer)
-    watch = Watch(parts.heldout[:_WATCHED], tokenizer, held, num_neighbors, window, batch_size, seed)
+    watch = partial(
+        bits_per_byte,
+        documents=parts.heldout[:_WATCHED],
+        tokenizer=tokenizer,
+        retriever=held,
+        num_neighbors=num_neighbors,
+        modes=("off", "on", "random"),
+        window=window,
+        batch_size=batch_size,
+        seed=seed,
+        show_progress=False,
+    )
 
     if not finished:
         cut = {"window": window, "chunk_size": chunk_size, "seed": seed}
@@ -209,7 +221,7 @@ def _claim(output: Path, identity: dict[str, Any]) -> dict[str, Any]:
                 )
         return state
     if output.exists() and any(output.iterdir()):
-        raise FileExistsError(f"'{output}' is not empty and has no fit to go on with. Choose another folder.")
+        raise FileExistsError(f"'{output}' is not empty and has no fit to resume. Choose another folder.")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, json.dumps(identity).encode())
     return identity
@@ -238,7 +250,7 @@ def _without(parts: Texts, retriever: RetroRetriever, path: Path, tokenizer: Any
     if not gone:
         return retriever
     logger.info(
-        f"{counted(len(gone), 'document')} of the datastore have a text that is held out, which is looked up without them."
+        f"{counted(len(gone), 'document')} of the datastore have a text that is held out; that text is looked up without them."
     )
     if not path.exists():
         kept = [id for id, _ in stored_tokens(store) if id not in gone]
@@ -248,7 +260,7 @@ def _without(parts: Texts, retriever: RetroRetriever, path: Path, tokenizer: Any
     searcher = retriever.searcher
     if retriever.embedder is None:
         raise DatasetError(
-            f"Texts that are held out lie in the datastore, which {type(searcher).__name__} searches; only a search by vectors can "
+            f"The datastore has texts that are held out. {type(searcher).__name__} searches it, but only a search by vectors can "
             "leave them out. Leave those documents out of `texts` or of the datastore."
         )
     return RetroRetriever(

@@ -5,18 +5,16 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
 from ..datastore.files import write_file
-from ..evaluation.neighbors import Chunks, NeighborSearch, Run, neighbors_by_mode
-from ..evaluation.scoring import ScoringOptions, read_documents, score_runs
+from ..evaluation import BitsPerByte
 from ..model.modeling_retro import RetroForCausalLM
-from ..retriever import RetroRetriever
 from .plan import Plan
 
 
@@ -30,49 +28,17 @@ _WATCHES = 6  # in a training
 _WARM_UP = 10
 
 
-class Watch:
-    """Bits per byte of some held-out documents, off, on and random, as `evaluate` counts them.
-
-    Args:
-        heldout (`list[dict]`): the documents.
-        retriever ([`RetroRetriever`]): of a datastore that has none of them.
-    """
-
-    def __init__(
-        self,
-        heldout: list[dict[str, str]],
-        tokenizer: Any,
-        retriever: RetroRetriever,
-        num_neighbors: int,
-        window: int,
-        batch_size: int,
-        seed: int,
-    ) -> None:
-        self.documents = list(read_documents(heldout, tokenizer))
-        self.datastore = retriever.datastore
-        size = self.datastore.chunk_size
-        chunks = Chunks.of(self.documents, size)
-        nearest = NeighborSearch(retriever, self.documents, chunks, show_progress=False).nearest(num_neighbors)
-        found = neighbors_by_mode(self.datastore, chunks, nearest, seed)
-        # Scored every few minutes, so nothing is kept on the disk, and OFF only once: the base does not change.
-        self._runs = [Run(name, found.get(name), num_neighbors) for name in ("off", "on", "random")]
-        self._options = ScoringOptions(window, max(window // 2 // size, 1) * size, batch_size, show_progress=False)
-        self._off: float | None = None
-
-    def __call__(self, model: RetroForCausalLM) -> dict[str, float]:
-        """Bits per byte by mode."""
-        runs = self._runs if self._off is None else self._runs[1:]
-        scores = score_runs(model, self.documents, runs, self.datastore, self._options)
-        num_bytes = sum(one.num_bytes for one in self.documents)
-        values = {name: float(nats.sum(dtype=np.float64)) / math.log(2) / num_bytes for name, nats in scores.items()}
-        self._off = values.setdefault("off", self._off or 0.0)
-        return {name: values[name] for name in ("off", "on", "random")}
-
-
 class _Clock(TrainerCallback):
     """Saves by the clock, ends when the time is over, and tells how it goes."""
 
-    def __init__(self, watch: Watch, plan: Plan, minutes: float | None, path: Path, step: int) -> None:
+    def __init__(
+        self,
+        watch: Callable[[RetroForCausalLM], BitsPerByte],
+        plan: Plan,
+        minutes: float | None,
+        path: Path,
+        step: int,
+    ) -> None:
         self._watch, self._plan, self._path = watch, plan, path
         # After a crash the log may be ahead of the last checkpoint; those steps are done again.
         before = json.loads(path.read_text()) if path.exists() else []
@@ -94,7 +60,7 @@ class _Clock(TrainerCallback):
 
     def tell(self, model: RetroForCausalLM, state: Any) -> None:
         """Score the watched documents, and say so in one line."""
-        values = self._watch(model)
+        values = self._watch(model).bits_per_byte
         seconds, left = self._before + time.monotonic() - self._begin, self._plan.steps - state.global_step
         losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
         entry = {"step": state.global_step, "seconds": round(seconds, 1)}
@@ -120,7 +86,7 @@ def train(
     model: RetroForCausalLM,
     rows: Dataset,
     collator: Any,
-    watch: Watch,
+    watch: Callable[[RetroForCausalLM], BitsPerByte],
     plan: Plan,
     *,
     work: Path,
@@ -131,6 +97,8 @@ def train(
 ) -> dict[str, Any]:
     """Train the reader in place, from the last checkpoint if there is one.
 
+    Args:
+        watch (`Callable`): measures the reader on the way.
     Returns:
         `dict`: `steps` that were done, the `seconds` they took, and the `log` of what was watched.
     """
