@@ -287,7 +287,7 @@ class RetroLookup:
     def _ask(self, look_up: Callable, arguments: tuple, what: str, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         try:
             answer = look_up(*arguments)
-        except Exception as error:
+        except Exception as error:  # a retriever is the user's own code, which may raise anything
             if any(kind.__name__ == "RetroError" for kind in type(error).__mro__):  # explains itself
                 raise
             raise RuntimeError(f"The retriever failed on {what}: {type(error).__name__}: {error}") from error
