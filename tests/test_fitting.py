@@ -13,10 +13,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from retro_hf import RetroDatastore, RetroRetriever, fit, retrofit
+from retro_hf.datastore.duplicates import stored_documents
 from retro_hf.errors import DatasetError
 from retro_hf.fitting import plan, train
 from retro_hf.fitting.recipe import FitCollator
-from retro_hf.fitting.texts import split, stored_tokens, with_stored_ids
+from retro_hf.fitting.texts import split, with_stored_ids
 from retro_hf.training import precompute_neighbors, tokenize_documents
 from retro_hf_cli.main import app
 
@@ -126,7 +127,7 @@ def test_adapter_can_be_trained_further(world, fitted):
 def test_without_a_store_one_is_built_from_the_other_documents(world):
     """No text that is held out can be looked up."""
     made = small_fit(world, world.folder / "own", retriever=None, embedder=world.embedder)
-    stored = {id for id, _ in stored_tokens(RetroDatastore.load(made.folder / "store"))}
+    stored = {id for ids, _ in stored_documents(RetroDatastore.load(made.folder / "store")) for id in ids}
     assert len(stored) == made.settings["num_train"] and made.settings["num_heldout"] == 3
 
 
@@ -147,7 +148,7 @@ def test_held_out_documents_are_looked_up_without_themselves(world):
     """Documents that lie in the store can be held out: the store that is searched for them has them no more."""
     stored = [one | {"id": f"other-{one['id']}"} for one in corpus()]
     made = small_fit(world, world.folder / "leaky", documents=stored)
-    searched = {id for id, _ in stored_tokens(RetroDatastore.load(made.folder / "work" / "store"))}
+    searched = {id for ids, _ in stored_documents(RetroDatastore.load(made.folder / "work" / "store")) for id in ids}
     parts = split(stored, world.tokenizer, num_heldout=3, least=3 * CHUNK_SIZE, window=256, seed=0)
     held = {one["id"].removeprefix("other-") for one in parts.heldout}
     assert len(held) == 3 and searched == {one["id"] for one in corpus()} - held

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -23,6 +23,8 @@ _MAX_CELLS = 1 << 20
 _BLOCK_CHUNKS = 4096
 # Padding of a text and of a neighbor must not be equal.
 _NO_TOKEN, _NO_NEIGHBOR = -1, -2
+Block = tuple[Sequence[str], Sequence[np.ndarray]]
+"""Some documents: their ids, and their token ids as int64 arrays of shape `(num_tokens,)`."""
 
 
 def common_runs(
@@ -121,19 +123,16 @@ def copied_documents(documents: Sequence[Document], names: Sequence[str]) -> dic
     return copies
 
 
-def holders(documents: Sequence[np.ndarray], others: Iterable[tuple[str, np.ndarray]]) -> list[list[str]]:
+def holders(documents: Sequence[np.ndarray], others: Iterable[Block]) -> list[list[str]]:
     """For each document the ids of those others that have at least 80 % of its 13-grams, itself if it is among them.
 
     Args:
         documents (`Sequence` of int64 arrays of shape `(num_tokens,)`): token ids.
-        others (iterable of `tuple`): ids and token ids.
+        others (iterable of [`Block`]): such as [`stored_documents`].
     """
-    sets = _Shingles(documents)
     found: list[list[str]] = [[] for _ in documents]
-    for id, tokens in others if sets.sizes.any() else ():
-        shared = sets.shared(shingles_of([tokens], _NGRAM)[0])
-        for row in np.flatnonzero((shared > 0) & (shared >= _THRESHOLD * sets.sizes)).tolist():
-            found[row].append(id)
+    for row, id, _ in _holding(_Shingles(documents), others):
+        found[row].append(id)
     return found
 
 
@@ -148,17 +147,27 @@ def leaked_documents(
     Returns:
         `dict[int, LeakedDocument]`: by the place of the document.
     """
-    sets = _Shingles([document.input_ids for document in documents])
     best: dict[int, LeakedDocument] = {}
     with progress_bar(
         show_progress, total=datastore.num_documents, unit="doc", desc="Checking for leakage"
     ) as progress:
-        for ids, tokens in stored_documents(datastore) if sets.sizes.any() else ():
-            for stored_id, shingles in zip(ids, shingles_of(tokens, _NGRAM), strict=True):
-                shared = sets.shared(shingles)
-                for row in np.flatnonzero((shared > 0) & (shared >= _THRESHOLD * sets.sizes)).tolist():
-                    contained, id = float(shared[row] / sets.sizes[row]), documents[row].id
-                    if row not in best or contained > best[row].contained:
-                        best[row] = LeakedDocument(id, stored_id, round(contained, 4), id == stored_id)
-            progress.update(len(ids))
+
+        def blocks() -> Iterator[Block]:
+            for block in stored_documents(datastore):
+                yield block
+                progress.update(len(block[0]))
+
+        for row, stored_id, contained in _holding(_Shingles([one.input_ids for one in documents]), blocks()):
+            if row not in best or contained > best[row].contained:
+                id = documents[row].id
+                best[row] = LeakedDocument(id, stored_id, round(contained, 4), id == stored_id)
     return best
+
+
+def _holding(sets: _Shingles, others: Iterable[Block]) -> Iterator[tuple[int, str, float]]:
+    """Each pair of a document and another one that has at least 80 % of it: place, id of the other, and the share."""
+    for ids, tokens in others if sets.sizes.any() else ():
+        for id, shingles in zip(ids, shingles_of(tokens, _NGRAM), strict=True):
+            shared = sets.shared(shingles)
+            for row in np.flatnonzero((shared > 0) & (shared >= _THRESHOLD * sets.sizes)).tolist():
+                yield row, id, float(shared[row] / sets.sizes[row])

@@ -16,6 +16,7 @@ from transformers.utils import logging
 from .. import extras
 from ..datastore import ChunkEmbedder, RetroDatastore
 from ..datastore.compatibility import load_tokenizer
+from ..datastore.duplicates import stored_documents
 from ..datastore.files import digest_of, write_file
 from ..errors import DatasetError, UnsupportedBackboneError, counted
 from ..evaluation import Evaluation, bits_per_byte, evaluate
@@ -28,7 +29,7 @@ from ..training.collator import padding_id
 from .plan import Plan, check_memory, measure
 from .recipe import FitCollator, is_adapter, load_start
 from .result import Fit
-from .texts import Texts, split, stored_tokens, windows_of, with_stored_ids
+from .texts import Texts, split, windows_of, with_stored_ids
 from .train import last_checkpoint, train
 
 
@@ -246,14 +247,14 @@ def _without(parts: Texts, retriever: RetroRetriever, path: Path, tokenizer: Any
     """A retriever of the same datastore without the documents that are held out, or have most of one."""
     store = retriever.datastore
     tokens = [np.array(tokenizer(one["text"], add_special_tokens=False)["input_ids"]) for one in parts.heldout]
-    gone = set().union(*holders(tokens, stored_tokens(store)))
+    gone = set().union(*holders(tokens, stored_documents(store)))
     if not gone:
         return retriever
     logger.info(
         f"{counted(len(gone), 'document')} of the datastore have a text that is held out; that text is looked up without them."
     )
     if not path.exists():
-        kept = [id for id, _ in stored_tokens(store) if id not in gone]
+        kept = [id for ids, _ in stored_documents(store) for id in ids if id not in gone]
         if not kept:
             raise DatasetError("Every document of the datastore has a text that is held out. Give a larger datastore.")
         store.subset(path, ids=kept)

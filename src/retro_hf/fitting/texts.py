@@ -15,7 +15,7 @@ from ..datastore import RetroDatastore
 from ..datastore.documents import DocumentReader
 from ..datastore.duplicates import stored_documents
 from ..errors import DatasetError, DatastoreInputError, counted
-from ..evaluation.leakage import holders
+from ..evaluation.leakage import Block, holders
 from ..training.windows import ID_COLUMN, tokenize_documents
 
 
@@ -83,12 +83,6 @@ def split(
     return Texts([one for one in rest if one["id"] not in near], heldout, len(near))
 
 
-def stored_tokens(datastore: RetroDatastore) -> Iterator[tuple[str, np.ndarray]]:
-    """Ids and tokens of the documents of a datastore."""
-    for ids, tokens in stored_documents(datastore):
-        yield from zip(ids, tokens, strict=True)
-
-
 def windows_of(
     documents: list[dict[str, str]],
     tokenizer: PreTrainedTokenizerBase,
@@ -132,8 +126,8 @@ def with_stored_ids(
     """
     names = set(windows[ID_COLUMN])
     used = [one for one in texts if one["id"] in names]
-    tokens = [ids for _, ids in _tokenized(used, tokenizer)]
-    stored = dict(zip((one["id"] for one in used), holders(tokens, stored_tokens(datastore)), strict=True))
+    tokens = [row for _, rows in _tokenized(used, tokenizer) for row in rows]
+    stored = dict(zip((one["id"] for one in used), holders(tokens, stored_documents(datastore)), strict=True))
     known = sum(bool(ids) for ids in stored.values())
     logger.info(
         f"{known:,} of {counted(len(used), 'training document')} are in the datastore; none of them reads itself there."
@@ -147,9 +141,8 @@ def with_stored_ids(
     return datasets.concatenate_datasets([windows.remove_columns(ID_COLUMN), column], axis=1)
 
 
-def _tokenized(documents: list[dict[str, str]], tokenizer: Any) -> Iterator[tuple[str, np.ndarray]]:
+def _tokenized(documents: list[dict[str, str]], tokenizer: Any) -> Iterator[Block]:
     for first in range(0, len(documents), 256):
         block = documents[first : first + 256]
-        encoded = tokenizer([one["text"] for one in block], add_special_tokens=False, verbose=False)
-        for one, ids in zip(block, encoded["input_ids"], strict=True):
-            yield one["id"], np.array(ids, dtype=np.int64)
+        encoded = tokenizer([one["text"] for one in block], add_special_tokens=False, verbose=False)["input_ids"]
+        yield [one["id"] for one in block], [np.array(ids, dtype=np.int64) for ids in encoded]
