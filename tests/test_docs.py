@@ -10,9 +10,11 @@ import ast
 import contextlib
 import doctest
 import io
+import itertools
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import textwrap
@@ -25,6 +27,9 @@ from unittest import mock
 import hub_cache
 import pytest
 from filelock import FileLock
+from typer.testing import CliRunner
+
+from retro_hf_cli.main import app
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -82,12 +87,30 @@ def check_setup(command: str) -> bool:
     return match is not None
 
 
+def is_retro(command: str) -> bool:
+    """Whether a line is a call of `retro` alone, with nothing that only a shell understands."""
+    return bool(re.match(r"retro [^|<>&;$`*]+$", command.split(" #")[0]))
+
+
 def run_bash(code: str) -> str:
-    """Run the commands of a bash block, but for those that set the environment up."""
+    """Run the commands of a bash block, but for those that set the environment up.
+
+    `retro` runs in this process, which has imported what it needs; the tests of the command line start real processes, too.
+    """
     commands = [line for line in code.replace("\\\n", " ").splitlines() if not check_setup(line.strip())]
-    result = subprocess.run(["bash", "-euo", "pipefail", "-c", "\n".join(commands)], capture_output=True, text=True)
-    assert result.returncode == 0, f"{code}\n{result.stdout}\n{result.stderr}"
-    return result.stdout
+    printed = ""
+    for own, lines in itertools.groupby(commands, is_retro):
+        if own:
+            for line in lines:
+                result = CliRunner().invoke(app, shlex.split(line, comments=True)[1:])
+                assert result.exit_code == 0, f"{line}\n{result.output}\n{result.exception!r}"
+                printed += result.stdout
+        else:
+            script = ["bash", "-euo", "pipefail", "-c", "\n".join(lines)]
+            ended = subprocess.run(script, capture_output=True, text=True)
+            assert ended.returncode == 0, f"{code}\n{ended.stdout}\n{ended.stderr}"
+            printed += ended.stdout
+    return printed
 
 
 def run_block(block: Block, page: Path, namespace: dict) -> None:

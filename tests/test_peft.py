@@ -1,7 +1,9 @@
 """LoRA on the backbone, trained together with what RETRO adds: `get_peft_model(..., modules_to_save=["retro"])`."""
 
+import peft
 import pytest
 import torch
+from packaging.version import Version
 from peft import (
     AutoPeftModelForCausalLM,
     LoraConfig,
@@ -11,6 +13,7 @@ from peft import (
     get_peft_model,
 )
 from transformers import AutoModel, AutoModelForCausalLM
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from retro_hf import RetroForCausalLM, retrofit
 
@@ -19,6 +22,13 @@ from .tiny import ENCODER, hash_retriever, random_ids, random_neighbors, randomi
 
 SETTINGS = {"encoder": ENCODER, "chunk_size": 4, "cross_attention_layers": [1, 3]}
 LORA = {"target_modules": r".*backbone.*\.(q_proj|v_proj)", "modules_to_save": ["retro"], "r": 2}
+
+# transformers 5.24 asks for a PEFT that is not out. Its `add_adapter` raises then, and these tests must fail; `get_peft_model` works.
+adds_an_adapter = pytest.mark.xfail(
+    Version(peft.__version__) < Version(MIN_PEFT_VERSION),
+    raises=ValueError,
+    reason=f"add_adapter of transformers asks for PEFT {MIN_PEFT_VERSION}",
+)
 
 
 @pytest.fixture
@@ -121,7 +131,7 @@ def test_lora_on_a_saved_retro(base, tmp_path):
 
 @pytest.mark.parametrize("cls", [AutoPeftModelForCausalLM, AutoModelForCausalLM, RetroForCausalLM])
 @pytest.mark.parametrize("save_backbone", [True, False])
-@pytest.mark.parametrize("way", ["get_peft_model", "add_adapter"])
+@pytest.mark.parametrize("way", ["get_peft_model", pytest.param("add_adapter", marks=adds_an_adapter)])
 def test_a_folder_of_peft_over_a_saved_retro(base, tmp_path, monkeypatch, cls, save_backbone, way):
     """Whichever way the adapter was added, and whether or not the model below it holds its backbone."""
     monkeypatch.chdir(tmp_path)
@@ -148,6 +158,7 @@ def test_a_folder_of_peft_over_a_saved_retro(base, tmp_path, monkeypatch, cls, s
             torch.testing.assert_close(found, expected)
 
 
+@adds_an_adapter
 @pytest.mark.parametrize("cls", [AutoModel, AutoModelForCausalLM])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_an_adapter_on_the_backbone_alone(base, tmp_path, monkeypatch, cls, dtype):
