@@ -124,8 +124,9 @@ def test_generate_reads_before_the_first_token_of_a_short_prompt(world):
     arguments = ("generate", world / "model", "the lighthouse", "--max-new-tokens", 2, "--store", world / "store")
     printed = retro(*arguments, "--embedder", world / "encoder")
     assert "Looked up: the lighthouse\n" in printed and printed.count("→") == 2
-    printed = retro(*arguments, "--embedder", world / "encoder", "--query", "an old bridge")
+    printed = retro(*arguments, "--embedder", world / "encoder", "--query", "an old bridge", "--profile")
     assert "Looked up: an old bridge\n" in printed
+    assert "\nembed the queries" in printed and "\nbackbone" in printed
 
 
 @pytest.mark.parametrize("source", ["--store", "--texts"])

@@ -1,5 +1,6 @@
 """The commands of a model: retrofit and generate."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,6 +24,7 @@ def generate(
     min_score: MinScore = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 64,
     query: Annotated[str | None, typer.Option(help="Text to look up for the prompt, instead of the prompt.")] = None,
+    profile: Annotated[bool, typer.Option("--profile", help="Show where the time went, at the end.")] = False,
 ) -> None:
     """Continue a text, with a datastore to read or without; after the text comes what was read."""
     tokenizer = tokenizer_of(model)
@@ -33,10 +35,20 @@ def generate(
     options: dict[str, Any] = {"retriever": retriever, "max_new_tokens": max_new_tokens, "do_sample": False}
     if query is not None:
         options["query"] = readable(query)
-    output = load_reader(model, retriever).generate(**inputs, return_dict_in_generate=True, **options)
+    reader = load_reader(model, retriever)
+    with _profiled(reader) if profile else nullcontext() as spent:
+        output = reader.generate(**inputs, return_dict_in_generate=True, **options)
     say(tokenizer.decode(output.sequences[0], skip_special_tokens=True))
     if retriever is not None:
         _show_read(output.retrieval_trace[0], tokenizer)
+    if spent is not None:
+        say(f"\n{spent}")
+
+
+def _profiled(model: Any) -> Any:
+    from retro_hf.evaluation import profile
+
+    return profile(model)
 
 
 def _show_read(trace: list[dict[str, Any]], tokenizer: Any) -> None:
