@@ -369,16 +369,22 @@ def test_bars_are_drawn_on_a_terminal_and_nowhere_else(world, tmp_path):
     assert b"Embedding: 100%" in drawn and b"Loading weights: 100%" in drawn
 
 
-@pytest.mark.parametrize("command", ["search", "inspect", "evaluate"])
-def test_standard_output_has_only_json(world, command):
+def test_standard_output_has_only_json(world):
     """In a process of its own: what a library prints while it is imported would be there, too."""
-    arguments = {
-        "search": (world / "store", "the king", "--embedder", world / "encoder"),
-        "inspect": (world / "store",),
-        "evaluate": (world / "model", world / "texts.jsonl"),
-    }[command]
-    command_line = [sys.executable, "-m", "retro_hf_cli", command, *map(str, arguments), "--json"]
-    json.loads(subprocess.run(command_line, capture_output=True, text=True, check=True).stdout)
+    commands = [
+        ["search", world / "store", "the king", "--embedder", world / "encoder"],
+        ["inspect", world / "store"],
+        ["evaluate", world / "model", world / "texts.jsonl"],
+    ]
+    run = (
+        "from retro_hf_cli.main import app\nfor command in commands: app([*command, '--json'], standalone_mode=False)"
+    )
+    code = f"commands = {[list(map(str, command)) for command in commands]}\n{run}"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    for _ in commands:
+        _, end = json.JSONDecoder().raw_decode(printed)
+        printed = printed[end:].lstrip("\n")
+    assert not printed
 
 
 def test_one_is_not_a_plural(world, tmp_path):
