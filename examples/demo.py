@@ -2,13 +2,15 @@
 
     make demo              # or: python examples/demo.py
 
-The model is SmolLM2-135M-Instruct as it is; nothing is trained. With `reader="parallel_context"` it reads the passages that are found for
-it. The first datastore holds the leads of Wikipedia's articles. The model is asked about some of them, without and with it; then a
-document is changed, and it is asked again. The second holds books of the Bible in two translations; there the model must predict the
-same books in a third one, with and without reading, and beside the rival that has the passages in its prompt.
+The model is SmolLM2-135M-Instruct. Nothing is trained: with `reader="parallel_context"` it reads the passages that are found.
 
-Everything happens now, on this machine. The datastores and `results.json` are left in `demo_output`. The toy that was trained from
-scratch is the subject of `make demo-train`.
+1. The first datastore holds the introductions of Wikipedia's articles. The model answers questions about some of them, without the datastore
+   and with it. Then a document is changed, and the question is asked again.
+2. The second datastore holds books of the Bible in two translations. The model predicts the same books in a third one: with reading, without
+   it, and with the passages in its prompt.
+
+Everything is computed on this machine. The datastores and `results.json` are written to `demo_output`. `make demo-train` trains another model,
+a toy, from scratch.
 """
 
 import argparse

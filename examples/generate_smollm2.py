@@ -1,10 +1,9 @@
-"""SmolLM2-135M, frozen, reads a datastore of yours: `hub_configs/retro-smollm2-135m` is what was added to it.
+"""Let a frozen SmolLM2-135M read your datastore, with the adapter `hub_configs/retro-smollm2-135m`.
 
     python examples/generate_smollm2.py                                   # Exodus 8, in a wording that is not in the datastore
-    python examples/generate_smollm2.py notes/ "The first lines of a text whose rest stands in the notes, in other words"
+    python examples/generate_smollm2.py notes/ "The first lines of a text whose rest is in the notes, in other words"
 
-The base comes from a PyPI package (93 MB, 4-bit GGUF, dequantized once). Retrieval begins with the second chunk of 32 tokens,
-so a prompt needs some 25 words for neighbors to be found.
+The base comes from a PyPI package (93 MB, 4-bit GGUF, dequantized once).
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""Let a vector database find the neighbors: Qdrant in the place of a datastore's own FAISS index.
+"""Let a vector database find the neighbors: Qdrant instead of the datastore's own FAISS index.
 
     pip install qdrant-client
     python examples/qdrant_search.py
 
-Qdrant holds the keys of the datastore under its chunk ids; tokens come from the datastore as always. Here it runs inside
-this process; `QdrantClient(url=...)` talks to a server.
+Qdrant holds the keys of the datastore under its chunk ids. The tokens still come from the datastore. Here Qdrant runs inside this
+process; `QdrantClient(url=...)` connects to a server.
 """
 
 import numpy as np

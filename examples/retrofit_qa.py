@@ -1,15 +1,15 @@
-"""RETROfit a real checkpoint so that it answers real questions from a datastore: SmolLM2-135M, frozen.
+"""RETROfit a frozen SmolLM2-135M so that it answers real questions from a datastore.
 
     python examples/retrofit_qa.py                                            # about 20 minutes on a core with bfloat16
     python examples/retrofit_qa.py --device cuda --steps 6000 --batch-size 32
 
-SmolLM2-135M-Instruct (4-bit GGUF, dequantized) stays as it is. What RETRO adds learns to copy answers from the passages that
-are retrieved for a question; the questions and articles of the test are never in training (`wiki_questions.py`). At the
-end the same weights answer some test questions with the retrieved passages, with those of another question, and with none;
+SmolLM2-135M-Instruct (4-bit GGUF, dequantized) stays as it is. The added weights learn to copy answers from the passages that are
+retrieved for a question. The questions and articles of the test are never in training (`wiki_questions.py`). At the end, the same
+weights answer some test questions: with the retrieved passages, with those of another question, and with none.
 `benchmarks/real_questions.py` measures all of it.
 
-Everything is resumed: what lies in `--output` is not computed again, and training goes on from its last checkpoint; a model
-in `model` is not trained again. `--minutes` breaks off after so many minutes, to be continued by the same command.
+A stopped run resumes: what is in `--output` is not computed again, and training continues from its last checkpoint. A finished model in
+`model` is not trained again. `--minutes` stops after so many minutes; run the same command again to continue.
 """
 
 import argparse
@@ -200,9 +200,9 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     """The options, also those of the benchmark."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--output", type=Path, default=Path("demo_output/retrofit_qa"), help="folder of all that is made")
+    add("--output", type=Path, default=Path("demo_output/retrofit_qa"), help="folder for all results")
     add("--device", default="cpu")
-    add("--minutes", type=float, help="break off after so many minutes")
+    add("--minutes", type=float, help="stop after so many minutes")
     add("--steps", type=int, default=300)
     add("--batch-size", type=int, default=4)
     add("--learning-rate", type=float, default=5e-4)
@@ -210,12 +210,12 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     add("--read-passages", type=int, default=1, help="of these, passages to train with and to answer from")
     add("--random-passages", type=float, default=0.1, help="share of questions trained with another's passages")
     add("--gaps", type=int, default=1200, help="gap questions to train on")
-    add("--gap-kinds", nargs="+", default=["year"], help="what gaps to make: year, name, any")
+    add("--gap-kinds", nargs="+", default=["year"], help="kinds of gaps: year, name, any")
     add("--descriptions", type=int, default=1200, help="description questions to train on, at most")
     add("--test-descriptions", type=int, default=64, help="description questions to test on, at most")
     add("--watch-steps", type=int, default=100)
     add("--eval-batch-size", type=int, default=16)
-    add("--start", type=Path, help="what was trained before, to go on from: the `model` of another output folder")
+    add("--start", type=Path, help="a trained model to continue from: the `model` of another output folder")
     add("--seed", type=int, default=0)
     return parser
 

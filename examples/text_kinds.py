@@ -1,5 +1,5 @@
 """
-Text of many kinds, from packages of Debian and PyPI: what `train_smollm2.py` reads, and the kinds that it never sees.
+Download eighteen kinds of text from packages of Debian and PyPI to train on, and other kinds that are held out.
 
 | part       | kinds                                                                                                    |
 | ---------- | -------------------------------------------------------------------------------------------------------- |
@@ -7,8 +7,8 @@ Text of many kinds, from packages of Debian and PyPI: what `train_smollm2.py` re
 | validation | documentation of Python and SQLite, to choose settings by                                                |
 | heldout    | licences, documentation of Java and C++, descriptions of Debian packages                                 |
 
-Debian's packages are downloaded with `apt-get download` and unpacked into `$RETRO_HF_DATA`; nothing is installed, and no code of
-theirs runs. Their versions are those of the system's Debian release, so texts differ a little between releases.
+Debian's packages are downloaded with `apt-get download` and unpacked into `$RETRO_HF_DATA`. Nothing is installed, and none of their code
+is run. Their versions depend on the system's Debian release, so the texts differ a little between releases.
 
     python examples/text_kinds.py    # fetches everything (500 MB) and prints the sizes
 """

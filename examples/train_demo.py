@@ -2,12 +2,12 @@
 
     make demo-train        # or: python examples/train_demo.py --output hub_configs/retro-bible
 
-About an hour on 2 cores that have bfloat16 instructions. 48 books are trained on in three translations; neighbors come
-from a datastore of the same text, never from a chunk's own document, so mostly from the same passage in other words. 18
-books are never seen. Some chunks get random neighbors and some none, so that the model neither trusts bad neighbors nor
-depends on good ones. A run that was broken off goes on from its last checkpoint.
+It takes about an hour on 2 cores that have bfloat16 instructions. The model is trained on 48 books in three translations; it never sees 18
+others. Neighbors come from a datastore of the same text, but never from a chunk's own document. So most of them are the same passage
+in other words. Some chunks get random neighbors and some none, so that the model neither trusts bad neighbors nor depends on good ones.
+A stopped run resumes from its last checkpoint.
 
-What the run of the shipped checkpoint printed stands in `hub_configs/retro-bible/README.md`.
+The results of the shipped checkpoint are in `hub_configs/retro-bible/README.md`.
 """
 
 import argparse

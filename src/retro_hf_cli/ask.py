@@ -34,14 +34,14 @@ def ask(
     store: Annotated[str | None, typer.Option(help=STORE)] = None,
     texts: Annotated[Path | None, typer.Option(help=f"Instead of a datastore: {TEXTS}")] = None,
     embedder: Embedder = None,
-    passages: Annotated[int, typer.Option("--passages", "-k", min=1, help="Passages to read.")] = 2,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
+    passages: Annotated[int, typer.Option("--passages", "-k", min=1, help="Number of passages to read.")] = 2,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Largest number of tokens in the answer.")] = 64,
     min_score: MinScore = None,
     encoding: Encoding = None,
     split: Split = None,
     as_json: AsJson = False,
 ) -> None:
-    """Answer a question from a datastore or from texts, and name the passages that were read."""
+    """Answer a question from a datastore or from texts, and show the passages that were read."""
     if (store is None) == (texts is None):
         raise ValueError("Give exactly one of --store (a datastore) and --texts (documents, for a few of them).")
     if texts is not None:

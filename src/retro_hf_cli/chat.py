@@ -25,11 +25,11 @@ def chat(
     num_neighbors: NumNeighbors = None,
     min_score: MinScore = None,
     dtype: Dtype = "auto",
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")] = 256,
-    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Largest number of tokens in an answer.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0, help="0 always takes the most likely token.")] = 0.0,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same answers.")] = None,
 ) -> None:
-    """Chat with a model in the terminal; each answer is followed by the passages that it read.
+    """Chat with a model in the terminal. After each answer, the passages that it read are shown.
 
     /new forgets the conversation, /off and /on switch the store, and an empty line or Ctrl-D ends the chat.
     """

@@ -16,34 +16,48 @@ commands = typer.Typer()
 
 DEFAULT_EMBEDDER = "sentence-transformers/all-MiniLM-L6-v2"
 STORE = "A datastore: its folder, or a dataset repository on the Hub."
-Folder = Annotated[Path, typer.Argument(callback=paths.datastore, help="Folder of a datastore.")]
-TEXTS = "Folder of texts, or a .txt, .md, .html, .csv, .tsv, .json, .jsonl, .parquet or .pdf file, also as .gz."
+Folder = Annotated[Path, typer.Argument(callback=paths.datastore, help="The folder of a datastore.")]
+TEXTS = "A folder of texts, or a .txt, .md, .html, .csv, .tsv, .json, .jsonl, .parquet or .pdf file, also as .gz."
 Source = Annotated[Path, typer.Argument(callback=paths.source, help=TEXTS)]
-Embedder = Annotated[str | None, typer.Option(help="Encoder that built the datastore; needed if it was a folder.")]
-Encoding = Annotated[str | None, typer.Option(help="Of texts without a mark (BOM), such as cp1252; UTF-8 by default.")]
+Embedder = Annotated[
+    str | None, typer.Option(help="The encoder that built the datastore. Needed if it was a local folder.")
+]
+Encoding = Annotated[
+    str | None, typer.Option(help="The encoding of texts without a byte order mark, such as cp1252. Default: UTF-8.")
+]
 Split = Annotated[
-    str | None, typer.Option(help="Make several documents of each: by line, paragraph (blank lines) or heading.")
+    str | None, typer.Option(help="Make several documents of each file: by line, paragraph (blank lines) or heading.")
 ]
 MinScore = Annotated[
-    float | None, typer.Option(help="Read nothing with a lower score, as `retro search` shows it; by default all.")
+    float | None,
+    typer.Option(help="Leave out passages with a lower score. `retro search` shows scores. Default: none."),
 ]
-Workers = Annotated[int, typer.Option(min=1, help="Processes that share the cores.")]
+Workers = Annotated[int, typer.Option(min=1, help="Number of processes that share the work.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @commands.command(rich_help_panel="Datastore", epilog="retro build notes/ -o store --tokenizer my-model")
 def build(
     source: Source,
-    output: Annotated[Path, typer.Option("--output", "-o", callback=paths.output, help="Folder to write.")],
-    tokenizer: Annotated[str, typer.Option(help="Tokenizer of the language model: a folder or a Hub name.")],
-    embedder: Annotated[str, typer.Option(help="Encoder of the chunks: a folder or a Hub name.")] = DEFAULT_EMBEDDER,
-    chunk_size: Annotated[int, typer.Option(min=1, help="Tokens per chunk; the same as the model's.")] = 64,
-    neighbor_size: Annotated[int, typer.Option(min=1, help="Tokens per neighbor: its chunk and what follows.")] = 128,
-    index: Annotated[str, typer.Option(help="auto, by size, or a FAISS factory string such as Flat.")] = "auto",
+    output: Annotated[Path, typer.Option("--output", "-o", callback=paths.output, help="The folder to write.")],
+    tokenizer: Annotated[str, typer.Option(help="The tokenizer of the language model: a folder or a Hub name.")],
+    embedder: Annotated[
+        str, typer.Option(help="The encoder that makes the keys: a folder or a Hub name.")
+    ] = DEFAULT_EMBEDDER,
+    chunk_size: Annotated[int, typer.Option(min=1, help="Tokens per chunk. It must be the model's.")] = 64,
+    neighbor_size: Annotated[
+        int, typer.Option(min=1, help="Tokens per neighbor: the chunk and the text after it.")
+    ] = 128,
+    index: Annotated[
+        str, typer.Option(help="auto (chosen by size), or a FAISS factory string such as Flat.")
+    ] = "auto",
     recall: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of the two nearest neighbors to find; 1 is exact.")
+        float,
+        typer.Option(min=0, max=1, help="Share of the two nearest neighbors that a search should find. 1 is exact."),
     ] = 0.95,
-    memory_budget: Annotated[str | None, typer.Option(help="Memory for the index in use, such as 4GB.")] = None,
+    memory_budget: Annotated[
+        str | None, typer.Option(help="Largest memory of the index during search, such as 4GB.")
+    ] = None,
     workers: Workers = 1,
     encoding: Encoding = None,
     split: Split = None,
@@ -73,14 +87,12 @@ def append(
     store: Folder,
     source: Source,
     embedder: Embedder = None,
-    replace: Annotated[
-        bool, typer.Option("--replace", help="Let a document take the place of the one with its id.")
-    ] = False,
+    replace: Annotated[bool, typer.Option("--replace", help="Replace documents that have the same id.")] = False,
     workers: Workers = 1,
     encoding: Encoding = None,
     split: Split = None,
 ) -> None:
-    """Add documents; nothing that is there is computed again."""
+    """Add documents. What is already stored is not computed again."""
     from retro_hf import ChunkEmbedder
 
     tell_progress()
@@ -108,7 +120,7 @@ def sync(
     split: Split = None,
     as_json: AsJson = False,
 ) -> None:
-    """Make a datastore hold what a folder holds: new, changed and gone documents, in one step.
+    """Make a datastore equal to a folder: add new documents, replace changed ones, delete missing ones, in one step.
 
     Pass the path, --encoding and --split that the datastore was built with. Only new and changed documents are embedded.
     """
@@ -136,15 +148,17 @@ def sync(
 
 
 @commands.command(rich_help_panel="Datastore", epilog="retro delete store doc-7 doc-9")
-def delete(store: Folder, ids: Annotated[list[str], typer.Argument(help="Ids, as search shows them.")]) -> None:
-    """Never return documents again; compact removes them from the disk."""
+def delete(
+    store: Folder, ids: Annotated[list[str], typer.Argument(help="Ids of documents, as `retro search` shows them.")]
+) -> None:
+    """Delete documents: they are never found again. `retro compact` removes them from the disk."""
     _load_datastore(store).delete(ids)
     say(f"documents deleted from {store}: {len(ids):,}; `retro compact {store}` removes them from the disk")
 
 
 @commands.command(rich_help_panel="Datastore", epilog="retro compact store")
 def compact(store: Folder) -> None:
-    """Rewrite a datastore without what was deleted, as one shard."""
+    """Rewrite a datastore as one shard, without the deleted documents."""
     opened = _load_datastore(store)
     opened.compact()
     say(f"{_size_of(opened)} in {store}")
@@ -153,8 +167,8 @@ def compact(store: Folder) -> None:
 @commands.command(rich_help_panel="Datastore", epilog='retro search store "frogs came up" -k 3')
 def search(
     store: Annotated[str, typer.Argument(help=STORE)],
-    query: Annotated[str, typer.Argument(help="Text to look up.")],
-    num_neighbors: Annotated[int, typer.Option("-k", min=1, help="How many neighbors.")] = 2,
+    query: Annotated[str, typer.Argument(help="The text to look up.")],
+    num_neighbors: Annotated[int, typer.Option("-k", min=1, help="Number of neighbors.")] = 2,
     embedder: Embedder = None,
     min_score: MinScore = None,
     bm25: Annotated[bool, typer.Option("--bm25", help="Search by words instead of vectors.")] = False,
@@ -196,11 +210,13 @@ def inspect(
     verify: Annotated[bool, typer.Option("--verify", help="Check the checksum of every file.")] = False,
     embedder: Annotated[
         str | None,
-        typer.Option(help="Encoder that built the datastore: also check what it cuts off or does not know."),
+        typer.Option(
+            help="The encoder that built the datastore. With it, also check what it cuts off or does not know."
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what a datastore is made of, and what its keys have seen of their chunks."""
+    """Show the contents of a datastore, and what its keys miss; with --embedder, also what the encoder cuts off."""
     from retro_hf import ChunkEmbedder
 
     opened = _load_datastore(store)

@@ -32,7 +32,7 @@ _PACKAGES = (
 
 @commands.command(rich_help_panel="Help", epilog="retro env")
 def env() -> None:
-    """Show versions and hardware, for a bug report. No names of files, machines or users are shown."""
+    """Show versions and hardware for a bug report. It shows no names of files, machines or users."""
     import os
 
     import torch

@@ -27,27 +27,29 @@ def evaluate(
         typer.Argument(
             metavar="DOCUMENTS",
             callback=paths.source,
-            help="Held-out documents, as for build: a folder, or a file such as .jsonl.",
+            help="Held-out documents: a folder, or a file such as .jsonl, as for `retro build`.",
         ),
     ],
     store: Annotated[
-        str | None, typer.Option(help="A datastore, a folder or on the Hub; without one only OFF is measured.")
+        str | None, typer.Option(help="A datastore: a folder, or a Hub name. Without one, only OFF is measured.")
     ] = None,
     embedder: Annotated[
-        str | None, typer.Option(help="Encoder that built the datastore; needed if it was a folder.")
+        str | None, typer.Option(help="The encoder that built the datastore. Needed if it was a local folder.")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder for results; a run that was stopped goes on there.")
+        Path | None, typer.Option("--output", "-o", help="The folder for results. A stopped run resumes there.")
     ] = None,
     report: Annotated[
-        bool, typer.Option("--report", help="Also write a page and pictures there; needs matplotlib.")
+        bool, typer.Option("--report", help="Also write an HTML page and pictures there. Needs matplotlib.")
     ] = False,
     num_neighbors: Annotated[
-        int | None, typer.Option("-k", min=1, help="Neighbors per chunk; by default the retriever's.")
+        int | None, typer.Option("-k", min=1, help="Neighbors per chunk. Default: the retriever's.")
     ] = None,
     modes: Annotated[
         str,
-        typer.Option(help="What to measure; also in_context, the neighbors in the prompt of the base, which is slow."),
+        typer.Option(
+            help="What to measure. Also possible: in_context, the neighbors in the prompt of the base. It is slow."
+        ),
     ] = "off,on,random,shuffled,oracle",
     num_neighbors_sweep: Annotated[
         str, typer.Option("--sweep-k", help="Numbers of neighbors to compare, such as 1,2,5,10.")
@@ -56,13 +58,13 @@ def evaluate(
     window: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Tokens per row, two chunks or more, whole ones; by default what the model has room for."
+            min=1, help="Tokens per row: at least two chunks, only whole ones. Default: as many as the model allows."
         ),
     ] = None,
     stride: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Tokens between two rows, whole chunks and less than a window; by default half of it."
+            min=1, help="Tokens from one row to the next: whole chunks, less than a window. Default: half a window."
         ),
     ] = None,
     min_score: MinScore = None,
@@ -71,21 +73,22 @@ def evaluate(
     add_bos: Annotated[
         bool | None,
         typer.Option(
-            "--add-bos/--no-add-bos", help="Begin documents as a prompt begins; by default as the tokenizer does."
+            "--add-bos/--no-add-bos",
+            help="Begin each document with the begin-of-text token. Default: as the tokenizer does.",
         ),
     ] = None,
     add_eos: Annotated[bool, typer.Option("--add-eos", help="Score the end-of-text token, too.")] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per forward pass.")] = 8,
     dtype: Annotated[
-        str, typer.Option(help="Of the weights: float32, bfloat16, or auto for the checkpoint's.")
+        str, typer.Option(help="Dtype of the weights: float32, bfloat16, or auto for the checkpoint's.")
     ] = "auto",
-    seed: Annotated[int, typer.Option(min=0, help="Of random neighbors, fractions and intervals.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of random neighbors, fractions and intervals.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Measure whether retrieval helps on held-out texts, by what, and whether it is copying.
+    """Measure on held-out texts whether retrieval helps, how much, and whether the gain is copying.
 
-    The first line is the answer; --json has it as verdict.outcome: helps, nothing, hurts, broken or not_measured. Exit code 0:
-    there is an answer, whichever; 1: an error, explained in one line; 2: options that are not understood.
+    The first line is the verdict. With --json it is verdict.outcome: helps, nothing, hurts, broken or not_measured. The exit
+    code is 0 if there is a verdict, also a bad one; 1 after an error; 2 for wrong options.
     """
     if report and output is None:
         raise ValueError("--report writes into the folder of results, but there is none: add --output FOLDER.")

@@ -18,29 +18,29 @@ commands = typer.Typer()
 )
 def fit(
     base: Annotated[
-        str, typer.Argument(help="Folder or Hub name of a decoder-only model, or of a RETRO adapter to go on with.")
+        str, typer.Argument(help="Folder or Hub name of a decoder-only model, or of a RETRO adapter to train further.")
     ],
-    texts: Annotated[Path, typer.Option(callback=paths.source, help=f"Documents to learn reading on. {TEXTS}")],
+    texts: Annotated[Path, typer.Option(callback=paths.source, help=f"Documents to train on. {TEXTS}")],
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder of the adapter; a fit that was stopped goes on there.")
+        Path, typer.Option("--output", "-o", help="The folder of the adapter. A stopped fit resumes there.")
     ],
     store: Annotated[
         str | None, typer.Option(help=f"{STORE} Without one, OUTPUT/store is built from the texts.")
     ] = None,
     embedder: Embedder = None,
     minutes: Annotated[
-        float | None, typer.Option(help="Longest time of training; by default 30.", show_default=False)
+        float | None, typer.Option(help="Longest training time. Default: 30.", show_default=False)
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Steps of training, instead of what fits into the time.")] = None,
-    num_neighbors: Annotated[int, typer.Option("-k", min=1, help="Neighbors per chunk in use.")] = 2,
+    steps: Annotated[int | None, typer.Option(help="Number of training steps, instead of --minutes.")] = None,
+    num_neighbors: Annotated[int, typer.Option("-k", min=1, help="Neighbors per chunk when the adapter is used.")] = 2,
     num_heldout: Annotated[
-        int, typer.Option("--held-out", min=2, help="Documents to measure on, a fifth of all at most.")
+        int, typer.Option("--held-out", min=2, help="Documents to measure on, at most a fifth of all.")
     ] = 24,
-    seed: Annotated[int, typer.Option(min=0, help="Of what is held out, and of all draws.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of all random choices.")] = 0,
 ) -> None:
-    """Fit a reader to documents of your own, and measure what it brings on documents that were held out.
+    """Train a reader on your documents, and measure it on documents that it held out.
 
-    How long it will take, and how much memory, is told before it starts.
+    Before it starts, it tells how long it will take and how much memory it needs.
     """
     tell_progress()
 

@@ -13,7 +13,7 @@ from .output import say
 
 app = typer.Typer(
     name="retro",
-    help="Language models that read a datastore, chunk by chunk. retro COMMAND --help ends with an example.",
+    help="Let language models read your documents. `retro COMMAND --help` explains a command and ends with an example.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -15,9 +15,9 @@ commands = typer.Typer()
 def mcp(
     store: Annotated[str, typer.Argument(help=STORE)], embedder: Embedder = None, min_score: MinScore = None
 ) -> None:
-    """Let agents search a datastore, by the Model Context Protocol on standard input and output.
+    """Let agents search a datastore, through the Model Context Protocol on standard input and output.
 
-    An agent's settings name the command: {"command": "retro", "args": ["mcp", "/path/to/store"]}.
+    Put the command into the settings of the agent: {"command": "retro", "args": ["mcp", "/path/to/store"]}.
     """
     from retro_hf import extras
 

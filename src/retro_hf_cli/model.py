@@ -18,15 +18,15 @@ MODEL = "Folder or Hub name of a RETRO model, or of another decoder-only model, 
 @commands.command(rich_help_panel="Model", epilog='retro generate model "In the beginning" --store store')
 def generate(
     model: Annotated[str, typer.Argument(help=MODEL)],
-    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+    prompt: Annotated[str, typer.Argument(help="The text to continue.")],
     store: Annotated[str | None, typer.Option(help=f"{STORE} Without one, retrieval is off.")] = None,
     embedder: Embedder = None,
     min_score: MinScore = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 64,
-    query: Annotated[str | None, typer.Option(help="Text to look up for the prompt, instead of the prompt.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Largest number of new tokens.")] = 64,
+    query: Annotated[str | None, typer.Option(help="The text to look up instead of the prompt.")] = None,
     profile: Annotated[bool, typer.Option("--profile", help="Show where the time went, at the end.")] = False,
 ) -> None:
-    """Continue a text, with a datastore to read or without; after the text comes what was read."""
+    """Continue a text, with or without a datastore, and show the passages that were read."""
     tokenizer = tokenizer_of(model)
     retriever = None if store is None else open_retriever(store, embedder, tokenizer, min_score)
     inputs = tokenizer(readable(prompt), return_tensors="pt", return_token_type_ids=False)
@@ -69,11 +69,13 @@ def _show_read(trace: list[dict[str, Any]], tokenizer: Any) -> None:
 @commands.command(rich_help_panel="Model", epilog="retro retrofit org/base -o my-retro")
 def retrofit(
     base: Annotated[str, typer.Argument(help="Folder or Hub name of a decoder-only model.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")],
     chunk_size: Annotated[int, typer.Option(min=1, help="Tokens per chunk.")] = 64,
-    adapter_only: Annotated[bool, typer.Option("--adapter-only", help="Save only what is added.")] = False,
+    adapter_only: Annotated[
+        bool, typer.Option("--adapter-only", help="Save only the added weights, and the name of the base.")
+    ] = False,
 ) -> None:
-    """Add retrieval to a decoder-only checkpoint, which then needs training."""
+    """Add the paper's reader to a decoder-only checkpoint. It then needs training."""
     from retro_hf import retrofit as add_retrieval
     from retro_hf.datastore.compatibility import load_tokenizer
     from retro_hf.retrofit import parameter_report

@@ -15,10 +15,16 @@ commands = typer.Typer()
 
 @commands.command(rich_help_panel="Datastore", epilog="retro push store me/my-store")
 def push(
-    folder: Annotated[Path, typer.Argument(callback=paths.saved, help="Folder of a datastore or of a RETRO model.")],
-    repo: Annotated[str, typer.Argument(help="Repository, such as me/my-store; made if it isn't there.")],
+    folder: Annotated[
+        Path, typer.Argument(callback=paths.saved, help="The folder of a datastore or of a RETRO model.")
+    ],
+    repo: Annotated[
+        str, typer.Argument(help="The repository, such as me/my-store. It is created if it does not exist.")
+    ],
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
-    revision: Annotated[str | None, typer.Option(help="Branch to push to; made if it isn't there.")] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="The branch to push to. It is created if it does not exist.")
+    ] = None,
 ) -> None:
     """Upload a datastore (as a dataset) or a model to the Hub, with a card."""
     if paths.is_datastore(folder):

@@ -12,8 +12,8 @@ from .output import say
 
 commands = typer.Typer()
 
-Dtype = Annotated[str, typer.Option(help="Of the weights: float32, bfloat16, or auto for the checkpoint's.")]
-NumNeighbors = Annotated[int | None, typer.Option("-k", min=1, help="Neighbors per chunk; by default the store's.")]
+Dtype = Annotated[str, typer.Option(help="Dtype of the weights: float32, bfloat16, or auto for the checkpoint's.")]
+NumNeighbors = Annotated[int | None, typer.Option("-k", min=1, help="Neighbors per chunk. Default: the store's.")]
 
 
 @commands.command(rich_help_panel="Model", epilog="retro serve model --store store --port 8000")
@@ -25,28 +25,34 @@ def serve(
     min_score: MinScore = None,
     dtype: Dtype = "auto",
     host: Annotated[
-        str, typer.Option(help="Address to listen on. By default only this machine can call.")
+        str, typer.Option(help="The address to listen on. By default, only this machine can connect.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any that is free.")] = 8000,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="The port. 0 takes any free one.")] = 8000,
     name: Annotated[
-        str | None, typer.Option(help="Name of the model for clients; by default that of its folder.")
+        str | None, typer.Option(help="The name of the model for clients. Default: the name of its folder.")
     ] = None,
     api_key: Annotated[
         str | None,
-        typer.Option(envvar="RETRO_API_KEY", help="Clients must send it. Needed to listen on other addresses."),
+        typer.Option(
+            envvar="RETRO_API_KEY", help="The key that clients must send. Needed if --host is another address."
+        ),
     ] = None,
     allow_store_changes: Annotated[
         bool, typer.Option("--allow-store-changes", help="Let clients add, replace and delete documents.")
     ] = False,
-    max_batch: Annotated[int, typer.Option(min=1, help="Requests that are generated together.")] = 8,
-    max_queue: Annotated[int, typer.Option(min=1, help="Requests that may wait; more get the status 429.")] = 64,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")] = 2048,
-    max_body: Annotated[int, typer.Option(min=1, help="Bytes of a request at most.")] = 1_000_000,
-    timeout: Annotated[float, typer.Option(min=1, help="Seconds for an answer, with the time in the queue.")] = 300.0,
+    max_batch: Annotated[int, typer.Option(min=1, help="Largest number of requests that are generated together.")] = 8,
+    max_queue: Annotated[
+        int, typer.Option(min=1, help="Largest number of waiting requests. Others get the status 429.")
+    ] = 64,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Largest number of tokens in an answer.")] = 2048,
+    max_body: Annotated[int, typer.Option(min=1, help="Largest request, in bytes.")] = 1_000_000,
+    timeout: Annotated[
+        float, typer.Option(min=1, help="Seconds for an answer, including the time in the queue.")
+    ] = 300.0,
 ) -> None:
-    """Serve a model over HTTP in OpenAI's protocol, with a page to try it.
+    """Serve a model over HTTP in OpenAI's protocol, with a page to try it out.
 
-    The page is at /, the API at /v1. SIGTERM and Ctrl-C finish the running answers first.
+    The page is at /, the API at /v1. After SIGTERM or Ctrl-C, the server finishes the running answers first.
     """
     from retro_hf import extras
 
