@@ -88,7 +88,7 @@ def _register() -> None:
         AutoConfig.register(config.model_type, config, exist_ok=True)
         AutoModel.register(config, base_model, exist_ok=True)
         AutoModelForCausalLM.register(config, causal_lm, exist_ok=True)
-        # `register` leaves the table of names alone, in which Trainer looks up whether labels are to be shifted.
+        # `register` does not change the table of names, in which Trainer looks up whether to shift labels.
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type] = causal_lm.__name__
 
 

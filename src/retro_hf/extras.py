@@ -46,7 +46,7 @@ def load(module: str, purpose: str) -> Any:
         import_module(package)
         return import_module(module)
     except ModuleNotFoundError as error:
-        # Another name is a package that the optional one lacks; its extra would not bring that.
+        # Another name is a package that the optional one lacks; its extra would not install that.
         if (error.name or "").partition(".")[0] != package:
             raise
         raise MissingExtraError(

@@ -1,1 +1,1 @@
-"""The `retro` command. It is a package of its own so that `retro --help` does not wait for torch and transformers."""
+"""The `retro` command. It is a separate package, so that `retro --help` does not wait for torch and transformers."""

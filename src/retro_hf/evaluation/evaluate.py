@@ -68,8 +68,8 @@ def evaluate(
 
     The same tokens are scored with different neighbors ([`MODES`]): none (`off`), those found (`on`), random chunks
     (`random`), those of another chunk of the document (`shuffled`), and those found for the chunk that is to be predicted
-    (`oracle`, which is cheating: what a perfect retriever might bring). On demand the base model alone reads the neighbors of
-    `on` in its prompt (`in_context`, a prompt for every chunk). Every token but the first of each document is
+    (`oracle`, which is cheating: it shows what a perfect retriever might bring). On request the base model alone reads the neighbors
+    of `on` in its prompt (`in_context`, a prompt for every chunk). Every token but the first of each document is
     scored once, in overlapping windows; the totals are those of [`bits_per_byte`]. Everything else is arithmetic over
     these scores: the leakage filter of section 2.6 of Borgeaud et al. (2022), the gain by overlap and by position in the
     chunk. Sweeps score the same model again with other neighbors.
@@ -208,7 +208,7 @@ def _checked_modes(
 
 
 def _base(model: PreTrainedModel) -> PreTrainedModel:
-    """The base of a RETRO model, a causal language model of its own."""
+    """The base of a RETRO model, which is a complete causal language model."""
     base = getattr(getattr(model, "base_model", None), "backbone", None)
     if base is None or base.get_output_embeddings() is None:
         raise ValueError(

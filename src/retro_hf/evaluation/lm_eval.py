@@ -3,7 +3,7 @@
     python -m retro_hf.evaluation.lm_eval run --model retro --tasks lambada_openai \
         --model_args pretrained=hub_configs/retro-bible,datastore=my_store,embedder=.data/minilm
 
-This is the harness's own command, `lm-eval`, which does not find models of other packages by itself. docs/lm_eval.md says
+This is the harness's own command, `lm-eval`, which knows only its own models. docs/lm_eval.md says
 which of its numbers equal those of [`bits_per_byte`].
 """
 

@@ -117,7 +117,7 @@ class NeighborSearch:
     """Finds the neighbors of all chunks of some documents. Each chunk is embedded once, for any number of searches.
 
     A chunk gets no neighbors from the datastore's document of the same id, and none that is equal to the chunk and its
-    continuation. Where no id names the document, that of such a neighbor is left out as a whole.
+    continuation. Where no id names the document, the whole document of such a neighbor is left out.
 
     Args:
         retriever ([`RetroRetriever`]): finds the neighbors.

@@ -92,7 +92,7 @@ def give_verdict(
         gap = f"ON minus RANDOM {on_minus_random.shown()}"
         outcome, text, detail = _no_better_than_random(difference, gap, similarity, few, figures)
         return Verdict(outcome, None, text, [*details, detail])
-    # Some models predict better with any text before them. What random neighbors bring is no merit of the retriever.
+    # Some models predict better after any text. A gain that random neighbors bring, too, is not due to the retriever.
     blind = ""
     if cost.high < 0:
         part = cost.value / difference.value if difference.value < 0 else math.nan

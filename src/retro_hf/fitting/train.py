@@ -1,4 +1,4 @@
-"""The training of a fit: plain `Trainer`, saved by the clock, with what the reader brings on the way."""
+"""The training of a fit: plain `Trainer`, which saves by the clock and measures the reader on the way."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _WARM_UP = 10
 
 
 class _Clock(TrainerCallback):
-    """Saves by the clock, ends when the time is over, and tells how it goes."""
+    """Saves by the clock, ends when the time is over, and logs the progress."""
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class _Clock(TrainerCallback):
             self.tell(kwargs["model"], state)
 
     def tell(self, model: RetroForCausalLM, state: Any) -> None:
-        """Score the watched documents, and say so in one line."""
+        """Measure the watched documents, and log one line."""
         values = self._watch(model).bits_per_byte
         seconds, left = self._before + time.monotonic() - self._begin, self._plan.steps - state.global_step
         losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
@@ -126,7 +126,7 @@ def train(
         dataloader_pin_memory=model.device.type == "cuda",
     )
     trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collator, callbacks=[clock])
-    # `disable_tqdm` replaces the bar by a callback that prints every log entry; `clock` tells the same in one line.
+    # `disable_tqdm` replaces the bar by a callback that prints every log entry; `clock` logs the same in one line.
     trainer.callback_handler.callbacks = [
         one for one in trainer.callback_handler.callbacks if type(one).__name__ != "PrinterCallback"
     ]

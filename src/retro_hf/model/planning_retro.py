@@ -213,7 +213,7 @@ def real_tokens(
 ) -> torch.Tensor | None:
     """A mask (B, T) that is False at padding, or None if no token is padding.
 
-    A 4-D mask does not tell padding from other hidden tokens. There the position of a row's last token tells how many real
+    A 4-D mask does not tell padding from other hidden tokens. The position of a row's last token then tells how many real
     tokens the row has.
     """
     num_columns = num_tokens + (0 if state is None else state.num_columns)

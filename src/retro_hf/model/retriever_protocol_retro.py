@@ -54,7 +54,7 @@ def check_neighbors(
     Returns:
         Ids of dtype long, and a boolean mask.
     Raises:
-        ValueError: with the value that is wrong and the one that is needed.
+        ValueError: with the wrong value and the one that is needed.
     """
     expected = f"({', '.join('any' if n == -1 else str(n) for n in shape)}, num_neighbors, neighbor_size)"
     for tensor in (input_ids, mask):

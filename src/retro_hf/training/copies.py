@@ -153,7 +153,7 @@ def search_without_copies(
     """Search for neighbors, none of which is the text itself.
 
     A neighbor that is equal to the chunk and its continuation is left out. Where no id says which stored document a text
-    is, the document of such a neighbor is taken for the text's own, and none of its chunks is returned. In training, a
+    is, the document of such a neighbor is taken to be the text's own, and none of its chunks is returned. In training, a
     neighbor that contains the text at another place says the same.
 
     Args:
@@ -198,7 +198,7 @@ def search_without_copies(
             (owner, number)
             for owner, chunks in own.items()
             for number in datastore.document_of(np.array(sorted(chunks))).tolist()
-        } - named  # a searcher of a user's own may not leave documents out
+        } - named  # a user's own searcher may ignore the exclusion
         named |= new
         todo = np.flatnonzero(np.isin(owners, [owner for owner, _ in new]))
         for owner, number in sorted(new):

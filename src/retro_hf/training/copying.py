@@ -24,7 +24,7 @@ _BATCH = 4
 
 @torch.no_grad()
 def start_by_copying(model: RetroForCausalLM, input_ids: torch.Tensor) -> None:
-    """Set the weights of a new reader so that it copies, as an induction head does: whatever followed there follows here.
+    """Set the weights of a new reader so that it copies, as an induction head does: what followed there is predicted here.
 
     A reader that begins at random first has to find out where to look, and that takes most of a short training. Here the encoder gives
     every neighbor token the two tokens before it, cross-attention looks for neighbor tokens that follow what the text just said, and
