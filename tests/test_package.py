@@ -1,5 +1,6 @@
 """The package as a whole: what importing it costs and does, and what it promises to export."""
 
+import json
 import re
 import subprocess
 import sys
@@ -44,29 +45,38 @@ def test_unknown_name_is_an_attribute_error():
         _ = retro_hf.RetroForImages
 
 
-def test_retrofit_stays_the_function():
+@pytest.fixture(scope="module")
+def fresh() -> dict:
+    """What an interpreter knows that has imported the package, and first a module of it that has a function's name."""
+    code = """
+import json, sys, retro_hf.retrofit, retro_hf
+from transformers import AutoConfig
+print(json.dumps({
+    "retrofit": type(retro_hf.retrofit).__name__,
+    "modules": list(sys.modules),
+    "families": [AutoConfig.for_model(name).model_type for name in ("retro", "retro_decoder")],
+}))
+"""
+    return json.loads(run_python(code))
+
+
+def test_retrofit_stays_the_function(fresh):
     """A module of the same name must not take the function's place."""
-    printed = run_python("import retro_hf.retrofit, retro_hf; print(type(retro_hf.retrofit).__name__)")
-    assert printed == "function"
+    assert fresh["retrofit"] == "function"
 
 
-def test_import_needs_no_faiss_and_no_datasets():
-    code = "import sys, retro_hf; print([m for m in ('faiss', 'sentence_transformers') if m in sys.modules])"
-    assert run_python(code) == "[]"
+def test_import_needs_no_faiss_and_no_encoders(fresh):
+    assert not {"faiss", "sentence_transformers"} & set(fresh["modules"])
+
+
+def test_bare_import_registers_with_the_auto_classes(fresh):
+    assert fresh["families"] == ["retro", "retro_decoder"]
 
 
 def test_import_prints_nothing():
     """Standard output belongs to whoever imports it: `retro inspect --json` must print JSON alone."""
     code = "import retro_hf, retro_hf.datastore, retro_hf.retriever, retro_hf.training, retro_hf.evaluation, retro_hf_cli.main"
     assert run_python(code) == ""
-
-
-def test_bare_import_registers_with_the_auto_classes():
-    code = (
-        "import retro_hf; from transformers import AutoConfig, AutoModelForCausalLM;"
-        "print(AutoConfig.for_model('retro').model_type, AutoConfig.for_model('retro_decoder').model_type)"
-    )
-    assert run_python(code) == "retro retro_decoder"
 
 
 @pytest.mark.parametrize(
