@@ -78,26 +78,28 @@ def run(family: str, limit: float) -> dict:
 
 
 CHECKS = """\
-Built from its default config with every size made small, with random weights, in float32 on a CPU, each of them does what
-follows. (Those that are causal only if told so, as BERT is, are told so, and what a default leaves open is filled in.) It
+This page is about the paper's reader. For the reader without training, see [its own page](readers.md).
 
-- without neighbors gives the base's logits and loss, bit for bit;
-- before training, with neighbors, gives the base's logits and generated tokens, bit for bit;
-- reads the residual stream at the end of the attention branch, and adds to it there and nowhere else (the table says
-  where; beside means that another module of the layer reads the same input in parallel);
-- with trained weights (random here) lets no token change an earlier one, and no neighbors a token before the end of their
-  chunk;
-- gives a row padded at the right, or at the left, the logits of the row alone;
-- generates with a cache, across borders of chunks, what full passes give;
-- generates the same with prompt lookup, where tokens are taken back across borders of chunks; or refuses it where the
-  base does;
-- trains every parameter of RETRO, and none of the base's;
-- loads again as it was saved, in full and without the backbone.
+**Is your family missing?** It works if it follows the conventions of transformers. If it does not, `retrofit` raises an error that says what it looked
+for, and how to name the layers yourself.
 
-The checks are [`tests/zoo.py`](../tests/zoo.py), the results in numbers
-[`benchmarks/results/backbones.json`](../benchmarks/results/backbones.json); `python benchmarks/backbones.py` makes both
-this page and the results. A family that is not here works if it follows the conventions of transformers, or gets an error
-that says what was looked for and how to name it by hand.
+**How the families were tried.** Each one was built from its default config, with small sizes and random weights, in float32 on a CPU. Families such as
+BERT, which are causal only on request, were made causal. A family *works* if all of this is true:
+
+| | |
+|---|---|
+| off | without neighbors, logits and loss equal those of the base, bit for bit |
+| before training | with neighbors, logits and generated tokens equal those of the base, bit for bit |
+| placement | cross-attention reads the residual stream at the end of the attention branch, and adds to it there and nowhere else. The table says where; *beside* means that another module of the layer reads the same input in parallel |
+| causality | with random weights instead of trained ones, no token changes an earlier one, and no neighbor changes a token before the end of its chunk |
+| padding | a row that is padded on the right or on the left has the logits of the row alone |
+| cache | generation with a cache equals full passes, also across chunk borders |
+| taking tokens back | prompt lookup, which takes tokens back across chunk borders, generates the same; or it is refused, as the base refuses it |
+| training | every parameter of RETRO is trained, and none of the base |
+| saving | the model loads as it was saved, in full and without the backbone |
+
+The checks are in [`tests/zoo.py`](../tests/zoo.py), and the results in numbers in
+[`benchmarks/results/backbones.json`](../benchmarks/results/backbones.json). `python benchmarks/backbones.py` makes the results and this page.
 """
 
 
@@ -109,7 +111,7 @@ def page(results: dict) -> str:
     works = groups.pop("works", [])
     num_classes = len({row["class"] for _, row in works})
     parts = [
-        "# Backbones",
+        "# Families of models",
         f"Of the {len(results['families'])} families of causal language models in transformers {results['transformers']}, "
         f"**{len(works)} work** with `retrofit` ({num_classes} model classes).",
         CHECKS.strip(),
@@ -128,10 +130,14 @@ def page(results: dict) -> str:
         ),
     ]
     for status, title, text in (
-        ("fails", "Families that fail", "A defect of this library:"),
+        ("fails", "Families that fail", "This is a defect of this library. The reason:"),
         ("refused", "Families that are refused", "`retrofit` raises an `UnsupportedBackboneError`:"),
-        ("base", "Families whose base fails a check", "`retrofit` takes them, but the base itself does not hold:"),
-        ("not built", "Families that could not be tried", "No tiny base could be made that runs on text alone:"),
+        ("base", "Families whose base fails a check", "`retrofit` accepts them, but the base itself fails:"),
+        (
+            "not built",
+            "Families that could not be tried",
+            "We could not make a tiny base that runs on text alone. The reason:",
+        ),
     ):
         rows = [(f"`{family}`", row["reason"].replace("|", "\\|")) for family, row in groups.get(status, [])]
         if rows:
