@@ -1,1 +1,1 @@
-"""Retrievers of other libraries over a [`RetroRetriever`]; each module needs its extra."""
+"""Datastores in other libraries: retrievers of LangChain and LlamaIndex, keys in vector databases. Each module needs its extra."""

@@ -1,0 +1,69 @@
+"""The keys of a datastore in LanceDB."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from .. import extras
+from .vectors import FilledIndex
+
+
+if TYPE_CHECKING:
+    from ..datastore.store import RetroDatastore
+
+__all__ = ["LanceIndex"]
+
+
+class LanceIndex(FilledIndex):
+    """Lets LanceDB find the nearest chunks of a datastore: a [`VectorIndex`] for [`EmbeddingSearcher`].
+
+    A table is searched exactly until it gets an index of LanceDB's own (`connection.open_table("chunks").create_index(...)`, with
+    the metric "dot").
+
+    Args:
+        connection (`lancedb.DBConnection`): from `lancedb.connect(folder)`.
+        datastore, table, batch_size: as in [`FilledIndex`].
+    Raises:
+        DatastoreMismatchError: if the table has keys of other chunks.
+    """
+
+    def __init__(
+        self, connection: Any, datastore: RetroDatastore, table: str = "chunks", *, batch_size: int = 8192
+    ) -> None:
+        extras.load("lancedb", "LanceIndex")
+        self._schema = pa.schema(
+            {"chunk": pa.int64(), "document": pa.int64(), "key": pa.list_(pa.float32(), datastore.manifest.dim)}
+        )
+        self._table = connection.create_table(table, schema=self._schema, exist_ok=True)
+        super().__init__(datastore, table, batch_size)
+
+    def _count(self) -> int:
+        return int(self._table.count_rows())
+
+    def _keys(self, chunks: np.ndarray) -> np.ndarray:
+        rows = (
+            self._table.search().where(f"chunk IN ({_list(chunks.tolist())})").limit(len(chunks))
+            if len(chunks)
+            else None
+        )
+        found = {} if rows is None else {row["chunk"]: row["key"] for row in rows.select(["chunk", "key"]).to_list()}
+        none = [0.0] * self.datastore.manifest.dim
+        return np.array([found.get(chunk, none) for chunk in chunks.tolist()], dtype=np.float32).reshape(-1, len(none))
+
+    def _add(self, chunks: np.ndarray, documents: np.ndarray, keys: np.ndarray) -> None:
+        vectors = pa.FixedSizeListArray.from_arrays(pa.array(keys.reshape(-1)), keys.shape[1])
+        self._table.add(pa.table([pa.array(chunks), pa.array(documents), vectors], schema=self._schema))
+
+    def _nearest(self, query: np.ndarray, number: int, hidden: list[int]) -> list[tuple[int, float]]:
+        search = self._table.search(query, vector_column_name="key").distance_type("dot").limit(number)
+        if hidden:
+            search = search.where(f"document NOT IN ({_list(hidden)})", prefilter=True)
+        # LanceDB's distance is 1 minus the inner product.
+        return [(row["chunk"], 1 - row["_distance"]) for row in search.select(["chunk", "_distance"]).to_list()]
+
+
+def _list(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers))

@@ -1,0 +1,62 @@
+"""The keys of a datastore in Qdrant."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .. import extras
+from .vectors import FilledIndex
+
+
+if TYPE_CHECKING:
+    from ..datastore.store import RetroDatastore
+
+__all__ = ["QdrantIndex"]
+
+
+class QdrantIndex(FilledIndex):
+    """Lets Qdrant find the nearest chunks of a datastore: a [`VectorIndex`] for [`EmbeddingSearcher`].
+
+    Args:
+        client (`qdrant_client.QdrantClient`): a server (`url=...`), a folder (`path=...`), or this process (`":memory:"`).
+        datastore, table, batch_size: as in [`FilledIndex`]; Qdrant calls a table a collection.
+    Raises:
+        DatastoreMismatchError: if the collection has keys of other chunks.
+    """
+
+    def __init__(
+        self, client: Any, datastore: RetroDatastore, table: str = "chunks", *, batch_size: int = 1024
+    ) -> None:
+        self.client = client
+        self._models = extras.load("qdrant_client.models", "QdrantIndex")
+        super().__init__(datastore, table, batch_size)
+
+    def _count(self) -> int:
+        if not self.client.collection_exists(self.table):
+            size = self.datastore.manifest.dim
+            vectors = self._models.VectorParams(size=size, distance=self._models.Distance.DOT)
+            self.client.create_collection(self.table, vectors_config=vectors)
+        return int(self.client.count(self.table, exact=True).count)
+
+    def _keys(self, chunks: np.ndarray) -> np.ndarray:
+        points = self.client.retrieve(self.table, chunks.tolist(), with_vectors=True, with_payload=False)
+        vectors = {point.id: point.vector for point in points}
+        none = [0.0] * self.datastore.manifest.dim
+        return np.array([vectors.get(chunk, none) for chunk in chunks.tolist()], dtype=np.float32).reshape(
+            -1, len(none)
+        )
+
+    def _add(self, chunks: np.ndarray, documents: np.ndarray, keys: np.ndarray) -> None:
+        payloads = [{"document": number} for number in documents.tolist()]
+        batch = self._models.Batch(ids=chunks.tolist(), vectors=keys.tolist(), payloads=payloads)
+        self.client.upsert(self.table, batch, wait=True)
+
+    def _nearest(self, query: np.ndarray, number: int, hidden: list[int]) -> list[tuple[int, float]]:
+        of_hidden = self._models.FieldCondition(key="document", match=self._models.MatchAny(any=hidden))
+        without = self._models.Filter(must_not=[of_hidden]) if hidden else None
+        found = self.client.query_points(
+            self.table, query.tolist(), limit=number, query_filter=without, with_payload=False
+        )
+        return [(point.id, point.score) for point in found.points]
