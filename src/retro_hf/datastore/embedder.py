@@ -145,6 +145,12 @@ def _prompts_of(prompts: dict[str, str | None]) -> tuple[str, str]:
     return next(filter(None, documents), ""), prompts.get("query") or ""
 
 
+def _limit_of(encoder: Any) -> int | None:
+    """The tokens of a text that an encoder reads; None if it reads all, as static embeddings do, whose limit is infinite."""
+    limit = encoder.max_seq_length
+    return int(limit) if limit and limit != float("inf") else None
+
+
 def _tensor_digests(model: torch.nn.Module) -> list[str]:
     """A sha256 of each tensor of a model, sorted, so that they depend neither on names nor on their order."""
     digests = []
@@ -341,7 +347,7 @@ class ChunkEmbedder:
         own, own_query = _prompts_of(encoder.prompts or {})
         self.prompt = own if prompt is None else prompt
         self.query_prompt: str = own_query if query_prompt is None else query_prompt
-        length, weights = str(int(encoder.max_seq_length or 0)), _tensor_digests(model)
+        length, weights = str(_limit_of(encoder) or 0), _tensor_digests(model)
         parts = [self.pooling, length, tokenizer_fingerprint(encoder.tokenizer), *_settings_of(encoder), *weights]
         # What datastores of earlier versions recorded.
         former = [self.pooling, length, vocabulary_fingerprint(encoder.tokenizer), *weights]
@@ -392,7 +398,7 @@ class ChunkEmbedder:
     @property
     def max_length(self) -> int | None:
         """Tokens of a text that the encoder reads, special ones included; None if it reads all."""
-        return self._loaded.max_seq_length
+        return _limit_of(self._loaded)
 
     @property
     def _loaded(self) -> Any:
@@ -430,6 +436,7 @@ class ChunkEmbedder:
                 begins, ends = np.array([(0, 0), *encoded["offset_mapping"][row]], dtype=np.int64).T
                 # Bytes of one character share its place.
                 widths = np.maximum(ends[1:] - np.maximum(begins[1:], np.maximum.accumulate(ends)[:-1]), 0)
+                widths[ends[1:] <= len(self.prompt)] = 0  # the prompt is none of the text
                 # A tokenizer may leave out what it does not know.
                 letters = sum(map(len, texts[row].split()))
             if not letters:
