@@ -336,8 +336,16 @@ def test_an_empty_prompt_and_a_missing_store_are_explained(world, tmp_path):
         retro("search", world / "store", " ", "--embedder", world / "encoder")
     with pytest.raises(ValueError, match="prompt is empty"):
         retro("generate", world / "model", "")
-    with pytest.raises(FileNotFoundError, match="There is no folder"):
-        retro("search", tmp_path / "nowhere", "frogs", "--embedder", world / "encoder")
+    for nowhere in (tmp_path / "nowhere", "nowhere", "./nowhere", "some/long/path"):
+        with pytest.raises(FileNotFoundError) as error:
+            retro("search", nowhere, "frogs", "--embedder", world / "encoder")
+        assert str(error.value).startswith(f"There is no datastore at '{nowhere}'") and "hf auth" not in str(
+            error.value
+        )
+        if nowhere != "nowhere":  # which may be a model of the Hub
+            with pytest.raises(FileNotFoundError) as error:
+                retro("generate", nowhere, "frogs")
+            assert "from the Hub" not in str(error.value)
 
 
 def test_arguments_that_are_not_utf8_are_read(world):
@@ -369,22 +377,16 @@ def test_bars_are_drawn_on_a_terminal_and_nowhere_else(world, tmp_path):
     assert b"Embedding: 100%" in drawn and b"Loading weights: 100%" in drawn
 
 
-def test_standard_output_has_only_json(world):
+@pytest.mark.parametrize("command", ["search", "inspect", "evaluate"])
+def test_standard_output_has_only_json(world, command):
     """In a process of its own: what a library prints while it is imported would be there, too."""
-    commands = [
-        ["search", world / "store", "the king", "--embedder", world / "encoder"],
-        ["inspect", world / "store"],
-        ["evaluate", world / "model", world / "texts.jsonl"],
-    ]
-    run = (
-        "from retro_hf_cli.main import app\nfor command in commands: app([*command, '--json'], standalone_mode=False)"
-    )
-    code = f"commands = {[list(map(str, command)) for command in commands]}\n{run}"
-    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    for _ in commands:
-        _, end = json.JSONDecoder().raw_decode(printed)
-        printed = printed[end:].lstrip("\n")
-    assert not printed
+    arguments = {
+        "search": (world / "store", "the king", "--embedder", world / "encoder"),
+        "inspect": (world / "store",),
+        "evaluate": (world / "model", world / "texts.jsonl"),
+    }[command]
+    command_line = [sys.executable, "-m", "retro_hf_cli", command, *map(str, arguments), "--json"]
+    json.loads(subprocess.run(command_line, capture_output=True, text=True, check=True).stdout)
 
 
 def test_one_is_not_a_plural(world, tmp_path):

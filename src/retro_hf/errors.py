@@ -10,7 +10,7 @@ import textwrap
 from numbers import Integral
 from typing import Any
 
-from .outside import printable
+from .outside import is_path, printable
 
 
 __all__ = [
@@ -96,6 +96,10 @@ class PretrainedNotFoundError(RetroError, FileNotFoundError):
             return cls(
                 f"The folder '{name}' holds no {what} that can be loaded: {said}. Pass a folder that `save_pretrained` "
                 "wrote, or a model on the Hub."
+            )
+        if is_path(name):
+            return cls(
+                f"There is no folder '{name}'. Check the path of the {what}, or pass a name on the Hub ('org/name')."
             )
         return cls(
             f"There is no folder '{name}', and no {what} of that name could be loaded from the Hub: {said}. Check the "

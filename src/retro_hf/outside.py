@@ -41,6 +41,11 @@ def is_hub_name(name: Any) -> bool:
     return isinstance(name, str) and bool(_HUB_NAME.fullmatch(name)) and ".." not in name and "--" not in name
 
 
+def is_path(name: str) -> bool:
+    """Whether a name can only be that of a folder, so that nobody has to look for it on the Hub."""
+    return os.path.isabs(name) or name.startswith((".", "~")) or name.endswith(("/", os.sep)) or name.count("/") > 1
+
+
 def check_hub_name(name: Any) -> None:
     """Check a name that somebody else wrote, from which something is to be loaded.
 

@@ -25,7 +25,7 @@ from huggingface_hub.hf_api import RepoFile
 from transformers.utils import logging
 
 from ..errors import DatastoreCorruptError, DatastoreInputError, DatastoreNotFoundError
-from ..outside import MAX_JSON_BYTES, parse_json, printable
+from ..outside import MAX_JSON_BYTES, is_path, parse_json, printable
 from .files import MANIFEST_NAME, building_folder
 from .manifest import DatastoreManifest, FileEntry, check_content, checked_path
 
@@ -177,6 +177,11 @@ def local_folder(
         try:
             return Path(snapshot_download(repo_id, repo_type=_REPO_TYPE, revision=commit, **options))
         except (OSError, ValueError) as error:
+            if "/" not in repo_id or is_path(repo_id):  # on the Hub, a datastore has an owner
+                raise DatastoreNotFoundError(
+                    f"There is no datastore at '{name_or_path}': the folder does not exist. Check the path, or build one with "
+                    "`retro build`. On the Hub a datastore is named with its owner, such as 'org/name'."
+                ) from error
             raise DatastoreNotFoundError(
                 f"There is no folder '{name_or_path}', and no dataset repository of that name could be loaded from the Hub: {error} "
                 "Check the name and the revision, and log in with `hf auth login` if it is private."
