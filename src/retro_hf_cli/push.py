@@ -25,25 +25,38 @@ def push(
     revision: Annotated[
         str | None, typer.Option(help="The branch to push to. It is created if it does not exist.")
     ] = None,
+    evaluation: Annotated[
+        Path | None,
+        typer.Option(help="The folder of `retro evaluate -o`. Its numbers go into the card of the model."),
+    ] = None,
 ) -> None:
-    """Upload a datastore (as a dataset) or a model to the Hub, with a card."""
+    """Upload a datastore (as a dataset) or a model to the Hub, with a card.
+
+    The card of a model is the README.md of its folder; without one, or with --evaluation, a card is made.
+    """
     if paths.is_datastore(folder):
         from retro_hf import RetroDatastore
 
         commit = RetroDatastore.load(folder).push_to_hub(repo, private=private or None, revision=revision)
         say(f"{commit.repo_url}, commit {commit.oid}")
     else:
-        say(_push_model(folder, repo, private=private, revision=revision))
+        say(_push_model(folder, repo, evaluation, private=private, revision=revision))
 
 
-def _push_model(folder: Path, repo: str, *, private: bool, revision: str | None) -> str:
-    """Upload a model and its tokenizer to a model repository; returns the address of the last commit."""
+def _push_model(folder: Path, repo: str, evaluation: Path | None, *, private: bool, revision: str | None) -> str:
+    """Upload a model, its tokenizer and its card; returns the address of the last commit."""
     model, tokenizer = load_model(str(folder)), tokenizer_of(str(folder))
+    card = folder / "README.md"
     options: dict[str, Any] = {"private": private or None, "revision": revision}
     if revision is not None:
         from huggingface_hub import HfApi
 
         HfApi().create_repo(repo, private=private or None, exist_ok=True)
         HfApi().create_branch(repo, branch=revision, exist_ok=True)
-    model.push_to_hub(repo, **options)
-    return str(tokenizer.push_to_hub(repo, **options))
+    model.push_to_hub(repo, evaluation=evaluation, **options)
+    address = tokenizer.push_to_hub(repo, **options)
+    if card.is_file() and evaluation is None:  # after the tokenizer, which rewrites the head of a card
+        from huggingface_hub import upload_file
+
+        address = upload_file(path_or_fileobj=card, path_in_repo=card.name, repo_id=repo, revision=revision)
+    return str(address)

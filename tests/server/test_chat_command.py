@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -57,14 +58,73 @@ def test_env_shows_versions_and_no_names():
     assert os.uname().nodename not in result.stdout.split("platform")[0]
 
 
-def test_a_model_is_pushed_with_its_tokenizer(world):
-    """By the command that pushes stores, too."""
+@pytest.fixture(scope="module")
+def measured(world):
+    """The folder of an evaluation, and the model that was measured."""
+    options = ("--store", world / "store", "--embedder", world / "encoder", "-o", world / "results")
+    (world / "heldout.jsonl").write_text(
+        "".join(
+            json.dumps(
+                {
+                    "id": f"held-{n}",
+                    "text": f"the old king of number {n} reads seven letters near the golden lighthouse",
+                }
+            )
+            + "\n"
+            for n in range(3)
+        )
+    )
+    modes = ("--modes", "off,on,random,in_context")
+    arguments = ["evaluate", world / "model", world / "heldout.jsonl", *options, *modes]
+    CliRunner().invoke(app, [str(one) for one in arguments], catch_exceptions=False)
+    return world / "results"
+
+
+def pushed(*arguments):
+    """What `retro push` printed, and the files that it has uploaded to the repository me/model."""
     with running_hub() as hub:
         settings = {"HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_test", "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-        command = [sys.executable, "-m", "retro_hf_cli", "push", str(world / "model"), "me/model"]
+        command = [sys.executable, "-m", "retro_hf_cli", "push", *map(str, arguments)]
         result = subprocess.run(command, env={**os.environ, **settings}, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
-        files = hub.files("models/me/model")
+        return result, hub.files("models/me/model")
+
+
+def test_the_card_of_a_model_has_the_numbers_of_its_evaluation(world, measured):
+    """Retrieval on, off and random, the rival in the prompt, the datastore, and no path of this machine."""
+    card = pushed(world / "model", "me/model", "--evaluation", measured)[1]["README.md"].decode()
+    found = json.loads((measured / "evaluation.json").read_text())
+    values = {mode["name"]: f"{mode['bits_per_byte']:.4f}" for mode in found["modes"]}
+    named = {"nothing": "off", "its datastore": "on", "random passages": "random", "in the prompt": "in_context"}
+    rows = [line.split(" | ")[:2] for line in card.splitlines() if line.startswith("| ")]
+    rows = {name.removeprefix("| "): value for name, value in rows}
+    assert {name: rows[name] for name in named} == {name: values[mode] for name, mode in named.items()}
+    assert "`store`, 41 documents" in card and found["verdict"]["text"].split(":")[0] in card
+    assert str(world) not in card
+
+
+def test_the_card_in_the_folder_of_a_model_goes_up(world, tmp_path):
+    """As `retro fit` and people write them."""
+    shutil.copytree(world / "model", tmp_path / "model")
+    (tmp_path / "model" / "README.md").write_text("# mine\n")
+    assert pushed(tmp_path / "model", "me/model")[1]["README.md"] == b"# mine\n"
+
+
+def test_an_evaluation_of_something_else_is_refused(world, measured, tmp_path):
+    """Before anything is uploaded."""
+    found = json.loads((measured / "evaluation.json").read_text())
+    found["provenance"]["model"]["chunk_size"] = 64
+    (tmp_path / "evaluation.json").write_text(json.dumps(found))
+    for evaluation in (tmp_path, world / "heldout.jsonl", tmp_path / "nowhere"):
+        with pytest.raises(ValueError) as error:
+            push = ["push", str(world / "model"), "me/model", "--evaluation", str(evaluation)]
+            CliRunner().invoke(app, push, catch_exceptions=False)
+        assert str(evaluation) in str(error.value)
+
+
+def test_a_model_is_pushed_with_its_tokenizer(world):
+    """By the command that pushes stores, too."""
+    result, files = pushed(world / "model", "me/model")
     assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= files.keys()
     assert json.loads(files["config.json"])["model_type"] == "retro"
     card = files["README.md"].decode()

@@ -105,6 +105,7 @@ def _datastore(datastore: RetroDatastore) -> dict[str, Any]:
         "num_chunks": datastore.num_chunks,
         "embedder": manifest.embedder["name"],
         "index": manifest.index["factory"],
+        "licenses": sorted({str(source["license"]) for source in manifest.sources if source.get("license")}),
     }
 
 

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from transformers.integrations.peft import maybe_load_adapters
 from transformers.utils import logging
 
 from .backbone_retro import fingerprint, placement
-from .card_retro import write_card
+from .card_retro import read_evaluation, write_card
 from .configuration_retro import RetroConfig
 from .retriever_protocol_retro import Retriever
 
@@ -96,17 +97,28 @@ class RetroAdapterMixin(PreTrainedModel):
         finally:
             self.config.save_backbone = before
 
-    def push_to_hub(self, *args: Any, **kwargs: Any) -> str:
-        """Upload the model as `config.save_backbone` says; as in [`~transformers.PreTrainedModel.push_to_hub`].
+    def push_to_hub(self, *args: Any, evaluation: str | os.PathLike | None = None, **kwargs: Any) -> str:
+        """Upload the model as `config.save_backbone` says, with a card.
 
+        Args:
+            args, kwargs: as in [`~transformers.PreTrainedModel.push_to_hub`].
+            evaluation (`str` or `os.PathLike`, *optional*): the folder that `retro evaluate -o` wrote for this model; its numbers
+                go into the card.
+        Returns:
+            `str`: address of the commit.
         Raises:
-            ValueError: if only the name of the backbone would go up, and that is a folder of this machine.
+            ValueError: if only the name of the backbone would go up, and that is a folder of this machine; or if `evaluation`
+                is none of this model.
         """
-        with self._without_local_paths():
-            return super().push_to_hub(*args, **kwargs)
+        self._evaluation = None if evaluation is None else read_evaluation(evaluation, self.config)
+        try:
+            with self._without_local_paths():
+                return super().push_to_hub(*args, **kwargs)
+        finally:
+            del self._evaluation
 
     def _upload_modified_files(self, working_dir: str | os.PathLike, repo_id: str, *args: Any, **kwargs: Any):
-        write_card(working_dir, repo_id, self.config)
+        write_card(working_dir, repo_id, self.config, getattr(self, "_evaluation", None))
         return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
     @contextmanager
@@ -164,7 +176,7 @@ class RetroAdapterMixin(PreTrainedModel):
         pretrained_model_name_or_path: str | os.PathLike | None,
         *args: Any,
         config: PreTrainedConfig | str | os.PathLike | None = None,
-        retriever: Retriever | None = None,
+        retriever: Retriever | str | None = None,
         **kwargs: Any,
     ) -> Any:
         """Load a saved model, its backbone from the checkpoint it names if it was saved adapter-only.
@@ -174,7 +186,8 @@ class RetroAdapterMixin(PreTrainedModel):
             args, kwargs: as in [`~transformers.PreTrainedModel.from_pretrained`]; `backbone_name_or_path=` says where the
                 backbone of an adapter is, if not where it was.
             config ([`RetroConfig`], *optional*): configuration to use instead of the saved one.
-            retriever (`Callable`, *optional*): attached with `set_retriever`.
+            retriever (`Callable` or `"config"`, *optional*): attached with `set_retriever`. `"config"` opens the datastore that
+                the config names; `retriever_name_or_path=` names another one, such as a local folder.
         Returns:
             The model in evaluation mode; with `output_loading_info=True` also the `dict` of what was missing or unexpected.
         """
@@ -204,6 +217,8 @@ class RetroAdapterMixin(PreTrainedModel):
             raise OSError(message) from error
         if model.config.freeze_backbone:
             model.base_model.backbone.requires_grad_(False)  # loading makes new parameters
+        if isinstance(retriever, str):
+            retriever = _open_retriever(retriever, path, model.config)
         if retriever is not None:
             model.set_retriever(retriever)
         return loaded
@@ -241,6 +256,27 @@ class RetroAdapterMixin(PreTrainedModel):
                 found = given or GenerationConfig.from_pretrained(path, **hub)
                 model.generation_config = GenerationConfig.from_dict(found.to_dict())
         return model.eval(), info
+
+
+def _open_retriever(asked: str, path: str | os.PathLike, config: RetroConfig) -> Retriever:
+    """The retriever that a config names: of a repository, or of the folder that the caller has put there."""
+    name = config.retriever_name_or_path
+    if asked != "config":
+        raise ValueError(
+            f"`retriever` is {asked!r}. Pass a retriever, or `retriever='config', retriever_name_or_path={asked!r}` to open that one."
+        )
+    if name is None:
+        raise ValueError(
+            f"The config of '{path}' names no datastore to open. Name one: `from_pretrained(..., retriever='config', "
+            "retriever_name_or_path='org/store')`."
+        )
+    try:  # by its name: these files work without the package, and import nothing of it
+        package = import_module("retro_hf")
+    except ImportError as error:
+        raise ImportError(
+            f"The package retro-hf opens the datastore '{name}'. Install it: `pip install retro-hf`."
+        ) from error
+    return package.RetroRetriever.from_pretrained(name)
 
 
 def _check_reader(path: str | os.PathLike, asked: str, config_class: type[RetroConfig], hub: dict) -> None:

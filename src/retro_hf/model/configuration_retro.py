@@ -273,8 +273,8 @@ class RetroConfig(_RetroConfigMixin, PreTrainedConfig):
     backbone_fingerprint (`str`, *optional*): tells its weights from others of the same shape; what `retrofit` fills in.
     save_backbone (`bool`, defaults to `True`): whether a saved folder holds the backbone's weights, or only their
         name and revision (adapter-only).
-    retriever_name_or_path (`str`, *optional*): the retriever that the model was trained with; never opened
-        unasked.
+    retriever_name_or_path (`str`, *optional*): the datastore that the model was made with. It is opened by
+        `from_pretrained(..., retriever="config")` only.
     """
 
     model_type = "retro"

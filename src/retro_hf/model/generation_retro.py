@@ -79,7 +79,7 @@ class RetroGenerationMixin(GenerationMixin):
         if retriever is None and kwargs.get("neighbor_input_ids") is None and self.config.retriever_name_or_path:
             logger.warning_once(
                 f"Generating without retrieval: this model was trained with '{self.config.retriever_name_or_path}'. Open it "
-                "with `RetroRetriever.from_pretrained(...)` and pass `retriever=`."
+                "with `from_pretrained(..., retriever='config')`, or pass `retriever=`."
             )
         lookup = None
         if retriever is not None:
