@@ -2,23 +2,28 @@
 A server under load: 64 clients of which some hang up, send garbage or read slowly, and how fast the others are answered.
 
 The model is SmolLM2-135M's architecture, one third as deep, with random weights, reading in parallel context from a store of
-the demo's texts; beside it the same base without retrieval, by the same server. Text is drawn at temperature 1 with a fixed seed,
-so answers have their full length. Memory is that of the server's process.
+the demo's texts. Beside it are the same base without retrieval, by the same server, and by `transformers serve`. All three
+servers are up at once, and the load goes from one to the next in short rounds, so that they share whatever else the machine does.
+Text is drawn at temperature 1 with a fixed seed, so answers have their full length. Memory and CPU time are those of the
+server's process.
 
-    python benchmarks/serving.py --seconds 60   # writes results/serving.json
+    python benchmarks/serving.py --seconds 180   # writes results/serving.json
 """
 
 import argparse
 import asyncio
+import copy
 import json
 import os
 import random
 import signal
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import httpx
@@ -27,7 +32,7 @@ import httpx
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 
-CLIENTS, TOKENS = 64, 8
+CLIENTS, TOKENS = 64, 32
 # Of 64: clients that hang up within an answer, send what is no request, or read a byte now and then.
 HANG_UP, GARBAGE, SLOW = 6, 6, 4
 QUESTION = "And Aaron stretched out his hand over the waters of Egypt, and the frogs came up"
@@ -79,8 +84,9 @@ def memory(process: int) -> float:
 class Load:
     """What the clients saw."""
 
-    def __init__(self, url: str, until: float, retrieval: bool) -> None:
-        self.url, self.until, self.retrieval = url, until, retrieval
+    def __init__(self, url: str, options: dict) -> None:
+        self.url, self.options = url, options
+        self.until = 0.0
         self.seconds: list[float] = []
         self.first: list[float] = []
         self.tokens = self.refused = self.lost = self.wrong = 0
@@ -93,10 +99,8 @@ class Load:
                 "max_tokens": TOKENS,
                 "temperature": 1,
                 "seed": number,
-                "retrieval": self.retrieval,
                 "stream": True,
-                "stream_options": {"include_usage": True},
-            }
+            } | self.options
             begun, first, usage, ended = time.monotonic(), None, None, False
             try:
                 async with client.stream("POST", f"{self.url}/v1/completions", json=body) as answer:
@@ -105,13 +109,12 @@ class Load:
                         await asyncio.sleep(1)
                         continue
                     async for line in answer.aiter_lines():
-                        if line == "data: [DONE]":
-                            ended = True
-                        elif line:
+                        if line.startswith("data: {"):
                             event = json.loads(line[6:])
                             if first is None and event.get("choices") and event["choices"][0]["text"]:
                                 first = time.monotonic() - begun
                             usage = event.get("usage") or usage
+                    ended = True
             except httpx.HTTPError:
                 ended = False
             if not ended or usage is None:
@@ -126,7 +129,7 @@ class Load:
     async def hangs_up(self, client: httpx.AsyncClient, number: int) -> None:
         """Leaves in the middle of an answer."""
         while time.monotonic() < self.until:
-            body = {"prompt": f"{number} {QUESTION}", "max_tokens": 500, "stream": True, "retrieval": self.retrieval}
+            body = {"prompt": f"{number} {QUESTION}", "max_tokens": 500, "stream": True} | self.options
             try:
                 async with client.stream("POST", f"{self.url}/v1/completions", json=body) as answer:
                     await asyncio.wait_for(anext(answer.aiter_bytes()), 30)
@@ -143,7 +146,7 @@ class Load:
                 answer = await client.post(
                     f"{self.url}/v1/completions", content=random.choice(bodies), headers=headers
                 )
-                self.wrong += answer.status_code not in (400, 413, 415)
+                self.wrong += answer.status_code not in (400, 413, 415, 422)
             except httpx.HTTPError:  # the server closes the connection of a body that it does not read
                 pass
             await asyncio.sleep(random.random())
@@ -151,7 +154,7 @@ class Load:
     async def slow(self, client: httpx.AsyncClient, number: int) -> None:
         """Reads a line a second."""
         while time.monotonic() < self.until:
-            body = {"prompt": QUESTION, "max_tokens": TOKENS, "stream": True, "retrieval": self.retrieval}
+            body = {"prompt": QUESTION, "max_tokens": TOKENS, "stream": True} | self.options
             try:
                 async with client.stream("POST", f"{self.url}/v1/completions", json=body) as answer:
                     async for _ in answer.aiter_lines():
@@ -161,8 +164,9 @@ class Load:
             except httpx.HTTPError:
                 pass
 
-    async def run(self) -> None:
-        """All clients at once."""
+    async def run(self, seconds: float) -> None:
+        """All clients at once. Every answer that was begun is read to its end."""
+        self.until = time.monotonic() + seconds
         limits = httpx.Limits(max_connections=CLIENTS + 8)
         async with httpx.AsyncClient(timeout=300, limits=limits, trust_env=False) as client:
             kinds = [self.hangs_up] * HANG_UP + [self.garbage] * GARBAGE + [self.slow] * SLOW
@@ -178,63 +182,123 @@ def quantiles(values: list[float]) -> dict[str, float]:
     return {"p50": round(cuts[49], 3), "p95": round(cuts[94], 3), "p99": round(cuts[98], 3)}
 
 
-def measure(folder: Path, seconds: float, retrieval: bool) -> dict:
-    """Start a server, load it, and end it."""
-    from demo_data import minilm_path
+class Server:
+    """A server's process, and what its clients have seen so far."""
 
-    command = [sys.executable, "-m", "retro_hf_cli", "serve", str(folder / "base")]
-    command += ["--store", str(folder / "store"), "--embedder", str(minilm_path()), "--port", "0"]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
-    try:
-        url = server.stdout.readline().split(" at ")[1].split()[0]
-        warm = Load(url, time.monotonic() + 5, retrieval)
-        asyncio.run(warm.run())
-        before = memory(server.pid)
-        load = Load(url, time.monotonic() + seconds, retrieval)
-        begun = time.monotonic()
-        asyncio.run(load.run())
-        took, after = time.monotonic() - begun, memory(server.pid)
-        health = httpx.get(f"{url}/health", timeout=60, trust_env=False).json()
-    finally:
-        server.send_signal(signal.SIGTERM)
-        code = server.wait(120)
-    return {
-        "answers": len(load.seconds),
-        "lost": load.lost,
-        "wrong": load.wrong,
-        "told to come back": load.refused,
-        "tokens_per_second": round(load.tokens / took, 2),
-        "seconds": quantiles(load.seconds),
-        "seconds_to_first_text": quantiles(load.first),
-        "memory_mb": {"before": round(before, 1), "after": round(after, 1)},
-        "health_after": health,
-        "exit_code": code,
-    }
+    def __init__(self, command: list[str], url: str, options: dict) -> None:
+        self.command, self.process = command, subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        self.load = Load(url, options)
+        self.took = self.cpu = 0.0
+        self.memory: list[float] = []
+
+    def wait(self) -> None:
+        """Wait until it answers, then warm it up."""
+        deadline = time.monotonic() + 600
+        while self.process.poll() is None and time.monotonic() < deadline:
+            try:
+                httpx.get(f"{self.load.url}/health", timeout=60, trust_env=False)
+                break
+            except httpx.HTTPError:
+                time.sleep(0.5)
+        asyncio.run(Load(self.load.url, self.load.options).run(3))
+        self.memory.append(memory(self.process.pid))
+
+    def round(self, seconds: float) -> None:
+        """Load it for a while."""
+        begun, cpu = time.monotonic(), cpu_seconds(self.process.pid)
+        asyncio.run(self.load.run(seconds))
+        self.took += time.monotonic() - begun
+        self.cpu += cpu_seconds(self.process.pid) - cpu
+        self.memory.append(memory(self.process.pid))
+
+    def report(self) -> dict:
+        """What was measured."""
+        load = self.load
+        health = httpx.get(f"{load.url}/health", timeout=60, trust_env=False).json()
+        return {
+            "answers": len(load.seconds),
+            "lost": load.lost,
+            "wrong": load.wrong,
+            "told to come back": load.refused,
+            "tokens_per_second": round(load.tokens / self.took, 2),
+            "tokens_per_cpu_second": round(load.tokens / self.cpu, 2),
+            "seconds": quantiles(load.seconds),
+            "seconds_to_first_text": quantiles(load.first),
+            "memory_mb": [round(one, 1) for one in self.memory],
+            "health_after": health,
+        }
+
+
+def cpu_seconds(process: int) -> float:
+    """CPU time of a process and its threads."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return listening.getsockname()[1]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--seconds", type=float, default=180, help="of load for each server")
+    parser.add_argument("--rounds", type=int, default=6, help="in how many turns")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/serving.json")
     arguments = parser.parse_args()
     random.seed(0)
     import torch
+    from demo_data import minilm_path
 
     result = {
         "clients": {"all": CLIENTS, "hang up": HANG_UP, "send garbage": GARBAGE, "read slowly": SLOW},
         "tokens_per_answer": TOKENS,
         "seconds_of_load": arguments.seconds,
+        "rounds": arguments.rounds,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        # What other programs were doing; above the number of cores, the times say little.
+        "transformers": version("transformers"),
+        # What other programs were doing; above the number of cores, only the ratios of the rows say something.
         "load_average_at_the_start": [round(one, 1) for one in os.getloadavg()],
     }
-    with tempfile.TemporaryDirectory() as folder:
-        make_world(Path(folder))
-        for name, retrieval in (("base", False), ("with the store", True)):
-            result[name] = measure(Path(folder), arguments.seconds, retrieval)
-            print(name, json.dumps(result[name]), flush=True)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_world(folder)
+        ports = [free_port(), free_port()]
+        retro = [sys.executable, "-m", "retro_hf_cli", "serve", str(folder / "base"), "--port", str(ports[0])]
+        retro += ["--store", str(folder / "store"), "--embedder", str(minilm_path())]
+        transformers = [str(Path(sys.executable).with_name("transformers")), "serve", str(folder / "base")]
+        transformers += ["--port", str(ports[1]), "--host", "127.0.0.1"]
+        usage = {"stream_options": {"include_usage": True}}
+        address = f"http://127.0.0.1:{ports[0]}"
+        ours = Server(retro, address, {"retrieval": True, **usage})
+        base = copy.copy(ours)
+        base.load, base.memory = Load(address, {"retrieval": False, **usage}), []
+        theirs = Server(transformers, f"http://127.0.0.1:{ports[1]}", {})
+        servers = {"with the store": ours, "base": base, "transformers serve, base": theirs}
+        try:
+            for server in servers.values():
+                server.wait()
+            for _ in range(arguments.rounds):
+                for server in servers.values():
+                    server.round(arguments.seconds / arguments.rounds)
+            for name in ("base", "transformers serve, base", "with the store"):
+                result[name] = servers[name].report()
+                print(name, json.dumps(result[name]), flush=True)
+            ours.process.send_signal(signal.SIGTERM)
+            result["exit_code"] = ours.process.wait(120)
+        finally:
+            for server in (ours, theirs):
+                server.process.kill()
+    rival = result["transformers serve, base"]
+    result["share_of_transformers_serve"] = {
+        name: round(result["with the store"][name] / rival[name], 2)
+        for name in ("tokens_per_second", "tokens_per_cpu_second")
+    }
+    print(result["share_of_transformers_serve"])
     arguments.output.write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -9,6 +9,7 @@ from importlib.resources import files
 from fastapi import FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import HTMLResponse, JSONResponse
+from starlette.convertors import Convertor, register_url_convertor
 from starlette.exceptions import HTTPException
 
 from .requests import RequestError
@@ -22,6 +23,21 @@ PAGE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
 }
+
+
+class _Anything(Convertor[str]):
+    """A part of an address that may have any character; Starlette's own stop at a line break."""
+
+    regex = r"[\s\S]*"
+
+    def convert(self, value: str) -> str:
+        return value
+
+    def to_string(self, value: str) -> str:
+        return value
+
+
+register_url_convertor("anything", _Anything())
 
 
 def make_app(service: Service) -> FastAPI:
@@ -48,8 +64,8 @@ def make_app(service: Service) -> FastAPI:
         ("POST", "/v1/completions", service.complete),
         ("POST", "/v1/retrieval/compare", service.compare),
         ("POST", "/v1/store/documents", service.put_documents),
-        ("GET", "/v1/store/documents/{id:path}", service.document),
-        ("DELETE", "/v1/store/documents/{id:path}", service.delete_document),
+        ("GET", "/v1/store/documents/{id:anything}", service.document),
+        ("DELETE", "/v1/store/documents/{id:anything}", service.delete_document),
     ):
         app.add_api_route(path, serve, methods=[method], response_model=None)
 

@@ -24,7 +24,7 @@ class Limits:
 
     Attributes:
         max_body (`int`): bytes of a body.
-        body_timeout (`float`): seconds until a body must be complete.
+        body_timeout (`float`): seconds for the head of a request, and as many again for its body.
         timeout (`float`): seconds from the request to the end of its answer, with the time in the queue.
         max_tokens (`int`): tokens of an answer.
         max_batch (`int`): requests that are generated together.
@@ -117,6 +117,12 @@ class Gate:
                     f"The content type is {kind or 'missing'!r}. Send JSON with the header `Content-Type: application/json`.",
                     415,
                     code="unsupported_content_type",
+                )
+            if (encoding := headers.get(b"content-encoding", "identity").lower()) != "identity":
+                raise RequestError(
+                    f"The body has the encoding {encoding!r}. Send it without one.",
+                    415,
+                    code="unsupported_content_encoding",
                 )
         length = headers.get(b"content-length", "0")
         if length.isdigit() and int(length) > self.limits.max_body:

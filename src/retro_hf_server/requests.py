@@ -84,9 +84,9 @@ class _Part(BaseModel):
 
 
 class Message(BaseModel):
-    """One turn of a chat."""
+    """One turn of a chat. OpenAI's client writes fields that are empty, such as `tool_calls`, into turns that it repeats."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="allow")
 
     role: str
     content: str | list[_Part]
@@ -99,6 +99,21 @@ class Message(BaseModel):
             raise ValueError(f"the role is {role!r}, but it is system, developer, user or assistant")
         return role
 
+    @model_validator(mode="before")
+    @classmethod
+    def _supported(cls, turn: Any) -> Any:
+        filled = (
+            [name for name in turn if name not in cls.model_fields and turn[name]] if isinstance(turn, dict) else []
+        )
+        if filled:
+            raise ValueError(f"it has {filled[0]!r}, which this server does not support; a turn has a role and a text")
+        return turn
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _some(cls, content: Any) -> Any:
+        return _text_or_list(content)
+
     @field_validator("content")
     @classmethod
     def _only_text(cls, content: str | list[_Part]) -> str | list[_Part]:
@@ -110,6 +125,13 @@ class Message(BaseModel):
     def text(self) -> str:
         """The text of all its parts."""
         return self.content if isinstance(self.content, str) else "".join(part.text or "" for part in self.content)
+
+
+def _text_or_list(value: Any) -> Any:
+    """Refuse what is neither, before each kind is tried by itself and named in the error."""
+    if not isinstance(value, str | list):
+        raise ValueError(f"it is {'null' if value is None else type(value).__name__}; give a text")
+    return value
 
 
 class _StreamOptions(BaseModel):
@@ -163,12 +185,14 @@ class _Request(BaseModel):
 class ChatRequest(_Request):
     """The body of `/v1/chat/completions`."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message]
     max_completion_tokens: int | None = Field(None, ge=1)
 
     @field_validator("messages")
     @classmethod
     def _asks(cls, messages: list[Message]) -> list[Message]:
+        if not messages:
+            raise ValueError("it is empty; give at least one message")
         if messages[-1].role == "user" and not messages[-1].text().strip():
             raise ValueError("the last message of the user is empty; write at least one word")
         return messages
@@ -193,6 +217,13 @@ class CompletionRequest(_Request):
     """The body of `/v1/completions`."""
 
     prompt: str | list[str]
+
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _some(cls, prompt: Any) -> Any:
+        if isinstance(prompt, list) and any(not isinstance(text, str) for text in prompt):
+            raise ValueError("give a text; this server takes no token ids")
+        return _text_or_list(prompt)
 
     @field_validator("prompt")
     @classmethod

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import uvicorn
 
 from .app import make_app
+from .connections import connections
 from .engine import Engine
 from .limits import Gate, Limits
 from .service import Service
@@ -55,6 +56,18 @@ def _resolved(host: str, port: int) -> tuple[Any, ...]:
         raise OSError(f"There is no address {host!r}: {error.strerror}. Check `--host`.") from error
 
 
+def settings(gate: Gate, limits: Limits) -> uvicorn.Config:
+    """How uvicorn serves the application behind a gate."""
+    return uvicorn.Config(
+        gate,
+        http=connections(limits.body_timeout),
+        log_level="warning",
+        timeout_graceful_shutdown=int(limits.timeout) + 10,
+        limit_concurrency=limits.max_queue + limits.max_batch + 1000,
+        server_header=False,
+    )
+
+
 def serve(
     model: Any,
     tokenizer: Any,
@@ -91,14 +104,7 @@ def serve(
         api_key=api_key,
         count=lambda path, status: service.metrics.requests.labels(path, str(status)).inc(),
     )
-    config = uvicorn.Config(
-        gate,
-        log_level="warning",
-        timeout_graceful_shutdown=int(limits.timeout) + 10,
-        limit_concurrency=limits.max_queue + limits.max_batch + 1000,
-        server_header=False,
-    )
     # After an orderly end uvicorn raises the signal again, which must not count as an error.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
-    uvicorn.Server(config).run(sockets=[listening])
+    uvicorn.Server(settings(gate, limits)).run(sockets=[listening])

@@ -50,7 +50,7 @@ class Service:
     async def health(self) -> dict[str, Any]:
         """Whether the server works, and whether its store does."""
         source = self.engine.source
-        retrieval = "off" if source is None else "unavailable" if source.error else "on"
+        retrieval = "off" if source is None else "on" if source.available else "unavailable"
         return {"status": "ok", "retrieval": retrieval}
 
     async def numbers(self) -> Response:

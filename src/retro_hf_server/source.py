@@ -63,6 +63,11 @@ class Source:
             logger.warning("The store cannot be read: %s", error)
             self.error = "The store cannot be read at present; the log of the server says why."  # paths stay here
 
+    @property
+    def available(self) -> bool:
+        """Whether the store was read without an error, and is still there."""
+        return self.error is None and os.path.exists(Path(self.datastore.path) / MANIFEST_NAME)
+
     def describe(self) -> dict[str, int]:
         """The generation of the opened store, and its number of documents."""
         datastore = self.datastore
@@ -85,22 +90,28 @@ class Source:
         Returns:
             How many replaced another.
         """
-        self.refresh()
+        self._open()
         changes = self.datastore.append(documents, embedder=self.retriever.embedder, replace=True, show_progress=False)
         self._seen = self._stamp()
         return len(changes.changed) + changes.num_unchanged
 
     def delete(self, id: str) -> None:
         """Delete a document; raises `UnknownDocumentError` if it is not there."""
-        self.refresh()
+        self._open()
         self._number(id)
         self.datastore.delete([id])
         self._seen = self._stamp()
 
     def document(self, id: str) -> dict[str, Any]:
         """A document; raises `UnknownDocumentError` if it is not there."""
-        self.refresh()
+        self._open()
         return self.datastore.document(self._number(id))
+
+    def _open(self) -> None:
+        """Open the newest generation; raises OSError if the store cannot be read."""
+        self.refresh()
+        if self.error is not None:
+            raise OSError(self.error)
 
     def _number(self, id: str) -> int:
         number = int(self.datastore.document_numbers([id])[0])

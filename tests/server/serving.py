@@ -16,7 +16,7 @@ from retro_hf import RetroDatastore, RetroRetriever
 from retro_hf_server.app import make_app
 from retro_hf_server.engine import Engine
 from retro_hf_server.limits import Gate, Limits
-from retro_hf_server.run import bind
+from retro_hf_server.run import bind, settings
 from retro_hf_server.service import Service
 from retro_hf_server.source import Source
 
@@ -50,7 +50,7 @@ def serving(
     count = lambda path, status: service.metrics.requests.labels(path, str(status)).inc()  # noqa: E731
     gate = Gate(make_app(service), limits=limits, count=count, **gate_options)
     listening = bind("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(gate, log_level="warning"))
+    server = uvicorn.Server(settings(gate, limits))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     url = f"http://127.0.0.1:{listening.getsockname()[1]}"

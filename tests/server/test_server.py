@@ -1,9 +1,11 @@
 """The server as its clients see it: OpenAI's own client, plain HTTP, and clients that behave badly."""
 
+import contextlib
 import json
 import socket
 import threading
 import time
+from urllib.parse import quote
 
 import openai
 import pytest
@@ -111,6 +113,10 @@ def test_retrieval_can_be_turned_off_for_one_request(client):
         ({"messages": []}, 400, "messages"),
         ({"messages": [{"role": "user", "content": " "}]}, 400, "messages"),
         ({"messages": [{"role": "cat", "content": "x"}]}, 400, "messages.0.role"),
+        ({"messages": [{"role": "user", "content": None}]}, 400, "messages.0.content"),
+        ({"messages": [{"role": "user", "content": 5}]}, 400, "messages.0.content"),
+        ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}]}, 400, "messages.0"),
+        ({"messages": ["hello"]}, 400, "messages.0"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages.0.content"),
         ({"messages": [{"role": "user", "content": "x " * 1000}]}, 400, "messages"),
         ({"max_tokens": 100_000}, 400, "messages"),
@@ -125,6 +131,28 @@ def test_what_is_not_supported_is_refused_by_name(server, change, status, param)
     answer = server.client.post("/v1/chat/completions", json={"model": "tiny", "messages": MESSAGES, **change})
     assert answer.status_code == status
     assert answer.json()["error"]["param"] == param
+
+
+def test_an_answer_can_be_sent_back_as_a_turn_of_the_chat(client):
+    """As the client gives it, with its empty fields or without."""
+    first = client.chat.completions.create(model="tiny", messages=MESSAGES, max_tokens=3, temperature=0)
+    for turn in (first.choices[0].message, first.choices[0].message.model_dump()):
+        messages = [*MESSAGES, turn, {"role": "user", "content": "a quiet baker"}]
+        second = client.chat.completions.create(model="tiny", messages=messages, max_tokens=3, temperature=0)
+        assert second.retrieval["chunks"][0]["query"] == "a quiet baker"
+
+
+@pytest.mark.parametrize("prompt", [[1, 2, 3], [[1, 2]], None, 5, {}, [], ["a", "b"], ""])
+def test_a_prompt_that_is_not_one_text_is_refused(server, prompt):
+    """By the name of the field alone."""
+    answer = server.client.post("/v1/completions", json={"prompt": prompt})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "prompt")
+
+
+def test_a_packed_body_is_refused_as_what_it_is(server):
+    """Not as JSON that is wrong."""
+    headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+    assert server.client.post("/v1/completions", content=b"\x1f\x8b", headers=headers).status_code == 415
 
 
 def test_fields_that_change_nothing_are_accepted(server):
@@ -163,6 +191,27 @@ def test_large_and_slow_bodies_are_refused(world):
                 b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 10\r\n\r\n{"
             )
             assert b" 408 " in connection.recv(1000)
+        assert server.client.get("/health").status_code == 200
+
+
+def test_a_slow_head_ends_its_connection(world):
+    """Byte by byte, or nothing at all; also where a whole request came before, and while others are answered."""
+    with serving(world, body_timeout=0.5) as server:
+        address = server.url.removeprefix("http://").split(":")
+        request = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+        for before, answers in ((b"", [b" 408 "]), (request, [b" 200 ", b" 408 "])):
+            with socket.create_connection(address, timeout=10) as connection:
+                connection.sendall(before)
+                received, sent = b"", 0
+                while b" 408 " not in received and sent < 100:
+                    connection.sendall(b"G")
+                    sent += 1
+                    connection.settimeout(0.1)
+                    with contextlib.suppress(TimeoutError):
+                        received += connection.recv(1000)
+                assert all(one in received for one in answers)
+        with socket.create_connection(address, timeout=10) as silent:
+            assert b" 408 " in silent.recv(1000)
         assert server.client.get("/health").status_code == 200
 
 
@@ -260,6 +309,48 @@ def test_a_document_that_cannot_be_stored_leaves_the_one_that_it_was_to_replace(
         assert server.client.get("/v1/store/documents/doc-3").json() == before
 
 
+def test_documents_of_any_id_are_added_read_and_deleted(world, own_store):
+    """An id is percent-encoded in the path; what cannot be stored as an id is refused, and nothing breaks."""
+    ids = [
+        "a/b",
+        "a//b",
+        "/",
+        "a/",
+        "a b",
+        "x?y=1",
+        "x#y",
+        "50%",
+        "%2F",
+        "%252F",
+        "a/../b",
+        "...",
+        "ü/日本語 🐸",
+        "a\nb\t",
+        "<b>&amp;",
+    ]
+    ids += ["\\", "'\"", "*", "-1", "0", "null", "x" * 2000]
+    with serving(world, store=own_store, changes=True) as server:
+        documents = [{"id": one, "text": f"the golden lighthouse {number}"} for number, one in enumerate(ids)]
+        added = server.client.post("/v1/store/documents", json={"documents": documents})
+        assert added.json()["added"] == len(ids)
+        for number, one in enumerate(ids):
+            address = f"/v1/store/documents/{quote(one, safe='')}"
+            assert server.client.get(address).json()["text"].endswith(f" {number}"), one
+            assert server.client.delete(address).json() == {
+                "id": one,
+                "deleted": True,
+                "store": added.json()["store"] | {"generation": 3 + number, "documents": 40 + len(ids) - number - 1},
+            }, one
+            assert server.client.delete(address).status_code == 404, one
+        for address in ("", "/", "/%00", "/%FF%FE", "/%ED%A0%80", "/..", "/%2E%2E"):
+            assert server.client.delete(f"/v1/store/documents{address}").status_code in (404, 405), address
+        for id in (r"\ud800", "", 7, None, ["x"]):
+            body = json.dumps({"documents": [{"id": id, "text": "a king"}]}).replace("\\\\", "\\")
+            headers = {"Content-Type": "application/json"}
+            assert server.client.post("/v1/store/documents", content=body, headers=headers).status_code == 400, id
+        assert server.client.get("/health").json() == {"status": "ok", "retrieval": "on"}
+
+
 def test_the_store_cannot_be_changed_unless_that_is_allowed(server):
     """Off by default."""
     body = {"documents": [{"id": "new", "text": "a king"}]}
@@ -279,12 +370,22 @@ def test_a_store_that_another_process_changes_is_picked_up(world, own_store):
 
 def test_a_store_that_vanishes_is_reported_in_every_answer_until_it_is_back(world, own_store):
     """The server stays up and says that nothing was read."""
-    with serving(world, store=own_store) as server:
+    with serving(world, store=own_store, changes=True) as server:
         body = {"messages": MESSAGES, "max_tokens": 3}
         own_store.rename(own_store.with_name("gone"))
+        assert server.client.get("/health").json()["retrieval"] == "unavailable"
         answer = server.client.post("/v1/chat/completions", json=body).json()
         assert answer["retrieval"]["status"] == "unavailable"
         assert "log" in answer["retrieval"]["message"]
+        text = server.client.post("/v1/completions", json={"prompt": "a king", "max_tokens": 9}).json()
+        assert (text["retrieval"]["status"], text["usage"]["completion_tokens"]) == ("unavailable", 9)
+        change = {"documents": [{"id": "new", "text": "a king"}]}
+        for refused in (
+            server.client.post("/v1/store/documents", json=change),
+            server.client.get("/v1/store/documents/doc-3"),
+            server.client.delete("/v1/store/documents/doc-3"),
+        ):
+            assert (refused.status_code, refused.json()["error"]["code"]) == (503, "store_unavailable")
         assert server.client.get("/health").json()["retrieval"] == "unavailable"
         own_store.with_name("gone").rename(own_store)
         assert server.client.post("/v1/chat/completions", json=body).json()["retrieval"]["status"] == "on"
