@@ -60,6 +60,7 @@ test: $(STAMP) ## Run the tests (20 minutes at most on 2 cores)
 
 test-slow: $(STAMP) ## Run the tests marked slow; they want Chromium, and install what quantizes
 	$(INSTALL) -e ".[quantization]"
+	$(PIP) install -q gradio  # by its own versions, which are older than those of constraints.txt
 	$(RUN)/python -m pytest -m slow --timeout 3600 $(PYTEST)
 
 test-versions: $(STAMP) ## Test the lowest, locked and newest versions of all dependencies: make test-versions VERSIONS="newest"
