@@ -80,11 +80,11 @@ def run(family: str, limit: float) -> dict:
 CHECKS = """\
 This page is about the paper's reader. For the reader without training, see [its own page](readers.md).
 
-**Is your family missing?** It works if it follows the conventions of transformers. If it does not, `retrofit` raises an error that says what it looked
-for, and how to name the layers yourself.
+**Is your family missing?** It works if it follows the conventions of transformers. If it does not, `retrofit` raises an error that
+says what it looked for, and how to name the layers yourself.
 
-**How the families were tried.** Each one was built from its default config, with small sizes and random weights, in float32 on a CPU. Families such as
-BERT, which are causal only on request, were made causal. A family *works* if all of this is true:
+**How the families were tried.** Each one was built from its default config, with small sizes and random weights, in float32 on a
+CPU. Families such as BERT, which are causal only on request, were made causal. A family *works* if all of this is true:
 
 | | |
 |---|---|
