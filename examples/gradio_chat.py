@@ -1,4 +1,4 @@
-"""Chat with documents on a page of gradio; beside each answer stand the passages that were read for it.
+"""Chat with documents on a page made with gradio. Next to each answer are the passages that were read for it.
 
     pip install retro-hf gradio
     python examples/gradio_chat.py HuggingFaceTB/SmolLM2-135M-Instruct notes/
