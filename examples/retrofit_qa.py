@@ -52,7 +52,7 @@ class Clock:
     def check(self) -> None:
         """Leave if the time is over; everything so far has been kept."""
         if self.is_over():
-            raise SystemExit("The time is over; the same command goes on from here.")
+            raise SystemExit("The time is over. Run the same command again to continue.")
 
 
 # ── questions and their passages ──────────────────────────────────────────────────────────────────────────────────────
