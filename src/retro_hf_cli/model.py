@@ -37,7 +37,7 @@ def generate(
         options["query"] = readable(query)
     reader = load_reader(model, retriever)
     with _profiled(reader) if profile else nullcontext() as spent:
-        output = reader.generate(**inputs, return_dict_in_generate=True, **options)
+        output = reader.generate(**inputs.to(reader.device), return_dict_in_generate=True, **options)
     say(tokenizer.decode(output.sequences[0], skip_special_tokens=True))
     if retriever is not None:
         _show_read(output.retrieval_trace[0], tokenizer)
@@ -112,7 +112,6 @@ def open_model(
     model = load_reader(name, retriever)
     if retriever is not None:
         retriever.datastore.check_compatible(tokenizer=tokenizer, chunk_size=model.config.chunk_size)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
     if dtype != "auto":
         model.to(getattr(torch, dtype))
     return model.eval(), tokenizer, retriever
@@ -137,20 +136,23 @@ def tokenizer_of(name: str) -> Any:
 
 
 def load_reader(name: str, retriever: Any) -> Any:
-    """A RETRO model, or with a retriever a model of another family that reads in parallel context.
+    """A RETRO model, or with a retriever a model of another family that reads in parallel context; on the best device.
 
     Raises:
         PretrainedNotFoundError: if there is no such model.
         UnsupportedBackboneError: for a model that cannot read.
         ValueError: for a model of another family without a retriever.
     """
+    import torch
+
     from retro_hf import retrofit
 
     if retriever is None or _family(name) == "retro":
-        return load_model(name)
-    return retrofit(
-        name, reader="parallel_context", chunk_size=retriever.chunk_size, neighbor_size=retriever.neighbor_size
-    )
+        model = load_model(name)
+    else:
+        sizes = {"chunk_size": retriever.chunk_size, "neighbor_size": retriever.neighbor_size}
+        model = retrofit(name, reader="parallel_context", **sizes)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def load_model(name: str) -> Any:
