@@ -2,10 +2,10 @@
 A server under load: 64 clients of which some hang up, send garbage or read slowly, and how fast the others are answered.
 
 The model is SmolLM2-135M's architecture, one third as deep, with random weights, reading in parallel context from a store of
-the demo's texts. Beside it are the same base without retrieval, by the same server, and by `transformers serve`. All three
-servers are up at once, and the load goes from one to the next in short rounds, so that they share whatever else the machine does.
-Text is drawn at temperature 1 with a fixed seed, so answers have their full length. Memory and CPU time are those of the
-server's process.
+the demo's texts. Beside it are the same base without retrieval, by the same server, and by `transformers serve`: 16 clients
+that all read to the end ask one after the other, in short rounds, so that the rows share whatever else the machine does. The
+64 clients then load our server alone. Text is drawn at temperature 1 with a fixed seed, so answers have their full length.
+Memory and CPU time are those of the server's process.
 
     python benchmarks/serving.py --seconds 180   # writes results/serving.json
 """
@@ -32,7 +32,9 @@ import httpx
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 
-CLIENTS, TOKENS = 64, 32
+CLIENTS, TOKENS = 64, 16
+# Clients of a comparison, none of which misbehaves.
+COMPARED = 16
 # Of 64: clients that hang up within an answer, send what is no request, or read a byte now and then.
 HANG_UP, GARBAGE, SLOW = 6, 6, 4
 QUESTION = "And Aaron stretched out his hand over the waters of Egypt, and the frogs came up"
@@ -164,13 +166,15 @@ class Load:
             except httpx.HTTPError:
                 pass
 
-    async def run(self, seconds: float) -> None:
-        """All clients at once. Every answer that was begun is read to its end."""
+    async def run(self, seconds: float, *, mixed: bool) -> None:
+        """All clients at once, with those that misbehave or without. Every answer that was begun is read to its end."""
         self.until = time.monotonic() + seconds
         limits = httpx.Limits(max_connections=CLIENTS + 8)
         async with httpx.AsyncClient(timeout=300, limits=limits, trust_env=False) as client:
-            kinds = [self.hangs_up] * HANG_UP + [self.garbage] * GARBAGE + [self.slow] * SLOW
-            kinds += [self.polite] * (CLIENTS - len(kinds))
+            kinds = [self.polite] * COMPARED
+            if mixed:
+                kinds = [self.hangs_up] * HANG_UP + [self.garbage] * GARBAGE + [self.slow] * SLOW
+                kinds += [self.polite] * (CLIENTS - len(kinds))
             await asyncio.gather(*(kind(client, number) for number, kind in enumerate(kinds)))
 
 
@@ -200,13 +204,15 @@ class Server:
                 break
             except httpx.HTTPError:
                 time.sleep(0.5)
-        asyncio.run(Load(self.load.url, self.load.options).run(3))
+        body = {"prompt": QUESTION, "max_tokens": TOKENS} | self.load.options | {"stream_options": None}
+        body = {name: value for name, value in body.items() if value is not None}
+        httpx.post(f"{self.load.url}/v1/completions", json=body, timeout=300, trust_env=False).raise_for_status()
         self.memory.append(memory(self.process.pid))
 
-    def round(self, seconds: float) -> None:
+    def round(self, seconds: float, *, mixed: bool = False) -> None:
         """Load it for a while."""
         begun, cpu = time.monotonic(), cpu_seconds(self.process.pid)
-        asyncio.run(self.load.run(seconds))
+        asyncio.run(self.load.run(seconds, mixed=mixed))
         self.took += time.monotonic() - begun
         self.cpu += cpu_seconds(self.process.pid) - cpu
         self.memory.append(memory(self.process.pid))
@@ -253,7 +259,13 @@ def main() -> None:
     from demo_data import minilm_path
 
     result = {
-        "clients": {"all": CLIENTS, "hang up": HANG_UP, "send garbage": GARBAGE, "read slowly": SLOW},
+        "clients": {
+            "all": CLIENTS,
+            "hang up": HANG_UP,
+            "send garbage": GARBAGE,
+            "read slowly": SLOW,
+            "compared": COMPARED,
+        },
         "tokens_per_answer": TOKENS,
         "seconds_of_load": arguments.seconds,
         "rounds": arguments.rounds,
@@ -275,18 +287,20 @@ def main() -> None:
         usage = {"stream_options": {"include_usage": True}}
         address = f"http://127.0.0.1:{ports[0]}"
         ours = Server(retro, address, {"retrieval": True, **usage})
-        base = copy.copy(ours)
-        base.load, base.memory = Load(address, {"retrieval": False, **usage}), []
         theirs = Server(transformers, f"http://127.0.0.1:{ports[1]}", {})
-        servers = {"with the store": ours, "base": base, "transformers serve, base": theirs}
+        base, all_clients = copy.copy(ours), copy.copy(ours)
+        base.load, base.memory = Load(address, {"retrieval": False, **usage}), []
+        all_clients.load, all_clients.memory = Load(address, ours.load.options), []
+        compared = {"with the store": ours, "base": base, "transformers serve, base": theirs}
         try:
-            for server in servers.values():
+            for server in (*compared.values(), all_clients):
                 server.wait()
             for _ in range(arguments.rounds):
-                for server in servers.values():
+                for server in compared.values():
                     server.round(arguments.seconds / arguments.rounds)
-            for name in ("base", "transformers serve, base", "with the store"):
-                result[name] = servers[name].report()
+            all_clients.round(arguments.seconds, mixed=True)
+            for name, server in {**compared, "all clients": all_clients}.items():
+                result[name] = server.report()
                 print(name, json.dumps(result[name]), flush=True)
             ours.process.send_signal(signal.SIGTERM)
             result["exit_code"] = ours.process.wait(120)
