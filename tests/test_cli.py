@@ -158,7 +158,9 @@ def test_a_model_saved_without_a_tokenizer_has_that_of_its_base(world, tmp_path)
     sizes = {"chunk_size": CHUNK_SIZE, "neighbor_size": 2 * CHUNK_SIZE}
     retrofit(base, reader="parallel_context", **sizes).save_pretrained(saved, save_backbone=False)
     arguments = ("the lighthouse", "--store", world / "store", "--embedder", world / "encoder", "--max-new-tokens", 5)
-    assert retro("generate", saved, *arguments) == retro("generate", base, *arguments)
+    assert retro("generate", saved, *arguments, "--base", base) == retro("generate", base, *arguments)
+    with pytest.raises(ValueError, match="--base FOLDER"):
+        retro("generate", saved, *arguments)
 
 
 def test_ask_needs_one_source(world):
@@ -198,13 +200,13 @@ def test_evaluate_measures_and_keeps_what_it_measured(world, tmp_path):
 
 
 def test_retrofit_saves_a_model_that_loads(world, tmp_path):
-    """Adapter-only: the folder holds what was added and the name of the base."""
+    """Adapter-only: the folder holds what was added, and the caller says where the base is."""
     base = make_model().model.backbone
     base.save_pretrained(tmp_path / "base")
     AutoTokenizer.from_pretrained(world / "model").save_pretrained(tmp_path / "base")
     printed = retro("retrofit", tmp_path / "base", "-o", tmp_path / "new", "--chunk-size", 8, "--adapter-only")
     assert "trainable" in printed
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "new")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "new", backbone_name_or_path=tmp_path / "base")
     assert type(model).__name__ == "RetroForCausalLM"
     assert model.config.chunk_size == 8
 

@@ -394,7 +394,7 @@ def test_special_tokens_can_be_given_at_loading(tmp_path, save_backbone):
     retrofit(tmp_path / "base", save_backbone=save_backbone).save_pretrained(tmp_path / "retro")
     given = {"bos_token_id": 5, "eos_token_id": [6, 7], "pad_token_id": 8}
     for load in (RetroForCausalLM, AutoModelForCausalLM):
-        config = load.from_pretrained(tmp_path / "retro", **given).config
+        config = load.from_pretrained(tmp_path / "retro", backbone_name_or_path=tmp_path / "base", **given).config
         assert {name: getattr(config, name) for name in given} == given
 
 

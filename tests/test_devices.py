@@ -71,7 +71,9 @@ def test_an_adapter_is_loaded_onto_a_placed_base(base, tmp_path, place):
     model = retrofit(base, **SETTINGS)
     randomize(model.model.retro, seed=3)
     model.save_pretrained(tmp_path / "model", save_backbone=False)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", **placed(place, tmp_path))
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", backbone_name_or_path=base, **placed(place, tmp_path)
+    )
     ids, neighbors = random_ids(2, 14), random_neighbors(2, 3)
     with torch.no_grad():
         assert torch.equal(loaded(ids, **neighbors).logits, model(ids, **neighbors).logits)

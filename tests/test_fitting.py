@@ -67,7 +67,7 @@ def assert_same_training(first, here, there):
 
 def test_it_leaves_a_measured_adapter(world, fitted):
     """The adapter loads, is the base without retrieval, and its card has every reader on the same held-out tokens."""
-    model = AutoModelForCausalLM.from_pretrained(fitted.folder)
+    model = AutoModelForCausalLM.from_pretrained(fitted.folder, backbone_name_or_path=world.base)
     ids = torch.arange(5, 30).unsqueeze(0)
     with torch.no_grad():
         assert torch.equal(model(ids).logits, AutoModelForCausalLM.from_pretrained(world.base)(ids).logits)
@@ -117,7 +117,7 @@ def test_same_call_resumes_when_the_time_was_over(world, fitted):
 
 def test_adapter_can_be_trained_further(world, fitted):
     """Its reader changes, and its base does not."""
-    more = small_fit(world, world.folder / "more", base=fitted.folder)
+    more = small_fit(world, world.folder / "more", base=fitted.folder, backbone=world.base)
     before, after = weights(fitted.folder), weights(more.folder)
     assert before.keys() == after.keys()
     assert any(not torch.equal(before[name], after[name]) for name in before)

@@ -46,7 +46,9 @@ def test_every_class_loads_every_form(tmp_path, cls, form, by):
     model = retrofitted(tmp_path / "base")
     saved(tmp_path, form, model if by is RetroForCausalLM else model.model)
     retriever = hash_retriever()
-    loaded, info = cls.from_pretrained(tmp_path / form, retriever=retriever, output_loading_info=True)
+    loaded, info = cls.from_pretrained(
+        tmp_path / form, backbone_name_or_path=tmp_path / "base", retriever=retriever, output_loading_info=True
+    )
     assert type(loaded) is (RetroModel if cls in (AutoModel, RetroModel) else RetroForCausalLM)
     assert not any(info.values())
     assert not loaded.training
@@ -65,7 +67,7 @@ def test_an_unfrozen_backbone_stays_unfrozen(tmp_path, cls):
     """In either form."""
     model = retrofitted(tmp_path / "base", freeze_backbone=False)
     for form in FORMS:
-        loaded = cls.from_pretrained(saved(tmp_path, form, model)[1])
+        loaded = cls.from_pretrained(saved(tmp_path, form, model)[1], backbone_name_or_path=tmp_path / "base")
         assert all(p.requires_grad for p in loaded.parameters())
 
 
@@ -74,11 +76,13 @@ def test_an_unfrozen_backbone_stays_unfrozen(tmp_path, cls):
 def test_every_class_saves_an_adapter_again(tmp_path, form, by):
     """`save_backbone=False` writes what RETRO adds and nothing else."""
     saved(tmp_path, form)
-    by.from_pretrained(tmp_path / form).save_pretrained(tmp_path / "again", save_backbone=False)
+    by.from_pretrained(tmp_path / form, backbone_name_or_path=tmp_path / "base").save_pretrained(
+        tmp_path / "again", save_backbone=False
+    )
     weights = load_file(tmp_path / "again" / "model.safetensors")
     assert weights and all("retro." in name and "backbone." not in name for name in weights)
-    loaded = RetroForCausalLM.from_pretrained(tmp_path / "again")
-    assert_same(loaded, RetroForCausalLM.from_pretrained(tmp_path / form))
+    loaded = RetroForCausalLM.from_pretrained(tmp_path / "again", backbone_name_or_path=tmp_path / "base")
+    assert_same(loaded, RetroForCausalLM.from_pretrained(tmp_path / form, backbone_name_or_path=tmp_path / "base"))
 
 
 def test_the_body_resizes_as_the_whole_does():
@@ -103,7 +107,9 @@ def test_dtype(tmp_path, form, cls, dtype):
     model = retrofitted(tmp_path / "base")
     stored = torch.float32 if dtype in ("bfloat16", torch.bfloat16) else torch.bfloat16
     saved(tmp_path, form, model.to(stored))
-    loaded = cls.from_pretrained(tmp_path / form, **({} if dtype is None else {"dtype": dtype}))
+    loaded = cls.from_pretrained(
+        tmp_path / form, backbone_name_or_path=tmp_path / "base", **({} if dtype is None else {"dtype": dtype})
+    )
     assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
 
 
@@ -112,7 +118,9 @@ def test_dtype(tmp_path, form, cls, dtype):
 def test_device_map(tmp_path, form, device_map):
     """Where there is one device, everything is on it."""
     model, folder = saved(tmp_path, form)
-    loaded = AutoModelForCausalLM.from_pretrained(folder, device_map=device_map)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        folder, backbone_name_or_path=tmp_path / "base", device_map=device_map
+    )
     assert len({p.device for p in loaded.parameters()}) == 1
     assert_same(loaded.to("cpu"), model)
 
@@ -122,7 +130,9 @@ def test_generation_config(tmp_path, form):
     """What is given takes precedence over what was saved."""
     _, folder = saved(tmp_path, form)
     given = GenerationConfig(max_new_tokens=3)
-    loaded = AutoModelForCausalLM.from_pretrained(folder, generation_config=given)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        folder, backbone_name_or_path=tmp_path / "base", generation_config=given
+    )
     assert loaded.generation_config.max_new_tokens == 3
 
 
@@ -132,16 +142,19 @@ def test_variant(tmp_path, form):
     model = retrofitted(tmp_path / "base")
     model.save_pretrained(tmp_path / form, save_backbone=form == "full", variant="fp32")
     assert not (tmp_path / form / "model.safetensors").exists()
-    assert_same(AutoModelForCausalLM.from_pretrained(tmp_path / form, variant="fp32"), model)
+    assert_same(
+        AutoModelForCausalLM.from_pretrained(tmp_path / form, backbone_name_or_path=tmp_path / "base", variant="fp32"),
+        model,
+    )
     with pytest.raises(OSError, match=r"model\.safetensors"):
-        AutoModelForCausalLM.from_pretrained(tmp_path / form)
+        AutoModelForCausalLM.from_pretrained(tmp_path / form, backbone_name_or_path=tmp_path / "base")
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_subfolder(tmp_path, form):
     """That of the model; its backbone is not looked for there."""
     model, _ = saved(tmp_path, form)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, subfolder=form)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, backbone_name_or_path=tmp_path / "base", subfolder=form)
     assert_same(loaded, model)
 
 
@@ -151,7 +164,7 @@ def test_subfolder(tmp_path, form):
 def test_attn_implementation(tmp_path, form, cls, name):
     """One for all parts, or one for each."""
     model, folder = saved(tmp_path, form)
-    loaded = cls.from_pretrained(folder, attn_implementation=name)
+    loaded = cls.from_pretrained(folder, backbone_name_or_path=tmp_path / "base", attn_implementation=name)
     expected = dict.fromkeys(("", "text_config"), name) if isinstance(name, str) else name
     assert loaded.config._attn_implementation == expected[""]
     assert loaded.base_model.backbone.config._attn_implementation == expected["text_config"]
@@ -163,12 +176,15 @@ def test_attn_implementation(tmp_path, form, cls, name):
 def test_use_safetensors(tmp_path, form):
     """True refuses a backbone that is stored as a pickle."""
     model, folder = saved(tmp_path, form)
-    assert_same(AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True), model)
+    assert_same(
+        AutoModelForCausalLM.from_pretrained(folder, backbone_name_or_path=tmp_path / "base", use_safetensors=True),
+        model,
+    )
     file = (tmp_path / "base" if form == "adapter" else folder) / "model.safetensors"
     torch.save(load_file(file), file.with_name("pytorch_model.bin"))
     file.unlink()
     with pytest.raises(OSError, match=r"model\.safetensors|safetensors"):
-        AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True)
+        AutoModelForCausalLM.from_pretrained(folder, backbone_name_or_path=tmp_path / "base", use_safetensors=True)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -179,11 +195,19 @@ def test_a_config_of_the_callers_own(tmp_path, form):
     config.num_neighbors = 7
     before = config.to_dict()
     for cls in (AutoModel, RetroModel, AutoModelForCausalLM, RetroForCausalLM):
-        assert cls.from_pretrained(folder, config=config).config.num_neighbors == 7
+        assert (
+            cls.from_pretrained(folder, backbone_name_or_path=tmp_path / "base", config=config).config.num_neighbors
+            == 7
+        )
         assert config.to_dict() == before, "the caller's own object must stay as it is"
     config.save_pretrained(tmp_path / "config")
-    assert RetroForCausalLM.from_pretrained(folder, config=tmp_path / "config").config.num_neighbors == 7
-    assert_same(RetroForCausalLM.from_pretrained(folder), model)
+    assert (
+        RetroForCausalLM.from_pretrained(
+            folder, backbone_name_or_path=tmp_path / "base", config=tmp_path / "config"
+        ).config.num_neighbors
+        == 7
+    )
+    assert_same(RetroForCausalLM.from_pretrained(folder, backbone_name_or_path=tmp_path / "base"), model)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -196,7 +220,7 @@ def test_fields_of_the_backbone_reach_it(tmp_path, form, cls, given):
     _, folder = saved(tmp_path, form)
     if "rope_theta" in given:
         given = {"rope_parameters": {"rope_type": "default", "rope_theta": 5.0}}
-    loaded = cls.from_pretrained(folder, use_cache=False, **given)
+    loaded = cls.from_pretrained(folder, backbone_name_or_path=tmp_path / "base", use_cache=False, **given)
     running = loaded.base_model.backbone.config
     assert running is loaded.config.text_config
     assert running.use_cache is False
@@ -209,7 +233,7 @@ def test_unknown_argument_is_refused(tmp_path, form):
     """Raises, as transformers does."""
     _, folder = saved(tmp_path, form)
     with pytest.raises(TypeError, match="not_an_argument"):
-        AutoModelForCausalLM.from_pretrained(folder, not_an_argument=1)
+        AutoModelForCausalLM.from_pretrained(folder, backbone_name_or_path=tmp_path / "base", not_an_argument=1)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -220,8 +244,10 @@ def test_weights_that_do_not_fit_the_config(tmp_path, form):
     name = "model.retro.cross_attention.1.norm.weight"
     save_file(weights | {name: torch.ones(3)}, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(RuntimeError):
-        AutoModelForCausalLM.from_pretrained(folder)
-    loaded, info = AutoModelForCausalLM.from_pretrained(folder, ignore_mismatched_sizes=True, output_loading_info=True)
+        AutoModelForCausalLM.from_pretrained(folder, backbone_name_or_path=tmp_path / "base")
+    loaded, info = AutoModelForCausalLM.from_pretrained(
+        folder, backbone_name_or_path=tmp_path / "base", ignore_mismatched_sizes=True, output_loading_info=True
+    )
     assert [entry[0] for entry in info["mismatched_keys"]] == [name]
     assert torch.equal(loaded.get_parameter(name), torch.ones(32))
 
@@ -351,6 +377,9 @@ def test_a_fingerprint_of_an_older_version_loads(tmp_path, cls):
     config = json.loads(file.read_text())
     file.write_text(json.dumps(config | {"backbone_fingerprint": "434ff9fc9cd768f5"}))
     with pytest.raises(ValueError, match="434ff9fc9cd768f5.*434ff9fc9cd768f4"):
-        cls.from_pretrained(folder)
+        cls.from_pretrained(folder, backbone_name_or_path=tmp_path / "base")
     file.write_text(json.dumps(config | {"backbone_fingerprint": "434ff9fc9cd768f4"}))
-    assert cls.from_pretrained(folder).config.backbone_fingerprint == model.config.backbone_fingerprint
+    assert (
+        cls.from_pretrained(folder, backbone_name_or_path=tmp_path / "base").config.backbone_fingerprint
+        == model.config.backbone_fingerprint
+    )

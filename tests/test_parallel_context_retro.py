@@ -312,7 +312,7 @@ class TestSaving:
         assert json.loads((tmp_path / "model" / "config.json").read_text())["reader"] == "parallel_context"
         ids, neighbors = random_ids(2, 14), random_neighbors(2, 3)
         for again in (False, True):
-            loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+            loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", backbone_name_or_path=tmp_path / "base")
             with torch.no_grad():
                 assert torch.equal(loaded(ids, **neighbors).logits, model(ids, **neighbors).logits)
                 assert torch.equal(loaded(ids).logits, model(ids).logits)

@@ -120,10 +120,12 @@ def test_lora_on_a_saved_retro(base, tmp_path):
     randomize(retro.model.retro, seed=3)
     retro.save_pretrained(tmp_path / "retro", save_backbone=False)
     options = {**LORA, "task_type": "CAUSAL_LM"}
-    model = get_peft_model(RetroForCausalLM.from_pretrained(tmp_path / "retro"), LoraConfig(**options))
+    model = get_peft_model(
+        RetroForCausalLM.from_pretrained(tmp_path / "retro", backbone_name_or_path=base), LoraConfig(**options)
+    )
     train(model)
     model.save_pretrained(tmp_path / "lora")
-    again = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "lora")
+    again = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "lora", backbone_name_or_path=base)
     ids, neighbors = random_ids(2, 14), random_neighbors(2, 3)
     with torch.no_grad():
         assert torch.equal(again(input_ids=ids, **neighbors).logits, model(input_ids=ids, **neighbors).logits)
@@ -138,7 +140,7 @@ def test_a_folder_of_peft_over_a_saved_retro(base, tmp_path, monkeypatch, cls, s
     retro = retrofit(base, **SETTINGS)
     randomize(retro.model.retro, seed=3)
     retro.save_pretrained("retro", save_backbone=save_backbone)
-    model = RetroForCausalLM.from_pretrained("retro")
+    model = RetroForCausalLM.from_pretrained("retro", backbone_name_or_path=base)
     config = LoraConfig(**LORA, task_type="CAUSAL_LM")
     if way == "get_peft_model":
         model = get_peft_model(model, config)
@@ -149,7 +151,7 @@ def test_a_folder_of_peft_over_a_saved_retro(base, tmp_path, monkeypatch, cls, s
     assert not (tmp_path / "lora" / "model.safetensors").exists()
     retriever = hash_retriever()
     options = {} if cls is AutoPeftModelForCausalLM else {"retriever": retriever}
-    again = cls.from_pretrained("lora", **options)
+    again = cls.from_pretrained("lora", backbone_name_or_path=base, **options)
     assert options == {} or again.retriever is retriever
     ids, neighbors = random_ids(2, 14), random_neighbors(2, 3)
     with torch.no_grad():
@@ -175,7 +177,7 @@ def test_an_adapter_on_the_backbone_alone(base, tmp_path, monkeypatch, cls, dtyp
     model.config.backbone_name_or_path = "lora"
     model.config.backbone_fingerprint = None
     model.save_pretrained("model", save_backbone=False)
-    again = cls.from_pretrained("model")
+    again = cls.from_pretrained("model", backbone_name_or_path="lora")
     expected = dict(model.model.named_parameters())
     found = dict(again.base_model.named_parameters())
     assert set(found) == set(expected)

@@ -109,17 +109,23 @@ def test_what_was_added_is_saved_and_loaded_on_the_quantized_base(kind, tmp_path
     names = safe_open(tmp_path / "model" / "model.safetensors", "pt").keys()
     assert all(name.startswith("model.retro.") for name in names)
     ids, neighbors = random_ids(2, 14), random_neighbors(2, 3)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", backbone_name_or_path=tmp_path / "base", dtype=torch.float32
+    )
     with torch.no_grad():
         expected = model(ids, **neighbors).logits
         assert torch.equal(loaded(ids, **neighbors).logits, expected)
         assert torch.equal(loaded(ids).logits, model(ids).logits)
-        plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model", quantization_config=None)
+        plain = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "model", backbone_name_or_path=tmp_path / "base", quantization_config=None
+        )
         base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
         assert torch.equal(plain(ids).logits, base(ids).logits)
         assert not torch.equal(plain(ids, **neighbors).logits, expected)
     loaded.save_pretrained(tmp_path / "again")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32)
+    again = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "again", backbone_name_or_path=tmp_path / "base", dtype=torch.float32
+    )
     with torch.no_grad():
         assert torch.equal(again(ids, **neighbors).logits, expected)
 

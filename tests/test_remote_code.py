@@ -26,6 +26,7 @@ MODEL_FILES = {
     "modeling_retro.py",
     "modeling_retro_decoder.py",
     "inputs_retro.py",
+    "names_retro.py",
     "neighbor_cache_retro.py",
     "parallel_context_retro.py",
 }

@@ -67,21 +67,25 @@ def test_retrofit(tmp_path, family, save_backbone, shards):
     names = [name for file in (tmp_path / "model").glob("*.safetensors") for name in safe_open(file, "pt").keys()]  # noqa: SIM118
     assert any(name.startswith("model.backbone.") for name in names) == save_backbone
     assert (len(list((tmp_path / "model").glob("*.safetensors"))) > 1) == (shards is not None)
-    assert_same(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), model)
-    assert_same(RetroForCausalLM.from_pretrained(tmp_path / "model"), model)
+    assert_same(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "model", backbone_name_or_path=tmp_path / "base"), model
+    )
+    assert_same(RetroForCausalLM.from_pretrained(tmp_path / "model", backbone_name_or_path=tmp_path / "base"), model)
 
 
 def test_adapter_is_saved_again_as_an_adapter(tmp_path):
     """The choice is kept in the config; an unfrozen backbone stays unfrozen."""
     model = retrofitted(tmp_path / "base", freeze_backbone=False)
     model.save_pretrained(tmp_path / "first", save_backbone=False)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "first")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "first", backbone_name_or_path=tmp_path / "base")
     assert_same(loaded, model)
     loaded.save_pretrained(tmp_path / "second")
     assert json.loads((tmp_path / "second" / "config.json").read_text())["save_backbone"] is False
     sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("first", "second")]
     assert sizes[0] == sizes[1]
-    assert_same(AutoModelForCausalLM.from_pretrained(tmp_path / "second"), model)
+    assert_same(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "second", backbone_name_or_path=tmp_path / "base"), model
+    )
 
 
 @pytest.mark.parametrize("save_backbone", [True, False])
@@ -90,14 +94,18 @@ def test_a_state_dict_handed_over_by_a_trainer(tmp_path, save_backbone):
     model = retrofitted(tmp_path / "base")
     model.config.save_backbone = save_backbone
     model.save_pretrained(tmp_path / "model", state_dict=model.state_dict())
-    assert_same(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), model)
+    assert_same(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "model", backbone_name_or_path=tmp_path / "base"), model
+    )
 
 
 @pytest.mark.parametrize("save_backbone", [True, False])
 def test_dtype(tmp_path, save_backbone):
     """`dtype=` reaches the backbone and what RETRO adds."""
     retrofitted(tmp_path / "base").save_pretrained(tmp_path / "model", save_backbone=save_backbone)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", backbone_name_or_path=tmp_path / "base", dtype=torch.bfloat16
+    )
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
     logits = loaded(random_ids(2, 14), **random_neighbors(2, 3)).logits
     assert logits.dtype == torch.bfloat16
@@ -125,7 +133,9 @@ def test_attention_implementation(tmp_path, save_backbone):
     model.save_pretrained(tmp_path / "model", save_backbone=save_backbone)
     ids, neighbors = random_ids(2, 14), random_neighbors(2, 3)
     for name in ("sdpa", "eager"):
-        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", attn_implementation=name)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "model", backbone_name_or_path=tmp_path / "base", attn_implementation=name
+        )
         assert loaded.model.backbone.config._attn_implementation == name
         torch.testing.assert_close(loaded(ids, **neighbors).logits, model(ids, **neighbors).logits)
 
@@ -136,14 +146,26 @@ def test_retriever_and_config_at_loading(tmp_path, save_backbone):
     model = retrofitted(tmp_path / "base")
     model.save_pretrained(tmp_path / "model", save_backbone=save_backbone)
     retriever = hash_retriever()
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", retriever=retriever, num_neighbors=5)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", backbone_name_or_path=tmp_path / "base", retriever=retriever, num_neighbors=5
+    )
     assert loaded.retriever is retriever
     assert loaded.config.num_neighbors == 5
     config = AutoConfig.from_pretrained(tmp_path / "model")
     config.num_neighbors = 7
-    assert RetroForCausalLM.from_pretrained(tmp_path / "model", config=config).config.num_neighbors == 7
+    assert (
+        RetroForCausalLM.from_pretrained(
+            tmp_path / "model", backbone_name_or_path=tmp_path / "base", config=config
+        ).config.num_neighbors
+        == 7
+    )
     if save_backbone:
-        assert RetroForCausalLM.from_pretrained(tmp_path / "model", num_neighbors=5).config.num_neighbors == 5
+        assert (
+            RetroForCausalLM.from_pretrained(
+                tmp_path / "model", backbone_name_or_path=tmp_path / "base", num_neighbors=5
+            ).config.num_neighbors
+            == 5
+        )
 
 
 @pytest.mark.parametrize("save_backbone", [True, False])
@@ -156,7 +178,12 @@ def test_generation_config(tmp_path, save_backbone):
     assert model.generation_config.max_new_tokens == 7
     model.generation_config.max_new_tokens = 9
     model.save_pretrained(tmp_path / "model", save_backbone=save_backbone)
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "model").generation_config.max_new_tokens == 9
+    assert (
+        AutoModelForCausalLM.from_pretrained(
+            tmp_path / "model", backbone_name_or_path=tmp_path / "base"
+        ).generation_config.max_new_tokens
+        == 9
+    )
 
 
 def test_body_alone(tmp_path):
@@ -170,35 +197,82 @@ def test_body_alone(tmp_path):
     torch.testing.assert_close(model.model.backbone.lm_head(states), model(ids, **neighbors).logits)
 
 
-def test_adapter_without_its_base(tmp_path):
-    """The error names the folder, the missing base and the remedy."""
-    model = retrofitted(tmp_path / "base")
-    model.save_pretrained(tmp_path / "model", save_backbone=False)
-    (tmp_path / "base").rename(tmp_path / "elsewhere")
-    with pytest.raises(OSError, match=r"holds only what RETRO adds to .*base'.*backbone_name_or_path="):
-        AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-    there = tmp_path / "elsewhere"
-    for cls, name in ((AutoModelForCausalLM, str(there)), (RetroForCausalLM, str(there)), (RetroForCausalLM, there)):
-        assert_same(cls.from_pretrained(tmp_path / "model", backbone_name_or_path=name), model)
-    config = json.loads((tmp_path / "model" / "config.json").read_text())
-    config["backbone_name_or_path"] = str(tmp_path / "elsewhere")
-    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
-    assert_same(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), model)
-
-
-def test_adapter_of_a_relative_base(tmp_path, monkeypatch):
-    """It is found from another working directory, and beside the adapter once both were moved; else refused at once."""
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
+def test_adapter_of_a_local_base_is_loaded_where_the_caller_says(tmp_path, monkeypatch):
+    """No saved file names a folder of this machine; the error names the adapter and what to give."""
+    monkeypatch.chdir(tmp_path)
     model = retrofitted("base")
     model.save_pretrained("model", save_backbone=False)
+    for file in Path("model").rglob("*"):
+        assert file.is_dir() or str(tmp_path).encode() not in file.read_bytes(), file
+    with pytest.raises(
+        OSError, match=r"'model' holds only what RETRO adds .*from_pretrained\('model', backbone_name_or_path="
+    ):
+        AutoModelForCausalLM.from_pretrained("model")
+    for cls in (AutoModelForCausalLM, RetroForCausalLM):
+        for name in ("base", Path("base"), tmp_path / "base"):
+            assert_same(cls.from_pretrained("model", backbone_name_or_path=name), model)
+    again = AutoModelForCausalLM.from_pretrained("model", backbone_name_or_path="base")
+    again.save_pretrained("whole", save_backbone=True)
+    assert_same(AutoModelForCausalLM.from_pretrained("whole"), model)
+    with pytest.raises(OSError, match=r"'elsewhere'[\s\S]*backbone_name_or_path="):
+        AutoModelForCausalLM.from_pretrained("model", backbone_name_or_path="elsewhere")
+
+
+NAMES = [
+    "{tmp}/base", "./base", "../base", "base/../base", "base", "~/base", "//host/base", "\\\\host\\base", "C:/base", "a//b",
+    "/dev/stdin", "/dev/null", "org/na..me", "org/name/more", "", ".hidden", 5, ["base"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("field", ["backbone_name_or_path", "retriever_name_or_path"])
+def test_names_in_a_strangers_config_are_on_the_hub(tmp_path, monkeypatch, name, field):
+    """A folder of this machine is never opened because a config names it, even if it fits."""
     monkeypatch.chdir(tmp_path)
-    assert_same(AutoModelForCausalLM.from_pretrained("here/model"), model)
-    (tmp_path / "here").rename(tmp_path / "there")
-    assert_same(AutoModelForCausalLM.from_pretrained("there/model"), model)
-    (tmp_path / "there" / "base").rename(tmp_path / "base")
-    with pytest.raises(OSError, match=r"in the folder '.*here/base', and neither that nor '.*there/base' is there"):
-        AutoModelForCausalLM.from_pretrained("there/model")
+    model = retrofitted("base")
+    model.save_pretrained("model", save_backbone=False)
+    config = json.loads(Path("model/config.json").read_text())
+    config[field] = name.replace("{tmp}", str(tmp_path)) if isinstance(name, str) else name
+    Path("model/config.json").write_text(json.dumps(config))
+    opened = []
+    monkeypatch.setattr("retro_hf.model.adapter_retro._load_backbone", lambda *_: opened.append(_))
+    for cls in (AutoModelForCausalLM, AutoModel, RetroForCausalLM, AutoConfig):
+        with pytest.raises(ValueError, match=field):
+            cls.from_pretrained("model")
+    Path("model/.cache/huggingface").mkdir(parents=True)
+    Path("model/.cache/huggingface/retro.json").write_text(json.dumps({field: str(tmp_path / "base")}))
+    config[field] = None
+    Path("model/config.json").write_text(json.dumps(config))
+    assert AutoConfig.from_pretrained("model").local_paths() == {}
+    assert not opened
+
+
+def test_other_names_of_a_strangers_model(tmp_path, monkeypatch):
+    """A revision that is a path, a weight map that names other folders, and a pipe are refused at once."""
+    monkeypatch.chdir(tmp_path)
+    model = retrofitted("base")
+    model.save_pretrained("model", max_shard_size="4KB")
+    file = Path("model/model.safetensors.index.json")
+    content = json.loads(file.read_text())
+    weight = next(iter(content["weight_map"]))
+    for name in (str(tmp_path / "model.safetensors"), "../base/model.safetensors", "..", "a\\b", "", 5):
+        file.write_text(json.dumps(content | {"weight_map": content["weight_map"] | {weight: name}}))
+        with pytest.raises(ValueError, match="weight map"):
+            AutoModelForCausalLM.from_pretrained("model")
+    for broken in ("[]", "{}", "[" * 100_000, '{"weight_map": 3}', "no"):
+        file.write_text(broken)
+        with pytest.raises(ValueError, match="weight map"):
+            AutoModelForCausalLM.from_pretrained("model")
+    file.write_text(json.dumps(content))
+    os.mkfifo("model/pipe.safetensors")
+    with pytest.raises(ValueError, match="pipe"):
+        RetroForCausalLM.from_pretrained("model")
+    os.remove("model/pipe.safetensors")
+    config = json.loads(Path("model/config.json").read_text())
+    for revision in ("../../main", "/etc", "a/../b", "", 5):
+        Path("model/config.json").write_text(json.dumps(config | {"backbone_revision": revision}))
+        with pytest.raises(ValueError, match="backbone_revision"):
+            AutoConfig.from_pretrained("model")
 
 
 def test_adapter_with_an_empty_base(tmp_path):
@@ -207,7 +281,7 @@ def test_adapter_with_an_empty_base(tmp_path):
     for file in (tmp_path / "base").iterdir():
         file.unlink()
     with pytest.raises(OSError, match=r"holds only what RETRO adds to '.*base'.*backbone_name_or_path="):
-        AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+        AutoModelForCausalLM.from_pretrained(tmp_path / "model", backbone_name_or_path=tmp_path / "base")
 
 
 def test_adapter_that_was_cut_off(tmp_path):
@@ -216,7 +290,7 @@ def test_adapter_that_was_cut_off(tmp_path):
     weights = tmp_path / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
     with pytest.raises(OSError, match=r"model' are damaged or not complete: .*download them again"):
-        AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+        AutoModelForCausalLM.from_pretrained(tmp_path / "model", backbone_name_or_path=tmp_path / "base")
 
 
 @pytest.mark.parametrize(
@@ -231,7 +305,7 @@ def test_adapter_with_another_base(tmp_path, field, value):
         tiny_backbone("llama", **{field: value}).save_pretrained(tmp_path / "base")
     before = "llama" if field == "model_type" else FAMILIES["llama"][field]
     with pytest.raises(ValueError, match=rf"with {field}={before}, but '.*base'.* has {value}.*backbone_revision"):
-        AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+        AutoModelForCausalLM.from_pretrained(tmp_path / "model", backbone_name_or_path=tmp_path / "base")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -246,11 +320,11 @@ def test_adapter_with_other_weights_of_the_same_shape(tmp_path, dtype):
     with pytest.raises(
         ValueError, match=r"backbone_fingerprint=\w{64}, but .* has \w{64}\..*`backbone_fingerprint=None`"
     ):
-        AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=dtype)
+        AutoModelForCausalLM.from_pretrained(tmp_path / "model", backbone_name_or_path=tmp_path / "base", dtype=dtype)
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     config["backbone_fingerprint"] = None
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", backbone_name_or_path=tmp_path / "base")
     assert torch.equal(loaded(random_ids(2, 14)).logits, base(random_ids(2, 14)).logits)
 
 
@@ -263,7 +337,9 @@ def test_adapter_of_a_base_that_was_trained(tmp_path):
         model.save_pretrained(tmp_path / "model", save_backbone=False)
     assert not (tmp_path / "model").exists()
     model.save_pretrained(tmp_path / "model")
-    assert_same(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), model)
+    assert_same(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "model", backbone_name_or_path=tmp_path / "base"), model
+    )
 
 
 def test_a_quantized_base_is_not_written(tmp_path):
@@ -276,7 +352,9 @@ def test_a_quantized_base_is_not_written(tmp_path):
         model.save_pretrained(tmp_path / "model", save_backbone=True)
     assert not (tmp_path / "model").exists()
     model.save_pretrained(tmp_path / "model")
-    assert_same(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), model)
+    assert_same(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "model", backbone_name_or_path=tmp_path / "base"), model
+    )
 
 
 def test_adapter_with_missing_weights(tmp_path):
@@ -286,7 +364,7 @@ def test_adapter_with_missing_weights(tmp_path):
     config["cross_attention_layers"] = [1, 2]
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"do not fit its config: missing \['model.retro.cross_attention.2"):
-        AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+        AutoModelForCausalLM.from_pretrained(tmp_path / "model", backbone_name_or_path=tmp_path / "base")
 
 
 def test_adapter_of_a_nameless_base(tmp_path):
@@ -296,7 +374,9 @@ def test_adapter_of_a_nameless_base(tmp_path):
         model.save_pretrained(tmp_path / "model", save_backbone=False)
     assert not (tmp_path / "model").exists()
     model.save_pretrained(tmp_path / "model")
-    assert_same(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), model)
+    assert_same(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "model", backbone_name_or_path=tmp_path / "base"), model
+    )
 
 
 def test_resized_embeddings(tmp_path):
@@ -393,8 +473,7 @@ for name, save_backbone in (("me/whole", True), ("me/part", False)):
     trainer = Trainer(model, arguments, train_dataset=rows)
     trainer.train()
     trainer.push_to_hub()
-    again = AutoModelForCausalLM.from_pretrained(name[3:])  # here, everything is found again
-    assert again.config.retriever_name_or_path == "./store", again.config
+    again = AutoModelForCausalLM.from_pretrained(name[3:], backbone_name_or_path="base")
     assert again.config.backbone_name_or_path == os.path.abspath("base"), again.config
     create_repo(f"{name}-by-hand")
     upload_folder(repo_id=f"{name}-by-hand", folder_path=name[3:], allow_patterns=["*.json", "*.md"])

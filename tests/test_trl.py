@@ -61,7 +61,8 @@ def trained(trainer):
 def test_a_model_given_by_name(fresh, tokenizer, save_backbone):
     """`SFTTrainer("folder")` loads the whole model, its frozen backbone included, and trains what RETRO adds."""
     fresh.save_pretrained("model", save_backbone=save_backbone)
-    trainer = SFTTrainer("model", args=SFTConfig("out", **SETTINGS), train_dataset=TEXTS, processing_class=tokenizer)
+    args = SFTConfig("out", model_init_kwargs={"backbone_name_or_path": "base"}, **SETTINGS)
+    trainer = SFTTrainer("model", args=args, train_dataset=TEXTS, processing_class=tokenizer)
     assert type(trainer.model) is RetroForCausalLM
     assert moved(trainer.model, fresh.state_dict()) == set()
     names = trained(trainer)
@@ -84,8 +85,10 @@ def test_the_papers_decoder_given_by_name(tmp_path, monkeypatch, tokenizer):
 def test_a_reference_model_of_a_saved_model(fresh, tokenizer, save_backbone):
     """`DPOTrainer` without `ref_model` loads the same model again."""
     fresh.save_pretrained("model", save_backbone=save_backbone)
-    model = AutoModelForCausalLM.from_pretrained("model")
-    trainer = DPOTrainer(model, args=DPOConfig("out", **SETTINGS), train_dataset=PAIRS, processing_class=tokenizer)
+    where = {"backbone_name_or_path": "base"}
+    model = AutoModelForCausalLM.from_pretrained("model", **where)
+    args = DPOConfig("out", model_init_kwargs=where, **SETTINGS)
+    trainer = DPOTrainer(model, args=args, train_dataset=PAIRS, processing_class=tokenizer)
     assert type(trainer.ref_model) is RetroForCausalLM
     assert moved(trainer.ref_model, fresh.state_dict()) == set()
     names = trained(trainer)

@@ -18,7 +18,7 @@ from .datastore import (
     open_retriever,
     readable,
 )
-from .model import MODEL, load_reader, tokenizer_of
+from .model import MODEL, Base, load_reader, tokenizer_of
 from .output import say, say_json, say_passage
 
 
@@ -39,6 +39,7 @@ def ask(
     min_score: MinScore = None,
     encoding: Encoding = None,
     split: Split = None,
+    base: Base = None,
     as_json: AsJson = False,
 ) -> None:
     """Answer a question from a datastore or from texts, and show the passages that were read."""
@@ -51,7 +52,7 @@ def ask(
 
     from retro_hf import RetroRetriever, answer
 
-    tokenizer = tokenizer_of(model)
+    tokenizer = tokenizer_of(model, base)
     if texts is None:
         retriever = open_retriever(str(store), embedder, tokenizer, min_score)
     else:
@@ -59,7 +60,7 @@ def ask(
             str(texts), tokenizer, embedder=embedder or DEFAULT_EMBEDDER, encoding=encoding, split=split
         )
         retriever.min_score = min_score
-    reader = load_reader(model, retriever)
+    reader = load_reader(model, retriever, base)
     result = answer(reader, retriever, readable(question), num_passages=passages, max_new_tokens=max_new_tokens)
     if as_json:
         say_json(dataclasses.asdict(result))

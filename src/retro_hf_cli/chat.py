@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from .datastore import STORE, Embedder, MinScore, harmless, readable
-from .model import MODEL, open_model
+from .model import MODEL, Base, open_model
 from .output import say, say_passage
 from .serve import Dtype, NumNeighbors
 
@@ -28,6 +28,7 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Largest number of tokens in an answer.")] = 256,
     temperature: Annotated[float, typer.Option(min=0, help="0 always takes the most likely token.")] = 0.0,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same answers.")] = None,
+    base: Base = None,
 ) -> None:
     """Chat with a model in the terminal. After each answer, the passages that it read are shown.
 
@@ -41,7 +42,7 @@ def chat(
     from retro_hf_server.source import Source
 
     say("Loading the model and the store ...", err=True)
-    loaded, tokenizer, retriever = open_model(model, store, embedder, num_neighbors, dtype, min_score)
+    loaded, tokenizer, retriever = open_model(model, store, embedder, num_neighbors, dtype, min_score, base)
     if not tokenizer.chat_template:
         raise ValueError(f"'{model}' has no chat template, so it cannot chat. Continue a text with `retro generate`.")
     engine = Engine(loaded, tokenizer, Source(retriever, tokenizer, loaded.config.chunk_size))

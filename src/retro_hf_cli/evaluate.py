@@ -9,7 +9,7 @@ import typer
 
 from . import paths
 from .datastore import Encoding, MinScore, Split, tell_progress
-from .model import MODEL, open_model
+from .model import MODEL, Base, open_model
 from .output import say, say_json
 
 
@@ -84,6 +84,7 @@ def evaluate(
     ] = "auto",
     seed: Annotated[int, typer.Option(min=0, help="Seed of random neighbors, fractions and intervals.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    base: Base = None,
 ) -> None:
     """Measure on held-out texts whether retrieval helps, how much, and whether the gain is copying.
 
@@ -115,7 +116,7 @@ def evaluate(
     # The reader skips those without text, but they are counted.
     documents += [{"id": reader.first_empty or "", "text": ""}] * reader.num_empty
     tell_progress()
-    loaded, tokenizer, retriever = open_model(model, store, embedder, dtype=dtype, min_score=min_score)
+    loaded, tokenizer, retriever = open_model(model, store, embedder, dtype=dtype, min_score=min_score, base=base)
     result = measure(
         loaded,
         documents,

@@ -37,6 +37,9 @@ def fit(
         int, typer.Option("--held-out", min=2, help="Documents to measure on, at most a fifth of all.")
     ] = 24,
     seed: Annotated[int, typer.Option(min=0, help="Seed of all random choices.")] = 0,
+    backbone: Annotated[
+        str | None, typer.Option("--base", help="Folder of the base of an adapter to go on with.")
+    ] = None,
 ) -> None:
     """Train a reader on your documents, and measure it on documents that it held out.
 
@@ -59,5 +62,6 @@ def fit(
         num_neighbors=num_neighbors,
         num_heldout=num_heldout,
         seed=seed,
+        backbone=backbone,
     )
     say(f"\n{result}\n\nThe adapter and its card are in {output}; its folder 'work' is only needed to go on.")

@@ -13,6 +13,9 @@ from .output import say
 commands = typer.Typer()
 
 MODEL = "Folder or Hub name of a RETRO model, or of another decoder-only model, which then reads in parallel context."
+Base = Annotated[
+    str | None, typer.Option(help="Folder of the base of an adapter that does not name it, or that has moved.")
+]
 
 
 @commands.command(rich_help_panel="Model", epilog='retro generate model "In the beginning" --store store')
@@ -25,9 +28,10 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Largest number of new tokens.")] = 64,
     query: Annotated[str | None, typer.Option(help="The text to look up instead of the prompt.")] = None,
     profile: Annotated[bool, typer.Option("--profile", help="Show where the time went, at the end.")] = False,
+    base: Base = None,
 ) -> None:
     """Continue a text, with or without a datastore, and show the passages that were read."""
-    tokenizer = tokenizer_of(model)
+    tokenizer = tokenizer_of(model, base)
     retriever = None if store is None else open_retriever(store, embedder, tokenizer, min_score)
     inputs = tokenizer(readable(prompt), return_tensors="pt", return_token_type_ids=False)
     if inputs.input_ids.shape[1] == 0:
@@ -35,7 +39,7 @@ def generate(
     options: dict[str, Any] = {"retriever": retriever, "max_new_tokens": max_new_tokens, "do_sample": False}
     if query is not None:
         options["query"] = readable(query)
-    reader = load_reader(model, retriever)
+    reader = load_reader(model, retriever, base)
     with _profiled(reader) if profile else nullcontext() as spent:
         output = reader.generate(**inputs.to(reader.device), return_dict_in_generate=True, **options)
     say(tokenizer.decode(output.sequences[0], skip_special_tokens=True))
@@ -94,6 +98,7 @@ def open_model(
     num_neighbors: int | None = None,
     dtype: str = "auto",
     min_score: float | None = None,
+    base: str | None = None,
 ) -> tuple[Any, Any, Any]:
     """A model on the best device, its tokenizer, and the retriever of its store, which is None without a store.
 
@@ -105,11 +110,11 @@ def open_model(
 
     if dtype not in ("auto", "float32", "bfloat16"):
         raise ValueError(f"--dtype is {dtype!r}, but it is float32, bfloat16 or auto.")
-    tokenizer = tokenizer_of(name)
+    tokenizer = tokenizer_of(name, base)
     retriever = None if store is None else open_retriever(store, embedder, tokenizer, min_score)
     if retriever is not None and num_neighbors is not None:
         retriever.num_neighbors = num_neighbors
-    model = load_reader(name, retriever)
+    model = load_reader(name, retriever, base)
     if retriever is not None:
         retriever.datastore.check_compatible(tokenizer=tokenizer, chunk_size=model.config.chunk_size)
     if dtype != "auto":
@@ -117,7 +122,7 @@ def open_model(
     return model.eval(), tokenizer, retriever
 
 
-def tokenizer_of(name: str) -> Any:
+def tokenizer_of(name: str, base: str | None = None) -> Any:
     """The tokenizer of a model. If its folder has none, as after `model.save_pretrained`, it is that of its base.
 
     Raises:
@@ -129,13 +134,15 @@ def tokenizer_of(name: str) -> Any:
     try:
         return load_tokenizer(name)
     except PretrainedNotFoundError:
-        base = load_model(name).config.backbone_name_or_path if _family(name) == "retro" else None
-        if base is None:
+        config = _config_of(name, base)
+        if config.model_type == "retro":
+            _check_base(name, config)
+        if getattr(config, "backbone_name_or_path", None) is None:
             raise
-        return load_tokenizer(base)
+        return load_tokenizer(config.backbone_name_or_path)
 
 
-def load_reader(name: str, retriever: Any) -> Any:
+def load_reader(name: str, retriever: Any, base: str | None = None) -> Any:
     """A RETRO model, or with a retriever a model of another family that reads in parallel context; on the best device.
 
     Raises:
@@ -147,16 +154,16 @@ def load_reader(name: str, retriever: Any) -> Any:
 
     from retro_hf import retrofit
 
-    if retriever is None or _family(name) == "retro":
-        model = load_model(name)
+    if retriever is None or base is not None or _config_of(name, base).model_type == "retro":
+        model = load_model(name, base)
     else:
         sizes = {"chunk_size": retriever.chunk_size, "neighbor_size": retriever.neighbor_size}
         model = retrofit(name, reader="parallel_context", **sizes)
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load_model(name: str) -> Any:
-    """A RETRO model, from a folder or the Hub.
+def load_model(name: str, base: str | None = None) -> Any:
+    """A RETRO model, from a folder or the Hub; `base` is the folder of an adapter's base.
 
     Raises:
         PretrainedNotFoundError: if there is no such model.
@@ -164,27 +171,35 @@ def load_model(name: str) -> Any:
     """
     from transformers import AutoModelForCausalLM
 
-    from retro_hf.errors import PretrainedNotFoundError
+    from retro_hf.datastore.compatibility import loading
 
-    family = _family(name)
-    if family != "retro":
+    config = _config_of(name, base)
+    if (family := config.model_type) != "retro":
         raise ValueError(
             f"'{name}' is a model of the family '{family}', not a RETRO model. If it is a decoder-only language model, it can "
             "read a datastore without training: add `--store`. For the paper's reader, make a RETRO model of it with "
             "`retro retrofit` and train that."
         )
-    try:
-        return AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise PretrainedNotFoundError.for_name("model", name, error) from error
+    _check_base(name, config)
+    with loading("model", name):
+        return AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, **_given(base))
 
 
-def _family(name: str) -> str:
+def _check_base(name: str, config: Any) -> None:
+    if not config.save_backbone and config.backbone_name_or_path is None:
+        raise ValueError(
+            f"'{name}' holds only what RETRO adds to a base in a folder, which it does not name. Say where that is: `--base FOLDER`."
+        )
+
+
+def _config_of(name: str, base: str | None) -> Any:
     from transformers import AutoConfig
 
-    from retro_hf.errors import PretrainedNotFoundError  # the package registers the family "retro"
+    from retro_hf.datastore.compatibility import loading  # the package registers the family "retro"
 
-    try:
-        return str(AutoConfig.from_pretrained(name, trust_remote_code=False).model_type)
-    except (OSError, ValueError) as error:
-        raise PretrainedNotFoundError.for_name("model", name, error) from error
+    with loading("model", name):
+        return AutoConfig.from_pretrained(name, trust_remote_code=False, **_given(base))
+
+
+def _given(base: str | None) -> dict[str, str]:
+    return {} if base is None else {"backbone_name_or_path": base}

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from .datastore import STORE, Embedder, MinScore
-from .model import MODEL, open_model
+from .model import MODEL, Base, open_model
 from .output import say
 
 
@@ -49,6 +49,7 @@ def serve(
     timeout: Annotated[
         float, typer.Option(min=1, help="Seconds for an answer, including the time in the queue.")
     ] = 300.0,
+    base: Base = None,
 ) -> None:
     """Serve a model over HTTP in OpenAI's protocol, with a page to try it out.
 
@@ -69,7 +70,7 @@ def serve(
         )
     listening = run.bind(host, port)  # what is taken shows before the model is loaded
     try:
-        loaded, tokenizer, retriever = open_model(model, store, embedder, num_neighbors, dtype, min_score)
+        loaded, tokenizer, retriever = open_model(model, store, embedder, num_neighbors, dtype, min_score, base)
         address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
         served = name or os.path.basename(os.path.normpath(model))
         say(f"Serving {served} at {address} (the page) and {address}/v1 (the API). Ctrl-C ends it.")

@@ -65,7 +65,7 @@ def test_fsdp2_trains_and_saves_what_one_process_does(launched, kind):
     start = {key: value.clone() for key, value in model.state_dict().items()}
     batches = fsdp_batches(load_world(folder))
     assert results[f"fsdp {kind}"] == pytest.approx(fsdp_steps(model, batches, range(2)), abs=2e-5)
-    loaded = AutoModelForCausalLM.from_pretrained(folder / "fsdp" / kind)
+    loaded = AutoModelForCausalLM.from_pretrained(folder / "fsdp" / kind, backbone_name_or_path=folder / "base")
     for key, value in model.state_dict().items():
         torch.testing.assert_close(loaded.state_dict()[key], value, atol=1e-5, rtol=1e-4, msg=key)
     moved = {key for key, value in model.state_dict().items() if not torch.equal(value, start[key])}

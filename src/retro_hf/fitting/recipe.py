@@ -80,10 +80,16 @@ def new_reader(base: str | os.PathLike[str], dtype: torch.dtype, **sizes: Any) -
     )
 
 
-def load_start(base: str | os.PathLike[str], dtype: torch.dtype, **sizes: Any) -> RetroForCausalLM:
-    """The reader to go on with, or a new one; the base in `dtype` and frozen, the reader in float32."""
+def load_start(
+    base: str | os.PathLike[str], dtype: torch.dtype, backbone: str | os.PathLike[str] | None = None, **sizes: Any
+) -> RetroForCausalLM:
+    """The reader to go on with, whose base may be in the folder `backbone`, or a new one.
+
+    The base is in `dtype` and frozen, the reader in float32.
+    """
     if is_adapter(base):
-        model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, trust_remote_code=False)
+        where = {} if backbone is None else {"backbone_name_or_path": backbone}
+        model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, trust_remote_code=False, **where)
         model.model.backbone.requires_grad_(False)
     else:
         model = new_reader(base, dtype, **sizes)

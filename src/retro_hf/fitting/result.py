@@ -53,7 +53,7 @@ ones. "In the prompt" is the base with the passages before its text, "parallel c
 import retro_hf  # pip install retro-hf
 from transformers import AutoModelForCausalLM
 
-model = AutoModelForCausalLM.from_pretrained("{name}")
+model = AutoModelForCausalLM.from_pretrained("{name}"{where})
 ```
 
 It reads datastores of its own tokenizer with chunks of {chunk_size} tokens. What it reads, it may repeat.
@@ -126,6 +126,8 @@ def write_card(result: Fit) -> None:
         data="\n".join(f"{name}: {json.dumps(value)}" for name, value in data.items()),
         name=result.folder.name,
         base=settings["backbone"],
+        # A base without an owner is a folder, which the adapter does not name.
+        where="" if "/" in settings["backbone"] else f', backbone_name_or_path="{settings["backbone"]}"',
         verdict=result.evaluation.verdict.text,
         rows="\n".join(_table(result)),
         scored=f"{inputs.num_documents:,} documents that were held out, {inputs.num_tokens:,} tokens.",

@@ -57,6 +57,7 @@ def fit(
     batch_size: int | None = None,
     learning_rate: float | None = None,
     seed: int = 0,
+    backbone: str | os.PathLike[str] | None = None,
 ) -> Fit:
     """Fit a reader to documents, and measure on documents that were held out what it brings.
 
@@ -83,6 +84,7 @@ def fit(
         batch_size (`int`, *optional*): windows of 256 tokens per step; 6 on a CPU, 32 on a GPU.
         learning_rate (`float`, *optional*): 1e-3 for a new reader, 7e-4 for an adapter that goes on.
         seed (`int`, defaults to 0): of what is held out and of all draws.
+        backbone (`str` or `Path`, *optional*): where the base of the adapter is, if that is a local folder.
     Returns:
         [`Fit`]: `print` shows the verdict and a table.
     Raises:
@@ -137,7 +139,9 @@ def fit(
     sizes = {"chunk_size": store.chunk_size, "neighbor_size": store.neighbor_size, "num_neighbors": num_neighbors}
     finished = "steps" in state and state["steps"] == state["planned"]
     torch.manual_seed(seed)
-    model: Any = load_start(output if finished else base, dtype, **sizes)
+    if backbone is None and not goes_on and os.path.isdir(base):
+        backbone = base  # what is saved does not name it
+    model: Any = load_start(output if finished else base, dtype, backbone, **sizes)
     model.to(device)
     store.check_compatible(chunk_size=model.config.chunk_size)
     logger.info(parameter_report(model))
@@ -192,7 +196,8 @@ def fit(
         **identity,
         **state,
         **sizes,
-        "backbone": model.config.backbone_name_or_path,
+        "base": _portable(base),
+        "backbone": _portable(model.config.backbone_name_or_path),
         "num_train": len(parts.train),
         "window": window,
         "device": f"{torch.get_num_threads()} threads of a CPU"
@@ -203,6 +208,11 @@ def fit(
     fitted = Fit(output, *result, settings)
     fitted.save()
     return fitted
+
+
+def _portable(name: str | os.PathLike[str]) -> str:
+    """A name on the Hub, or only the last part of a folder: cards are uploaded."""
+    return os.path.basename(os.path.abspath(name)) if os.path.isdir(name) else str(name)
 
 
 def _claim(output: Path, identity: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 """Save and load a whole model, or an adapter: only what RETRO adds to a backbone that is stored elsewhere."""
 
 import copy
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -19,6 +18,7 @@ from transformers.utils import logging
 from .backbone_retro import fingerprint, placement
 from .card_retro import read_evaluation, write_card
 from .configuration_retro import RetroConfig
+from .names_retro import check_files, is_hub_name
 from .retriever_protocol_retro import Retriever
 
 
@@ -30,9 +30,6 @@ _HUB_ARGUMENTS = ("revision", "subfolder", "cache_dir", "force_download", "local
 # Arguments for the file of the adapter's weights, and for every file of weights.
 _ADAPTER_ARGUMENTS = ("variant", "ignore_mismatched_sizes", "key_mapping")
 _FILE_ARGUMENTS = ("use_safetensors", "weights_only", "disable_mmap")
-# The local paths of a saved folder. The Hub's client never uploads `.cache/huggingface`, whoever uploads the folder, so paths
-# of this machine are kept there instead of in config.json. A name in config.json has priority.
-_LOCAL_PATHS = os.path.join(".cache", "huggingface", "retro.json")
 # Arguments meant for the weights, which a config would otherwise store or swallow.
 _NOT_OF_THE_CONFIG = ("dtype", "torch_dtype", "quantization_config", "trust_remote_code", "gguf_file")
 
@@ -93,7 +90,7 @@ class RetroAdapterMixin(PreTrainedModel):
             with self._without_local_paths() if kwargs.get("push_to_hub") else nullcontext():
                 super().save_pretrained(save_directory, *args, **kwargs)
                 if kwargs.get("is_main_process", True):
-                    _keep_local_paths(self.config, save_directory)
+                    _tell_local_backbone(self.config, save_directory)
         finally:
             self.config.save_backbone = before
 
@@ -192,6 +189,8 @@ class RetroAdapterMixin(PreTrainedModel):
             The model in evaluation mode; with `output_loading_info=True` also the `dict` of what was missing or unexpected.
         """
         path, hub = pretrained_model_name_or_path, {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+        if path is not None and os.path.isdir(path):
+            check_files(os.path.join(path, hub.get("subfolder") or ""))
         asked = kwargs.pop("reader", getattr(config, "reader", None))
         if asked is not None and path is not None:
             _check_reader(path, asked, cls.config_class, hub)
@@ -202,7 +201,9 @@ class RetroAdapterMixin(PreTrainedModel):
             config, kwargs = cls.config_class.from_pretrained(config or base_path, return_unused_kwargs=True, **kwargs)
             kwargs |= held | hub
         if base_path is not None:
-            config = _recall_local_paths(copy.deepcopy(config), os.path.join(base_path, hub.get("subfolder") or ""))
+            config = copy.deepcopy(config)
+            if (where := kwargs.pop("backbone_name_or_path", None)) is not None:  # beside a config of the caller's
+                config.backbone_name_or_path, config.backbone_revision = os.fspath(where), None
         try:
             if base_path is None or config.save_backbone:
                 loaded = super().from_pretrained(path, *args, config=config, **kwargs)
@@ -296,10 +297,9 @@ def _load_backbone(path: str | os.PathLike, config: RetroConfig, kwargs: dict[st
     if name is None:
         raise OSError(
             f"'{path}' holds only what RETRO adds to a backbone, and does not name it: it was a folder of the machine that saved "
-            "the model. Say where it is: `from_pretrained(..., backbone_name_or_path=...)`."
+            f"the model. Say where it is: `from_pretrained('{path}', backbone_name_or_path='<folder>')`. For programs that take "
+            "one name only, save the whole model that this gives with `save_pretrained('<new folder>', save_backbone=True)`."
         )
-    if os.path.isabs(name) and not os.path.isdir(name):
-        name = config.backbone_name_or_path = _folder_beside(path, name)
     checkpoint = f"'{name}' (revision {revision})"
     ours = ("subfolder", "adapter_kwargs", "adapter_name", "generation_config", "output_loading_info")
     theirs = {key: value for key, value in kwargs.items() if key not in (*ours, *_ADAPTER_ARGUMENTS)}
@@ -314,6 +314,8 @@ def _load_backbone(path: str | os.PathLike, config: RetroConfig, kwargs: dict[st
     try:
         where = {key: theirs[key] for key in _HUB_ARGUMENTS if key in theirs}
         _, base, _ = maybe_load_adapters(name, where)  # if the name is that of a PEFT adapter
+        if base != name and not os.path.isdir(name) and not is_hub_name(base):
+            raise ValueError(f"The PEFT adapter '{name}' names the model {base!r:.200}, which is no name on the Hub.")
         stored = AutoConfig.from_pretrained(base, trust_remote_code=theirs["trust_remote_code"], **where)
         for field in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size"):
             values = [getattr(part.get_text_config(decoder=True), field, None) for part in (text_config, stored)]
@@ -347,48 +349,15 @@ def _check_same(path: Any, checkpoint: str, field: str, expected: Any, found: An
         )
 
 
-def _keep_local_paths(config: RetroConfig, folder: str | os.PathLike) -> None:
-    """Write what config.json leaves out, into a file that no upload includes."""
-    file = os.path.join(folder, _LOCAL_PATHS)
-    local = config.local_paths()
-    if local:
-        if not config.save_backbone and "backbone_name_or_path" in local:
-            logger.warning_once(
-                f"The backbone '{local['backbone_name_or_path']}' is a folder of this machine, so what is saved is found again here "
-                "only. Before it is uploaded, name the backbone's repository: `model.config.backbone_name_or_path = 'org/name'`."
-            )
-        os.makedirs(os.path.dirname(file), exist_ok=True)
-        with open(os.path.join(os.path.dirname(file), ".gitignore"), "w", encoding="utf-8") as opened:
-            opened.write("*")  # as the Hub's client does there
-        with open(f"{file}.tmp", "w", encoding="utf-8") as opened:
-            json.dump(local, opened, indent=2)
-        os.replace(f"{file}.tmp", file)
-    elif os.path.exists(file):
-        os.remove(file)
-
-
-def _recall_local_paths(config: RetroConfig, folder: str) -> RetroConfig:
-    """Fill in the names that config.json leaves out, where the folder is still on the machine that saved it."""
-    file = os.path.join(folder, _LOCAL_PATHS)
-    if os.path.isfile(file):
-        with open(file, encoding="utf-8") as opened:
-            saved = json.load(opened)
-        for field in ("backbone_name_or_path", "retriever_name_or_path"):
-            if getattr(config, field) is None:
-                setattr(config, field, saved.get(field))
-    return config
-
-
-def _folder_beside(path: str | os.PathLike, name: str) -> str:
-    """The folder of the backbone, if it was moved together with that of the adapter at `path`."""
-    beside = os.path.join(os.path.dirname(os.path.abspath(path)), os.path.basename(name))
-    if not os.path.isdir(beside):
-        raise OSError(
-            f"'{path}' holds only what RETRO adds to the model in the folder '{name}', and neither that nor '{beside}' is "
-            "there. Put it there, or say where it is: `from_pretrained(..., backbone_name_or_path=...)`."
+def _tell_local_backbone(config: RetroConfig, folder: str | os.PathLike) -> None:
+    """Say how an adapter is loaded whose backbone is a folder of this machine, which no saved file names."""
+    name = config.local_paths().get("backbone_name_or_path")
+    if name is not None and not config.save_backbone:
+        logger.warning_once(
+            f"'{folder}' does not say where its backbone is, since '{name}' is a folder of this machine. Load it with "
+            f"`from_pretrained('{folder}', backbone_name_or_path='{name}')`; before it is uploaded, name the backbone's repository: "
+            "`model.config.backbone_name_or_path = 'org/name'`."
         )
-    logger.warning(f"There is no folder '{name}' any more; the backbone is read from '{beside}'.")
-    return beside
 
 
 __all__ = ["RetroAdapterMixin"]

@@ -25,6 +25,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import auto_docstring
 
 from .compatibility_retro import CACHE_NAMES, SubConfigSpec
+from .names_retro import check_saved_names, is_local
 
 
 # What peers call our fields, so that their spelling gets an answer instead of being stored and ignored.
@@ -87,10 +88,6 @@ def _require_layers(config: PreTrainedConfig, name: str, num_layers: int) -> Non
             f"`{name}` must name at least one layer, in increasing order, counted from 0 to {num_layers - 1}, got "
             f"{layers}. (The paper counts from 1: its P = 6, 9, 12 is [5, 8, 11] here.)"
         )
-
-
-def _is_local(name: str) -> bool:
-    return os.path.isabs(name) or os.path.isdir(name) or name.startswith(".") or name.count("/") > 1
 
 
 def _of_backbone(name: str, docstring: str) -> property:
@@ -371,7 +368,7 @@ class RetroConfig(_RetroConfigMixin, PreTrainedConfig):
             `dict` that maps fields (`backbone_name_or_path`, `retriever_name_or_path`) to paths.
         """
         names = {field: getattr(self, field) for field in ("backbone_name_or_path", "retriever_name_or_path")}
-        return {field: name for field, name in names.items() if name and _is_local(name)}
+        return {field: name for field, name in names.items() if name and is_local(name)}
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -379,6 +376,7 @@ class RetroConfig(_RetroConfigMixin, PreTrainedConfig):
         if (name := kwargs.get("backbone_name_or_path")) is not None:
             kwargs["backbone_name_or_path"] = os.path.abspath(name) if os.path.isdir(name) else os.fspath(name)
             kwargs.setdefault("backbone_revision", None)  # the saved one is of the saved name
+        check_saved_names({name: value for name, value in config_dict.items() if name not in kwargs})
         family = config_dict.get("model_type", cls.model_type)
         if family != cls.model_type:
             raise ValueError(

@@ -1,0 +1,105 @@
+# Copyright 2026 The retro-hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Names in a saved folder, which may be a stranger's: what they may name, so that nothing else of this machine is read."""
+
+import json
+import os
+import re
+import stat
+from collections.abc import Mapping
+from typing import Any
+
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+
+_MAX_WEIGHT_MAP_BYTES = 64 << 20
+_FILE = re.compile(r"\w[\w.-]*", re.ASCII)
+_REVISION = re.compile(r"\w[\w.-]*(/[\w.-]+)*", re.ASCII)
+
+
+def is_local(name: str) -> bool:
+    """Whether a name is that of a folder of this machine."""
+    return os.path.isabs(name) or os.path.isdir(name) or name.startswith(".") or name.count("/") > 1
+
+
+def is_hub_name(name: Any) -> bool:
+    """Whether a name can be one on the Hub, such as `"org/name"` or `"name"`."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return isinstance(name, str)
+
+
+def check_saved_names(saved: Mapping[str, Any]) -> None:
+    """Check the names in a saved config: they are on the Hub, and only the caller names folders of this machine.
+
+    Args:
+        saved (`Mapping`): fields of a [`RetroConfig`] that the caller has not given.
+    Raises:
+        ValueError: for a name that is a path, or that is also something in the current folder.
+    """
+    for field in ("backbone_name_or_path", "retriever_name_or_path"):
+        name = saved.get(field)
+        if name is None:
+            continue
+        is_name = is_hub_name(name)
+        if not is_name or os.path.lexists(name):
+            reason = "also something in the current folder" if is_name else "no name on the Hub, such as 'org/name'"
+            raise ValueError(
+                f"The saved {field} is {name!r:.200}, {reason}. Only you name folders of this machine: say which one it is with "
+                f"`from_pretrained(..., {field}=...)`."
+            )
+    revision = saved.get("backbone_revision")
+    is_revision = isinstance(revision, str) and _REVISION.fullmatch(revision) and ".." not in revision
+    if revision is not None and not is_revision:
+        raise ValueError(
+            f"The saved backbone_revision is {revision!r:.200}, which is no branch, tag or commit. Say which one is right: "
+            "`from_pretrained(..., backbone_revision=...)`."
+        )
+
+
+def check_files(folder: str) -> None:
+    """Check a local folder before its weights are read: files, no pipes or devices, and weight maps that stay inside.
+
+    Raises:
+        ValueError: for anything else, with its name.
+    """
+    for entry in os.scandir(folder):
+        mode = os.stat(entry.path).st_mode if os.path.exists(entry.path) else stat.S_IFREG
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            raise ValueError(f"{entry.name!r} in '{folder}' is a pipe or a device, not a file. Remove it.")
+        if entry.name.endswith(".index.json") and entry.is_file():
+            _check_weight_map(entry)
+
+
+def _check_weight_map(file: os.DirEntry[str]) -> None:
+    size = file.stat().st_size
+    if size > _MAX_WEIGHT_MAP_BYTES:
+        raise ValueError(f"'{file.path}' has {size:,} bytes, more than {_MAX_WEIGHT_MAP_BYTES:,}.")
+    try:
+        with open(file.path, encoding="utf-8") as opened:
+            names = set(json.load(opened)["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"'{file.path}' is no weight map ({type(error).__name__}). Copy or download it again."
+        ) from error
+    if strange := [name for name in names if not isinstance(name, str) or not _FILE.fullmatch(name)]:
+        raise ValueError(
+            f"'{file.path}' names the file {strange[0]!r:.200}; a weight map names files of its own folder only. Copy or "
+            "download the model again."
+        )
+
+
+__all__ = ["check_files", "check_saved_names", "is_hub_name", "is_local"]
