@@ -33,8 +33,9 @@ def install(tmp_path):
     python.write_text(PYTHON)
     python.chmod(0o755)
 
-    def install(lacks: str = "") -> tuple[list[str], str]:
-        made = make("install", f"VENV={tmp_path}/venv", f"PYTHON={sys.executable}", LOG=f"{tmp_path}/log", LACKS=lacks)
+    def install(lacks: str = "", *options: str) -> tuple[list[str], str]:
+        places = f"VENV={tmp_path}/venv", f"PYTHON={sys.executable}"
+        made = make("install", *places, *options, LOG=f"{tmp_path}/log", LACKS=lacks)
         assert made.returncode == 0, made.stderr
         return (tmp_path / "log").read_text().splitlines(), made.stderr
 
@@ -72,3 +73,25 @@ def test_installation_says_loudly_that_it_takes_a_big_build(install):
 def test_installation_adds_pip_to_an_environment_that_has_none(install):
     commands, _ = install(lacks="--version")
     assert "-m ensurepip" in commands[1]
+
+
+def test_verified_installation_takes_what_has_the_recorded_sha256(install):
+    commands, _ = install("", "VERIFIED=1")
+    assert "--require-hashes -r constraints-hashed.txt" in commands[-2] and "--no-deps" in commands[-2]
+    assert "--no-build-isolation" in commands[-1]
+
+
+def test_every_locked_package_but_torch_has_hashes():
+    """And of the same version, so that one file cannot be renewed without the other."""
+
+    def pins(text: str) -> dict[str, str]:
+        found = re.findall(r"^([\w.-]+)==(\S+)", text, re.MULTILINE)
+        return {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in found}
+
+    hashed = (ROOT / "constraints-hashed.txt").read_text()
+    locked = pins((ROOT / "constraints.txt").read_text())
+    locked.pop("torch")
+    assert pins(hashed) == locked
+    entries = re.sub(r"^#.*\n", "", hashed, flags=re.MULTILINE)
+    for block in re.split(r"\n(?=\w)", entries):
+        assert re.fullmatch(r"\S+==\S+( \\\n    --hash=sha256:[0-9a-f]{64})+\s*", block), block[:60]
