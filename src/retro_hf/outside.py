@@ -16,6 +16,7 @@ from typing import Any
 
 MAX_JSON_BYTES = 16 << 20
 _MAX_WEIGHT_MAP_BYTES = 64 << 20
+_MAX_NESTING = 256
 
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 # Names that Windows takes for devices, whatever their suffix.
@@ -122,9 +123,25 @@ def check_folder(folder: str | os.PathLike[str]) -> None:
 def parse_json(content: str | bytes) -> Any:
     """A JSON value; ValueError for whatever is wrong with it, also if it is nested too deeply."""
     try:
-        return json.loads(content)
+        value = json.loads(content)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+    # Python's own limit depends on how deep the caller is, and whoever writes the value again may be deeper.
+    marks: Any = (b"[", b"{") if isinstance(content, bytes) else ("[", "{")
+    if sum(map(content.count, marks)) > _MAX_NESTING:
+        level = [value]
+        for _ in range(_MAX_NESTING):
+            level = [
+                inner
+                for outer in level
+                if isinstance(outer, (dict, list))
+                for inner in (outer.values() if isinstance(outer, dict) else outer)
+            ]
+            if not level:
+                break
+        else:
+            raise ValueError(f"it is nested more than {_MAX_NESTING} times")
+    return value
 
 
 def read_json(folder: str | os.PathLike[str], name: str, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:

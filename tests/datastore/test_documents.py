@@ -5,6 +5,8 @@ import json
 import math
 import os
 import sys
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
 
 import datasets
@@ -392,8 +394,81 @@ def test_every_file_with_undecodable_bytes_is_named(tmp_path, caplog):
     reader = DocumentReader(tmp_path)
     list(reader)
     reader.warn_of_repairs()
-    assert len(reader.undecodable) == 24 and "nul.txt" in reader.undecodable
-    assert "24 of 25 files" in caplog.text and "'19.txt'" in caplog.text and "4 more" in caplog.text
+    assert len(reader.undecodable) == 23 and "nul.txt" not in reader.undecodable
+    assert "23 of 24 files" in caplog.text and "'19.txt'" in caplog.text and "3 more" in caplog.text
+    assert "'nul.txt'" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["picture.txt", "picture.md", "picture.html", "picture.txt.gz"])
+def test_file_that_is_no_text_is_left_out_by_name(name, tmp_path, caplog):
+    """A picture with the suffix of a text gives no document; alone it is an error, and UTF-16 is read if it is named."""
+    content = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR" + bytes(50)
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    with pytest.raises(DatastoreInputError, match=name):
+        read(tmp_path)
+    (tmp_path / "a.txt").write_text("a text")
+    (tmp_path / "b.txt").write_bytes("a text".encode("utf-16-le"))
+    reader = DocumentReader(tmp_path)
+    assert [document.text for document in reader] == ["a text"]
+    assert reader.sources == [{"name": "a.txt"}]
+    reader.warn_of_repairs()
+    assert "2 files" in caplog.text and repr(name) in caplog.text
+    assert texts_of(tmp_path / "b.txt", encoding="utf-16-le") == ["a text"]
+
+
+def test_copies_of_a_long_text_in_a_parquet_file_are_counted_before_they_are_made(tmp_path, monkeypatch):
+    """A dictionary of one text is small in the file; rows are read one by one, and a row beyond the bound is refused."""
+    monkeypatch.setattr("retro_hf.datastore.formats.MAX_DOCUMENT_BYTES", 1 << 20)
+    text = "a" * (600 << 10)
+    pq.write_table(pa.table({"text": [text] * 9, "id": list("abcdefghi")}), tmp_path / "copies.parquet")
+    assert [len(document.text) for document in read(tmp_path / "copies.parquet")] == [len(text)] * 9
+    for number, column in enumerate(([text * 2], [[text, text]], [{"a": {"b": [text * 2]}}], [[0] * (1 << 18)])):
+        table = pa.table({"text": ["short"], "other": column})
+        pq.write_table(table, tmp_path / f"{number}.parquet", compression="zstd")
+        with pytest.raises(DatastoreInputError, match=f"{number}.parquet"):
+            read(tmp_path / f"{number}.parquet")
+
+
+def test_any_column_of_a_parquet_file_is_kept(tmp_path):
+    """Of whatever type: what the bounds look at comes back as Python has it."""
+    rows = [
+        {"text": "one", "words": ["a", "b"], "deep": {"x": ["c", None], "y": 1}, "raw": b"d", "price": Decimal("1.50"), "day": date(2020, 1, 2)},
+        {"text": "two", "words": [], "deep": {"x": None, "y": 2}, "raw": None, "price": None, "day": None},
+    ]  # fmt: skip
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    found = [document.metadata | {"text": document.text} for document in read(tmp_path / "a.parquet")]
+    assert found == rows
+
+
+@pytest.mark.parametrize("depth", [200, 300, 5000, 200_000])
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_nesting_is_bounded(name, depth, tmp_path):
+    """What is read can be written again; deeper JSON is refused by name, and brackets in a text do not count."""
+    text = "[" * 300
+    (tmp_path / name).write_text(json.dumps({"text": text})[:-1] + ', "x": ' + "[" * depth + "]" * depth + "}\n")
+    if depth == 200:
+        assert texts_of(tmp_path / name) == [text]
+    else:
+        with pytest.raises(DatastoreInputError, match=name):
+            read(tmp_path / name)
+
+
+def test_tags_that_are_never_closed_take_no_time(tmp_path):
+    (tmp_path / "a.html").write_text("<svg>" * 200_000 + "</b>" * 200_000 + "</svg>" + "<p>text")
+    assert texts_of(tmp_path / "a.html") == ["text"]
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RecursionError("too deep"), NotImplementedError("of a library"), KeyError("x")]
+)
+def test_whatever_a_library_raises_names_the_file(error, tmp_path, monkeypatch):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("retro_hf.datastore.formats.open_parquet", fail)
+    (tmp_path / "a.parquet").write_bytes(b"x")
+    with pytest.raises(DatastoreInputError, match="a.parquet"):
+        read(tmp_path)
 
 
 @pytest.mark.parametrize("gap", [None, math.nan, np.float32("nan"), pd.NA, pd.NaT])

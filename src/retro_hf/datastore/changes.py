@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
+from difflib import get_close_matches
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,7 +20,9 @@ from .stages import batches, metadata_of
 if TYPE_CHECKING:
     from .store import RetroDatastore
 
-__all__ = ["Changes", "Comparison"]
+__all__ = ["Changes", "Comparison", "similar_ids"]
+
+_COMPARED_IDS = 20_000
 
 
 @dataclass(frozen=True)
@@ -134,6 +139,29 @@ class Comparison:
         gone = tuple(self._datastore.document_id(number) for number in self.gone().tolist())
         num_unchanged = int(self._seen.sum()) - len(self._changed)
         return Changes(tuple(self._new), tuple(self._changed), gone, num_unchanged)
+
+
+def similar_ids(datastore: RetroDatastore, id: str) -> str:
+    """For an error about an id that is not there: a sentence with those of the store that are like it; empty if none is.
+
+    A part of an id, another case and another way to write an accent count. Only the first 20,000 documents are looked at.
+    """
+    deleted = set(datastore.deleted_documents.tolist())
+    known = (one for shard in datastore.shards for one in shard.documents.ids())
+    plain = {one: _plain(one) for number, one in enumerate(islice(known, _COMPARED_IDS)) if number not in deleted}
+    wanted = _plain(id)
+    parts = [
+        one for one, text in plain.items() if min(len(text), len(wanted)) > 2 and (wanted in text or text in wanted)
+    ]
+    near = sorted(parts, key=lambda one: abs(len(one) - len(id)))
+    if not near:
+        close = get_close_matches(wanted, plain.values(), cutoff=0.8)
+        near = [one for one, text in plain.items() if text in close]
+    return f"Ids like it are {', '.join(map(repr, near[:3]))}. " if near else ""
+
+
+def _plain(id: str) -> str:
+    return unicodedata.normalize("NFC", id).casefold()
 
 
 def _twice(document: Document) -> DatastoreInputError:

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from ..errors import DatastoreInputError, DatastoreMismatchError, counted
 from ..progress import progress_bar
 from .build import work_folder
+from .changes import similar_ids
 from .chunks import text_starts, token_dtype
 from .compatibility import load_tokenizer, tokenizer_fingerprint, vocabulary_size
 from .coverage import check_coverage, coverage
@@ -96,7 +97,9 @@ def subset(
         numbers = datastore.document_numbers(wanted := document_ids(ids))
         if (numbers < 0).any():
             unknown = wanted[int(np.argmin(numbers))]
-            raise DatastoreInputError(f"There is no document with the id {unknown!r} in {str(datastore.path)!r}.")
+            raise DatastoreInputError(
+                f"There is no document with the id {unknown!r} in {str(datastore.path)!r}. {similar_ids(datastore, unknown)}".rstrip()
+            )
         keep = np.zeros(datastore.num_documents, dtype=bool)
         keep[numbers] = True
     if not keep.any():

@@ -118,6 +118,8 @@ class DocumentReader:
                 for line, title, text in split_text(document.text, split):
                     id, where = f"{document.id}:{line}", f"{document.where}, line {line}"
                     yield replace(document, id=id, where=where, text=text, title=title or document.title)
+        if self._files.left_out and not self.num_read:
+            raise DatastoreInputError(f"There is no text in {_no_text(self._files.left_out)}")
 
     @property
     def undecodable(self) -> dict[str, str]:
@@ -130,7 +132,9 @@ class DocumentReader:
         return DocumentReader(documents, encoding=encoding, split=split)
 
     def warn_of_repairs(self) -> None:
-        """Log once, after everything was read, which texts were repaired."""
+        """Log once, after everything was read, which texts were repaired and which files are no text."""
+        if left_out := self._files.left_out:
+            logger.warning(f"Left out {_no_text(left_out)}")
         if self.num_repaired:
             logger.warning(f"Replaced lone surrogates by U+FFFD in {counted(self.num_repaired, 'document')}.")
         if self.undecodable:
@@ -160,6 +164,8 @@ class DocumentReader:
         # `name` is relative to the path that the user gave: a datastore records no absolute paths.
         self.sources.append({"name": without_lone_surrogates(name)})
         yield from self._files.read(file, name)
+        if name in self._files.left_out[-1:]:
+            self.sources.pop()
 
 
 def as_document(record: Any, where: str, defaults: dict[str, str]) -> Document | None:
@@ -273,6 +279,14 @@ def _files_of(path: Path) -> list[tuple[Path, str]]:
             f"Skipped {counted(len(others), 'file')} of other kinds: {', '.join(others[:_NAMED_OTHERS])}{more}"
         )
     return files
+
+
+def _no_text(names: list[str]) -> str:
+    more = f" and {len(names) - _NAMED_UNDECODABLE:,} more" if len(names) > _NAMED_UNDECODABLE else ""
+    return (
+        f"{counted(len(names), 'file')} with NUL characters: {', '.join(map(repr, sorted(names)[:_NAMED_UNDECODABLE]))}{more}. If it is "
+        'text in UTF-16 without a mark, say so with `encoding="utf-16-le"` (`--encoding utf-16-le`) or "utf-16-be".'
+    )
 
 
 def _source_of(info: Any) -> dict[str, str]:

@@ -9,7 +9,7 @@ when the same call is repeated.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,7 +20,7 @@ from transformers.utils import logging
 from ..errors import DatastoreInputError, counted
 from ..progress import progress_bar
 from .build import BuildOptions, build_shards, work_folder
-from .changes import Changes, Comparison
+from .changes import Changes, Comparison, similar_ids
 from .documents import DocumentReader, document_ids
 from .embedder import ChunkEmbedder
 from .executors import Executor, as_executor
@@ -37,18 +37,7 @@ logger = logging.get_logger(__name__)
 
 
 def append(
-    datastore: RetroDatastore,
-    documents: Any,
-    *,
-    embedder: ChunkEmbedder | str,
-    replace: bool = False,
-    index: IndexOptions | str = "auto",
-    batch_size: int = 64,
-    shard_chunks: int = DEFAULT_SHARD_CHUNKS,
-    executor: Executor | int = 1,
-    show_progress: bool | None = None,
-    encoding: str | None = None,
-    split: str | None = None,
+    datastore: RetroDatastore, documents: Any, *, embedder: ChunkEmbedder | str, replace: bool = False, **options: Any
 ) -> Changes:
     """Add documents to a datastore as a new shard, with an index of its own, in one step.
 
@@ -61,19 +50,15 @@ def append(
         embedder ([`ChunkEmbedder`] or `str`): the encoder that made the store's keys.
         replace (`bool`, defaults to `False`): a document takes the place of the one with its id; one that is equal to it is
             left out. Otherwise such an id is an error.
-        index, batch_size, shard_chunks, executor, show_progress, encoding, split: as for [`RetroDatastore.build`], for the new
-            documents.
+        options: `index`, `batch_size`, `shard_chunks`, `executor`, `show_progress`, `encoding` and `split`, as for
+            [`RetroDatastore.build`], for the new documents.
     Returns:
         [`Changes`]: what was new, changed and unchanged.
     Raises:
         DatastoreInputError: for documents that cannot be added; nothing is changed.
         DatastoreMismatchError: for another embedder than the store's.
     """
-    reader = DocumentReader(documents, encoding=encoding, split=split)
-    options = _build_options(datastore, embedder, index, batch_size, shard_chunks, show_progress)
-    with _changing(datastore) as work:
-        comparison = Comparison(datastore, replaces=replace)
-        return _write(datastore, reader, comparison, work, options, as_executor(executor))
+    return _update(datastore, documents, lambda: Comparison(datastore, replaces=replace), embedder, **options)
 
 
 def compare(
@@ -95,19 +80,7 @@ def compare(
     return comparison.changes()
 
 
-def sync(
-    datastore: RetroDatastore,
-    documents: Any,
-    *,
-    embedder: ChunkEmbedder | str,
-    index: IndexOptions | str = "auto",
-    batch_size: int = 64,
-    shard_chunks: int = DEFAULT_SHARD_CHUNKS,
-    executor: Executor | int = 1,
-    show_progress: bool | None = None,
-    encoding: str | None = None,
-    split: str | None = None,
-) -> Changes:
+def sync(datastore: RetroDatastore, documents: Any, *, embedder: ChunkEmbedder | str, **options: Any) -> Changes:
     """Make a datastore hold the documents of a folder, or of any other input: new ones are added, changed ones replaced, and
     those that are gone deleted, all in one step.
 
@@ -119,35 +92,39 @@ def sync(
         datastore ([`RetroDatastore`]): the store; refreshed at the end.
         documents: all documents that the store is to have, as for [`RetroDatastore.build`].
         embedder ([`ChunkEmbedder`] or `str`): the encoder that made the store's keys.
-        index, batch_size, shard_chunks, executor, show_progress, encoding, split: as for [`RetroDatastore.build`].
+        options: `index`, `batch_size`, `shard_chunks`, `executor`, `show_progress`, `encoding` and `split`, as for
+            [`RetroDatastore.build`].
     Returns:
         [`Changes`]: what was new, changed, gone and unchanged.
     Raises:
         DatastoreInputError: for invalid documents, or if none of the store's documents is among them; nothing is changed.
         DatastoreMismatchError: for another embedder than the store's.
     """
-    reader = DocumentReader(documents, encoding=encoding, split=split)
-    options = _build_options(datastore, embedder, index, batch_size, shard_chunks, show_progress)
-    with _changing(datastore) as work:
-        return _write(datastore, reader, _mirror(datastore), work, options, as_executor(executor))
+    return _update(datastore, documents, lambda: _mirror(datastore), embedder, **options)
 
 
 def _mirror(datastore: RetroDatastore) -> Comparison:
     return Comparison(datastore, replaces=True, is_mirror=True)
 
 
-def _build_options(
+def _update(
     datastore: RetroDatastore,
+    documents: Any,
+    compare_with: Callable[[], Comparison],
     embedder: ChunkEmbedder | str,
-    index: IndexOptions | str,
-    batch_size: int,
-    shard_chunks: int,
-    show_progress: bool | None,
-) -> BuildOptions:
-    """How new shards of a store are built."""
+    index: IndexOptions | str = "auto",
+    batch_size: int = 64,
+    shard_chunks: int = DEFAULT_SHARD_CHUNKS,
+    executor: Executor | int = 1,
+    show_progress: bool | None = None,
+    encoding: str | None = None,
+    split: str | None = None,
+) -> Changes:
+    """Write what differs between documents and a store that nobody else changes meanwhile."""
+    reader = DocumentReader(documents, encoding=encoding, split=split)
     embedder = ChunkEmbedder.of(embedder)
     datastore.check_compatible(embedder=embedder)
-    return BuildOptions(
+    options = BuildOptions(
         tokenizer=datastore.tokenizer,
         embedder=embedder,
         chunk_size=datastore.chunk_size,
@@ -157,6 +134,9 @@ def _build_options(
         shard_chunks=shard_chunks,
         show_progress=show_progress,
     )
+    executor = as_executor(executor)
+    with _changing(datastore) as work:
+        return _write(datastore, reader, compare_with(), work, options, executor)
 
 
 def _write(
@@ -219,7 +199,7 @@ def delete(datastore: RetroDatastore, ids: str | Iterable[str]) -> None:
         if unknown:
             raise DatastoreInputError(
                 f"{len(unknown):,} of {counted(len(ids), 'id')} are not in {str(datastore.path)!r}, such as {unknown[0]!r}, so nothing "
-                "was deleted. Leave them out. If the same call was interrupted before, it may have succeeded."
+                f"was deleted. {similar_ids(datastore, unknown[0])}Leave them out. If the same call was interrupted before, it may have succeeded."
             )
         if not ids:
             return

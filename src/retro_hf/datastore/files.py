@@ -17,6 +17,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import xxhash
 from filelock import FileLock, Timeout
 
@@ -364,6 +366,56 @@ def write_npy(path: Path, values: np.ndarray) -> None:
     """Write a one-dimensional .npy file in one go; the caller renames it."""
     with NpyWriter(path, values.dtype) as file:
         file.append(values)
+
+
+# ── parquet ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+_PARQUET_LIMITS = {"thrift_string_size_limit": 64 << 20, "thrift_container_size_limit": 1 << 20}
+_DECIMAL = "DECIMAL"
+
+
+def open_parquet(source: Any) -> pq.ParquetFile:
+    """Open a parquet file that somebody else may have written, with bounds on what its header takes.
+
+    Texts stay in the form that the file has them in until their size is known: a dictionary of one long text can stand for any
+    number of copies.
+    """
+    opened = pq.ParquetFile(source, **_PARQUET_LIMITS)
+    schema = opened.schema
+    texts = [
+        number
+        for number in range(len(schema))
+        if schema.column(number).physical_type == "BYTE_ARRAY" and schema.column(number).logical_type.type != _DECIMAL
+    ]
+    return pq.ParquetFile(source, metadata=opened.metadata, read_dictionary=texts, **_PARQUET_LIMITS)
+
+
+def group_bytes(metadata: pq.FileMetaData, group: int) -> int:
+    """The bytes that a row group takes when it is read, but for copies from dictionaries; ValueError if it cannot be true."""
+    row_group = metadata.row_group(group)
+    columns = [row_group.column(number) for number in range(row_group.num_columns)]
+    # Repeated numbers take nearly nothing in the file, and eight bytes each when they are read.
+    sizes = [max(column.total_uncompressed_size, 8 * column.num_values) for column in columns]
+    if row_group.num_rows < 0 or any(min(column.total_uncompressed_size, column.num_values) < 0 for column in columns):
+        raise ValueError(f"its row group {group} has a negative size")
+    return sum(sizes)
+
+
+def bytes_of(values: pa.Array | pa.ChunkedArray | pa.RecordBatch | pa.Table) -> int:
+    """The bytes of an array as Python values, with every copy of a text in a dictionary counted."""
+    if isinstance(values, (pa.RecordBatch, pa.Table)):
+        return sum(map(bytes_of, values.columns))
+    if isinstance(values, pa.ChunkedArray):
+        return sum(map(bytes_of, values.chunks))
+    kind = values.type
+    if pa.types.is_dictionary(kind):
+        sizes = pc.fill_null(pc.binary_length(values.dictionary), 0).cast(pa.int64())
+        return int(pc.sum(sizes.take(values.indices)).as_py() or 0)
+    if pa.types.is_struct(kind):
+        return sum(map(bytes_of, values.flatten()))
+    if pa.types.is_nested(kind) and hasattr(values, "flatten"):
+        return bytes_of(values.flatten())
+    return int(values.nbytes)
 
 
 # ── memory maps ───────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -15,11 +15,13 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .. import extras
-from ..errors import DatastoreInputError
+from ..errors import DatastoreInputError, RetroError
 from ..outside import parse_json
+from .files import bytes_of, group_bytes, open_parquet
 
 
 SUFFIXES = (".txt", ".md", ".html", ".htm", ".csv", ".tsv", ".json", ".jsonl", ".parquet", ".pdf")
@@ -62,12 +64,15 @@ class FileReader:
     Attributes:
         undecodable (`dict[str, str]`): files so far that have other bytes than their encoding, and that encoding. The bytes
             became U+FFFD.
+        left_out (`list[str]`): files so far with NUL characters, which no text has: pictures and programs, or UTF-16 without a
+            mark. They give no document.
     Raises:
         DatastoreInputError: if there is no such encoding.
     """
 
     def __init__(self, encoding: str | None = None) -> None:
         self.undecodable: dict[str, str] = {}
+        self.left_out: list[str] = []
         self._encoding = encoding
         if encoding is not None and not _is_encoding(encoding):
             raise DatastoreInputError(
@@ -101,15 +106,18 @@ class FileReader:
 
     def _read_text(self, stream: IO[bytes], name: str) -> Iterator[Record]:
         text = self._text(_whole(stream, name), name)
-        yield text.replace("\r\n", "\n").replace("\r", "\n"), f"File {name!r}", {}
+        if self._is_text(text, name):
+            yield text.replace("\r\n", "\n").replace("\r", "\n"), f"File {name!r}", {}
 
     def _read_html(self, stream: IO[bytes], name: str) -> Iterator[Record]:
         content = _whole(stream, name)
         declared = _DECLARED.search(content[:1024]) if self._encoding is None else None
-        page = _Page()
-        page.feed(self._text(content, name, _web_encoding(declared[1].decode("ascii")) if declared else None))
-        page.close()
-        yield {"text": page.text(), "title": page.title()}, f"File {name!r}", {}
+        text = self._text(content, name, _web_encoding(declared[1].decode("ascii")) if declared else None)
+        if self._is_text(text, name):
+            page = _Page()
+            page.feed(text)
+            page.close()
+            yield {"text": page.text(), "title": page.title()}, f"File {name!r}", {}
 
     def _read_pdf(self, stream: IO[bytes], name: str) -> Iterator[Record]:
         pypdf = extras.load("pypdf", f"The file {name!r}")
@@ -185,16 +193,11 @@ class FileReader:
             ) from error
 
     def _read_parquet(self, stream: IO[bytes], name: str) -> Iterator[Record]:
-        try:
-            source = io.BytesIO(_whole(stream, name)) if isinstance(stream, gzip.GzipFile) else stream
-            with pq.ParquetFile(source) as table:
-                rows = chain.from_iterable(batch.to_pylist() for batch in table.iter_batches(batch_size=_PARQUET_ROWS))
-                for number, row in enumerate(rows):
-                    yield row, f"Row {number} of {name!r}", _own(name, number)
-        except (OSError, ValueError) as error:
-            if isinstance(error, DatastoreInputError):
-                raise
-            raise DatastoreInputError(f"{name!r} is not a readable parquet file: {error}.") from error
+        source = io.BytesIO(_whole(stream, name)) if isinstance(stream, gzip.GzipFile) else stream
+        with open_parquet(source) as table:
+            rows = chain.from_iterable(part.to_pylist() for part in _parquet_parts(table, name))
+            for number, row in enumerate(rows):
+                yield row, f"Row {number} of {name!r}", _own(name, number)
 
     # ── bytes to text ─────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -210,9 +213,15 @@ class FileReader:
         except UnicodeError:
             self.undecodable[name] = encoding
             text = content.decode(encoding, "replace")
-        if "\0" in text:  # UTF-16 without a mark, or no text at all
-            self.undecodable[name] = encoding
         return text
+
+    def _is_text(self, text: str, name: str) -> bool:
+        """Whether the content of a file is text; one that is not is left out."""
+        if "\0" not in text:
+            return True
+        self.undecodable.pop(name, None)
+        self.left_out.append(name)
+        return False
 
     def _lines(self, stream: IO[bytes], name: str) -> Iterator[str]:
         """The lines of a file with their ends, decoded block by block."""
@@ -259,12 +268,37 @@ def _opened(file: Path, name: str) -> Iterator[IO[bytes]]:
     try:
         with gzip.open(file, "rb") if file.name.lower().endswith(".gz") else file.open("rb") as stream:
             yield stream  # type: ignore[misc]  # both kinds read bytes
+    except RetroError:
+        raise
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DatastoreInputError(
             f"{name!r} is not a complete gzip file ({error}). Download or compress it again."
         ) from error
     except OSError as error:
         raise DatastoreInputError(f"{name!r} could not be read: {error.strerror or error}.") from error
+    except Exception as error:  # a file of a stranger can make a library raise anything
+        reason = str(error) or type(error).__name__
+        raise DatastoreInputError(f"{name!r} could not be read ({reason}). Repair it, or leave it out.") from error
+
+
+def _parquet_parts(table: pq.ParquetFile, name: str) -> Iterator[pa.RecordBatch]:
+    """The rows of a file in parts that fit into memory, with the copies of a text counted before they are made."""
+    for group in range(table.num_row_groups):
+        num_rows = table.metadata.row_group(group).num_rows
+        fitting = MAX_DOCUMENT_BYTES * num_rows // max(group_bytes(table.metadata, group), 1)
+        size = max(1, min(_PARQUET_ROWS, fitting))
+        for batch in table.iter_batches(batch_size=size, row_groups=[group]):
+            todo = [batch]
+            while todo:
+                part = todo.pop()
+                taken = bytes_of(part)
+                if taken <= MAX_DOCUMENT_BYTES:
+                    yield part
+                elif part.num_rows == 1:
+                    raise _too_long(f"A row of {name!r}", taken)
+                else:
+                    half = part.num_rows // 2
+                    todo += [part.slice(half), part.slice(0, half)]
 
 
 def _whole(stream: IO[bytes], name: str) -> bytes:
@@ -313,14 +347,14 @@ class _Page(HTMLParser):
         super().__init__(convert_charrefs=True)
         self._lines: list[list[str]] = [[]]
         self._title: list[str] = []
-        self._unseen: list[str] = []
+        self._unseen: str | None = None  # the outermost tag whose content is not shown
         self._in_title = False
 
     def handle_starttag(self, tag: str, attrs: Any) -> None:
         """Begin a line, or what is not shown."""
-        self._in_title = tag == "title" and "svg" not in self._unseen
+        self._in_title = tag == "title" and self._unseen != "svg"
         if tag in _UNSEEN:
-            self._unseen.append(tag)
+            self._unseen = self._unseen or tag
         elif tag in _BLOCKS and not self._unseen:
             self._lines.append(["#" * int(tag[1]) + " "] if tag in _HEADINGS else [])
         elif tag in ("td", "th"):
@@ -334,8 +368,8 @@ class _Page(HTMLParser):
     def handle_endtag(self, tag: str) -> None:
         """End a line, or what is not shown."""
         self._in_title = False
-        if tag in self._unseen:
-            del self._unseen[self._unseen.index(tag) :]
+        if tag == self._unseen:
+            self._unseen = None
         elif tag in _BLOCKS and not self._unseen:
             self._lines.append([])
 

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..locks import Lock
@@ -24,12 +23,15 @@ from .files import (
     UINT32,
     NpyWriter,
     TensorWriter,
+    bytes_of,
     damaged,
+    group_bytes,
     hash_of,
     link_or_copy,
     map_npy,
     map_tensor,
     mapped,
+    open_parquet,
     partial_folder,
     reading,
     write_file,
@@ -45,7 +47,6 @@ GROUP_DOCUMENTS = 512
 # A row group is read as a whole, so what it may take is bounded, and known before it is read.
 MAX_GROUP_BYTES = 1 << 30
 _MAX_GROUP_DOCUMENTS = 1 << 16
-_PARQUET_LIMITS = {"thrift_string_size_limit": 64 << 20, "thrift_container_size_limit": 1 << 20}
 _OPTIONAL_TEXTS = ("metadata",)
 _DESCRIPTION_NAME = "shard.json"
 _CACHED_GROUPS = 4
@@ -200,14 +201,6 @@ class ShardWriter:
 # ── reading ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _text_bytes(texts: pa.Array) -> int:
-    """The bytes of an array of texts, or of an array that names texts of a dictionary."""
-    if not pa.types.is_dictionary(texts.type):
-        return int(pc.sum(pc.binary_length(texts)).as_py() or 0)
-    sizes = pc.fill_null(pc.binary_length(texts.dictionary), 0).cast(pa.int64())
-    return int(pc.sum(sizes.take(texts.indices)).as_py() or 0)
-
-
 class DocumentTable:
     """Random access to a parquet file of documents, by row groups of at most 512 documents, with the last few cached.
 
@@ -231,18 +224,15 @@ class DocumentTable:
             if not all(schema.get(name) in (pa.string(), texts) for name in DOCUMENT_SCHEMA.names):
                 raise ValueError(f"it has the columns {sorted(schema)} instead of texts in {DOCUMENT_SCHEMA.names}")
             for number, group in enumerate(groups):
-                size = sum(group.column(place).total_uncompressed_size for place in range(group.num_columns))
-                if group.num_rows > _MAX_GROUP_DOCUMENTS or not 0 <= size <= MAX_GROUP_BYTES:
+                size = group_bytes(metadata, number)
+                if group.num_rows > _MAX_GROUP_DOCUMENTS or size > MAX_GROUP_BYTES:
                     raise ValueError(f"its row group {number} has {group.num_rows} documents of {size:,} bytes")
         self._rows = lru_cache(_CACHED_GROUPS)(lambda group: self._read(group, DOCUMENT_SCHEMA.names).to_pylist())
         self._ids = lru_cache(_CACHED_ID_GROUPS)(lambda group: self._read(group, ["id"]).column("id").to_pylist())
 
     def _open(self) -> pq.ParquetFile:
-        # Texts stay in the form that the file has them in until their size is known: a dictionary of one long text can stand
-        # for any number of copies.
         with reading(self._path):
-            source = pa.BufferReader(pa.py_buffer(self._data))
-            return pq.ParquetFile(source, read_dictionary=DOCUMENT_SCHEMA.names, **_PARQUET_LIMITS)
+            return open_parquet(pa.BufferReader(pa.py_buffer(self._data)))
 
     def _place(self, number: int) -> tuple[int, int]:
         group = int(np.searchsorted(self._starts, number, side="right") - 1)
@@ -266,6 +256,11 @@ class DocumentTable:
         group, place = self._place(number)
         return self._ids(group)[place]
 
+    def ids(self) -> Iterator[str]:
+        """The ids of all documents in order."""
+        for group in range(len(self._starts) - 1):
+            yield from self._ids(group)
+
     def pieces(self) -> Iterator[pa.Table]:
         """All documents in order, at most 512 at a time."""
         for group in range(len(self._starts) - 1):
@@ -280,8 +275,7 @@ class DocumentTable:
             # One small group: threads would cost more than they save, and they do not survive a fork.
             table = self._file.read_row_group(group, columns=columns, use_threads=False)
             table.validate(full=True)  # finds texts that are not UTF-8
-            size = sum(_text_bytes(chunk) for column in table.columns for chunk in column.chunks)
-            if size > MAX_GROUP_BYTES:
+            if (size := bytes_of(table)) > MAX_GROUP_BYTES:
                 raise ValueError(f"its row group {group} has {size:,} bytes of text")
             table = table.cast(pa.schema([DOCUMENT_SCHEMA.field(name) for name in columns]))
             if any(table.column(name).null_count for name in columns if name not in _OPTIONAL_TEXTS):
