@@ -30,7 +30,9 @@ from retro_hf.outside import printable
 
 
 FORK = multiprocessing.get_context("fork")
+# Of the processor, since the clock of a busy machine says nothing; what waits for ever uses none of them.
 SECONDS_TO_HANG = 60
+SECONDS_TO_WAIT = 600
 MEMORY_TO_SPARE = 2 << 30
 
 Kind = Callable[[Path, Path, random.Random], dict | None]
@@ -232,6 +234,7 @@ def use(path: Path, canary: Path, embedder, found) -> None:
     """In a child: open a store and do everything with it; what came of it goes to `found`."""
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY_TO_SPARE,) * 2)
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS_TO_HANG,) * 2)
     outcome = []
 
     def watch(event: str, arguments: tuple) -> None:
@@ -269,7 +272,7 @@ def judge(path: Path, canary: Path, embedder) -> str:
     found = multiprocessing.Array("c", 200)
     child = FORK.Process(target=use, args=(path, canary, embedder, found))
     child.start()
-    child.join(SECONDS_TO_HANG)
+    child.join(SECONDS_TO_WAIT)
     if child.is_alive():
         child.kill()
         child.join()

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import os
 import textwrap
-from numbers import Integral
 from typing import Any
 
+from .arguments import whole
 from .outside import is_path, printable
 
 
@@ -39,8 +39,7 @@ def counted(count: int, noun: str) -> str:
 def check_integers(error: type[Exception] = ValueError, /, **numbers: tuple[Any, int]) -> None:
     """Raise an error for the first number that is not an integer of at least the second value of its pair."""
     for name, (value, least) in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-            raise error(f"{name} is {value!r}, but it must be an integer of at least {least}.")
+        whole(name, value, error, least)
 
 
 class RetroError(Exception):

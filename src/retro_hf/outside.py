@@ -37,6 +37,14 @@ def is_file_name(name: Any) -> bool:
     return isinstance(name, str) and bool(_FILE_NAME.fullmatch(name)) and not _DEVICE.fullmatch(name)
 
 
+def can_be_a_file(name: str | bytes) -> bool:
+    """Whether the system can have a file of this name: without NUL, and without half a character that stands for no byte."""
+    try:
+        return b"\0" not in os.fsencode(name)
+    except UnicodeError:
+        return False
+
+
 def is_hub_name(name: Any) -> bool:
     """Whether a name can be one of the Hub, such as `"org/name"` or `"name"`: no path of this machine."""
     return isinstance(name, str) and bool(_HUB_NAME.fullmatch(name)) and ".." not in name and "--" not in name

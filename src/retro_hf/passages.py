@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from . import arguments
 from .datastore import RetroDatastore
 from .datastore.documents import without_lone_surrogates
-from .errors import RetrieverError, check_integers
+from .errors import RetrieverError
 from .retriever import RetroRetriever
 
 
@@ -56,9 +57,12 @@ def find_passages(retriever: RetroRetriever, questions: Sequence[str], num_passa
     Raises:
         RetrieverError: for a question without a word.
     """
-    check_integers(RetrieverError, num_passages=(num_passages, 1))
-    if not all(isinstance(question, str) and question.strip() for question in questions):
+    num_passages = arguments.whole("num_passages", num_passages, RetrieverError)
+    questions = arguments.texts("Question", questions, RetrieverError)
+    if not all(question.strip() for question in questions):
         raise RetrieverError("A question is empty. Pass texts with at least one word each.")
+    if not isinstance(retriever, RetroRetriever):
+        raise RetrieverError(f"The retriever is of type {type(retriever).__name__}. Pass a RetroRetriever.")
     datastore = retriever.datastore
     readable = [without_lone_surrogates(question) for question in questions]
     found = retriever.search_texts(readable, 2 * num_passages)

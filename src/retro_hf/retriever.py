@@ -6,6 +6,7 @@ import json
 import os
 from collections import OrderedDict
 from collections.abc import Iterable
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from . import arguments
 from .chat import chat_markers, last_user_turn
 from .datastore import ChunkEmbedder, EmbeddingSearcher, RetroDatastore, Searcher, chunk_texts
 from .datastore.compatibility import load_tokenizer
@@ -60,7 +62,7 @@ class _Cache:
         """Keep results, `size` of all at most."""
         with self._lock:
             self._found |= results
-            while len(self._found) > size:
+            while len(self._found) > max(size, 0):
                 self._found.popitem(last=False)
 
 
@@ -104,6 +106,8 @@ class RetroRetriever:
     ) -> None:
         if (embedder is None) == (searcher is None):
             raise RetrieverError("Pass exactly one of `embedder` (which made the datastore's keys) and `searcher`.")
+        if not isinstance(datastore, RetroDatastore):
+            raise RetrieverError(f"The datastore is of type {type(datastore).__name__}. Pass a RetroDatastore.")
         tokenizer = None if tokenizer is None else load_tokenizer(tokenizer)
         datastore.check_compatible(tokenizer=tokenizer)
         if embedder is not None:
@@ -121,7 +125,7 @@ class RetroRetriever:
             )
         self.datastore = datastore
         self.searcher: Searcher = searcher  # type: ignore[assignment]  # one of the two is given
-        self.cache_size = cache_size
+        self.cache_size = arguments.whole("cache_size", cache_size, RetrieverError, least=0)
         self.num_neighbors = num_neighbors
         self._tokenizer = tokenizer
         self.min_score = min_score
@@ -151,9 +155,7 @@ class RetroRetriever:
 
     @num_neighbors.setter
     def num_neighbors(self, value: int) -> None:
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise RetrieverError(f"num_neighbors is {value!r}. Pass an integer of at least 1.")
-        self._num_neighbors = value
+        self._num_neighbors = arguments.whole("num_neighbors", value, RetrieverError)
 
     @property
     def min_score(self) -> float | None:
@@ -162,9 +164,9 @@ class RetroRetriever:
 
     @min_score.setter
     def min_score(self, value: float | None) -> None:
-        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, Real) or value != value):
             raise RetrieverError(f"min_score is {value!r}. Pass a number, or None.")
-        self._min_score = value
+        self._min_score = None if value is None else float(value)
         self._forget()
 
     @property
@@ -337,13 +339,10 @@ class RetroRetriever:
         """As [`RetroRetriever.find`], without reading what was found."""
         wanted = self.num_neighbors if num_neighbors is None else num_neighbors
         check_num_neighbors(wanted, self.datastore.num_chunks)
-        queries = list(texts) if isinstance(texts, Iterable) and not isinstance(texts, str) else [texts]
+        queries = arguments.texts("Query", texts, RetrieverError)
         for number, query in enumerate(queries):
-            if not isinstance(query, str) or not query.strip():
-                what = "has no text" if isinstance(query, str) else f"is of type {type(query).__name__}"
-                raise RetrieverError(
-                    f"Query {number} {what}. Pass a text or a list of texts, each with at least one word."
-                )
+            if not query.strip():
+                raise RetrieverError(f"Query {number} has no text. Pass texts with at least one word each.")
         readable = [without_lone_surrogates(query) for query in queries]
         return RetrievalResult(*self._ask(readable, wanted))
 

@@ -185,6 +185,29 @@ def test_ranks_build_one_store_together(tmp_path, tokenizer, embedder):
     assert content_of(tmp_path / "store") == content_of(alone.path)
 
 
+def test_helper_ends_if_the_first_rank_is_gone(tmp_path, tokenizer, embedder):
+    """Within its timeout, and without the work that it has done itself."""
+    options = {"tokenizer": tokenizer, "embedder": embedder, "chunk_size": 8, "neighbor_size": 20}
+    with pytest.raises(RetroError, match="Rank 1 waited"):
+        RetroDatastore.build(corpus(30), tmp_path / "store", executor=RankExecutor(1, 2, timeout=0.3), **options)
+    assert not (tmp_path / "store").exists()
+
+
+def test_bad_input_of_a_helper_leaves_the_work_of_the_others(tmp_path, tokenizer, embedder):
+    work = tmp_path / ".store.building"
+    work.mkdir()
+    (work / "tokens-000000-0123.safetensors").write_bytes(b"of another rank")
+    with pytest.raises(DatastoreInputError):
+        RetroDatastore.build(
+            [{"no": "text"}],
+            tmp_path / "store",
+            tokenizer=tokenizer,
+            embedder=embedder,
+            executor=RankExecutor(1, 2, timeout=0.3),
+        )
+    assert (work / "tokens-000000-0123.safetensors").read_bytes() == b"of another rank"
+
+
 def test_rank_out_of_range_is_refused():
     with pytest.raises(DatastoreInputError):
         RankExecutor(3, 3)

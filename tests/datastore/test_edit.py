@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from retro_hf.datastore import RetroDatastore, files
 from retro_hf.datastore.derive import drawn_documents
+from retro_hf.datastore.documents import without_lone_surrogates
 from retro_hf.datastore.shard import DocumentTable
 from retro_hf.errors import (
     DatastoreCorruptError,
@@ -154,6 +155,36 @@ def test_deleting_an_unknown_id_changes_nothing(store):
     assert content_of(store.path) == before
     store.delete([])
     assert store.generation == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "near"),
+    [
+        ("DOC-17", "doc-17"),
+        ("doc-1o", "doc-1"),
+        ("notes/doc-17", "doc-17"),
+        ("e\u0301t\u00e9.txt", "\u00e9t\u00e9.txt"),
+    ],
+)
+def test_unknown_id_is_answered_with_those_like_it(store, embedder, given, near):
+    store.append([{"id": "\u00e9t\u00e9.txt", "text": "the old river"}], embedder=embedder)
+    for call in (lambda: store.delete(given), lambda: store.document_number(given)):
+        with pytest.raises(DatastoreInputError, match=f"like it are .*'{near}'"):
+            call()
+
+
+@pytest.mark.parametrize(
+    "name", ["-x.txt", "a b.txt", "a\nb.txt", "\x1b[2J.txt", "caf\udce9.txt", "\U0001f600.txt", "*.txt", "'.txt"]
+)
+def test_documents_of_odd_file_names_are_deleted(tmp_path, store, embedder, name):
+    """By the name as the shell gives it, and by the id as search shows it."""
+    for id in (name, without_lone_surrogates(name)):
+        (tmp_path / "notes").mkdir(exist_ok=True)
+        (tmp_path / "notes" / name).write_text("the old river")
+        store.append(tmp_path / "notes", embedder=embedder)
+        count = store.num_deleted_documents
+        store.delete(id)
+        assert store.num_deleted_documents == count + 1
 
 
 def test_all_documents_can_be_deleted(store, embedder):

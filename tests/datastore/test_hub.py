@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from retro_hf import RetroDatastore, RetroRetriever
+from retro_hf.datastore import hub as hub_module
 from retro_hf.datastore.hub import render_card
 from retro_hf.datastore.manifest import DatastoreManifest
 from retro_hf.errors import DatastoreCorruptError, DatastoreInputError, DatastoreNotFoundError
@@ -208,6 +209,25 @@ def test_concurrent_push_is_not_overwritten(hub, changing, monkeypatch):
     with pytest.raises(huggingface_hub.errors.HfHubHTTPError):
         changing.push_to_hub(REPO)
     assert json.loads(hub.files(f"datasets/{REPO}")["datastore.json"])["generation"] == 1
+
+
+def test_push_of_a_store_that_is_compacted_meanwhile_pushes_the_next_generation(hub, changing, monkeypatch):
+    real, raced = hub_module._make_card, []
+
+    def compacting(*arguments):
+        if not raced:
+            raced.append(1)
+            other = RetroDatastore.load(changing.path)
+            other.delete([other.document(0)["id"]])
+            other.compact()
+        return real(*arguments)
+
+    monkeypatch.setattr(hub_module, "_make_card", compacting)
+    before = changing.num_documents
+    changing.push_to_hub("me/raced")
+    pulled = RetroDatastore.from_pretrained("me/raced")
+    assert pulled.num_documents == changing.num_documents == before - 1
+    assert pulled.manifest == changing.manifest
 
 
 def test_push_during_a_download_does_not_mix_generations(hub, changing, monkeypatch):

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -174,6 +175,22 @@ def test_many_shards_need_few_open_files(tmp_path, tokenizer, embedder):
     before, shards, last, after = in_child(use, spare=24)
     assert (shards, last) == (1, "doc-59")
     np.testing.assert_allclose(before, after, atol=1e-5)
+
+
+def test_opening_is_linear_in_the_number_of_shards(tmp_path, tokenizer, embedder):
+    """By the calls of Python functions, which no load of the machine changes."""
+    options = {"tokenizer": tokenizer, "embedder": embedder, "chunk_size": 8, "neighbor_size": 20, "shard_chunks": 1}
+    calls = []
+    for count in (5, 20, 35):
+        texts = [" ".join(document["text"].split()[:3]) for document in corpus(count)]
+        store = RetroDatastore.build(texts, tmp_path / str(count), **options)
+        assert len(store.shards) == count
+        seen = Counter()
+        sys.setprofile(lambda frame, event, _, seen=seen: seen.update([event]))
+        RetroDatastore.load(store.path)
+        sys.setprofile(None)
+        calls.append(seen["call"])
+    assert calls[2] - calls[1] <= 1.1 * (calls[1] - calls[0])
 
 
 def test_too_many_open_files_are_not_damage(store):

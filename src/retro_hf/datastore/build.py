@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from .. import arguments
 from ..errors import DatastoreExistsError, DatastoreInputError, RetroError, counted
 from ..progress import progress_bar
 from .chunks import token_dtype
@@ -61,6 +62,7 @@ logger = logging.get_logger(__name__)
 _POLL_SECONDS = 0.1
 # From so many chunks on, a document with most of them is worth a warning.
 _MANY_CHUNKS = 100
+_MOST_CHUNKS = 1 << 48
 # Names in a folder of unfinished work: blocks, shards, and hidden files such as the lock.
 _WORK = re.compile(r"\.|(tokens|documents|keys|shard)-")
 
@@ -79,14 +81,9 @@ class BuildOptions:
     show_progress: bool | None
 
     def __post_init__(self) -> None:
-        if not hasattr(self.embedder, "embed"):
-            raise DatastoreInputError(
-                f"The embedder is of type {type(self.embedder).__name__}. Pass a ChunkEmbedder, or its folder or Hub name."
-            )
         for name in ("chunk_size", "neighbor_size", "batch_size", "shard_chunks"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise DatastoreInputError(f"{name} is {value!r}. Pass an integer of at least 1.")
+            value = arguments.whole(name, getattr(self, name), DatastoreInputError, most=_MOST_CHUNKS)
+            object.__setattr__(self, name, value)
         if not self.chunk_size <= self.neighbor_size <= MAX_TOKENS:
             raise DatastoreInputError(
                 f"neighbor_size is {self.neighbor_size:,}, but a neighbor contains its whole chunk. Pass a number from chunk_size="

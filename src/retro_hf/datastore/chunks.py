@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from ..errors import DatastoreInputError
+
 
 # What decoders write for bytes that are no character, and the most bytes that a character has in UTF-8.
 _LOST = "\ufffd"
@@ -131,12 +133,25 @@ def chunk_texts(tokenizer: PreTrainedTokenizerBase, rows: np.ndarray, mask: np.n
     Returns:
         `list[str]`: one text per row.
     """
+    shapes = [getattr(part, "shape", ()) for part in (rows, rows if mask is None else mask)]
+    if not hasattr(tokenizer, "batch_decode"):
+        raise DatastoreInputError(f"The tokenizer is of type {type(tokenizer).__name__}. Pass one of transformers.")
+    if (
+        not isinstance(rows, np.ndarray)
+        or len(shapes[0]) != 2
+        or shapes[0] != shapes[1]
+        or rows.dtype.kind not in "iu"
+    ):
+        raise DatastoreInputError(
+            f"The rows are of type {type(rows).__name__} and shape {shapes[0]}, the mask has shape {shapes[1]}. Pass arrays of "
+            "integers of shape (num_rows, num_tokens)."
+        )
     if not len(rows):
         return []
     if mask is None:
         ids = rows.tolist()
     else:
-        ids = [row[keep].tolist() for row, keep in zip(rows, mask.astype(bool), strict=True)]
+        ids = [row[keep].tolist() for row, keep in zip(rows, np.asarray(mask, dtype=bool), strict=True)]
     return [
         _whole_characters(tokenizer, row, text) if text.startswith(_LOST) or text.endswith(_LOST) else text
         for row, text in zip(ids, _decoded(tokenizer, ids), strict=True)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from .. import arguments
 from ..errors import DatastoreInputError, DatastoreMismatchError, PretrainedNotFoundError, RetroError
 from ..outside import check_pretrained_folder
 from .files import digest_of, reading, sha256_of
@@ -52,6 +53,22 @@ def load_own_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
 
 
+def check_datastore(datastore: Any) -> None:
+    """Raise DatastoreInputError for what is no datastore."""
+    if not hasattr(datastore, "shards") or isinstance(datastore, type):
+        raise DatastoreInputError(
+            f"The datastore is of type {type(datastore).__name__}. Pass an opened one, such as `RetroDatastore.load(path)`."
+        )
+
+
+def check_embedder(embedder: Any) -> None:
+    """Raise DatastoreInputError for what is no embedder."""
+    if not hasattr(embedder, "embed") or isinstance(embedder, type):
+        raise DatastoreInputError(
+            f"The embedder is of type {type(embedder).__name__}. Pass a ChunkEmbedder, or its folder or Hub name."
+        )
+
+
 @contextmanager
 def loading(what: str, name: str) -> Iterator[None]:
     """Check the folder that a caller named, if it is one, and explain whatever goes wrong while it is loaded.
@@ -65,7 +82,7 @@ def loading(what: str, name: str) -> Iterator[None]:
         yield
     except (RetroError, ImportError):
         raise
-    except Exception as error:
+    except Exception as error:  # transformers and tokenizers raise anything for files that are damaged
         raise PretrainedNotFoundError.for_name(what, name, error) from error
     except BaseException as error:
         if type(error).__name__ != "PanicException":  # of a library in Rust, which is not an `Exception`
@@ -164,14 +181,15 @@ def check_compatible(
         ("chunk_size", chunk_size, manifest.chunk_size),
         ("neighbor_size", neighbor_size, manifest.neighbor_size),
     ):
-        if wanted is not None and wanted != known:
+        if wanted is not None and arguments.whole(name, wanted, DatastoreInputError) != known:
             raise DatastoreMismatchError(
                 f"The datastore {path!r} was built with {name}={known}, but {name}={wanted} is expected. Rebuild it with "
                 f"{name}={wanted}, or use a model with {name}={known}."
             )
     if tokenizer is not None:
-        _check_tokenizer(path, manifest.tokenizer, manifest.max_token_id, tokenizer)
+        _check_tokenizer(path, manifest.tokenizer, manifest.max_token_id, load_tokenizer(tokenizer))
     if embedder is not None:
+        check_embedder(embedder)
         _check_embedder(path, manifest.embedder, embedder)
 
 

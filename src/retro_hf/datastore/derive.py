@@ -159,8 +159,9 @@ def merge(datastores: Sequence[RetroDatastore], path: str | os.PathLike[str]) ->
         DatastoreMismatchError: if they were built differently; names what differs.
         DatastoreInputError: if a document is in two of them.
     """
-    if not datastores or not all(hasattr(store, "shards") for store in datastores):
-        kinds = [type(store).__name__ for store in datastores]
+    is_list = isinstance(datastores, (list, tuple))
+    if not is_list or not datastores or not all(hasattr(store, "shards") for store in datastores):
+        kinds = [type(store).__name__ for store in datastores] if is_list else type(datastores).__name__
         raise DatastoreInputError(
             f"Pass a list of opened datastores, such as `RetroDatastore.load(path)`, not {kinds}."
         )

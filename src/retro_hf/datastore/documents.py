@@ -220,7 +220,7 @@ def _unsuitable(documents: Any) -> str:
         return "Pass its rows: `df.to_dict(\"records\")` or `datasets.Dataset.from_pandas(df)`, with a column 'text'."
     if isinstance(documents, (bytes, bytearray)):
         return "Decode the text first; pass a path as `os.fsdecode(path)`."
-    if not isinstance(documents, Iterable):
+    if not isinstance(documents, Iterable) or getattr(documents, "shape", None) == ():
         return "Pass an iterable of texts or dicts, a path, or a dataset."
     columns = getattr(documents, "column_names", None)
     if columns is not None and "text" not in columns:
@@ -332,7 +332,8 @@ def document_ids(ids: Any) -> list[str]:
         DatastoreInputError: for an id that is neither a text nor a whole number.
     """
     texts = []
-    for id in [ids] if isinstance(ids, str) or not isinstance(ids, Iterable) else ids:
+    is_one = isinstance(ids, str) or not isinstance(ids, Iterable) or getattr(ids, "shape", None) == ()
+    for id in [ids] if is_one else ids:
         text = _in_digits(id)
         if text is None:
             raise DatastoreInputError(

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .. import extras
+from .. import arguments, extras
 from ..errors import DatastoreInputError
 from ..progress import progress_bar
 from .chunks import ranges
+from .compatibility import check_datastore
+from .documents import without_lone_surrogates
 
 
 if TYPE_CHECKING:
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
 
 # The paper's 13 consecutive tokens.
 NGRAM = 13
+_MAX_ID = (1 << 32) - 1
 _PERMUTATIONS = 128
 _BLOCK_DOCUMENTS = 512
 # Shingles permuted at once: 4 MB.
@@ -53,8 +57,15 @@ def near_duplicates(
     *Memory*: 4 bytes per token of `documents`, and a few KB for each; the datastore is read block by block.
     *Determinism*: the same input gives the same output.
     """
-    if not 0 < threshold <= 1:
-        raise DatastoreInputError(f"threshold is {threshold}. Pass a number above 0 and at most 1.")
+    if isinstance(threshold, bool) or not isinstance(threshold, Real) or not 0 < threshold <= 1:
+        raise DatastoreInputError(f"threshold is {threshold!r:.100}. Pass a number above 0 and at most 1.")
+    check_datastore(datastore)
+    if (
+        not hasattr(documents, "__getitem__")
+        or isinstance(documents, (bytes, dict))
+        or getattr(documents, "shape", None) == ()
+    ):
+        raise DatastoreInputError(f"The documents are of type {type(documents).__name__}. Pass a list of texts.")
     datasketch = extras.load("datasketch", "Finding near-duplicates")
     blank = datasketch.MinHash(num_perm=_PERMUTATIONS, hashfunc=int)
 
@@ -115,10 +126,16 @@ def stored_documents(datastore: RetroDatastore) -> Iterator[tuple[list[str], lis
 
 
 def _tokens_of(documents: Sequence[Any], datastore: RetroDatastore) -> list[np.ndarray]:
-    texts = [document for document in documents if isinstance(document, str)]
+    texts = [without_lone_surrogates(document) for document in documents if isinstance(document, str)]
     options: dict[str, Any] = {"add_special_tokens": False, "truncation": False, "padding": False, "verbose": False}
     encoded = iter(datastore.tokenizer(texts, **options)["input_ids"] if texts else [])
-    return [np.asarray(next(encoded) if isinstance(one, str) else one, dtype=np.int64) for one in documents]
+    rows = [next(encoded) if isinstance(one, str) else one for one in documents]
+    found = [arguments.numbers("Token ids", row, DatastoreInputError, 0, _MAX_ID) for row in rows]
+    if strange := [row for row in found if row.ndim != 1]:
+        raise DatastoreInputError(
+            f"A document is an array of shape {strange[0].shape}. Pass texts, or lists of token ids."
+        )
+    return found
 
 
 def shingles_of(documents: Sequence[np.ndarray], ngram: int) -> list[np.ndarray]:

@@ -112,6 +112,7 @@ def _update(
     documents: Any,
     compare_with: Callable[[], Comparison],
     embedder: ChunkEmbedder | str,
+    *,
     index: IndexOptions | str = "auto",
     batch_size: int = 64,
     shard_chunks: int = DEFAULT_SHARD_CHUNKS,

@@ -15,10 +15,11 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, DPRContextEncoder
 from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
-from .. import extras
-from ..errors import DatastoreMismatchError, PretrainedNotFoundError, UnsupportedEmbedderError
+from .. import arguments, extras
+from ..errors import DatastoreInputError, DatastoreMismatchError, PretrainedNotFoundError, UnsupportedEmbedderError
 from ..outside import MAX_JSON_BYTES, check_base, check_hub_name, check_pretrained, parse_json
-from .compatibility import loading, tokenizer_fingerprint, vocabulary_fingerprint
+from .compatibility import check_embedder, loading, tokenizer_fingerprint, vocabulary_fingerprint
+from .documents import without_lone_surrogates
 from .files import sha256_of
 
 
@@ -139,6 +140,11 @@ class _Encoder:
         return ((output.last_hidden_state.float() * weights).sum(1) / weights.sum(1).clamp(min=1)).cpu().numpy()
 
 
+def _readable(texts: Any) -> list[str]:
+    """Texts that a tokenizer can read; DatastoreInputError for anything else."""
+    return [without_lone_surrogates(text) for text in arguments.texts("Text", texts, DatastoreInputError)]
+
+
 def _prompts_of(prompts: dict[str, str | None]) -> tuple[str, str]:
     """What a sentence-transformers model puts before a document and before a query."""
     documents = (prompts.get(name) for name in ("document", "passage", "corpus"))
@@ -230,6 +236,25 @@ class ChunkEmbedder:
         query_prompt: str | None = None,
         query_encoder: ChunkEmbedder | str | Path | None = None,
     ) -> None:
+        for what, value in (
+            ("name", name_or_path),
+            ("revision", revision),
+            ("prompt", prompt),
+            ("query_prompt", query_prompt),
+        ):
+            optional = value is None and what != "name"
+            if not optional and not isinstance(value, (str, os.PathLike) if what == "name" else str):
+                raise DatastoreInputError(
+                    f"The {what} of the embedder is of type {type(value).__name__}. Pass a text."
+                )
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise DatastoreInputError(f"The dtype of the embedder is {dtype!r:.100}. Pass one such as torch.float32.")
+        try:
+            device = None if device is None else torch.device(device)
+        except (RuntimeError, TypeError) as error:
+            raise DatastoreInputError(
+                f"The device of the embedder is {device!r:.100}. Pass 'cpu', 'cuda' or a torch.device."
+            ) from error
         self.name_or_path = str(name_or_path)
         self.revision = revision
         self._requested = device, dtype, prompt, query_prompt
@@ -259,12 +284,15 @@ class ChunkEmbedder:
             PretrainedNotFoundError: if there is no such model.
             UnsupportedEmbedderError: for a model that is neither a bidirectional encoder nor a sentence-transformers model.
         """
-        return cls(str(name_or_path), **options)
+        return cls(name_or_path, **options)  # type: ignore[arg-type]  # a path, too
 
     @classmethod
     def of(cls, embedder: ChunkEmbedder | str | os.PathLike[str]) -> ChunkEmbedder:
         """An embedder as it is, or the one of a given name."""
-        return cls(os.fspath(embedder)) if isinstance(embedder, (str, os.PathLike)) else embedder
+        if isinstance(embedder, (str, os.PathLike)):
+            return cls(os.fspath(embedder))
+        check_embedder(embedder)
+        return embedder
 
     @classmethod
     def of_datastore(cls, made: dict[str, Any], name_or_path: str | Path | None = None) -> ChunkEmbedder:
@@ -416,7 +444,7 @@ class ChunkEmbedder:
             cut, and the share of these that are in known words. Both are 1 for a text without characters, and where the
             tokenizer is not one of transformers.
         """
-        tokenizer = self._loaded.tokenizer
+        tokenizer, texts = self._loaded.tokenizer, _readable(texts)
         shares = np.ones((2, len(texts)), dtype=np.float32)
         if not isinstance(tokenizer, PreTrainedTokenizerBase) or not len(texts):
             return shares[0], shares[1]
@@ -447,6 +475,8 @@ class ChunkEmbedder:
         return shares[0], shares[1]
 
     def _encode(self, texts: Sequence[str], batch_size: int, show_progress: bool | None, query: bool) -> np.ndarray:
+        texts = _readable(texts)
+        batch_size = arguments.whole("batch_size", batch_size, DatastoreInputError)
         model = self._loaded
         if self._process != os.getpid():
             # The threads that share the work do not survive a fork, and PyTorch would wait for them for ever.
@@ -456,7 +486,7 @@ class ChunkEmbedder:
             return np.zeros((0, self.dim), dtype=np.float32)
         encode = model.encode_query if query else model.encode_document
         prompt = self.query_prompt if query else self.prompt
-        vectors = encode(list(texts), prompt=prompt, batch_size=batch_size, show_progress_bar=bool(show_progress))
+        vectors = encode(texts, prompt=prompt, batch_size=batch_size, show_progress_bar=bool(show_progress))
         vectors = vectors.astype(np.float32)
         return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 

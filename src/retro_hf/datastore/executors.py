@@ -17,8 +17,10 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 
+from ..arguments import whole
 from ..errors import DatastoreInputError, RetroError, counted
 from .files import hash_of
 
@@ -99,9 +101,7 @@ class LocalExecutor:
     is_main = True
 
     def __init__(self, num_workers: int = 1) -> None:
-        if isinstance(num_workers, bool) or num_workers < 1:
-            raise DatastoreInputError(f"executor is {num_workers!r}. Pass a number of processes of at least 1.")
-        self.num_workers = num_workers
+        self.num_workers = whole("executor", num_workers, DatastoreInputError)
 
     @contextmanager
     def start(self, tasks: Sequence[Task]) -> Iterator[Run]:
@@ -157,9 +157,9 @@ def _finished(pending: dict[Future[None], int]) -> Iterator[int]:
 
 def as_executor(executor: Executor | int) -> Executor:
     """An executor from a number of processes; DatastoreInputError for something else."""
-    if isinstance(executor, int):
-        return LocalExecutor(executor)
-    if not hasattr(executor, "start"):
+    if isinstance(executor, (int, np.integer)):
+        return LocalExecutor(int(executor) if not isinstance(executor, bool) else executor)
+    if not hasattr(executor, "start") or not hasattr(executor, "is_main"):
         raise DatastoreInputError(
             f"executor is {executor!r}. Pass a number of processes, such as 2, a RankExecutor or a RayExecutor."
         )
@@ -178,7 +178,9 @@ class RankExecutor:
         self.rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))) if rank is None else rank
         size = os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", 1))
         self.world_size = int(size) if world_size is None else world_size
-        if not 0 <= self.rank < self.world_size:
+        for name in ("rank", "world_size"):
+            whole(name, getattr(self, name), DatastoreInputError, least=0)
+        if not self.rank < self.world_size:
             raise DatastoreInputError(
                 f"The rank is {self.rank} of {self.world_size}, but ranks run from 0 to {self.world_size - 1}. Start the "
                 "processes with torchrun or srun, or pass rank= and world_size=."

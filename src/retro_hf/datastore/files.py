@@ -125,7 +125,7 @@ def reading(path: Path, remedy: str = RESTORE) -> Iterator[None]:
         raise not_readable(path, error) from error
     except MemoryError as error:
         raise not_readable(path, error) from error
-    except Exception as error:
+    except Exception as error:  # a hostile file can make FAISS, pyarrow and tokenizers raise anything
         raise damaged(path, _one_line(error), remedy) from error
     except BaseException as error:
         # A panic of a library in Rust is not an `Exception`.
@@ -229,7 +229,7 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except RetroError:
         raise
-    except Exception as error:
+    except Exception as error:  # libraries in Rust pass an error of the system on as a text of their own
         if not isinstance(error, OSError) and "(os error " not in str(error):
             raise
         raise not_written(path, error) from error

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .. import arguments
 from ..errors import DatastoreCorruptError, DatastoreInputError, RetroError
 from .files import INT64, damaged, map_npy
 from .manifest import DatastoreManifest, check_sizes
@@ -145,20 +146,27 @@ class Generation:
         return tuple(parts)
 
     def chunk_ids(self, ids: Any) -> np.ndarray:
-        """Chunk ids as int64; DatastoreInputError for another type, or ids that the store does not have."""
-        try:
-            ids = np.asarray(ids)
-        except ValueError as error:
-            raise DatastoreInputError(f"Chunk ids are no array: {error}. Pass rows of the same length.") from error
-        if ids.size and not np.issubdtype(ids.dtype, np.integer):
-            raise DatastoreInputError(f"Chunk ids are of type {ids.dtype}. Pass integers.")
-        ids = ids.astype(np.int64, copy=False)
-        if ids.size and (ids.min() < -1 or ids.max() >= self.chunk_starts[-1]):
-            raise DatastoreInputError(
-                f"Chunk ids run from {ids.min()} to {ids.max()}, but the store has chunks 0 to {self.chunk_starts[-1] - 1} "
-                "(-1 for none). Pass ids that were found in this datastore."
-            )
-        return ids
+        """Chunk ids as int64, -1 for none; DatastoreInputError for another type, or ids that the store does not have."""
+        return arguments.numbers("Chunk ids", ids, DatastoreInputError, -1, int(self.chunk_starts[-1]) - 1)
+
+    def place_of(self, number: Any) -> tuple[Shard, int]:
+        """The shard of a document and its number there; DatastoreInputError for a document that the store does not have."""
+        last = int(self.document_starts[-1]) - 1
+        number = arguments.whole("The number of a document", number, DatastoreInputError, least=0, most=last)
+        place = int(np.searchsorted(self.document_starts, number, side="right") - 1)
+        return self.shards[place], number - int(self.document_starts[place])
+
+    def first_chunks(self, documents: Any) -> np.ndarray:
+        """The first chunk (int64) of documents by number; for the number of documents that of chunks."""
+        documents = arguments.numbers("Documents", documents, DatastoreInputError, 0, int(self.document_starts[-1]))
+        owner = np.searchsorted(self.document_starts, documents, side="right") - 1
+        owner = np.minimum(owner, len(self.shards) - 1)
+        first = np.empty(documents.shape, dtype=np.int64)
+        for number, shard in enumerate(self.shards):
+            here = owner == number
+            local = documents[here] - self.document_starts[number]
+            first[here] = shard.doc_offsets[local] + self.chunk_starts[number]
+        return first
 
     def by_shard(self, ids: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         """For each shard that has some of the chunks: its place, and which of `ids` (bool) it has."""

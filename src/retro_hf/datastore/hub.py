@@ -27,7 +27,8 @@ from transformers.utils import logging
 from ..errors import DatastoreCorruptError, DatastoreInputError, DatastoreNotFoundError
 from ..outside import MAX_JSON_BYTES, is_path, parse_json, printable
 from .files import MANIFEST_NAME, building_folder
-from .manifest import DatastoreManifest, FileEntry, check_content, checked_path
+from .generation import at_rest
+from .manifest import DatastoreManifest, FileEntry, check_content, check_sizes, checked_path
 
 
 if TYPE_CHECKING:
@@ -92,8 +93,20 @@ def push(
             f"The Hub could not be reached to push to {repo_id!r}: {error} Repeat the call with a connection, and without "
             "HF_HUB_OFFLINE=1."
         ) from error
+    # A writer may remove files of this generation while they are uploaded: then the next one is pushed.
+    result: CommitInfo = at_rest([datastore], lambda: _uploaded(api, repo_id, datastore, revision, settings or {}))
+    return result
+
+
+def _uploaded(
+    api: HfApi, repo_id: str, datastore: RetroDatastore, revision: str | None, settings: dict[str, bytes]
+) -> CommitInfo:
+    """Commit a datastore, and explain what may stop the upload."""
     try:
-        return _commit(api, repo_id, datastore, revision, settings or {})
+        return _commit(api, repo_id, datastore, revision, settings)
+    except ValueError:
+        check_sizes(datastore.path, datastore.manifest.files)  # of the client, for a file that is gone
+        raise
     except (HTTPError, RuntimeError) as error:
         # An answer of the Hub explains itself; the client wraps the errors that stop the upload of a file.
         if isinstance(error, HfHubHTTPError) or isinstance(error.__cause__, HfHubHTTPError):

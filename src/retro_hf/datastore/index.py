@@ -332,6 +332,7 @@ def search_index(
 
     `parameters` come from [`search_parameters`].
     """
+    num_neighbors = int(num_neighbors)  # FAISS takes no number of numpy
     if isinstance(index, import_faiss().IndexFlat):
         with _blas_from_three_queries(index.d):
             scores, ids = index.search(queries, num_neighbors)

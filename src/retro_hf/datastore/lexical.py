@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from transformers.utils import logging
 
-from .. import extras
+from .. import arguments, extras
 from ..errors import (
     DatastoreInputError,
     DatastoreMismatchError,
@@ -24,9 +24,10 @@ from ..errors import (
 from ..outside import read_json
 from ..progress import progress_bar
 from .chunks import ranges
+from .compatibility import check_datastore
 from .files import damaged, map_npy, new_folder, reading, write_file
 from .generation import MAX_GATHERED
-from .manifest import FileEntry, check_content, check_sizes, describe_file
+from .manifest import FileEntry, check_content, check_sizes, checked_path, describe_file
 from .search import check_num_neighbors, checked_exclusion
 from .words import WORDS_VERSION, words_function
 
@@ -104,6 +105,7 @@ class LexicalSearcher:
             DatastoreInputError: if no chunk has a word.
             DatastoreExistsError: if something is at `path`.
         """
+        check_datastore(datastore)
         bm25s = _bm25s()
         start = time.perf_counter()
         vocabulary: dict[str, int] = {}
@@ -159,7 +161,8 @@ class LexicalSearcher:
             DatastoreMismatchError: if it was built from other chunks than the datastore's.
             DatastoreCorruptError: if its files are damaged.
         """
-        path = Path(os.path.abspath(path))
+        check_datastore(datastore)
+        path = Path(os.path.abspath(checked_path(path)))
         if not (path / _NAME).is_file():
             raise DatastoreNotFoundError(
                 f"There is no index of words at {str(path)!r}. Check the path, or build one with "
@@ -215,7 +218,7 @@ class LexicalSearcher:
             DatastoreMismatchError: if the datastore has got other chunks since the index was built.
             DatastoreCorruptError: if its lists name chunks that do not exist.
         """
-        store = self.datastore
+        store, texts = self.datastore, arguments.texts("Text", texts, DatastoreInputError)
         if _shards_of(store) != self._shards:
             raise _mismatch(store, self.path)
         check_num_neighbors(num_neighbors, store.num_chunks)

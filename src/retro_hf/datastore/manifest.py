@@ -16,7 +16,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import DatastoreInputError, DatastoreNotFoundError
-from ..outside import file_inside, is_file_name, read_json
+from ..outside import file_inside, can_be_a_file, is_file_name, read_json
 from .compatibility import tokenizer_fingerprint, vocabulary_size
 from .documents import without_lone_surrogates
 from .files import (
@@ -426,7 +426,7 @@ def check_num_shards(number: int) -> None:
 
 def checked_path(path: Any) -> Path:
     """A path that a user gave; DatastoreInputError for something else."""
-    if not isinstance(path, (str, os.PathLike)) or "\0" in os.fspath(path):
+    if not isinstance(path, (str, os.PathLike)) or not can_be_a_file(os.fspath(path)):
         raise DatastoreInputError(f"The path of the datastore is {path!r}. Pass its folder as a `str` or `Path`.")
     return Path(path)
 

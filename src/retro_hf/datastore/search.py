@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .. import arguments
 from ..errors import DatastoreInputError, counted
 from .chunks import document_of
 from .manifest import DatastoreManifest
@@ -55,9 +56,7 @@ def checked_search(
 
 def check_num_neighbors(num_neighbors: int, num_chunks: int) -> None:
     """Raise DatastoreInputError for what is no number, a number below 1, or one far above the chunks of the store."""
-    if isinstance(num_neighbors, bool) or not isinstance(num_neighbors, (int, np.integer)):
-        raise DatastoreInputError(f"num_neighbors is {num_neighbors!r}. Pass an integer of at least 1.")
-    if not 1 <= num_neighbors <= max(num_chunks, _FILLED_NEIGHBORS):
+    if not arguments.whole("num_neighbors", num_neighbors, DatastoreInputError) <= max(num_chunks, _FILLED_NEIGHBORS):
         raise DatastoreInputError(
             f"num_neighbors is {num_neighbors:,}, but the store has {counted(num_chunks, 'chunk')}. Pass a number from 1 to that."
         )

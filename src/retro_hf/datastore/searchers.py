@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from ..errors import DatastoreMismatchError, RetrieverError
+from .. import arguments
+from ..errors import DatastoreInputError, DatastoreMismatchError, RetrieverError
+from .compatibility import check_datastore
 from .search import checked_search
 
 
@@ -63,6 +65,11 @@ class RestrictedIndex:
     """
 
     def __init__(self, datastore: RetroDatastore, documents: np.ndarray) -> None:
+        documents = np.asarray(documents)
+        if documents.dtype != bool or documents.shape != (datastore.num_documents,):
+            raise DatastoreInputError(
+                f"The documents are {documents.dtype} of shape {documents.shape}. Pass bools of shape ({datastore.num_documents},)."
+            )
         self._opened = datastore._opened.without(np.flatnonzero(~documents))
         found = np.setdiff1d(np.arange(datastore.num_documents), self._opened.deleted)
         self.num_documents = len(found)
@@ -92,6 +99,7 @@ class EmbeddingSearcher:
     metric = "inner_product"
 
     def __init__(self, datastore: RetroDatastore, embedder: ChunkEmbedder, index: VectorIndex | None = None) -> None:
+        check_datastore(datastore)
         datastore.check_compatible(embedder=embedder)
         self.datastore = datastore
         self.embedder = embedder
@@ -180,6 +188,7 @@ class HybridSearcher:
         self, texts: Sequence[str], num_neighbors: int, *, exclude_documents: Any = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """See [`Searcher.search`]."""
+        num_neighbors = arguments.whole("num_neighbors", num_neighbors, DatastoreInputError)
         fetched = max(num_neighbors, _FUSED_RESULTS)
         both = [
             searcher.search(texts, fetched, exclude_documents=exclude_documents)[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import tempfile
@@ -13,14 +14,15 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from .. import arguments
 from ..errors import DatastoreInputError
-from . import compatibility, coverage, derive, edit, hub, texts
+from . import changes, compatibility, coverage, derive, edit, hub, texts
 from .build import BuildOptions, build_datastore
 from .documents import DocumentReader
 from .embedder import ChunkEmbedder
 from .executors import Executor, as_executor
 from .files import hash_of
-from .generation import Generation, at_rest
+from .generation import MAX_GATHERED, Generation, at_rest
 from .index_plan import DEFAULT_SHARD_CHUNKS, IndexOptions
 from .manifest import DatastoreManifest, check_content, checked_path
 from .search import checked_search
@@ -322,22 +324,22 @@ class RetroDatastore:
         opened = self._opened
         return opened.document_of(opened.chunk_ids(chunk_ids))
 
-    def first_chunks(self, documents: np.ndarray) -> np.ndarray:
+    def first_chunks(self, documents: Any) -> np.ndarray:
         """The first chunk (int64) of documents by number; for `num_documents` the number of chunks."""
-        opened = self._opened
-        owner = np.searchsorted(opened.document_starts, documents, side="right") - 1
-        owner = np.minimum(owner, len(opened.shards) - 1)
-        first = np.empty(documents.shape, dtype=np.int64)
-        for number, shard in enumerate(opened.shards):
-            here = owner == number
-            local = documents[here] - opened.document_starts[number]
-            first[here] = shard.doc_offsets[local] + opened.chunk_starts[number]
-        return first
+        return self._opened.first_chunks(documents)
 
     def random_chunks(self, generator: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
         """Chunk ids (int64) drawn uniformly from the documents that are not deleted; -1 if there are none."""
         opened = self._opened
         num_chunks, num_documents = int(opened.chunk_starts[-1]), int(opened.document_starts[-1])
+        sizes = shape if isinstance(shape, tuple) else (shape,)
+        for size in sizes:
+            arguments.whole("A size of the shape", size, DatastoreInputError, least=0, most=MAX_GATHERED)
+        if not isinstance(generator, np.random.Generator) or math.prod(sizes) > MAX_GATHERED:
+            raise DatastoreInputError(
+                f"The generator is of type {type(generator).__name__} and the shape {shape}. Pass a `np.random.Generator` and at most "
+                f"{MAX_GATHERED:,} chunks."
+            )
         ids = generator.integers(num_chunks, size=shape)
         while len(opened.deleted):
             hidden = np.isin(opened.document_of(ids), opened.deleted)
@@ -355,22 +357,15 @@ class RetroDatastore:
             DatastoreInputError: if there is no such document, or it has been deleted.
         """
         opened = self._opened
-        num_documents = int(opened.document_starts[-1])
-        if not isinstance(number, (int, np.integer)) or not 0 <= number < num_documents:
-            raise DatastoreInputError(
-                f"There is no document {number!r}. Pass a number from 0 to {num_documents - 1}, such as "
-                "`document_number(id)`."
-            )
+        shard, local = opened.place_of(number)
         if number in opened.deleted:
             raise DatastoreInputError(f"Document {number} has been deleted from {str(self.path)!r}.")
-        place = int(np.searchsorted(opened.document_starts, number, side="right") - 1)
-        return opened.shards[place].documents.document(number - int(opened.document_starts[place]))
+        return shard.documents.document(local)
 
     def document_id(self, number: int) -> str:
         """The id of a document by its number, without reading its text."""
-        opened = self._opened
-        place = int(np.searchsorted(opened.document_starts, number, side="right") - 1)
-        return opened.shards[place].documents.document_id(number - int(opened.document_starts[place]))
+        shard, local = self._opened.place_of(number)
+        return shard.documents.document_id(local)
 
     def document_number(self, id: str) -> int:
         """The number of the document with a given id.
@@ -380,14 +375,14 @@ class RetroDatastore:
         """
         number = self.document_numbers([id])[0]
         if number < 0:
-            raise DatastoreInputError(f"There is no document with the id {id!r} in {str(self.path)!r}.")
+            raise DatastoreInputError(
+                f"There is no document with the id {id!r} in {str(self.path)!r}. {changes.similar_ids(self, id)}".rstrip()
+            )
         return int(number)
 
     def document_numbers(self, ids: Sequence[str]) -> np.ndarray:
         """The numbers (int64, `(n,)`) of documents by id, -1 for ids that are not there or have been deleted."""
-        opened = self._opened
-        if strange := [id for id in ids if not isinstance(id, str)]:
-            raise DatastoreInputError(f"{strange[0]!r} is no id of a document. Pass texts.")
+        opened, ids = self._opened, arguments.texts("Id", ids, DatastoreInputError)
         hashes = np.array([hash_of(id) for id in ids], dtype=np.uint64)
         numbers = np.full(len(ids), -1, dtype=np.int64)
         deleted = set(opened.deleted.tolist())

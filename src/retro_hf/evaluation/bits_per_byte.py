@@ -13,7 +13,7 @@ from ..datastore import RetroDatastore
 from ..datastore.borders import Borders
 from ..errors import DatasetError, check_integers, counted
 from ..retriever import RetroRetriever
-from ..training.search import wanted_neighbors
+from ..training.search import datastore_of, wanted_neighbors
 from .interval import Bootstrap
 from .neighbors import Chunks, NeighborIds, NeighborSearch, Run, check_modes, random_neighbors
 from .scoring import ScoringOptions, chunk_size_of, read_documents, score_runs
@@ -139,9 +139,10 @@ def bits_per_byte(
     *Determinism*: the same arguments give the same numbers; `batch_size` moves only the last bits.
     """
     check_integers(batch_size=(batch_size, 1), num_resamples=(num_resamples, 1), seed=(seed, 0))
-    datastore = retriever.datastore if isinstance(retriever, RetroRetriever) else retriever
-    modes = tuple(modes or (("off",) if retriever is None else _MODES))
+    datastore = None if retriever is None else datastore_of(retriever)
+    modes = modes or (("off",) if retriever is None else _MODES)
     check_modes(modes, _MODES, has_neighbors=retriever is not None)
+    modes = tuple(modes)
     chunk_size = chunk_size_of(model, datastore)
     if datastore is not None:
         datastore.check_compatible(tokenizer=tokenizer, chunk_size=chunk_size)

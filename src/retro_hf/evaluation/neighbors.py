@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -229,8 +229,8 @@ def check_modes(modes: Sequence[str], known: Sequence[str], *, has_neighbors: bo
     Raises:
         ValueError: for an unknown mode, and for a mode other than `off` without neighbors.
     """
-    if isinstance(modes, str):
-        raise ValueError(f"modes is the text {modes!r}, but it must be a list of {list(known)}.")
+    if isinstance(modes, str) or not isinstance(modes, Iterable):
+        raise ValueError(f"modes is {modes!r:.100}, but it must be a list of {list(known)}.")
     if unknown := [mode for mode in modes if mode not in known]:
         raise ValueError(f"Unknown modes {unknown}; choose from {list(known)}.")
     if not has_neighbors and set(modes) != {"off"}:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .. import extras
+from .. import arguments, extras
 from ..errors import DatasetError
 from ..progress import progress_bar
 from ..training.columns import check_columns, list_lengths
@@ -250,11 +250,20 @@ def _scorer() -> Callable[[Sequence[str], Sequence[Sequence[str]]], tuple[np.nda
     squad = extras.load("torchmetrics.functional.text", "Scoring answers").squad
 
     def score(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> tuple[np.ndarray, np.ndarray]:
+        predictions = arguments.texts("Prediction", predictions, DatasetError)
+        if isinstance(answers, (str, bytes, dict)) or not hasattr(answers, "__len__"):
+            raise DatasetError(
+                f"The right answers are of type {type(answers).__name__}. Pass a list of lists of texts."
+            )
         if len(predictions) != len(answers):
             raise DatasetError(f"There are {len(predictions)} predictions for {len(answers)} questions.")
         scores = np.empty((2, len(predictions)))
         for number, (prediction, right) in enumerate(zip(predictions, answers, strict=True)):
-            if isinstance(right, str) or not len(right):
+            if (
+                not isinstance(right, (list, tuple, np.ndarray))
+                or not len(right)
+                or not all(isinstance(one, str) for one in right)
+            ):
                 raise DatasetError(
                     f"The right answers of question {number} are {right!r}, but must be a list of texts."
                 )

@@ -194,11 +194,18 @@ def read_documents(
 
 def accepts(model: PreTrainedModel, argument: str) -> bool:
     """Whether the forward pass of a model has an argument of this name."""
+    _check_model(model)
     return argument in inspect.signature(model.forward).parameters
+
+
+def _check_model(model: Any) -> None:
+    if not hasattr(model, "forward") or not hasattr(model, "config"):
+        raise ValueError(f"The model is of type {type(model).__name__}. Pass a causal language model of transformers.")
 
 
 def chunk_size_of(model: PreTrainedModel, datastore: RetroDatastore | None = None) -> int:
     """Tokens per chunk of a RETRO model. Any other model is scored in the datastore's chunks, or without chunks."""
+    _check_model(model)
     return getattr(model.config, "chunk_size", None) or (1 if datastore is None else datastore.chunk_size)
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from transformers.utils import logging
 from ..datastore import RetroDatastore
 from ..errors import DatasetError, DatastoreMismatchError
 from ..retriever import RetroRetriever
-from .columns import check_example
+from .columns import check_example, checked_examples, token_ids
 from .copies import Lookups
 from .exclusion import document_numbers
 from .neighbors import NEIGHBORS_COLUMN, SOURCE_COLUMN
@@ -101,9 +102,10 @@ class RetroDataCollator:
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """Make one batch; see the class."""
+        examples = checked_examples(examples)
         for example in examples:
             check_example(example, ["input_ids"])
-        tokens = [np.asarray(example["input_ids"], dtype=np.int64) for example in examples]
+        tokens = [token_ids(example, "input_ids") for example in examples]
         found = self._looked_up(self.retriever, examples, tokens) if self.retriever else self._precomputed(examples)
         self._lookups.count(found)
         size = self.datastore.chunk_size
@@ -167,6 +169,11 @@ class RetroDataCollator:
         for example in examples:
             check_example(example, [NEIGHBORS_COLUMN, SOURCE_COLUMN])
             source, ids = example[SOURCE_COLUMN], example[NEIGHBORS_COLUMN]
+            if not isinstance(source, str) or not isinstance(ids, (list, np.ndarray, torch.Tensor)):
+                raise DatasetError(
+                    f"{SOURCE_COLUMN!r} is of type {type(source).__name__} and {NEIGHBORS_COLUMN!r} of type {type(ids).__name__}. "
+                    "Use the columns as `precompute_neighbors` makes them."
+                )
             if source not in self._computed:
                 self._computed[source] = self._checked_source(source)
             computed.append(self._computed[source])
@@ -183,8 +190,13 @@ class RetroDataCollator:
 
     def _checked_source(self, source: str) -> int:
         """How many neighbors were computed, after checking that they were computed with this datastore."""
-        computed = json.loads(source)
-        count = int(computed["num_neighbors"])
+        try:
+            computed = json.loads(source)
+            count = int(computed["num_neighbors"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise DatasetError(
+                f"{SOURCE_COLUMN!r} is {source!r:.100}, which `precompute_neighbors` has not written. Run it again."
+            ) from error
         own = json.loads(neighbor_source(self.datastore, count))
         # Shards that were appended since then have chunk ids of their own.
         own["datastore"] = own["datastore"][: len(computed.get("datastore", ()))]
@@ -205,6 +217,8 @@ class RetroDataCollator:
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The id to pad with. Any will do, because padding is masked wherever it is read."""
+    if not hasattr(tokenizer, "pad_token_id"):
+        raise DatasetError(f"The tokenizer is of type {type(tokenizer).__name__}. Pass the model's tokenizer.")
     known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     return next(token for token in known if token is not None)
 
@@ -215,6 +229,8 @@ def checked_shares(**shares: float) -> tuple[float, ...]:
     Raises:
         ValueError: if one is negative, or their sum is above 1.
     """
+    if not all(isinstance(share, Real) for share in shares.values()):
+        raise ValueError(f"{' and '.join(shares)} must be numbers, got {list(shares.values())!r:.100}.")
     if min(shares.values()) < 0 or sum(shares.values()) > 1:
         named = " and ".join(f"{name}={share}" for name, share in shares.items())
         raise ValueError(f"{named} must not be negative, and their sum must be at most 1.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from .. import extras
+from ..arguments import numbers
 from ..errors import DatasetError
 
 
@@ -50,12 +51,32 @@ def check_example(example: Mapping[str, Any], names: Sequence[str]) -> None:
     Raises:
         DatasetError: for the first that is missing, or is None, as in rows that were joined from a dataset without it.
     """
+    if not isinstance(example, Mapping):
+        raise DatasetError(
+            f"An example is of type {type(example).__name__}. Pass rows of a dataset, as `Trainer` does."
+        )
     for name in names:
         if example.get(name) is None:
             raise DatasetError(
                 f"The examples have no column {name!r}, only {sorted(example)}, or it is None. {_REMEDIES[name]}. If the "
                 "dataset has it, Trainer dropped it: set `TrainingArguments(remove_unused_columns=False)`."
             )
+
+
+def checked_examples(examples: Any) -> list[Any]:
+    """The examples of a batch as a list; DatasetError if there is none."""
+    found = list(examples) if isinstance(examples, Iterable) else []
+    if not found:
+        raise DatasetError(f"The examples are {examples!r:.100}. Pass a list of at least one row of a dataset.")
+    return found
+
+
+def token_ids(example: Mapping[str, Any], name: str) -> np.ndarray:
+    """The token ids (int64, `(n,)`) in a column of an example; DatasetError for anything else."""
+    ids = numbers(f"The ids in {name!r}", example[name], DatasetError, -(1 << 31), (1 << 63) - 1)
+    if ids.ndim != 1:
+        raise DatasetError(f"The ids in {name!r} have the shape {ids.shape}. Pass a list of integers per example.")
+    return ids
 
 
 def checked_text(value: Any, name: str, row: int) -> str:

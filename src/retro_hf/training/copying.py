@@ -42,6 +42,10 @@ def start_by_copying(model: RetroForCausalLM, input_ids: torch.Tensor) -> None:
     Raises:
         ValueError: if the model has not what is needed, or the text is too short for the regression.
     """
+    if not isinstance(model, RetroForCausalLM):
+        raise ValueError(
+            f"The model is of type {type(model).__name__}. Pass a RetroForCausalLM, as `retrofit` makes it."
+        )
     reader: Any = model.model.retro
     config: Any = model.config
     _check(model, input_ids)

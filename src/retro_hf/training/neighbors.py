@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 from transformers.utils import logging
 
 from .. import extras
+from ..arguments import whole
 from ..datastore import RetroDatastore
 from ..errors import DatasetError
 from ..progress import progress_bar
@@ -34,6 +35,7 @@ logger = logging.get_logger(__name__)
 NEIGHBORS_COLUMN = "neighbor_chunk_ids"
 SOURCE_COLUMN = "neighbor_source"
 _BATCHES_PER_BLOCK = 16
+_MOST_ROWS = 1 << 20  # of a batch
 
 
 def precompute_neighbors(
@@ -85,6 +87,9 @@ def precompute_neighbors(
     datastore = datastore_of(retriever)
     datastore.check_compatible(tokenizer=tokenizer)
     wanted = wanted_neighbors(retriever, num_neighbors)
+    batch_size = whole("batch_size", batch_size, ValueError, most=_MOST_ROWS)
+    if cache_dir is not None and (not isinstance(cache_dir, (str, os.PathLike)) or not os.fspath(cache_dir)):
+        raise DatasetError(f"cache_dir is {cache_dir!r:.100}. Pass the path of a folder.")
     source = neighbor_source(datastore, wanted)
     has_ids, duplicates = ID_COLUMN in dataset.column_names, None
     if exclude_near_duplicates:
@@ -126,7 +131,7 @@ def precompute_neighbors(
     if cache_dir is not None:
         try:
             Path(cache_dir).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise DatasetError(
                 f"cache_dir {str(cache_dir)!r} cannot be created: {error}. Choose another folder."
             ) from error

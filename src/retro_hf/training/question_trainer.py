@@ -58,6 +58,10 @@ def generate_ids(
     **options: Any,
 ) -> torch.Tensor:
     """The tokens of [`generate_answers`], without the prompt: `torch.LongTensor` of shape `(batch_size, at most max_new_tokens)`."""
+    if not isinstance(batch, Mapping) or not {"input_ids", "attention_mask"} <= batch.keys():
+        raise DatasetError(
+            f"The batch is of type {type(batch).__name__}. Pass what QuestionCollator makes of examples."
+        )
     input_ids, attention_mask = batch["input_ids"], batch["attention_mask"]
     start = input_ids.shape[1]
     if "labels" in batch:

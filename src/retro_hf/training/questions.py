@@ -12,10 +12,11 @@ import torch
 from transformers.utils import logging
 
 from .. import extras
+from ..arguments import whole
 from ..errors import DatasetError, check_integers
 from ..passages import PROMPT, passage_text
 from .collator import IGNORED_LABEL, checked_shares, generator_for, padding_id
-from .columns import check_columns, check_example, checked_text, list_lengths
+from .columns import check_columns, check_example, checked_examples, checked_text, list_lengths, token_ids
 
 
 if TYPE_CHECKING:
@@ -65,11 +66,14 @@ def tokenize_questions(
             questions without an answer, and questions that are too long.
     *Disk*: 4 bytes per token, at most `4 * num_passages * neighbor_size` per question.
     """
+    if not hasattr(tokenizer, "eos_token_id"):
+        raise DatasetError(f"The tokenizer is of type {type(tokenizer).__name__}. Pass the model's fast tokenizer.")
+    num_passages, max_length = _optional("num_passages", num_passages, 0), _optional("max_length", max_length, 1)
+    neighbor_size = whole("neighbor_size", neighbor_size, ValueError)
     needed = ["question", *(["answers"] if with_answers else []), *(["passages"] if num_passages != 0 else [])]
     check_columns(dataset, needed)
-    if "{question}" not in prompt:
+    if not isinstance(prompt, str) or "{question}" not in prompt:
         raise DatasetError(f"The prompt {prompt!r} has no place for the question. Write it as {{question}}.")
-    check_integers(neighbor_size=(neighbor_size, 1))
     if tokenizer.eos_token_id is None:
         raise DatasetError(
             "The tokenizer has no end token, which ends an answer. Set one: `tokenizer.eos_token = ...`."
@@ -129,6 +133,10 @@ def tokenize_questions(
             "`retrieve_passages(dataset, retriever)`, or pass `num_passages=0`."
         )
     return result
+
+
+def _optional(name: str, value: int | None, least: int) -> int | None:
+    return None if value is None else whole(name, value, ValueError, least)
 
 
 class QuestionCollator:
@@ -206,15 +214,16 @@ class QuestionCollator:
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """Make one batch; see the class."""
+        examples = checked_examples(examples)
         needs_passages = self.num_passages != 0 or self.passages_in_prompt > 0
         check_example(examples[0], [_PROMPT_COLUMN, *([_PASSAGES_COLUMN] if needs_passages else [])])
         passages = self._drawn(examples) if needs_passages else [[] for _ in examples]
         prompts = []
         for example, read in zip(examples, passages, strict=True):
             first = [token for passage in read[: self.passages_in_prompt] for token in [*passage, *self._separator]]
-            prompts.append([*first, *example[_PROMPT_COLUMN]])
+            prompts.append([*first, *token_ids(example, _PROMPT_COLUMN)])
         has_answers = _ANSWER_COLUMN in examples[0]
-        answers = [list(example[_ANSWER_COLUMN]) if has_answers else [] for example in examples]
+        answers = [list(token_ids(example, _ANSWER_COLUMN)) if has_answers else [] for example in examples]
         start = max(map(len, prompts))
         input_ids = np.full((len(examples), start + max(map(len, answers))), self.pad_token_id, dtype=np.int64)
         attention_mask = np.zeros_like(input_ids)

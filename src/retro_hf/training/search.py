@@ -10,16 +10,25 @@ from typing import Any
 
 import numpy as np
 
+from ..arguments import whole
 from ..datastore import EmbeddingSearcher, HybridSearcher, LexicalSearcher, RetroDatastore, Searcher, chunk_texts
 from ..datastore.chunks import ranges
 from ..datastore.files import digest_of
-from ..errors import DatasetError, RetrieverError, check_integers
+from ..errors import DatasetError, RetrieverError
 from ..retriever import RetroRetriever
 from .copies import Text, search_without_copies
 
 
+# Far above what a model can read; each takes eight bytes for every chunk of a dataset.
+_MOST_NEIGHBORS = 1 << 16
+
+
 def datastore_of(retriever: RetroRetriever | RetroDatastore) -> RetroDatastore:
-    """The datastore of a retriever, or the datastore itself."""
+    """The datastore of a retriever, or the datastore itself; RetrieverError for anything else."""
+    if not isinstance(retriever, (RetroRetriever, RetroDatastore)):
+        raise RetrieverError(
+            f"The retriever is of type {type(retriever).__name__}. Pass a RetroRetriever or a RetroDatastore."
+        )
     return retriever if isinstance(retriever, RetroDatastore) else retriever.datastore
 
 
@@ -27,8 +36,7 @@ def wanted_neighbors(retriever: RetroRetriever | RetroDatastore | None, num_neig
     """The number of neighbors asked for, else the retriever's, else the paper's 2."""
     if num_neighbors is None:
         return retriever.num_neighbors if isinstance(retriever, RetroRetriever) else 2
-    check_integers(RetrieverError, num_neighbors=(num_neighbors, 1))
-    return int(num_neighbors)
+    return whole("num_neighbors", num_neighbors, RetrieverError, most=_MOST_NEIGHBORS)
 
 
 def neighbor_source(datastore: RetroDatastore, num_neighbors: int) -> str:

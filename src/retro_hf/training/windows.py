@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from .. import extras
+from ..arguments import whole
 from ..datastore.borders import Borders
 from ..datastore.documents import Document, DocumentReader, as_document
 from ..errors import DatasetError
@@ -63,7 +64,11 @@ def tokenize_documents(
             token that is asked for.
         DatastoreInputError: for a document that is invalid.
     """
-    if chunk_size < 1 or max_length < 2 or max_length % chunk_size:
+    chunk_size, max_length = (
+        whole("chunk_size", chunk_size, DatasetError),
+        whole("max_length", max_length, DatasetError, least=0),
+    )
+    if max_length < 2 or max_length % chunk_size:
         raise DatasetError(
             f"max_length={max_length} is not a multiple of chunk_size={chunk_size}. Use "
             f"{max(1, max_length // max(chunk_size, 1)) * max(chunk_size, 1)}, so that every window begins at a chunk border."

@@ -1,0 +1,43 @@
+"""Arguments of public functions: each kind is checked here, so that an error says what was given and what to pass."""
+
+from __future__ import annotations
+
+from numbers import Integral
+from typing import Any
+
+import numpy as np
+
+
+def whole(name: str, value: Any, error: type[Exception], least: int = 1, most: int | None = None) -> int:
+    """A whole number, of Python or numpy, as `int`; `error` for anything else, or one out of range."""
+    number = int(value) if isinstance(value, Integral) and not isinstance(value, bool) else least - 1
+    if number < least or (most is not None and number > most):
+        upper = "" if most is None else f" and at most {most:,}"
+        raise error(f"{name} is {value!r:.100}, but it must be an integer of at least {least:,}{upper}.")
+    return number
+
+
+def texts(name: str, values: Any, error: type[Exception]) -> list[str]:
+    """Texts as a list, one text as a list of it; `error` for what is no text. `name` is what one of them is called."""
+    try:
+        found = [values] if isinstance(values, str) else list(values)
+    except TypeError:  # nothing that can be iterated over, such as None or an array without dimensions
+        found = [values]
+    for number, text in enumerate(found):
+        if not isinstance(text, str):
+            raise error(f"{name} {number} is of type {type(text).__name__}. Pass a text or a list of texts.")
+    return found
+
+
+def numbers(name: str, values: Any, error: type[Exception], least: int, most: int) -> np.ndarray:
+    """Whole numbers in a range as an array of int64, of any shape; `error` for another type or a number out of range."""
+    try:
+        found = np.asarray(values)
+    except ValueError as problem:
+        raise error(f"{name} are no array: {problem}. Pass rows of the same length.") from problem
+    if found.size and not np.issubdtype(found.dtype, np.integer):
+        raise error(f"{name} are of type {found.dtype}. Pass integers.")
+    found = found.astype(np.int64, copy=False)
+    if found.size and (found.min() < least or found.max() > most):
+        raise error(f"{name} run from {found.min()} to {found.max()}, but there are those from {least} to {most}.")
+    return found
