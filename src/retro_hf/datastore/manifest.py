@@ -16,7 +16,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import DatastoreInputError, DatastoreNotFoundError
-from ..outside import file_inside, can_be_a_file, is_file_name, read_json
+from ..outside import can_be_a_file, file_inside, is_file_name, read_json
 from .compatibility import tokenizer_fingerprint, vocabulary_size
 from .documents import without_lone_surrogates
 from .files import (
