@@ -236,17 +236,13 @@ class ChunkEmbedder:
         query_prompt: str | None = None,
         query_encoder: ChunkEmbedder | str | Path | None = None,
     ) -> None:
-        for what, value in (
-            ("name", name_or_path),
-            ("revision", revision),
-            ("prompt", prompt),
-            ("query_prompt", query_prompt),
-        ):
-            optional = value is None and what != "name"
-            if not optional and not isinstance(value, (str, os.PathLike) if what == "name" else str):
-                raise DatastoreInputError(
-                    f"The {what} of the embedder is of type {type(value).__name__}. Pass a text."
-                )
+        given = {"name": os.fspath(name_or_path) if isinstance(name_or_path, os.PathLike) else name_or_path}
+        given |= {
+            key: value or ""
+            for key, value in (("revision", revision), ("prompt", prompt), ("query_prompt", query_prompt))
+        }
+        if strange := next((key for key, value in given.items() if not isinstance(value, str)), None):
+            raise DatastoreInputError(f"The {strange} of the embedder is {given[strange]!r:.100}. Pass a text.")
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise DatastoreInputError(f"The dtype of the embedder is {dtype!r:.100}. Pass one such as torch.float32.")
         try:
