@@ -1,7 +1,8 @@
 """Who answers questions best? One frozen base and the same passages, and what it costs.
 
-    python benchmarks/questions.py              # about half an hour of CPU time on one core; continues if it is stopped
-    python benchmarks/questions.py --publish    # what is missing, and then writes benchmarks/results/questions.json
+    python benchmarks/questions.py                       # about an hour of CPU time; continues with the next row if it is stopped
+    python benchmarks/questions.py --rows "prompt, 5"    # one row, so that several can run side by side
+    python benchmarks/questions.py --publish             # what is missing, and then writes benchmarks/results/questions.json
 
 | reader             | how the base, SmolLM2-135M-Instruct, reads the passages                                | trained on      |
 | ------------------ | -------------------------------------------------------------------------------------- | --------------- |
@@ -24,7 +25,6 @@ passages are known. Every row runs in a process of its own, so that its peak mem
 
 import argparse
 import json
-import math
 import os
 import platform
 import random
@@ -64,7 +64,6 @@ ADAPTER = ROOT / "hub_configs" / "retro-smollm2-135m-mixed"
 SYSTEM = "Answer the question with as few words as possible."
 CHUNK_SIZE, NEIGHBOR_SIZE, ARTICLES, MAX_NEW_TOKENS = 64, 128, 2000, 16
 STEPS, BATCH, LEARNING_RATE, RANK = 40, 4, 5e-4, 16
-YEARS, NAMES, FEW = 28, 12, 12  # questions of each kind; of all of them with 20 passages
 # Reader, number of passages, and whether the years were changed; in the order in which they are measured.
 ROWS = [
     *[(reader, 1, False) for reader in ("rule", "rule_sentence", "closed", "prompt", "parallel", "retro")],
@@ -77,6 +76,7 @@ ROWS = [
     ("parallel_lora", 1, True),
     *[(reader, 20, False) for reader in ("prompt_lora", "parallel_lora")],
 ]
+NAMES = {f"{reader}, {k}" + (", changed" if changed else ""): (reader, k, changed) for reader, k, changed in ROWS}
 
 
 # ── questions and the datastore ───────────────────────────────────────────────────────────────────────────────────────
@@ -398,24 +398,26 @@ def score(row: dict, rows: list[dict], changed: bool) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--years", type=int, default=28, help="questions for years")
+    parser.add_argument("--names", type=int, default=12, help="questions for names")
+    parser.add_argument("--few", type=int, default=12, help="of all of them, with more than one passage")
+    parser.add_argument("--rows", nargs="+", choices=NAMES, default=list(NAMES), help="what to measure")
     parser.add_argument("--publish", action="store_true", help="write benchmarks/results/questions.json")
-    parser.add_argument("--readers", nargs="+", choices=sorted({row[0] for row in ROWS}), help="only these rows")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    WORK.mkdir(parents=True, exist_ok=True)
+    folder = WORK / f"rows-{args.years}-{args.names}-{args.few}"
+    folder.mkdir(parents=True, exist_ok=True)
     load_base(BASE)
     questions, articles = make_questions()
     make_stores(questions, articles, ChunkEmbedder.from_pretrained(minilm_path()))
     years, names = ([row for row in questions["test"] if row["kind"] == kind] for kind in ("year", "name"))
+    years, names = years[: args.years], names[: args.names]
+    few = [*years[: 2 * args.few // 3], *names[: args.few - 2 * args.few // 3]]
     table = {}
-    for reader, num_passages, changed in ROWS:
-        if args.readers and reader not in args.readers:
-            continue
-        rows = years[:YEARS] if changed else [*years[:YEARS], *names[:NAMES]]
-        if num_passages == 20:
-            rows = [*years[: 2 * FEW // 3], *names[: math.ceil(FEW / 3)]]
-        name = f"{reader}, {num_passages}" + (", changed" if changed else "")
-        path = WORK / f"{name}.json"
+    for name in args.rows:
+        reader, num_passages, changed = NAMES[name]
+        rows = years if changed else few if num_passages > 1 else [*years, *names]
+        path = folder / f"{name}.json"
         if not path.exists():
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
                 row = pool.submit(measure_row, reader, num_passages, changed, rows).result()
@@ -424,13 +426,12 @@ def main() -> None:
         print(name, json.dumps(table[name]), flush=True)
     if args.publish:
         published = {
-            "command": "python benchmarks/questions.py --publish",
+            "command": " ".join(["python benchmarks/questions.py", *sys.argv[1:]]),
             "machine": f"{platform.machine()}, 1 thread, float32",
             "versions": {"retro-hf": __version__}
             | {name: version(name) for name in ("torch", "transformers", "peft")},
             "training": {
-                reader: json.loads((WORK / reader / "log.json").read_text())
-                for reader in ("prompt_lora", "parallel_lora")
+                path.parent.name: json.loads(path.read_text()) for path in sorted(WORK.glob("*_lora/log.json"))
             },
             "rows": table,
         }
