@@ -6,11 +6,14 @@ from typing import Annotated
 import typer
 
 from . import paths
-from .datastore import (
+from .model import load_reader, tokenizer_of
+from .options import (
     DEFAULT_EMBEDDER,
+    MODEL,
     STORE,
     TEXTS,
     AsJson,
+    Base,
     Embedder,
     Encoding,
     MinScore,
@@ -18,7 +21,6 @@ from .datastore import (
     open_retriever,
     readable,
 )
-from .model import MODEL, Base, load_reader, tokenizer_of
 from .output import say, say_json, say_passage
 
 

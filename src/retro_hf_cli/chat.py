@@ -6,10 +6,9 @@ from typing import Annotated, Any
 
 import typer
 
-from .datastore import STORE, Embedder, MinScore, harmless, readable
-from .model import MODEL, Base, open_model
+from .model import open_model
+from .options import MODEL, STORE, Base, Dtype, Embedder, MinScore, NumNeighbors, readable
 from .output import say, say_passage
-from .serve import Dtype, NumNeighbors
 
 
 commands = typer.Typer()
@@ -96,7 +95,7 @@ def _answer(engine: Any, prompt: Any, sampling: Any, retrieve: bool) -> str:
             continue
         if isinstance(event, Delta):
             text += event.text
-            say(harmless(event.text, lines=True), nl=False)
+            say(event.text, nl=False)
         elif isinstance(event, ChunkRead):
             passages = event.passages
         elif isinstance(event, Failed):

@@ -1,39 +1,31 @@
 """The commands of a datastore: build, append, sync, delete, compact, search and inspect."""
 
 import dataclasses
-import logging
-import unicodedata
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from . import paths
-from .output import say, say_json
+from .options import (
+    DEFAULT_EMBEDDER,
+    STORE,
+    AsJson,
+    Embedder,
+    Encoding,
+    Folder,
+    MinScore,
+    Source,
+    Split,
+    Workers,
+    open_retriever,
+    readable,
+    tell_progress,
+)
+from .output import one_line, say, say_json, say_neighbor
 
 
 commands = typer.Typer()
-
-DEFAULT_EMBEDDER = "sentence-transformers/all-MiniLM-L6-v2"
-STORE = "A datastore: its folder, or a dataset repository on the Hub."
-Folder = Annotated[Path, typer.Argument(callback=paths.datastore, help="The folder of a datastore.")]
-TEXTS = "A folder of texts, or a .txt, .md, .html, .csv, .tsv, .json, .jsonl, .parquet or .pdf file, also as .gz."
-Source = Annotated[Path, typer.Argument(callback=paths.source, help=TEXTS)]
-Embedder = Annotated[
-    str | None, typer.Option(help="The encoder that built the datastore. Needed if it was a local folder.")
-]
-Encoding = Annotated[
-    str | None, typer.Option(help="The encoding of texts without a byte order mark, such as cp1252. Default: UTF-8.")
-]
-Split = Annotated[
-    str | None, typer.Option(help="Make several documents of each file: by line, paragraph (blank lines) or heading.")
-]
-MinScore = Annotated[
-    float | None,
-    typer.Option(help="Leave out passages with a lower score. `retro search` shows scores. Default: none."),
-]
-Workers = Annotated[int, typer.Option(min=1, help="Number of processes that share the work.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @commands.command(rich_help_panel="Datastore", epilog="retro build notes/ -o store --tokenizer my-model")
@@ -200,8 +192,8 @@ def search(
             reason = "no chunk has a word of the query"
         say(f"Nothing was found: {reason}.")
     for neighbor in found:
-        say(f"{neighbor.score:.3f}  {harmless(neighbor.document_id)}  {harmless(neighbor.title)}")
-        say(f"    {harmless(neighbor.text)}\n  → {harmless(neighbor.continuation)}\n")
+        say_neighbor(neighbor)
+        say()
 
 
 @commands.command(rich_help_panel="Datastore", epilog="retro inspect store --verify")
@@ -243,7 +235,7 @@ def inspect(
         "version": f"generation {manifest.generation}, format {manifest.format_version}, retro-hf {manifest.library_version}",
     }
     for name, value in lines.items():
-        say(f"{name:<10} {harmless(value)}")
+        say(f"{name:<10} {one_line(value)}")
     for file in manifest.files:
         say(f"  {file.size / 1e6:>12,.2f} MB  {file.name}")
     say("all checksums match" if verify else "sizes match; --verify checks the content, too")
@@ -253,26 +245,6 @@ def _load_datastore(folder: Path) -> Any:
     from retro_hf import RetroDatastore
 
     return RetroDatastore.load(folder)
-
-
-def open_retriever(store: str, embedder: str | None, tokenizer: Any = None, min_score: float | None = None) -> Any:
-    """The retriever of a datastore, with the encoder that built it or the one that is named."""
-    from retro_hf import RetroRetriever
-
-    return RetroRetriever.from_pretrained(store, embedder=embedder, tokenizer=tokenizer, min_score=min_score)
-
-
-def readable(argument: str) -> str:
-    """The argument with U+FFFD for bytes that are not UTF-8, which Python keeps as half characters no tokenizer takes."""
-    return argument.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-
-
-def tell_progress() -> None:
-    """Show what the library logs: sizes and times before long work, and the progress where there is no terminal."""
-    logger = logging.getLogger("retro_hf")
-    logger.setLevel(logging.INFO)
-    if not logger.handlers:  # Python shows nothing below a warning by itself
-        logger.addHandler(logging.StreamHandler())
 
 
 def _size_of(datastore: Any) -> str:
@@ -299,14 +271,3 @@ def _first(texts: list[str]) -> str:
     """The first five of them, and how many more there are."""
     more = [f"and {len(texts) - 5:,} more (all with --json)"] if len(texts) > 5 else []
     return "; ".join([*texts[:5], *more])
-
-
-def harmless(text: str, *, lines: bool = False) -> str:
-    """The text with its control characters written out, which could move the cursor or color the terminal.
-
-    It is in one line, or with `lines` in as many as it has.
-    """
-    text = text if lines else text.replace("\n", "⏎")
-    return "".join(
-        repr(letter)[1:-1] if unicodedata.category(letter) == "Cc" and letter != "\n" else letter for letter in text
-    )

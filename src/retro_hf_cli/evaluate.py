@@ -8,8 +8,19 @@ from typing import Annotated, Any
 import typer
 
 from . import paths
-from .datastore import Encoding, MinScore, Split, tell_progress
-from .model import MODEL, Base, open_model
+from .model import open_model
+from .options import (
+    MODEL,
+    AsJson,
+    Base,
+    Dtype,
+    Embedder,
+    Encoding,
+    MinScore,
+    NumNeighbors,
+    Split,
+    tell_progress,
+)
 from .output import say, say_json
 
 
@@ -33,18 +44,14 @@ def evaluate(
     store: Annotated[
         str | None, typer.Option(help="A datastore: a folder, or a Hub name. Without one, only OFF is measured.")
     ] = None,
-    embedder: Annotated[
-        str | None, typer.Option(help="The encoder that built the datastore. Needed if it was a local folder.")
-    ] = None,
+    embedder: Embedder = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="The folder for results. A stopped run resumes there.")
     ] = None,
     report: Annotated[
         bool, typer.Option("--report", help="Also write an HTML page and pictures there. Needs matplotlib.")
     ] = False,
-    num_neighbors: Annotated[
-        int | None, typer.Option("-k", min=1, help="Neighbors per chunk. Default: the retriever's.")
-    ] = None,
+    num_neighbors: NumNeighbors = None,
     modes: Annotated[
         str,
         typer.Option(
@@ -79,11 +86,9 @@ def evaluate(
     ] = None,
     add_eos: Annotated[bool, typer.Option("--add-eos", help="Score the end-of-text token, too.")] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per forward pass.")] = 8,
-    dtype: Annotated[
-        str, typer.Option(help="Dtype of the weights: float32, bfloat16, or auto for the checkpoint's.")
-    ] = "auto",
+    dtype: Dtype = "auto",
     seed: Annotated[int, typer.Option(min=0, help="Seed of random neighbors, fractions and intervals.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
     base: Base = None,
 ) -> None:
     """Measure on held-out texts whether retrieval helps, how much, and whether the gain is copying.

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from . import paths
-from .datastore import DEFAULT_EMBEDDER, STORE, TEXTS, Embedder, open_retriever, tell_progress
+from .options import DEFAULT_EMBEDDER, STORE, TEXTS, Embedder, open_retriever, tell_progress
 from .output import say
 
 

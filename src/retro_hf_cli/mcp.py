@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .datastore import STORE, Embedder, MinScore, open_retriever
+from .options import STORE, Embedder, MinScore, open_retriever
 
 
 commands = typer.Typer()

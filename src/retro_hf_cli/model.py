@@ -6,16 +6,11 @@ from typing import Annotated, Any
 
 import typer
 
-from .datastore import STORE, Embedder, MinScore, harmless, open_retriever, readable
-from .output import say
+from .options import MODEL, STORE, Base, Embedder, MinScore, open_retriever, readable
+from .output import one_line, say, say_neighbor
 
 
 commands = typer.Typer()
-
-MODEL = "Folder or Hub name of a RETRO model, or of another decoder-only model, which then reads in parallel context."
-Base = Annotated[
-    str | None, typer.Option(help="Folder of the base of an adapter that does not name it, or that has moved.")
-]
 
 
 @commands.command(rich_help_panel="Model", epilog='retro generate model "In the beginning" --store store')
@@ -62,10 +57,9 @@ def _show_read(trace: list[dict[str, Any]], tokenizer: Any) -> None:
         return
     for entry in trace:
         query = entry.get("query") or tokenizer.decode(entry["chunk_input_ids"], skip_special_tokens=True)
-        say(f"\nLooked up: {harmless(query)}")
+        say(f"\nLooked up: {one_line(query)}")
         for neighbor in entry["neighbors"]:
-            say(f"  {neighbor.score:.3f}  {harmless(neighbor.document_id)}  {harmless(neighbor.title)}")
-            say(f"      {harmless(neighbor.text)}\n    → {harmless(neighbor.continuation)}")
+            say_neighbor(neighbor, indent="  ")
         if not entry["neighbors"]:
             say("  nothing was found")
 

@@ -27,6 +27,17 @@ def say(text: Any = "", err: bool = False, nl: bool = True) -> None:
     _write(plain(str(text)), sys.stderr if err else sys.stdout, nl)
 
 
+def one_line(text: str) -> str:
+    """The text with its ends of lines shown as a sign."""
+    return text.replace("\n", "⏎")
+
+
+def say_neighbor(neighbor: Any, indent: str = "") -> None:
+    """Print a neighbor that was found: score, document and title, then the text and its continuation."""
+    say(f"{indent}{neighbor.score:.3f}  {one_line(neighbor.document_id)}  {one_line(neighbor.title)}")
+    say(f"{indent}    {one_line(neighbor.text)}\n{indent}  → {one_line(neighbor.continuation)}")
+
+
 def say_passage(score: float, document_id: str, title: str, text: str) -> None:
     """Print a passage that was read: its score and document, and its text on one line."""
     heading = f"  [{score:.2f}] {document_id}" + (f"  {title}" if title else "")

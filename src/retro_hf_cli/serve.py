@@ -5,15 +5,12 @@ from typing import Annotated
 
 import typer
 
-from .datastore import STORE, Embedder, MinScore
-from .model import MODEL, Base, open_model
+from .model import open_model
+from .options import MODEL, STORE, Base, Dtype, Embedder, MinScore, NumNeighbors
 from .output import say
 
 
 commands = typer.Typer()
-
-Dtype = Annotated[str, typer.Option(help="Dtype of the weights: float32, bfloat16, or auto for the checkpoint's.")]
-NumNeighbors = Annotated[int | None, typer.Option("-k", min=1, help="Neighbors per chunk. Default: the store's.")]
 
 
 @commands.command(rich_help_panel="Model", epilog="retro serve model --store store --port 8000")

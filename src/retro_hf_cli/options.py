@@ -1,0 +1,57 @@
+"""Options that several commands share, and what opens the things that they name."""
+
+import logging
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from . import paths
+
+
+DEFAULT_EMBEDDER = "sentence-transformers/all-MiniLM-L6-v2"
+STORE = "A datastore: its folder, or a dataset repository on the Hub."
+Folder = Annotated[Path, typer.Argument(callback=paths.datastore, help="The folder of a datastore.")]
+TEXTS = "A folder of texts, or a .txt, .md, .html, .csv, .tsv, .json, .jsonl, .parquet or .pdf file, also as .gz."
+Source = Annotated[Path, typer.Argument(callback=paths.source, help=TEXTS)]
+Embedder = Annotated[
+    str | None, typer.Option(help="The encoder that built the datastore. Needed if it was a local folder.")
+]
+Encoding = Annotated[
+    str | None, typer.Option(help="The encoding of texts without a byte order mark, such as cp1252. Default: UTF-8.")
+]
+Split = Annotated[
+    str | None, typer.Option(help="Make several documents of each file: by line, paragraph (blank lines) or heading.")
+]
+MinScore = Annotated[
+    float | None,
+    typer.Option(help="Leave out passages with a lower score. `retro search` shows scores. Default: none."),
+]
+Workers = Annotated[int, typer.Option(min=1, help="Number of processes that share the work.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+MODEL = "Folder or Hub name of a RETRO model, or of another decoder-only model, which then reads in parallel context."
+Base = Annotated[
+    str | None, typer.Option(help="Folder of the base of an adapter that does not name it, or that has moved.")
+]
+Dtype = Annotated[str, typer.Option(help="Dtype of the weights: float32, bfloat16, or auto for the checkpoint's.")]
+NumNeighbors = Annotated[int | None, typer.Option("-k", min=1, help="Neighbors per chunk. Default: the store's.")]
+
+
+def open_retriever(store: str, embedder: str | None, tokenizer: Any = None, min_score: float | None = None) -> Any:
+    """The retriever of a datastore, with the encoder that built it or the one that is named."""
+    from retro_hf import RetroRetriever
+
+    return RetroRetriever.from_pretrained(store, embedder=embedder, tokenizer=tokenizer, min_score=min_score)
+
+
+def readable(argument: str) -> str:
+    """The argument with U+FFFD for bytes that are not UTF-8, which Python keeps as half characters no tokenizer takes."""
+    return argument.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def tell_progress() -> None:
+    """Show what the library logs: sizes and times before long work, and the progress where there is no terminal."""
+    logger = logging.getLogger("retro_hf")
+    logger.setLevel(logging.INFO)
+    if not logger.handlers:  # Python shows nothing below a warning by itself
+        logger.addHandler(logging.StreamHandler())
