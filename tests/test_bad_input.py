@@ -209,7 +209,7 @@ def any_model(request):
         ({"input_ids": torch.tensor(5)}, r"shape \(batch, tokens\).*got \(\)"),
         ({"input_ids": IDS[None]}, r"shape \(batch, tokens\).*got \(1, 2, 9\)"),
         ({"input_ids": IDS[:, :0]}, r"no tokens.*\(2, 0\)"),
-        ({"input_ids": IDS[:0]}, r"no tokens.*\(0, 9\)"),
+        ({"input_ids": IDS[:0]}, r"no (rows|tokens).*\(0, 9\)"),
         ({"input_ids": IDS[0, :0]}, r"shape \(batch, tokens\).*got \(0,\)"),
         ({"input_ids": IDS.tolist()}, r"tensor.*got list.*return_tensors"),
         ({"input_ids": "a text"}, r"tensor.*got str.*return_tensors"),

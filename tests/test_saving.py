@@ -304,7 +304,7 @@ def test_adapter_with_another_base(tmp_path, field, value):
     else:
         tiny_backbone("llama", **{field: value}).save_pretrained(tmp_path / "base")
     before = "llama" if field == "model_type" else FAMILIES["llama"][field]
-    with pytest.raises(ValueError, match=rf"with {field}={before}, but '.*base'.* has {value}.*backbone_revision"):
+    with pytest.raises(ValueError, match=rf"{field}={before}, but .*base'.* has {value}.*backbone_revision"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "model", backbone_name_or_path=tmp_path / "base")
 
 

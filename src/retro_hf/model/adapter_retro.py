@@ -18,6 +18,7 @@ from transformers.utils import logging
 from .backbone_retro import fingerprint, placement
 from .card_retro import read_evaluation, write_card
 from .configuration_retro import RetroConfig
+from .inputs_retro import check_names
 from .names_retro import check_files, is_hub_name
 from .retriever_protocol_retro import Retriever
 
@@ -189,6 +190,7 @@ class RetroAdapterMixin(PreTrainedModel):
             The model in evaluation mode; with `output_loading_info=True` also the `dict` of what was missing or unexpected.
         """
         path, hub = pretrained_model_name_or_path, {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+        check_names({name: kwargs[name] for name in kwargs if name not in cls.config_class.__dataclass_fields__})
         if path is not None and os.path.isdir(path):
             check_files(os.path.join(path, hub.get("subfolder") or ""))
         asked = kwargs.pop("reader", getattr(config, "reader", None))
@@ -232,11 +234,13 @@ class RetroAdapterMixin(PreTrainedModel):
         config.text_config = backbone.config
         config.name_or_path = os.fspath(path)
         device, dtype = placement(backbone)
+        if isinstance(config.dtype, str):
+            config.dtype = dtype
         with torch.device("meta"):
             model = cls(config, backbone=backbone)
         retro = model.base_model.retro.to(dtype=dtype)
         settings = {name: kwargs[name] for name in (*_ADAPTER_ARGUMENTS, *_FILE_ARGUMENTS) if name in kwargs}
-        info: dict = {"missing_keys": set(), "unexpected_keys": set()}
+        info: dict = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
         if any(True for _ in retro.parameters()):  # a reader without weights has no file of them
             added = copy.deepcopy(config)
             for part in (added.text_config, added.get_text_config(decoder=True)):
@@ -344,8 +348,9 @@ def _load_backbone(path: str | os.PathLike, config: RetroConfig, kwargs: dict[st
 def _check_same(path: Any, checkpoint: str, field: str, expected: Any, found: Any, remedy: str = "") -> None:
     if expected != found:
         raise ValueError(
-            f"'{path}' was made for a backbone with {field}={expected}, but {checkpoint} has {found}. Load the one that it was "
-            f"made for: `from_pretrained(..., backbone_name_or_path=..., backbone_revision=...)`.{remedy}"
+            f"The config of '{path}', with the arguments given, has {field}={expected}, but the backbone {checkpoint} has {found}. "
+            "Leave the argument out, or load the backbone that it was made for: `from_pretrained(..., "
+            f"backbone_name_or_path=..., backbone_revision=...)`.{remedy}"
         )
 
 

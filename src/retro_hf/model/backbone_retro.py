@@ -333,6 +333,11 @@ def attach_hooks(backbone: PreTrainedModel, config: RetroConfig) -> None:
     one backward pass do not mix.
     """
     layers = find_decoder_layers(backbone, config.backbone_layers)
+    if max(config.cross_attention_layers, default=0) >= len(layers):
+        raise ValueError(
+            f"`cross_attention_layers` is {config.cross_attention_layers}, but the backbone has the layers 0 to {len(layers) - 1}. "
+            "Leave `num_hidden_layers` out, or give `cross_attention_layers` that it has."
+        )
     for idx in config.cross_attention_layers:
         if config.cross_attention_placement == "after_layer":
             layers[idx].register_forward_hook(partial(_cross_attend_after_layer, layer_idx=idx))

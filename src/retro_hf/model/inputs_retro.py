@@ -103,7 +103,11 @@ def check_prompt(prompt: Any, arguments: dict[str, Any], vocabulary: Vocabulary)
     if text is None:
         return
     rows, tokens = text.shape[:2]
-    if 0 in (rows, tokens):
+    if rows == 0:
+        raise ValueError(
+            f"The prompt has no rows: its shape is {(rows, tokens)} (batch, tokens). Give at least one text."
+        )
+    if tokens == 0:
         raise ValueError(
             f"The prompt has no tokens: its shape is {(rows, tokens)} (batch, tokens). Begin with at least one token, such "
             "as the tokenizer's `bos_token_id`."
@@ -150,6 +154,19 @@ def check_names(arguments: dict[str, Any]) -> None:
         if any(part in name for part in ("neighbo", "chunk", "retr")):
             match = next(iter(get_close_matches(name, _ARGUMENTS, 1, 0.0)))
             raise TypeError(f"RETRO has no argument `{name}`, which would be ignored. Did you mean `{match}`?")
+
+
+def check_no_attentions(asked: bool | None) -> None:
+    """Refuse `output_attentions` while passages are read in parallel context.
+
+    Raises:
+        ValueError: if they are asked for.
+    """
+    if asked:
+        raise ValueError(
+            "`output_attentions` is not there while reader='parallel_context' reads: the tokens of each chunk attend to "
+            "neighbors of their own, so the weights of a layer fit into no tensor. Ask without neighbors: `retriever=None`."
+        )
 
 
 def _can_read(tensor: torch.Tensor) -> bool:
@@ -250,4 +267,12 @@ def _check_positions(position_ids: Any, rows: int, tokens: int, positions: range
             )
 
 
-__all__ = ["Vocabulary", "check_inputs", "check_labels", "check_names", "check_prompt", "vocabulary_of"]
+__all__ = [
+    "Vocabulary",
+    "check_inputs",
+    "check_labels",
+    "check_names",
+    "check_no_attentions",
+    "check_prompt",
+    "vocabulary_of",
+]

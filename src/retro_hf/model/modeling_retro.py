@@ -58,11 +58,11 @@ from .attention_retro import (
 )
 from .backbone_retro import accepted_arguments, attach_hooks, checkpoint_within_pass, learned_positions, run_within
 from .cache_retro import state_of
-from .chunking_retro import PassPlan
+from .chunking_retro import PassPlan, text_positions
 from .compatibility_retro import CACHE_NAME, CACHE_NAMES, CHECKPOINTING, accept_cache_by_any_name
 from .configuration_retro import RetroConfig, RetroDecoderConfig, RetroEncoderConfig
 from .generation_retro import RetroGenerationMixin
-from .inputs_retro import check_inputs, check_labels, check_names, vocabulary_of
+from .inputs_retro import check_inputs, check_labels, check_names, check_no_attentions, vocabulary_of
 from .modeling_retro_decoder import RetroDecoderForCausalLM
 from .parallel_context_retro import ParallelContextPass, ParallelContextReader
 from .planning_retro import plan_pass, real_tokens
@@ -651,8 +651,11 @@ class RetroModel(RetroPreTrainedModel):
         inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask, **kwargs}
         if "position_ids" in self._backbone_arguments:
             inputs["position_ids"] = position_ids
-        if given is None and retriever is None and state is None:
-            warn_of_nothing_to_train(self.backbone, kwargs.get("labels"))
+        is_parallel = isinstance(self.retro, ParallelContextReader)
+        is_off = given is None and retriever is None and state is None
+        if is_off or is_parallel:
+            warn_of_nothing_to_train(self.backbone, kwargs.get("labels"), self.config.reader)
+        if is_off:
             return module(**inputs, **{CACHE_NAME: past_key_values}, use_cache=use_cache)
 
         if input_ids is None:
@@ -661,7 +664,7 @@ class RetroModel(RetroPreTrainedModel):
         inputs |= self._cache_inputs(past_key_values, use_cache, kwargs.get("labels"), retriever)
         read = self._read
         is_cached_lookup = inputs[CACHE_NAME] is not None and retriever is not None
-        if is_cached_lookup or isinstance(self.retro, ParallelContextReader):
+        if is_cached_lookup or is_parallel:
             # Each step would be compiled again, because what it looks up, and its history, depend on values of tensors.
             read = torch.compiler.disable(read)
         mask = attention_mask if token_mask is None else token_mask
@@ -714,12 +717,17 @@ class RetroModel(RetroPreTrainedModel):
         if sources["retriever"] is not None or not torch.compiler.is_compiling():
             plan = torch.compiler.disable(plan)  # a retriever works on the host; the pass itself compiles
         planned = plan(tokens, real, size, state=state, **sources)
+        asked = inputs.get("output_attentions")
+        attentions = self.config.output_attentions if asked is None else asked
         retro_pass: RetroPass | ParallelContextPass
         if isinstance(self.retro, ParallelContextReader):
+            check_no_attentions(attentions)
+            if position_ids is None and "position_ids" in inputs:
+                inputs["position_ids"] = text_positions(
+                    mask, tokens.shape[1], 0 if state is None else state.num_columns
+                )
             retro_pass = self.retro.begin(self.backbone, planned, cache)
         else:
-            asked = inputs.get("output_attentions")
-            attentions = self.config.output_attentions if asked is None else asked
             retro_pass = RetroPass(
                 self.retro, self.get_input_embeddings(), self.config, planned, output_attentions=attentions
             )

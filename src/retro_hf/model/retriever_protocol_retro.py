@@ -73,9 +73,18 @@ def check_neighbors(
         raise ValueError(
             f"The mask of {source} must have the shape of the ids {tuple(input_ids.shape)}, got {tuple(mask.shape)}."
         )
-    mask = mask.bool()
+    if mask.is_floating_point() or mask.is_complex():  # an additive mask says the opposite
+        raise ValueError(
+            f"The mask of {source} must be of dtype bool or long, 1 at tokens and 0 at padding, got {mask.dtype}."
+        )
     if torch.compiler.is_compiling():  # reading values would break the graph; a wrong id fails in the embedding
-        return input_ids.long(), mask
+        return input_ids.long(), mask.bool()
+    if mask.dtype != torch.bool and mask.numel() and not (0 <= int(mask.min()) and int(mask.max()) <= 1):
+        raise ValueError(
+            f"The mask of {source} must be 1 at tokens and 0 at padding, but holds values from {int(mask.min())} to "
+            f"{int(mask.max())}."
+        )
+    mask = mask.bool()
     used = input_ids[mask]
     if used.numel() and not (0 <= int(used.min()) and int(used.max()) < vocab_size):
         raise ValueError(
@@ -340,16 +349,24 @@ class RetroLookup:
         return rows
 
 
-def warn_of_nothing_to_train(backbone: nn.Module, labels: torch.Tensor | None) -> None:
+def warn_of_nothing_to_train(backbone: nn.Module, labels: torch.Tensor | None, reader: str) -> None:
     """Explain a loss without a gradient; PyTorch only says that "element 0 of tensors does not require grad".
 
     Args:
-        backbone (`nn.Module`): of a model that runs without retrieval.
+        backbone (`nn.Module`): of a model that runs without retrieval, or whose reader has no weights.
         labels (`torch.LongTensor`, *optional*): whether a loss is computed.
+        reader (`str`): of the model.
     """
     if labels is None or not backbone.training or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return
-    if not any(weight.requires_grad for weight in backbone.parameters()):
+    if any(weight.requires_grad for weight in backbone.parameters()):
+        return
+    if reader == "parallel_context":
+        logger.warning_once(
+            "reader='parallel_context' has no weights, and the backbone is frozen, so the loss has no gradient. Put LoRA on the "
+            "model (`get_peft_model`), or make it with `retrofit(..., freeze_backbone=False)`."
+        )
+    else:
         logger.warning_once(
             "This batch has no neighbors, and the backbone is frozen, so its loss has no gradient. Give `neighbor_input_ids`, or "
             "attach a retriever with `set_retriever`."
