@@ -65,7 +65,7 @@ def test_an_adapter_folder_tells_its_dtype_and_all_of_its_loading_info(tmp_path)
         assert model.config.dtype is torch.bfloat16
         assert {"missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"} <= set(info)
         with pytest.raises(TypeError, match="retriever"):
-            load(tmp_path / reader, retreiver=hash_retriever(), **where)
+            load(tmp_path / reader, retrievers=hash_retriever(), **where)
 
 
 def test_fewer_layers_than_the_reader_needs_are_refused_by_name(tmp_path):
