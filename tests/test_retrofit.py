@@ -250,8 +250,8 @@ def test_a_recurrent_state_is_not_taken_back():
 
 @pytest.mark.parametrize("name", ["org/no-such-model", "./nowhere/at/all"])
 def test_a_base_that_is_not_there(name):
-    """Our own error, whatever the Hub's client says."""
-    with pytest.raises(PretrainedNotFoundError, match=f"There is no folder '{name}', and no model of that name"):
+    """Our own error, whatever the Hub's client says; a path is not looked for there."""
+    with pytest.raises(PretrainedNotFoundError, match=f"There is no folder '{name}'"):
         retrofit(name)
 
 

@@ -388,7 +388,7 @@ def check_saving(case: Case) -> None:
     expected = _logits(case.model, hash_retriever(), ids)
     for name, save_backbone in (("full", True), ("adapter", False)):
         case.model.save_pretrained(case.folder / name, save_backbone=save_backbone)
-        loaded = AutoModelForCausalLM.from_pretrained(case.folder / name, backbone_name_or_path=case.folder)
+        loaded = AutoModelForCausalLM.from_pretrained(case.folder / name, backbone_name_or_path=case.folder / "base")
         assert type(loaded) is RetroForCausalLM
         lost = sorted(_changed(weights, loaded.state_dict()))
         assert not lost, f"saved as '{name}', the model loads with other weights: {lost[:3]}"

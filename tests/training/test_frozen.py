@@ -101,6 +101,7 @@ def test_a_batch_without_neighbors_is_explained(caplog):
     ids = random_ids(2, 14)
     logging.get_logger().warning_once.cache_clear()
     with caplog.at_level("WARNING"):
+        caplog.clear()
         loss = model(ids, labels=ids, **random_neighbors(2, 3)).loss
         assert loss.requires_grad and not caplog.records
         loss = model(ids, labels=ids).loss

@@ -57,6 +57,7 @@ def near_duplicates(
     *Memory*: 4 bytes per token of `documents`, and a few KB for each; the datastore is read block by block.
     *Determinism*: the same input gives the same output.
     """
+    datasketch = extras.load("datasketch", "Finding near-duplicates")
     if isinstance(threshold, bool) or not isinstance(threshold, Real) or not 0 < threshold <= 1:
         raise DatastoreInputError(f"threshold is {threshold!r:.100}. Pass a number above 0 and at most 1.")
     check_datastore(datastore)
@@ -66,7 +67,6 @@ def near_duplicates(
         or getattr(documents, "shape", None) == ()
     ):
         raise DatastoreInputError(f"The documents are of type {type(documents).__name__}. Pass a list of texts.")
-    datasketch = extras.load("datasketch", "Finding near-duplicates")
     blank = datasketch.MinHash(num_perm=_PERMUTATIONS, hashfunc=int)
 
     def minhash(shingles: np.ndarray) -> Any:

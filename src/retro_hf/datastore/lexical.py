@@ -105,8 +105,8 @@ class LexicalSearcher:
             DatastoreInputError: if no chunk has a word.
             DatastoreExistsError: if something is at `path`.
         """
-        check_datastore(datastore)
         bm25s = _bm25s()
+        check_datastore(datastore)
         start = time.perf_counter()
         vocabulary: dict[str, int] = {}
         words = words_function(WORDS_VERSION)

@@ -73,7 +73,7 @@ def check_neighbors(
         raise ValueError(
             f"The mask of {source} must have the shape of the ids {tuple(input_ids.shape)}, got {tuple(mask.shape)}."
         )
-    if mask.is_floating_point() or mask.is_complex():  # an additive mask says the opposite
+    if mask.numel() and (mask.is_floating_point() or mask.is_complex()):  # an additive mask says the opposite
         raise ValueError(
             f"The mask of {source} must be of dtype bool or long, 1 at tokens and 0 at padding, got {mask.dtype}."
         )

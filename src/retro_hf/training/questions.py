@@ -66,6 +66,7 @@ def tokenize_questions(
             questions without an answer, and questions that are too long.
     *Disk*: 4 bytes per token, at most `4 * num_passages * neighbor_size` per question.
     """
+    datasets = extras.load("datasets", "Training")
     if not hasattr(tokenizer, "eos_token_id"):
         raise DatasetError(f"The tokenizer is of type {type(tokenizer).__name__}. Pass the model's fast tokenizer.")
     num_passages, max_length = _optional("num_passages", num_passages, 0), _optional("max_length", max_length, 1)
@@ -111,7 +112,6 @@ def tokenize_questions(
         columns[_PASSAGES_COLUMN] = [[next(tokens)[:neighbor_size] for _ in row] for row in texts]
         return columns
 
-    datasets = extras.load("datasets", "Training")
     token_ids = datasets.List(datasets.Value("int32"))
     features = dataset.features.copy()
     dropped = [name for name in ("passages",) if features.pop(name, None) is not None]
