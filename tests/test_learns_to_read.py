@@ -13,6 +13,7 @@ that read them.
 
 import math
 
+import pytest
 import torch
 
 from retro_hf import RetroConfig, RetroDecoderConfig, RetroEncoderConfig, RetroForCausalLM
@@ -130,6 +131,7 @@ def test_an_untrained_model_pays_six_bits():
     assert float(measure(toy_retro().eval(), 1.0).mean()) > 5.95
 
 
+@pytest.mark.slow  # 1,000 steps of training
 def test_a_model_learns_to_read_its_neighbors_and_only_them():
     """At most half a bit of six is left with real neighbors; none and random ones leave six; no place is read worse.
 

@@ -299,7 +299,7 @@ def test_attention_is_set_for_each_part(cls):
 # ── checkpoints of a Trainer ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("shards", [None, "4KB"])
+@pytest.mark.parametrize("shards", [None, "16KB"])
 def test_resuming_an_adapter_reports_nothing_missing(tmp_path, caplog, monkeypatch, shards):
     """The backbone is not in the checkpoint, and need not be; the resumed run ends as an uninterrupted one does."""
     rows = []
