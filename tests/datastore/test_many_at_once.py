@@ -17,7 +17,7 @@ from filelock import FileLock
 
 from retro_hf.datastore import EmbeddingSearcher, RetroDatastore
 from retro_hf.datastore.files import partial_folder
-from retro_hf.datastore.generation import Generation
+from retro_hf.datastore.store_generation import Generation
 from retro_hf.errors import DatastoreReadError
 from retro_hf.locks import Lock
 from retro_hf.outside import check_folder

@@ -22,7 +22,6 @@ from .coverage import check_coverage, coverage
 from .documents import document_ids
 from .edit import placed, rewrite
 from .files import INT64, NpyWriter, hash_of, link_or_copy, new_folder, write_npy
-from .generation import at_rest
 from .index_plan import IndexOptions
 from .manifest import (
     FORMAT_VERSION,
@@ -36,6 +35,7 @@ from .manifest import (
     unique_sources,
 )
 from .shard import Shard
+from .store_generation import at_rest
 
 
 if TYPE_CHECKING:

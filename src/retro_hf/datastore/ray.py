@@ -24,9 +24,9 @@ from transformers.utils import logging
 from .. import extras
 from ..errors import DatastoreCorruptError, DatastoreInputError, DatastoreNotFoundError, RetroError
 from .executors import Call, Run, Task
-from .generation import Generation
 from .manifest import DatastoreManifest
 from .search import checked_search, merge_results
+from .store_generation import Generation
 
 
 # Times that Ray starts the same call again because its worker was lost, before the call is taken for the cause.
