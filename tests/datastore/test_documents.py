@@ -119,7 +119,7 @@ def test_links_to_files_of_the_folder_are_read_and_other_links_are_logged(tmp_pa
 
 
 def test_line_that_unpacks_to_more_than_a_document_is_refused_before_it_is_read(tmp_path, monkeypatch):
-    monkeypatch.setattr("retro_hf.datastore.formats.MAX_DOCUMENT_BYTES", 1000)
+    monkeypatch.setattr("retro_hf.datastore.document_files.MAX_DOCUMENT_BYTES", 1000)
     with gzip.open(tmp_path / "a.jsonl.gz", "wb") as file:
         file.write(b'{"text": "short"}\n{"text": "' + b"a" * 1_000_000 + b'"}')
     (tmp_path / "b.txt").write_text("a" * 1001)
@@ -418,7 +418,7 @@ def test_file_that_is_no_text_is_left_out_by_name(name, tmp_path, caplog):
 
 def test_copies_of_a_long_text_in_a_parquet_file_are_counted_before_they_are_made(tmp_path, monkeypatch):
     """A dictionary of one text is small in the file; rows are read one by one, and a row beyond the bound is refused."""
-    monkeypatch.setattr("retro_hf.datastore.formats.MAX_DOCUMENT_BYTES", 1 << 20)
+    monkeypatch.setattr("retro_hf.datastore.document_files.MAX_DOCUMENT_BYTES", 1 << 20)
     text = "a" * (600 << 10)
     pq.write_table(pa.table({"text": [text] * 9, "id": list("abcdefghi")}), tmp_path / "copies.parquet")
     assert [len(document.text) for document in read(tmp_path / "copies.parquet")] == [len(text)] * 9
@@ -465,7 +465,7 @@ def test_whatever_a_library_raises_names_the_file(error, tmp_path, monkeypatch):
     def fail(*_):
         raise error
 
-    monkeypatch.setattr("retro_hf.datastore.formats.open_parquet", fail)
+    monkeypatch.setattr("retro_hf.datastore.document_files.open_parquet", fail)
     (tmp_path / "a.parquet").write_bytes(b"x")
     with pytest.raises(DatastoreInputError, match="a.parquet"):
         read(tmp_path)
