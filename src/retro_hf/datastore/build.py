@@ -24,12 +24,12 @@ from ..errors import DatastoreExistsError, DatastoreInputError, RetroError, coun
 from ..progress import progress_bar
 from .chunks import token_dtype
 from .compatibility import tokenizer_identity, vocabulary_size
-from .coverage import check_coverage, coverage_of, looked_at
 from .documents import Document, DocumentReader
 from .embedder import ChunkEmbedder
 from .executors import Call, Executor, run_stage
 from .files import building_folder, check_free, digest_of, new_folder, not_written
 from .index_plan import IndexOptions, check_factory, plan_index, tell_plan
+from .key_coverage import check_coverage, coverage_of, looked_at
 from .manifest import (
     FORMAT_VERSION,
     MAX_TOKENS,

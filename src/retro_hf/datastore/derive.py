@@ -18,11 +18,11 @@ from .build import work_folder
 from .changes import similar_ids
 from .chunks import text_starts, token_dtype
 from .compatibility import load_tokenizer, tokenizer_fingerprint, vocabulary_size
-from .coverage import check_coverage, coverage
 from .documents import document_ids
 from .edit import placed, rewrite
 from .files import INT64, NpyWriter, hash_of, link_or_copy, new_folder, write_npy
 from .index_plan import IndexOptions
+from .key_coverage import check_coverage, coverage
 from .manifest import (
     FORMAT_VERSION,
     SHARD_FILES,

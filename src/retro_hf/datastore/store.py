@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .. import arguments
 from ..errors import DatastoreInputError
-from . import changes, compatibility, coverage, derive, edit, hub, texts
+from . import changes, compatibility, derive, edit, hub, key_coverage, texts
 from .build import BuildOptions, build_datastore
 from .documents import DocumentReader
 from .embedder import ChunkEmbedder
@@ -232,7 +232,7 @@ class RetroDatastore:
     push_to_hub = hub.push
     check_compatible = compatibility.check_compatible
     texts_of = texts.texts_of
-    coverage = coverage.coverage
+    coverage = key_coverage.coverage
 
     def verify(self) -> None:
         """Check the size and the sha256 of every file; raises `DatastoreCorruptError` at the first that differs."""

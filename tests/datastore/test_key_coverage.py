@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from retro_hf.datastore import ChunkEmbedder, RetroDatastore
-from retro_hf.datastore.coverage import coverage_of
+from retro_hf.datastore.key_coverage import coverage_of
 from retro_hf.errors import DatastoreInputError
 
 from .fixtures import WORDS, corpus, sentence
