@@ -21,8 +21,8 @@ from .datastore.compatibility import load_tokenizer
 from .datastore.documents import without_lone_surrogates
 from .datastore.files import write_file
 from .datastore.hub import local_folder, push
+from .datastore.result_filter import select
 from .datastore.search import check_num_neighbors
-from .datastore.selection import select
 from .errors import RetrieverError
 from .locks import Lock
 from .retrieved import SETTINGS_NAME, RetrievalResult, RetrievedNeighbor, saved_settings

@@ -9,7 +9,7 @@ import numpy as np
 from transformers.utils import logging
 
 from ..datastore import RetroDatastore
-from ..datastore.selection import select
+from ..datastore.result_filter import select
 from ..errors import counted
 
 
