@@ -22,7 +22,7 @@ from .datastore.documents import without_lone_surrogates
 from .datastore.files import write_file
 from .datastore.hub import local_folder, push
 from .datastore.result_filter import select
-from .datastore.search import check_num_neighbors
+from .datastore.search_excluding import check_num_neighbors
 from .errors import RetrieverError
 from .locks import Lock
 from .retrieved import SETTINGS_NAME, RetrievalResult, RetrievedNeighbor, saved_settings

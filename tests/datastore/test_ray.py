@@ -18,7 +18,7 @@ from retro_hf.datastore import RayExecutor, RayShards, RetroDatastore
 from retro_hf.datastore import ray as ray_module
 from retro_hf.datastore import stages as stages_module
 from retro_hf.datastore.executors import Call
-from retro_hf.datastore.search import merge_results
+from retro_hf.datastore.search_excluding import merge_results
 from retro_hf.datastore.store_generation import Generation
 from retro_hf.errors import DatastoreInputError, DatastoreNotFoundError, MissingExtraError, RetroError
 

@@ -27,7 +27,7 @@ from .chunks import ranges
 from .compatibility import check_datastore
 from .files import damaged, map_npy, new_folder, reading, write_file
 from .manifest import FileEntry, check_content, check_sizes, checked_path, describe_file
-from .search import check_num_neighbors, checked_exclusion
+from .search_excluding import check_num_neighbors, checked_exclusion
 from .store_generation import MAX_GATHERED
 from .words import WORDS_VERSION, words_function
 

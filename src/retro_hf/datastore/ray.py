@@ -25,7 +25,7 @@ from .. import extras
 from ..errors import DatastoreCorruptError, DatastoreInputError, DatastoreNotFoundError, RetroError
 from .executors import Call, Run, Task
 from .manifest import DatastoreManifest
-from .search import checked_search, merge_results
+from .search_excluding import checked_search, merge_results
 from .store_generation import Generation
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .search import best_kept
+from .search_excluding import best_kept
 
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import numpy as np
 from .. import arguments
 from ..errors import DatastoreInputError, DatastoreMismatchError, RetrieverError
 from .compatibility import check_datastore
-from .search import checked_search
+from .search_excluding import checked_search
 
 
 if TYPE_CHECKING:

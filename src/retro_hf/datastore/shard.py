@@ -38,7 +38,7 @@ from .files import (
 )
 from .index import build_index, max_effort, open_index, search_index, search_parameters
 from .manifest import SHARD_FILES, DatastoreManifest, FileEntry, ShardEntry, describe_file
-from .search import Deleted, search_excluding
+from .search_excluding import Deleted, search_excluding
 
 
 DOCUMENT_SCHEMA = pa.schema([(name, pa.string()) for name in ("id", "title", "source", "text", "metadata")])

@@ -24,7 +24,7 @@ from .executors import Executor, as_executor
 from .files import hash_of
 from .index_plan import DEFAULT_SHARD_CHUNKS, IndexOptions
 from .manifest import DatastoreManifest, check_content, checked_path
-from .search import checked_search
+from .search_excluding import checked_search
 from .searchers import RestrictedIndex
 from .shard import Shard
 from .store_generation import MAX_GATHERED, Generation, at_rest

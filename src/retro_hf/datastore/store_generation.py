@@ -14,7 +14,7 @@ from .. import arguments
 from ..errors import DatastoreCorruptError, DatastoreInputError, RetroError
 from .files import INT64, damaged, map_npy
 from .manifest import DatastoreManifest, check_sizes
-from .search import Deleted, merge_results
+from .search_excluding import Deleted, merge_results
 from .shard import Shard
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from transformers.utils import logging
 
-from ..datastore.search import checked_search
+from ..datastore.search_excluding import checked_search
 from ..datastore.store import RetroDatastore
 from ..errors import DatastoreMismatchError
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from retro_hf.datastore import RetroDatastore
 from retro_hf.datastore.chunks import document_of
-from retro_hf.datastore.search import search_excluding
+from retro_hf.datastore.search_excluding import search_excluding
 from retro_hf.errors import DatastoreInputError
 
 from .fixtures import corpus
