@@ -12,7 +12,7 @@ from tiny_training import make_model
 from tokenizers import processors
 
 from retro_hf import RetroDatastore
-from retro_hf.datastore.borders import Borders
+from retro_hf.datastore.bos_eos import Borders
 from retro_hf.errors import DatasetError, DatastoreInputError
 from retro_hf.evaluation import bits_per_byte
 from retro_hf.evaluation.scoring import read_documents

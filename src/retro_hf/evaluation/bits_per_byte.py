@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..datastore import RetroDatastore
-from ..datastore.borders import Borders
+from ..datastore.bos_eos import Borders
 from ..errors import DatasetError, check_integers, counted
 from ..retriever import RetroRetriever
 from ..training.search import datastore_of, wanted_neighbors

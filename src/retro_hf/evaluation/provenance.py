@@ -16,7 +16,7 @@ import torch
 import xxhash
 
 from ..datastore import RetroDatastore
-from ..datastore.borders import Borders
+from ..datastore.bos_eos import Borders
 from ..datastore.files import digest_of
 from ..datastore.manifest import MANIFEST_NAME
 from ..training.search import neighbor_source

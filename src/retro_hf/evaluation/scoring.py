@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ..datastore import RetroDatastore
-from ..datastore.borders import Borders
+from ..datastore.bos_eos import Borders
 from ..datastore.documents import document_ids, is_missing
 from ..datastore.files import digest_of
 from ..errors import DatasetError, check_integers

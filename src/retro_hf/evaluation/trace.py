@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ..datastore.borders import Borders
+from ..datastore.bos_eos import Borders
 from ..errors import DatasetError, check_integers
 from ..retriever import RetrievedNeighbor, RetroRetriever
 from ..training.exclusion import document_numbers

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from .. import extras
 from ..arguments import whole
-from ..datastore.borders import Borders
+from ..datastore.bos_eos import Borders
 from ..datastore.documents import Document, DocumentReader, as_document
 from ..errors import DatasetError
 
