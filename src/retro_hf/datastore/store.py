@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .. import arguments
 from ..errors import DatastoreInputError
-from . import changes, compatibility, derive, edit, hub, key_coverage, texts
+from . import changes, compatibility, derive, edit, hub, key_coverage, text_of_chunks
 from .build import BuildOptions, build_datastore
 from .documents import DocumentReader
 from .embedder import ChunkEmbedder
@@ -231,7 +231,7 @@ class RetroDatastore:
     merge = staticmethod(derive.merge)
     push_to_hub = hub.push
     check_compatible = compatibility.check_compatible
-    texts_of = texts.texts_of
+    texts_of = text_of_chunks.texts_of
     coverage = key_coverage.coverage
 
     def verify(self) -> None:
