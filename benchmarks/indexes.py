@@ -65,7 +65,7 @@ def write_store(folder: Path, keys: np.ndarray) -> None:
     """A datastore with given keys: the last stage of a build, with documents that say nothing."""
     import pyarrow as pa
 
-    from retro_hf.datastore.files import hash_of
+    from retro_hf.datastore.atomic_files import hash_of
     from retro_hf.datastore.index_plan import IndexOptions, plan_index
     from retro_hf.datastore.manifest import DatastoreManifest
     from retro_hf.datastore.shard import DOCUMENT_SCHEMA, Piece, ShardWriter
@@ -146,7 +146,7 @@ def contestant(who: str, folder: Path):
     import faiss
 
     from retro_hf.datastore import RetroDatastore
-    from retro_hf.datastore.files import mapped
+    from retro_hf.datastore.atomic_files import mapped
     from retro_hf.datastore.index import open_index
 
     store_path = folder / "store"

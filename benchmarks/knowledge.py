@@ -62,7 +62,7 @@ from retro_hf import (  # noqa: E402
     RetroForCausalLM,
     RetroRetriever,
 )
-from retro_hf.datastore.files import new_folder, write_file  # noqa: E402
+from retro_hf.datastore.atomic_files import new_folder, write_file  # noqa: E402
 from retro_hf.evaluation import answer_questions, score_answers  # noqa: E402
 from retro_hf.training import (  # noqa: E402
     QuestionCollator,

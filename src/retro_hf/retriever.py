@@ -17,9 +17,9 @@ from transformers import PreTrainedTokenizerBase
 from . import arguments
 from .chat import chat_markers, last_user_turn
 from .datastore import ChunkEmbedder, EmbeddingSearcher, RetroDatastore, Searcher, chunk_texts
+from .datastore.atomic_files import write_file
 from .datastore.compatibility import load_tokenizer
 from .datastore.documents import without_lone_surrogates
-from .datastore.files import write_file
 from .datastore.hub import local_folder, push
 from .datastore.result_filter import select
 from .datastore.search_excluding import check_num_neighbors

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from retro_hf.datastore.files import MANIFEST_NAME
+from retro_hf.datastore.atomic_files import MANIFEST_NAME
 from retro_hf.errors import RetroError
 
 

@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from retro_hf.datastore import ChunkEmbedder, DatastoreManifest, RetroDatastore
+from retro_hf.datastore.atomic_files import map_npy, reading
 from retro_hf.datastore.compatibility import load_tokenizer
-from retro_hf.datastore.files import map_npy, reading
 from retro_hf.datastore.hub import render_card
 from retro_hf.datastore.index_format import check_index, parse_factory
 from retro_hf.datastore.manifest import MANIFEST_NAME

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from retro_hf.datastore import index as index_module
-from retro_hf.datastore.files import mapped
+from retro_hf.datastore.atomic_files import mapped
 from retro_hf.datastore.index import (
     build_index,
     exact_search,

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from retro_hf.datastore import RetroDatastore
-from retro_hf.datastore.files import mapped
+from retro_hf.datastore.atomic_files import mapped
 from retro_hf.datastore.index import build_index, open_index
 from retro_hf.datastore.index_plan import IndexOptions, check_factory, parse_bytes, plan_index
 from retro_hf.errors import DatastoreInputError

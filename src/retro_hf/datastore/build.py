@@ -22,12 +22,12 @@ from transformers.utils import logging
 from .. import arguments
 from ..errors import DatastoreExistsError, DatastoreInputError, RetroError, counted
 from ..progress import progress_bar
+from .atomic_files import building_folder, check_free, digest_of, new_folder, not_written
 from .chunks import token_dtype
 from .compatibility import tokenizer_identity, vocabulary_size
 from .documents import Document, DocumentReader
 from .embedder import ChunkEmbedder
 from .executors import Call, Executor, run_stage
-from .files import building_folder, check_free, digest_of, new_folder, not_written
 from .index_plan import IndexOptions, check_factory, plan_index, tell_plan
 from .key_coverage import check_coverage, coverage_of, looked_at
 from .manifest import (

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from .. import arguments
 from ..errors import DatastoreInputError, DatastoreMismatchError, PretrainedNotFoundError, RetroError
 from ..outside import check_pretrained_folder
-from .files import digest_of, reading, sha256_of
+from .atomic_files import digest_of, reading, sha256_of
 
 
 if TYPE_CHECKING:

@@ -14,13 +14,13 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import DatastoreInputError, DatastoreMismatchError, counted
 from ..progress import progress_bar
+from .atomic_files import INT64, NpyWriter, hash_of, link_or_copy, new_folder, write_npy
 from .build import work_folder
 from .changes import similar_ids
 from .chunks import text_starts, token_dtype
 from .compatibility import load_tokenizer, tokenizer_fingerprint, vocabulary_size
 from .documents import document_ids
 from .edit import placed, rewrite
-from .files import INT64, NpyWriter, hash_of, link_or_copy, new_folder, write_npy
 from .index_plan import IndexOptions
 from .key_coverage import check_coverage, coverage
 from .manifest import (

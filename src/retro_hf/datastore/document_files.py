@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from .. import extras
 from ..errors import DatastoreInputError, RetroError
 from ..outside import parse_json
-from .files import bytes_of, group_bytes, open_parquet
+from .atomic_files import bytes_of, group_bytes, open_parquet
 
 
 SUFFIXES = (".txt", ".md", ".html", ".htm", ".csv", ".tsv", ".json", ".jsonl", ".parquet", ".pdf")

@@ -15,8 +15,8 @@ from transformers.utils import logging
 
 from ..errors import DatastoreInputError, DatastoreNotFoundError, counted
 from ..outside import is_inside
+from .atomic_files import MANIFEST_NAME
 from .document_files import SUFFIXES, FileReader, Record, suffix_of
-from .files import MANIFEST_NAME
 from .splitting import check_split, split_text
 
 

@@ -19,12 +19,12 @@ from transformers.utils import logging
 
 from ..errors import DatastoreInputError, counted
 from ..progress import progress_bar
+from .atomic_files import MANIFEST_NAME, complete_file, write_npy
 from .build import BuildOptions, build_shards, work_folder
 from .changes import Changes, Comparison, similar_ids
 from .documents import DocumentReader, document_ids
 from .embedder import ChunkEmbedder
 from .executors import Executor, as_executor
-from .files import MANIFEST_NAME, complete_file, write_npy
 from .index_plan import DEFAULT_SHARD_CHUNKS, IndexOptions, plan_index
 from .manifest import FORMAT_VERSION, SHARD_FILES, FileEntry, describe_file, library_version, unique_sources
 from .shard import BuiltShard, Shard, ShardWriter

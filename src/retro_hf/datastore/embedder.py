@@ -18,9 +18,9 @@ from transformers.utils.hub import cached_file
 from .. import arguments, extras
 from ..errors import DatastoreInputError, DatastoreMismatchError, PretrainedNotFoundError, UnsupportedEmbedderError
 from ..outside import MAX_JSON_BYTES, check_base, check_hub_name, check_pretrained, parse_json
+from .atomic_files import sha256_of
 from .compatibility import check_embedder, loading, tokenizer_fingerprint, vocabulary_fingerprint
 from .documents import without_lone_surrogates
-from .files import sha256_of
 
 
 def _default_dtype(device: torch.device) -> torch.dtype:

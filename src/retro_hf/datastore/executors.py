@@ -22,7 +22,7 @@ import torch
 
 from ..arguments import whole
 from ..errors import DatastoreInputError, RetroError, counted
-from .files import hash_of
+from .atomic_files import hash_of
 
 
 _POLL_SECONDS = 0.2

@@ -26,7 +26,7 @@ from transformers.utils import logging
 
 from ..errors import DatastoreCorruptError, DatastoreInputError, DatastoreNotFoundError
 from ..outside import MAX_JSON_BYTES, is_path, parse_json, printable
-from .files import MANIFEST_NAME, building_folder
+from .atomic_files import MANIFEST_NAME, building_folder
 from .manifest import DatastoreManifest, FileEntry, check_content, check_sizes, checked_path
 from .store_generation import at_rest
 

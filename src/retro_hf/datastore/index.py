@@ -21,7 +21,7 @@ from transformers.utils import logging
 
 from ..errors import DatastoreInputError, DatastoreWriteError, counted
 from ..locks import Lock
-from .files import mapped, reading
+from .atomic_files import mapped, reading
 from .index_format import check_index
 
 

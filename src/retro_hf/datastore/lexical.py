@@ -23,9 +23,9 @@ from ..errors import (
 )
 from ..outside import read_json
 from ..progress import progress_bar
+from .atomic_files import damaged, map_npy, new_folder, reading, write_file
 from .chunks import ranges
 from .compatibility import check_datastore
-from .files import damaged, map_npy, new_folder, reading, write_file
 from .manifest import FileEntry, check_content, check_sizes, checked_path, describe_file
 from .search_excluding import check_num_neighbors, checked_exclusion
 from .store_generation import MAX_GATHERED

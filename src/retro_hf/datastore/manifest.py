@@ -17,9 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import DatastoreInputError, DatastoreNotFoundError
 from ..outside import can_be_a_file, file_inside, is_file_name, read_json
-from .compatibility import tokenizer_fingerprint, vocabulary_size
-from .documents import without_lone_surrogates
-from .files import (
+from .atomic_files import (
     MANIFEST_NAME,
     RESTORE,
     building_folder,
@@ -30,6 +28,8 @@ from .files import (
     sha256_of_file,
     write_file,
 )
+from .compatibility import tokenizer_fingerprint, vocabulary_size
+from .documents import without_lone_surrogates
 
 
 # Of what is written. Version 2 had no `text_starts`: its keys are made of decoded tokens, not of the documents' own text.

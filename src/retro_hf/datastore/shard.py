@@ -17,8 +17,7 @@ import pyarrow.parquet as pq
 
 from ..locks import Lock
 from ..outside import parse_json
-from .chunks import document_of, gather_tokens, ranges
-from .files import (
+from .atomic_files import (
     INT64,
     UINT32,
     NpyWriter,
@@ -36,6 +35,7 @@ from .files import (
     reading,
     write_file,
 )
+from .chunks import document_of, gather_tokens, ranges
 from .index import build_index, max_effort, open_index, search_index, search_parameters
 from .manifest import SHARD_FILES, DatastoreManifest, FileEntry, ShardEntry, describe_file
 from .search_excluding import Deleted, search_excluding

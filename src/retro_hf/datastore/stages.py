@@ -22,10 +22,10 @@ from safetensors.numpy import save_file
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import DatastoreInputError
+from .atomic_files import complete_file, digest_of, hash_of
 from .chunks import chunk_texts, num_chunks_of, text_starts
 from .documents import Document
 from .embedder import ChunkEmbedder
-from .files import complete_file, digest_of, hash_of
 from .shard import DOCUMENT_SCHEMA, GROUP_DOCUMENTS, Piece, ShardWriter
 
 

@@ -17,11 +17,11 @@ from transformers import PreTrainedTokenizerBase
 from .. import arguments
 from ..errors import DatastoreInputError
 from . import changes, compatibility, derive, edit, hub, key_coverage, text_of_chunks
+from .atomic_files import hash_of
 from .build import BuildOptions, build_datastore
 from .documents import DocumentReader
 from .embedder import ChunkEmbedder
 from .executors import Executor, as_executor
-from .files import hash_of
 from .index_plan import DEFAULT_SHARD_CHUNKS, IndexOptions
 from .manifest import DatastoreManifest, check_content, checked_path
 from .search_excluding import checked_search

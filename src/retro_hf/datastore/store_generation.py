@@ -12,7 +12,7 @@ import numpy as np
 
 from .. import arguments
 from ..errors import DatastoreCorruptError, DatastoreInputError, RetroError
-from .files import INT64, damaged, map_npy
+from .atomic_files import INT64, damaged, map_npy
 from .manifest import DatastoreManifest, check_sizes
 from .search_excluding import Deleted, merge_results
 from .shard import Shard

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from transformers.utils import logging
 
-from ..datastore.files import complete_file, digest_of
+from ..datastore.atomic_files import complete_file, digest_of
 
 
 logger = logging.get_logger(__name__)

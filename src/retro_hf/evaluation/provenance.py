@@ -16,8 +16,8 @@ import torch
 import xxhash
 
 from ..datastore import RetroDatastore
+from ..datastore.atomic_files import digest_of
 from ..datastore.bos_eos import Borders
-from ..datastore.files import digest_of
 from ..datastore.manifest import MANIFEST_NAME
 from ..training.search import neighbor_source
 from .scoring import Document

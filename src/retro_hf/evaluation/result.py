@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
 
-from ..datastore.files import write_file
+from ..datastore.atomic_files import write_file
 from ..errors import DatasetError
 from .interval import Interval
 

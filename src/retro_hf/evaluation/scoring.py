@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from ..datastore import RetroDatastore
+from ..datastore.atomic_files import digest_of
 from ..datastore.bos_eos import Borders
 from ..datastore.documents import document_ids, is_missing
-from ..datastore.files import digest_of
 from ..errors import DatasetError, check_integers
 from ..progress import progress_bar
 from .cache import ArrayCache

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..datastore import RetroDatastore
-from ..datastore.files import complete_file
+from ..datastore.atomic_files import complete_file
 from .interval import Bootstrap, Interval
 from .leakage import common_runs, overlaps
 from .neighbors import Chunks

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..datastore.files import write_file
+from ..datastore.atomic_files import write_file
 from ..evaluation.interval import Interval
 from ..evaluation.result import Evaluation, Mode
 

@@ -15,9 +15,9 @@ from transformers.utils import logging
 
 from .. import extras
 from ..datastore import ChunkEmbedder, RetroDatastore
+from ..datastore.atomic_files import digest_of, write_file
 from ..datastore.compatibility import load_tokenizer
 from ..datastore.duplicates import stored_documents
-from ..datastore.files import digest_of, write_file
 from ..errors import DatasetError, UnsupportedBackboneError, counted
 from ..evaluation import Evaluation, bits_per_byte, evaluate
 from ..evaluation.leakage import holders

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
-from ..datastore.files import write_file
+from ..datastore.atomic_files import write_file
 from ..evaluation import BitsPerByte
 from ..model.modeling_retro import RetroForCausalLM
 from .plan import Plan

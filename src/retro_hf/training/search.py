@@ -12,8 +12,8 @@ import numpy as np
 
 from ..arguments import whole
 from ..datastore import EmbeddingSearcher, HybridSearcher, LexicalSearcher, RetroDatastore, Searcher, chunk_texts
+from ..datastore.atomic_files import digest_of
 from ..datastore.chunks import ranges
-from ..datastore.files import digest_of
 from ..errors import DatasetError, RetrieverError
 from ..retriever import RetroRetriever
 from .copies import Text, search_without_copies

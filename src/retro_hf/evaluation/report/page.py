@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from ...datastore.files import write_file
+from ...datastore.atomic_files import write_file
 from ...outside import printable
 from ..neighbors import MODES
 from ..text import number
