@@ -1,8 +1,8 @@
 """The datastore of RETRO: documents cut into chunks, their keys, and the index that finds them. It knows no model."""
 
-from .changes import Changes
 from .chunks import chunk_texts
 from .compatibility import tokenizer_fingerprint
+from .document_changes import Changes
 from .duplicates import near_duplicates
 from .embedder import ChunkEmbedder
 from .executors import RankExecutor

@@ -16,9 +16,9 @@ from ..errors import DatastoreInputError, DatastoreMismatchError, counted
 from ..progress import progress_bar
 from .atomic_files import INT64, NpyWriter, hash_of, link_or_copy, new_folder, write_npy
 from .build import work_folder
-from .changes import similar_ids
 from .chunks import text_starts, token_dtype
 from .compatibility import load_tokenizer, tokenizer_fingerprint, vocabulary_size
+from .document_changes import similar_ids
 from .documents import document_ids
 from .edit import placed, rewrite
 from .index_plan import IndexOptions

@@ -21,7 +21,7 @@ from ..errors import DatastoreInputError, counted
 from ..progress import progress_bar
 from .atomic_files import MANIFEST_NAME, complete_file, write_npy
 from .build import BuildOptions, build_shards, work_folder
-from .changes import Changes, Comparison, similar_ids
+from .document_changes import Changes, Comparison, similar_ids
 from .documents import DocumentReader, document_ids
 from .embedder import ChunkEmbedder
 from .executors import Executor, as_executor

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .. import arguments
 from ..errors import DatastoreInputError
-from . import changes, compatibility, derive, edit, hub, key_coverage, text_of_chunks
+from . import compatibility, derive, document_changes, edit, hub, key_coverage, text_of_chunks
 from .atomic_files import hash_of
 from .build import BuildOptions, build_datastore
 from .documents import DocumentReader
@@ -376,7 +376,7 @@ class RetroDatastore:
         number = self.document_numbers([id])[0]
         if number < 0:
             raise DatastoreInputError(
-                f"There is no document with the id {id!r} in {str(self.path)!r}. {changes.similar_ids(self, id)}".rstrip()
+                f"There is no document with the id {id!r} in {str(self.path)!r}. {document_changes.similar_ids(self, id)}".rstrip()
             )
         return int(number)
 
