@@ -17,7 +17,7 @@ from ..errors import DatastoreInputError, DatastoreNotFoundError, counted
 from ..outside import is_inside
 from .atomic_files import MANIFEST_NAME
 from .document_files import SUFFIXES, FileReader, Record, suffix_of
-from .splitting import check_split, split_text
+from .document_splitting import check_split, split_text
 
 
 logger = logging.get_logger(__name__)
