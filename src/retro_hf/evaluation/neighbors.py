@@ -14,8 +14,8 @@ from ..datastore import EmbeddingSearcher, RetroDatastore, chunk_texts
 from ..errors import RetrieverError
 from ..progress import progress_bar
 from ..retriever import RetroRetriever
-from ..training.copies import Text, search_without_copies, tell_lookups
 from ..training.exclusion import document_numbers
+from ..training.own_text import Text, search_without_copies, tell_lookups
 from .cache import ArrayCache
 from .scoring import Document
 

@@ -17,9 +17,9 @@ from ..datastore import RetroDatastore
 from ..errors import DatasetError, DatastoreMismatchError
 from ..retriever import RetroRetriever
 from .columns import check_example, checked_examples, token_ids
-from .copies import Lookups
 from .exclusion import document_numbers
 from .neighbors import NEIGHBORS_COLUMN, SOURCE_COLUMN
+from .own_text import Lookups
 from .search import neighbor_source, neighbors_of_windows, wanted_neighbors
 from .windows import ID_COLUMN, START_COLUMN
 

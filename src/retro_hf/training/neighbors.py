@@ -20,8 +20,8 @@ from ..errors import DatasetError
 from ..progress import progress_bar
 from ..retriever import RetroRetriever
 from .columns import check_columns, flattened
-from .copies import tell_lookups
 from .exclusion import duplicates_in, excluded_documents
+from .own_text import tell_lookups
 from .search import datastore_of, neighbor_source, neighbors_of_windows, search_digest, wanted_neighbors
 from .windows import ID_COLUMN, START_COLUMN
 

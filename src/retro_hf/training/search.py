@@ -16,7 +16,7 @@ from ..datastore.atomic_files import digest_of
 from ..datastore.chunks import ranges
 from ..errors import DatasetError, RetrieverError
 from ..retriever import RetroRetriever
-from .copies import Text, search_without_copies
+from .own_text import Text, search_without_copies
 
 
 # Far above what a model can read; each takes eight bytes for every chunk of a dataset.

@@ -10,7 +10,7 @@ from datastore.fixtures import corpus
 from retro_hf import RetroRetriever
 from retro_hf.datastore import LexicalSearcher, RetroDatastore
 from retro_hf.training import RetroDataCollator, precompute_neighbors, tokenize_documents
-from retro_hf.training.copies import Text
+from retro_hf.training.own_text import Text
 
 
 SIZE = 8
