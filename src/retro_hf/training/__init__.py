@@ -1,7 +1,7 @@
 """Training RETRO with plain `transformers.Trainer`: neighbors are computed once, and read batch by batch."""
 
 from .collator import RetroDataCollator
-from .copying import start_by_copying
+from .copy_start import start_by_copying
 from .neighbors import precompute_neighbors
 from .passages import retrieve_passages
 from .question_trainer import QuestionTrainer, generate_answers
