@@ -255,19 +255,29 @@ class TestSameAsAFullForwardPass:
 class TestGivenNeighbors:
     """Neighbors that the caller brings."""
 
-    def test_chunks_without_neighbors_are_not_encoded(self, llama):
-        """With a cache, too; the scores are those of a pass without a cache, which encodes all of them."""
+    @pytest.mark.parametrize("read", [[(0, 2), (1, 2)], [(0, 1), (1, 2)], [(1, 0)], [(0, 0), (0, 1), (1, 1), (1, 2)]])
+    def test_only_chunks_with_neighbors_are_computed_in_a_cached_pass(self, llama, read):
+        """The scores are those of a pass without a cache, which computes all chunks; also of the steps that follow."""
         ids, given = random_ids(2, 14), random_neighbors(2, 3)
-        given["neighbor_attention_mask"][:, :2] = 0
-        encoded = []
-        hook = llama.model.retro.encoder.register_forward_pre_hook(lambda _, inputs: encoded.append(len(inputs[0])))
+        has_neighbors = torch.zeros(2, 3, dtype=torch.long)
+        has_neighbors[tuple(zip(*read, strict=True))] = 1
+        given["neighbor_attention_mask"] = has_neighbors[:, :, None, None] * given["neighbor_attention_mask"]
+        encoded, projected = [], []
+        reader = llama.model.retro
+        projection = next(iter(reader.cross_attention.values())).attention.k_proj
+        hooks = [
+            reader.encoder.register_forward_pre_hook(lambda _, inputs: encoded.append(len(inputs[0]))),
+            projection.register_forward_pre_hook(lambda _, inputs: projected.append(len(inputs[0]))),
+        ]
         with torch.no_grad():
             whole = llama(ids, **given, use_cache=False).logits
-            cached = llama(ids, **given, use_cache=True)
-        hook.remove()
-        assert encoded == [6, 2]
-        torch.testing.assert_close(cached.logits, whole, atol=1e-5, rtol=0)
-        assert not torch.equal(cached.logits, llama(ids).logits)
+            cached = llama(ids[:, :13], **given, use_cache=True)
+            step = llama(ids[:, 13:], **given, use_cache=True, **{CACHE_NAME: cached[CACHE_NAME]})
+        for hook in hooks:
+            hook.remove()
+        assert encoded == projected == [6, len(read)]
+        torch.testing.assert_close(torch.cat([cached.logits, step.logits], dim=1), whole, atol=1e-5, rtol=0)
+        assert not torch.equal(cached.logits, llama(ids[:, :13]).logits)
 
     def test_replace_the_retriever(self, model):
         """Tensors for all chunks give what a retriever with the same answers gives."""

@@ -18,17 +18,28 @@ ROOM = 256
 class Kept(NamedTuple):
     """Which of the chunks that complete in a pass are kept: chunk `index[i]` goes to half `halves[i]` of row `rows[i]`.
 
-    All three are `torch.LongTensor` of shape `(n,)`.
+    All three are `torch.LongTensor` of shape `(n,)`. An index behind the last chunk stands for a chunk without neighbors.
     """
 
     rows: torch.Tensor
     halves: torch.Tensor
     index: torch.Tensor
 
+    def among(self, selected: torch.Tensor) -> "Kept":
+        """The same with the places of the chunks in `selected` (V',), which is sorted; V' for those that are not in it."""
+        place = torch.searchsorted(selected, self.index.contiguous())
+        found = selected[place.clamp(max=len(selected) - 1)] == self.index
+        return self._replace(index=torch.where(found, place, len(selected)))
+
     def put(self, halves: torch.Tensor, new: torch.Tensor | None) -> torch.Tensor:
-        """A copy of `halves` (B, 2, ...) that holds the kept entries of `new` (V, ...), or zeros if there are none."""
+        """A copy of `halves` (B, 2, ...) that holds the kept entries of `new` (V, ...), or zeros where there are none."""
         halves = halves.clone()  # autograd may have saved the old one
-        halves[self.rows, self.halves] = 0 if new is None else new[self.index]
+        if new is None:
+            halves[self.rows, self.halves] = 0
+        else:
+            exists = (self.index < len(new)).view(-1, *[1] * (new.dim() - 1))
+            kept = new[self.index.clamp(max=len(new) - 1)]
+            halves[self.rows, self.halves] = torch.where(exists, kept, torch.zeros_like(kept))
         return halves
 
 

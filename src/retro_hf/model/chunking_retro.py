@@ -84,19 +84,6 @@ class PassPlan:
             return self.neighbor_input_ids.shape[-1]
         return None if self.state is None else self.state.neighbor_size
 
-    def chunks_with_neighbors(self) -> torch.Tensor | None:
-        """The numbers of the completing chunks that have neighbors, if others of a cached pass have none; else None.
-
-        A long prompt with passages for its question alone is encoded for the chunks of the question alone.
-        """
-        mask = self.neighbor_mask
-        if self.state is None or mask is None or len(mask) == 1:
-            return None
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():  # one graph for all chunks
-            return None
-        some = mask.flatten(1).any(dim=1).nonzero().squeeze(1)
-        return some if 0 < len(some) < len(mask) else None
-
     @property
     def places(self) -> list[int] | None:
         """The place of each row's token in its attending chunk, from 0. None if the plan holds whole attending chunks."""
@@ -162,7 +149,7 @@ class SequencePlan(PassPlan):
             are not empty. With a state, the m cells of the unfinished chunk come before the T new tokens of each row.
         num_chunks (`int`): the largest number of chunks that complete in a row.
         neighbors (pair of tensors of shape `(V, K, R)`, *optional*): of these chunks.
-        selected (`torch.LongTensor`, *optional*): the numbers of the chunks that have neighbors; only without a state.
+        selected (`torch.LongTensor`, *optional*): the numbers of the chunks that have neighbors, if others have none.
         state ([`RetrievalState`], *optional*), history ([`History`], *optional*): of a cached pass.
     """
 
@@ -196,16 +183,23 @@ class SequencePlan(PassPlan):
         cells = torch.where((positions >= 0) & (cells >= 0) & (cells < num_cells), cells, num_cells)
         attending_tokens = _flat(_invert(cells, num_cells), num_tokens).view(-1, size)
         token_cells = _flat(cells, num_cells)
+        order = selected
         if selected is not None:
-            # Leave out chunks without neighbors. `rank` maps a chunk to its new number, and a chunk that is left out, like
-            # the cell for "none", to the number after the last one.
             self.completed_tokens, self.chunk_mask = completed_tokens[selected], chunk_mask[selected]
             self.neighbor_input_ids, self.neighbor_mask = neighbors[0][selected], neighbors[1][selected]
-            attending_tokens = attending_tokens[selected]
-            rank = torch.full((len(chunk_mask) + 1,), len(selected), device=positions.device)
-            rank[selected] = torch.arange(len(selected), device=positions.device)
+        if history is not None and num_new:
+            # First the attending chunk of every row that reads what an earlier pass retrieved, then those of this pass.
+            before = torch.arange(len(positions), device=positions.device) * num_attending
+            new = torch.arange(len(chunk_mask), device=positions.device) if selected is None else selected
+            order = torch.cat([before, new // num_new * num_attending + new % num_new + 1])
+        if order is not None:
+            # `rank` maps an attending chunk to its place in the order, and one that is left out, like the cell for "none",
+            # to the place after the last one.
+            rank = torch.full((len(attending_tokens) + 1,), len(order), device=positions.device)
+            rank[order] = torch.arange(len(order), device=positions.device)
+            attending_tokens = attending_tokens[order]
             ranks = rank[token_cells // size]
-            token_cells = torch.where(ranks < len(selected), ranks * size + token_cells % size, len(selected) * size)
+            token_cells = torch.where(ranks < len(order), ranks * size + token_cells % size, len(order) * size)
         self.attending_tokens = attending_tokens
         self.token_cells = token_cells
         if history is not None:
@@ -221,18 +215,15 @@ class SequencePlan(PassPlan):
         before = [chunk - 1 for chunk in history.first_chunk]
         self.before = per_row([chunk % 2 for chunk in before], self.positions.device)
         self.kept = state.keep(history.first_chunk, history.num_completed, self.positions.device)
+        if self.kept is not None and self.selected is not None:
+            self.kept = self.kept.among(self.selected)
         if self.state_mask is None:
             return
         old = self.state_mask[self.before]
         if min(before) < 0:
             old = old & torch.tensor([chunk >= 0 for chunk in before], device=old.device).unsqueeze(1)
-        if num_new:
-            new = pad_to(self.neighbor_mask.flatten(1), old.shape[-1], dim=-1)
-            self.attended_mask = torch.cat([old.unsqueeze(1), new.unflatten(0, (len(old), num_new))], dim=1).flatten(
-                0, 1
-            )
-        else:
-            new, self.attended_mask = None, old
+        new = pad_to(self.neighbor_mask.flatten(1), old.shape[-1], dim=-1) if num_new else None
+        self.attended_mask = old if new is None else torch.cat([old, new])
         if self.kept is not None:
             self.state_mask = self.kept.put(self.state_mask, new)
 
@@ -274,12 +265,11 @@ class SequencePlan(PassPlan):
         if key is None:
             return old
         self.state.update(layer_idx, key, value, self.kept)
-        num_tokens, batch_size = self.attended_mask.shape[-1], self.shape[0]
-        both = []
-        for first, new in zip(old, (key, value), strict=True):
-            new = pad_to(new, num_tokens, dim=-2).unflatten(0, (batch_size, -1))
-            both.append(torch.cat([first.unsqueeze(1), new], dim=1).flatten(0, 1))
-        return both[0], both[1]
+        num_tokens = self.attended_mask.shape[-1]
+        keys, values = (
+            torch.cat([first, pad_to(new, num_tokens, dim=-2)]) for first, new in zip(old, (key, value), strict=True)
+        )
+        return keys, values
 
     def commit(self) -> None:
         self.state.neighbor_mask = self.state_mask

@@ -369,12 +369,7 @@ class RetroPass:
             return None
         # The bound method, not the module: accelerate moves modules that it finds among the arguments to another device.
         embed = self.embed.__call__
-        inputs = (plan.neighbor_input_ids, plan.neighbor_mask, chunk_states, plan.chunk_mask)
-        some = plan.chunks_with_neighbors()
-        if some is None:
-            return self.reader.encoder(*inputs, embed)
-        states = self.reader.encoder(*(part[some] for part in inputs), embed)
-        return states.new_zeros(len(chunk_states), *states.shape[1:]).index_copy(0, some, states)  # others stay masked
+        return self.reader.encoder(plan.neighbor_input_ids, plan.neighbor_mask, chunk_states, plan.chunk_mask, embed)
 
     def attend(
         self, layer_idx: int, hidden_states: torch.Tensor, neighbor_states: torch.Tensor | None

@@ -78,9 +78,7 @@ def _plan_given(
     if chunk_offset is not None and not compiling:
         # The offset was read on the host anyway. Reading the mask, too, allows encoding only the chunks that have neighbors:
         # for a question, the last one.
-        has_neighbor = mask.flatten(2).any(dim=-1).flatten()
-        if 0 < int(has_neighbor.sum()) < len(has_neighbor):
-            selected = has_neighbor.nonzero().squeeze(1)
+        selected = _with_neighbors(mask.flatten(0, 1))
     positions = chunk_positions(tokens, real, start)
     completed = completing_tokens(positions, ids.shape[1], chunk_size)
     neighbors = (ids.flatten(0, 1), mask.flatten(0, 1)) if ids.shape[1] else None
@@ -134,8 +132,11 @@ def _plan_sequence(
         neighbors = _fetch(given, retriever, (rows, chunks.flatten()), complete.flatten(), chunk_tokens)
         if neighbors is not None and state is not None:
             state.make_room(neighbors[0])
+    selected = None
+    if neighbors is not None and state is not None and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+        selected = _with_neighbors(neighbors[1])
     completed = completed_tokens, chunk_mask
-    plan = SequencePlan(positions, completed, num_chunks, neighbors, state=state, history=history)
+    plan = SequencePlan(positions, completed, num_chunks, neighbors, selected, state, history)
     if state is not None and tokens.dim() == 2:
         plan._remember("input_ids", tokens)
     return plan
@@ -202,6 +203,15 @@ def _fetch(
         ids, mask = pad_to(ids, width, 1).clone(), pad_to(mask, width, 1).clone()
         ids[wanted], mask[wanted] = pad_to(found, width, 1), pad_to(found_mask, width, 1)
     return None if ids is None else (ids, mask)
+
+
+def _with_neighbors(mask: torch.Tensor) -> torch.Tensor | None:
+    """The numbers of the chunks that have neighbors, given their mask (V, K, R); None if all or none have.
+
+    A long prompt with passages for its question alone is read by the chunks of the question alone.
+    """
+    some = mask.flatten(1).any(dim=-1).nonzero().squeeze(1)
+    return some if 0 < len(some) < len(mask) else None
 
 
 def real_tokens(
