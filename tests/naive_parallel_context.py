@@ -64,11 +64,14 @@ def naive_logits(model, input_ids, neighbors: dict | None = None, chunk_offset: 
             if neighbors:
                 ids, masks = neighbors["neighbor_input_ids"][row], neighbors["neighbor_attention_mask"][row].bool()
                 for chunk in range(len(ids)):
+                    # Each neighbor stands before the one that is more similar.
+                    end = 0
                     for one, real in zip(ids[chunk], masks[chunk], strict=True):
                         one = one[real]
                         if len(one) < 2:  # the first token of a neighbor is not read
                             continue
-                        positions = torch.arange(len(one)) - max(config.neighbor_size, len(one))
+                        end -= max(config.neighbor_size, len(one))
+                        positions = torch.arange(len(one)) + end
                         causal = torch.ones(len(one), len(one), dtype=torch.bool).tril()
                         states = _run(backbone, one, positions, None, causal)[1]
                         encoded.append([(1.1 * key, value) for key, value in states])

@@ -16,7 +16,7 @@ from transformers.cache_utils import DynamicCache
 
 from retro_hf import RetroConfig, RetroForCausalLM, retrofit
 from retro_hf.errors import UnsupportedBackboneError
-from retro_hf.model.neighbor_cache_retro import NeighborCache
+from retro_hf.model.neighbor_cache_retro import NeighborCache, place_neighbors
 
 from . import contracts
 from .naive_parallel_context import naive_logits
@@ -116,6 +116,23 @@ class TestSameAsANaiveImplementation:
             torch.testing.assert_close(one / other.abs().max(), other / other.abs().max(), atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize(
+    ("lengths", "context", "starts"),
+    [
+        ([4, 4, 4], None, [-4, -8, -12]),
+        ([2, 4, 3], 100, [-4, -8, -12]),  # short ones take as much room
+        ([4, 6, 4], 100, [-4, -10, -14]),
+        ([4, 4, 4, 4], 16, [-4, -8, -8, -8]),  # half of the context is full
+        ([4, 4, 6], 16, [-4, -8, -8]),
+        ([6, 4], 8, [-6, -6]),
+        ([], 8, []),
+    ],
+)
+def test_neighbors_stand_one_before_another_in_half_of_the_context(lengths, context, starts):
+    neighbors = [tuple(range(length)) for length in lengths]
+    assert [tuple(one) for one in place_neighbors(neighbors, 4, context)] == list(zip(neighbors, starts, strict=True))
+
+
 class TestInformationFlow:
     """Who depends on what, by gradient."""
 
@@ -128,8 +145,16 @@ class TestInformationFlow:
         contracts.check_reach_in_one_layer(model)
         contracts.check_reach_in_one_layer(model, chunk_offset=2)
 
-    def test_order_of_the_neighbors_is_irrelevant(self, model):
-        contracts.check_neighbor_order_is_irrelevant(model)
+    def test_first_neighbor_is_the_nearest(self, model):
+        """Two neighbors that change places give other scores; one that is masked leaves its place to the next."""
+        ids, neighbors = random_ids(1, 8), random_neighbors(1, 2, 2)
+        swapped = {name: tensor.flip(2) for name, tensor in neighbors.items()}
+        one = {name: tensor[:, :, 1:] for name, tensor in neighbors.items()}
+        masked = neighbors | {"neighbor_attention_mask": neighbors["neighbor_attention_mask"].clone()}
+        masked["neighbor_attention_mask"][:, :, 0] = 0
+        with torch.no_grad():
+            assert not torch.allclose(model(ids, **neighbors).logits, model(ids, **swapped).logits, atol=1e-4)
+            assert torch.equal(model(ids, **masked).logits, model(ids, **one).logits)
 
     def test_masked_tokens_are_never_read(self, model):
         neighbors = contracts._neighbors_with_gaps()

@@ -2,6 +2,7 @@
 """Encoded neighbors of the reader `parallel_context`, and the cache that keeps them."""
 
 import os
+import sys
 import threading
 from collections import OrderedDict
 from typing import Any, NamedTuple
@@ -38,8 +39,34 @@ Neighbors = tuple[EncodedNeighbor, ...]
 """What a token attends to besides the text."""
 
 
+class PlacedNeighbor(NamedTuple):
+    """The tokens of a neighbor, and the position of the first one: keys depend on both."""
+
+    tokens: tuple[int, ...]
+    start: int
+
+
+def place_neighbors(neighbors: list[tuple[int, ...]], neighbor_size: int, context: int | None) -> list[PlacedNeighbor]:
+    """Place the neighbors of a chunk one before another, the first one right before the text.
+
+    They take at most half of the base's context. Those for which there is no room share the farthest place.
+
+    Args:
+        neighbors (`list[tuple[int, ...]]`): their tokens, the best one first.
+        neighbor_size (`int`): the positions that each takes, unless it is longer.
+        context (`int`, *optional*): positions that the base was trained with; None if it has no limit.
+    """
+    room = (context or sys.maxsize) // 2
+    start, placed = 0, []
+    for tokens in neighbors:
+        width = max(len(tokens), neighbor_size)
+        start = start - width if width - start <= room else min(start, -width)
+        placed.append(PlacedNeighbor(tokens, start))
+    return placed
+
+
 class NeighborCache:
-    """Maps the tokens of a neighbor to its keys and values. It drops the least recently used first. A copy starts empty.
+    """Maps a neighbor at its place to its keys and values. It drops the least recently used first. A copy starts empty.
 
     Args:
         max_bytes (`int`): the most memory that its keys and values may take.
@@ -49,7 +76,7 @@ class NeighborCache:
         self.max_bytes = max_bytes
         self.num_bytes = 0
         self._weights: Any = None
-        self._kept: OrderedDict[tuple[int, ...], EncodedNeighbor] = OrderedDict()
+        self._kept: OrderedDict[PlacedNeighbor, EncodedNeighbor] = OrderedDict()
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple:
@@ -66,18 +93,18 @@ class NeighborCache:
                 self.num_bytes = 0
             self._weights = weights
 
-    def get(self, tokens: tuple[int, ...]) -> EncodedNeighbor | None:
-        """The encoded neighbor of these tokens; None if it is not here."""
+    def get(self, placed: PlacedNeighbor) -> EncodedNeighbor | None:
+        """The encoded neighbor; None if it is not here."""
         with self._lock:
-            if tokens in self._kept:
-                self._kept.move_to_end(tokens)
-            return self._kept.get(tokens)
+            if placed in self._kept:
+                self._kept.move_to_end(placed)
+            return self._kept.get(placed)
 
-    def put(self, tokens: tuple[int, ...], neighbor: EncodedNeighbor) -> None:
+    def put(self, placed: PlacedNeighbor, neighbor: EncodedNeighbor) -> None:
         """Keep a neighbor."""
         with self._lock:
-            if tokens not in self._kept:
-                self._kept[tokens] = neighbor
+            if placed not in self._kept:
+                self._kept[placed] = neighbor
                 self.num_bytes += neighbor.num_bytes
             while self.num_bytes > self.max_bytes:
                 self.num_bytes -= self._kept.popitem(last=False)[1].num_bytes
@@ -104,4 +131,4 @@ def total_memory(device: torch.device) -> int | None:
     return None
 
 
-__all__ = ["EncodedNeighbor", "NeighborCache", "Neighbors", "total_memory", "weights_version"]
+__all__ = ["EncodedNeighbor", "NeighborCache", "Neighbors", "PlacedNeighbor", "place_neighbors", "total_memory", "weights_version"]

@@ -1,28 +1,17 @@
-# Copyright 2026 The retro-hf authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The retro-hf authors. Apache License 2.0: http://www.apache.org/licenses/LICENSE-2.0
 """The reader `parallel_context`: the base itself reads the neighbors, without training (Ratner et al., 2023).
 
 The base encodes each neighbor by itself, at positions before the text. Then each token of an attending chunk attends to the
 keys and values of the chunk's neighbors and to its own past, in one softmax, in every layer that attends to the whole text:
 
-    neighbor 1   -R … -1 ┐
-    neighbor 2   -R … -1 ┼─ keys and values ─► softmax over [neighbors of chunk u | text up to t] ◄─ query of token t
-    text          0 … t  ┘
+    neighbor 2   -2R … -R-1 ┐
+    neighbor 1    -R … -1   ┼─ keys and values ─► softmax over [neighbors of chunk u | text up to t] ◄─ query of token t
+    text           0 … t    ┘
 
-The text keeps its positions, so its keys never change. At the end of a chunk only the neighbors are exchanged.
+The text keeps its positions, so its keys never change. At the end of a chunk only the neighbors are exchanged. Neighbors stand
+one before another, as they would in a prompt, and the best one is the nearest: so the base can tell their tokens apart.
 
-Two numbers were chosen on validation text (docs/results/readers.md). The first token of a neighbor is not read: it is an
+This and two numbers were chosen on validation text (docs/results/readers.md). The first token of a neighbor is not read: it is an
 "attention sink", which takes the weight that a head does not use, and several would take too much. The scores of neighbor
 tokens are multiplied by 1.1, because attention to texts encoded by themselves is spread too evenly (APE, Yang et al., 2025).
 
@@ -45,7 +34,15 @@ from .backbone_retro import accepted_arguments, active_pass, check_decoder, plac
 from .cache_retro import RetroDynamicLayer
 from .chunking_retro import PassPlan, SequencePlan, StepPlan
 from .configuration_retro import RetroConfig
-from .neighbor_cache_retro import EncodedNeighbor, NeighborCache, Neighbors, total_memory, weights_version
+from .neighbor_cache_retro import (
+    EncodedNeighbor,
+    NeighborCache,
+    Neighbors,
+    PlacedNeighbor,
+    place_neighbors,
+    total_memory,
+    weights_version,
+)
 
 
 ENCODED_TOKENS = 4096
@@ -215,16 +212,16 @@ class ParallelContextReader(nn.Module):
         Raises:
             ValueError: if a neighbor is longer than the context of the base, or memory would not hold all of them.
         """
-        chunks = [
-            [tuple(token for token, real in zip(*one, strict=True) if real) for one in zip(*chunk, strict=True)]
-            for chunk in zip(input_ids.tolist(), mask.tolist(), strict=True)
-        ]
+        chunks = []
+        for chunk in zip(input_ids.tolist(), mask.tolist(), strict=True):
+            neighbors = [tuple(t for t, real in zip(*one, strict=True) if real) for one in zip(*chunk, strict=True)]
+            neighbors = [tokens for tokens in neighbors if len(tokens) > NUM_SINKS]
+            chunks.append(place_neighbors(neighbors, self.config.neighbor_size, self.config.max_position_embeddings))
         keeps = not (torch.is_grad_enabled() or backbone.training)
         self.cache.use(weights_version(backbone) if keeps else None)
-        found: dict[tuple[int, ...], Any]
-        found = {tokens: self.cache.get(tokens) for chunk in chunks for tokens in chunk if len(tokens) > NUM_SINKS}
-        missing = sorted((tokens for tokens, neighbor in found.items() if neighbor is None), key=len)
-        longest = len(missing[-1]) if missing else 0
+        found: dict[PlacedNeighbor, Any] = {placed: self.cache.get(placed) for chunk in chunks for placed in chunk}
+        missing = sorted((placed for placed, neighbor in found.items() if neighbor is None), key=lambda one: len(one.tokens))
+        longest = len(missing[-1].tokens) if missing else 0
         limit = self.config.max_position_embeddings
         if limit is not None and longest > limit:
             raise ValueError(
@@ -234,27 +231,28 @@ class ParallelContextReader(nn.Module):
         size = max(ENCODED_TOKENS // max(longest, 1), 1)
         for start in range(0, len(missing), size):
             batch = missing[start : start + size]
-            for tokens, neighbor in zip(batch, self._encode(backbone, batch, input_ids.device, keeps), strict=True):
-                found[tokens] = neighbor
+            for placed, neighbor in zip(batch, self._encode(backbone, batch, input_ids.device, keeps), strict=True):
+                found[placed] = neighbor
                 if keeps:
-                    self.cache.put(tokens, neighbor)
+                    self.cache.put(placed, neighbor)
             if start == 0:
-                self._check_memory(found[batch[0]], sum(map(len, missing)))
-        return [tuple(found[tokens] for tokens in chunk if tokens in found) for chunk in chunks]
+                self._check_memory(found[batch[0]], sum(len(placed.tokens) for placed in missing))
+        return [tuple(found[placed] for placed in chunk) for chunk in chunks]
 
     def _encode(
-        self, backbone: PreTrainedModel, batch: Sequence[tuple[int, ...]], device: torch.device, copy: bool
+        self, backbone: PreTrainedModel, batch: Sequence[PlacedNeighbor], device: torch.device, copy: bool
     ) -> list[EncodedNeighbor]:
         """One pass of the base over neighbors, padded on the right."""
-        lengths = torch.tensor([len(tokens) for tokens in batch], device=device).unsqueeze(1)
-        width = len(batch[-1])  # the longest
-        input_ids = torch.tensor([tokens + (0,) * (width - len(tokens)) for tokens in batch], device=device)
+        lengths = torch.tensor([len(tokens) for tokens, _ in batch], device=device).unsqueeze(1)
+        starts = torch.tensor([start for _, start in batch], device=device).unsqueeze(1)
+        width = len(batch[-1].tokens)  # the longest
+        input_ids = torch.tensor([tokens + (0,) * (width - len(tokens)) for tokens, _ in batch], device=device)
         steps = torch.arange(width, device=device)
-        mask = (steps < lengths).long() if len(batch[0]) < width else None
+        mask = (steps < lengths).long() if len(batch[0].tokens) < width else None
         recorder = _Recorder(list(self.layers))
-        recorder.run(backbone, input_ids, mask, steps - lengths.clamp(min=self.config.neighbor_size))
+        recorder.run(backbone, input_ids, mask, starts + steps)
         neighbors = []
-        for row, tokens in enumerate(batch):
+        for row, (tokens, _) in enumerate(batch):
             read = slice(NUM_SINKS, len(tokens))
             pairs = [[states[row, :, read] for states in recorder.states[idx]] for idx in self.layers]
             keys = tuple(key * FOCUS for key, _ in pairs)
@@ -365,6 +363,8 @@ class _Segment:
             text = self.take(of_text)[..., : self.length]
         elif query.shape[2] == 1 and min(self.lengths) == self.size:
             return None
+        elif self.size == num_past == 0 and not additive and isinstance(self.columns, slice) and self.columns.start == 0:
+            return None  # the beginning of a text, which is causal by itself and costs half without a mask
         else:
             columns = self.take(torch.arange(query.shape[2], device=device)[None, None, :, None])
             text = torch.arange(self.length, device=device) <= num_past + columns
