@@ -62,7 +62,7 @@ WORK = Path("demo_output/questions")
 BASE = WORK / "base"
 ADAPTER = ROOT / "hub_configs" / "retro-smollm2-135m-mixed"
 SYSTEM = "Answer the question with as few words as possible."
-CHUNK_SIZE, NEIGHBOR_SIZE, ARTICLES, MAX_NEW_TOKENS = 64, 128, 2000, 16
+CHUNK_SIZE, NEIGHBOR_SIZE, ARTICLES, MAX_NEW_TOKENS = 64, 128, 2000, 32
 STEPS, BATCH, LEARNING_RATE, RANK = 20, 4, 5e-4, 16
 # Reader, number of passages, and whether the years were changed; in the order in which they are measured.
 ROWS = [

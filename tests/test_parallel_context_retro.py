@@ -393,6 +393,6 @@ class TestBadInput:
             model(random_ids(1, 6), **neighbors)
 
     def test_more_neighbors_than_memory_holds(self, model, monkeypatch):
-        monkeypatch.setattr("retro_hf.model.parallel_context_retro.total_memory", lambda device: 2**14)
+        monkeypatch.setattr("retro_hf.model.neighbor_cache_retro.total_memory", lambda device: 2**14)
         with pytest.raises(ValueError, match="num_neighbors"):
             model(random_ids(1, 6), **random_neighbors(1, 1, num_neighbors=50))

@@ -131,4 +131,24 @@ def total_memory(device: torch.device) -> int | None:
     return None
 
 
-__all__ = ["EncodedNeighbor", "NeighborCache", "Neighbors", "PlacedNeighbor", "place_neighbors", "total_memory", "weights_version"]
+def check_memory(example: EncodedNeighbor, num_tokens: int) -> None:
+    """Refuse neighbors of `num_tokens` tokens, of which `example` is one, that the memory of its device could not hold."""
+    device = example.keys[0].device
+    memory, needed = total_memory(device), num_tokens * example.num_bytes // example.num_tokens
+    if memory is not None and needed > memory:
+        raise ValueError(
+            f"The keys and values of the neighbors of this pass, {num_tokens:,} tokens, need {needed / 2**30:.1f} GiB, but "
+            f"'{device}' has {memory / 2**30:.1f} GiB. Retrieve fewer neighbors (`num_neighbors`), or give fewer or "
+            "shorter rows at a time."
+        )
+
+
+__all__ = [
+    "EncodedNeighbor",
+    "NeighborCache",
+    "Neighbors",
+    "PlacedNeighbor",
+    "check_memory",
+    "place_neighbors",
+    "weights_version",
+]

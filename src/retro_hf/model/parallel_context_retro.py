@@ -39,8 +39,8 @@ from .neighbor_cache_retro import (
     NeighborCache,
     Neighbors,
     PlacedNeighbor,
+    check_memory,
     place_neighbors,
-    total_memory,
     weights_version,
 )
 
@@ -212,17 +212,19 @@ class ParallelContextReader(nn.Module):
         Raises:
             ValueError: if a neighbor is longer than the context of the base, or memory would not hold all of them.
         """
+        limit = self.config.max_position_embeddings
         chunks = []
         for chunk in zip(input_ids.tolist(), mask.tolist(), strict=True):
             neighbors = [tuple(t for t, real in zip(*one, strict=True) if real) for one in zip(*chunk, strict=True)]
             neighbors = [tokens for tokens in neighbors if len(tokens) > NUM_SINKS]
-            chunks.append(place_neighbors(neighbors, self.config.neighbor_size, self.config.max_position_embeddings))
+            chunks.append(place_neighbors(neighbors, self.config.neighbor_size or 0, limit))
         keeps = not (torch.is_grad_enabled() or backbone.training)
         self.cache.use(weights_version(backbone) if keeps else None)
         found: dict[PlacedNeighbor, Any] = {placed: self.cache.get(placed) for chunk in chunks for placed in chunk}
-        missing = sorted((placed for placed, neighbor in found.items() if neighbor is None), key=lambda one: len(one.tokens))
+        missing = sorted(
+            (placed for placed, neighbor in found.items() if neighbor is None), key=lambda one: len(one.tokens)
+        )
         longest = len(missing[-1].tokens) if missing else 0
-        limit = self.config.max_position_embeddings
         if limit is not None and longest > limit:
             raise ValueError(
                 f"A neighbor has {longest} tokens, but the context of the base ends at {limit}. Build the datastore with a "
@@ -236,7 +238,7 @@ class ParallelContextReader(nn.Module):
                 if keeps:
                     self.cache.put(placed, neighbor)
             if start == 0:
-                self._check_memory(found[batch[0]], sum(len(placed.tokens) for placed in missing))
+                check_memory(found[batch[0]], sum(len(placed.tokens) for placed in missing))
         return [tuple(found[placed] for placed in chunk) for chunk in chunks]
 
     def _encode(
@@ -260,16 +262,6 @@ class ParallelContextReader(nn.Module):
             values = tuple(value.clone() if copy else value for _, value in pairs)
             neighbors.append(EncodedNeighbor(keys, values))
         return neighbors
-
-    def _check_memory(self, example: EncodedNeighbor, num_tokens: int) -> None:
-        device = example.keys[0].device
-        memory, needed = total_memory(device), num_tokens * example.num_bytes // example.num_tokens
-        if memory is not None and needed > memory:
-            raise ValueError(
-                f"The keys and values of the neighbors of this pass, {num_tokens:,} tokens, need {needed / 2**30:.1f} GiB, but "
-                f"'{device}' has {memory / 2**30:.1f} GiB. Retrieve fewer neighbors (`num_neighbors`), or give fewer or "
-                "shorter rows at a time."
-            )
 
     def begin(self, backbone: PreTrainedModel, plan: PassPlan, cache: Cache | None) -> "ParallelContextPass":
         """Begin the pass over new tokens of text.
@@ -334,6 +326,7 @@ class _Segment:
         first = columns[0]
         is_slice = all(row == first for row in columns) and first[-1] - first[0] + 1 == len(first)
         self.columns = slice(first[0], first[-1] + 1) if is_slice else torch.tensor(columns)
+        self.begins_text = is_slice and first[0] == 0
         self.length = end + 1  # of the text that they attend to
         self.neighbors = neighbors
         self.lengths = [sum(neighbor.num_tokens for neighbor in row) for row in neighbors]
@@ -363,8 +356,8 @@ class _Segment:
             text = self.take(of_text)[..., : self.length]
         elif query.shape[2] == 1 and min(self.lengths) == self.size:
             return None
-        elif self.size == num_past == 0 and not additive and isinstance(self.columns, slice) and self.columns.start == 0:
-            return None  # the beginning of a text, which is causal by itself and costs half without a mask
+        elif self.size == num_past == 0 and self.begins_text and not additive:
+            return None  # causal by itself, which costs half without a mask
         else:
             columns = self.take(torch.arange(query.shape[2], device=device)[None, None, :, None])
             text = torch.arange(self.length, device=device) <= num_past + columns
