@@ -16,7 +16,8 @@ from transformers.cache_utils import DynamicCache
 
 from retro_hf import RetroConfig, RetroForCausalLM, retrofit
 from retro_hf.errors import UnsupportedBackboneError
-from retro_hf.model.neighbor_cache_retro import NeighborCache, place_neighbors
+from retro_hf.model.neighbor_cache_retro import EncodedNeighbor, NeighborCache, place_neighbors
+from retro_hf.model.segments_retro import plan_segments
 
 from . import contracts
 from .naive_parallel_context import naive_logits
@@ -131,6 +132,21 @@ class TestSameAsANaiveImplementation:
 def test_neighbors_stand_one_before_another_in_half_of_the_context(lengths, context, starts):
     neighbors = [tuple(range(length)) for length in lengths]
     assert [tuple(one) for one in place_neighbors(neighbors, 4, context)] == list(zip(neighbors, starts, strict=True))
+
+
+def test_chunks_that_read_the_same_attend_together():
+    """The chunks before a question read nothing, those of the question the same: two segments, the first one without a mask."""
+    one, other = (EncodedNeighbor((torch.zeros(1, size, 2),), (torch.zeros(1, size, 2),)) for size in (3, 5))
+    groups = [[0, 0, 1, 1, 2, 2, 3, 3], [-1, 0, 1, 1, 2, 2, 3, 3]]
+
+    def divided(*rows) -> list[tuple[int, int, bool]]:
+        segments, _ = plan_segments([groups[row] for row in range(len(rows))], list(rows), 0)
+        return [(segment.length, segment.size, segment.begins_text) for segment in segments]
+
+    assert divided([(), (), (one, other), (one, other)]) == [(4, 0, True), (8, 8, False)]
+    assert divided([(), (), (one, other), (other, one)]) == [(4, 0, True), (6, 8, False), (8, 8, False)]
+    assert divided([(), (), (), ()], [(), (), (), (one,)]) == [(6, 0, False), (8, 3, False)]
+    assert divided([(one,), (one,), (one,), (one,)]) == [(8, 3, True)]
 
 
 class TestInformationFlow:

@@ -29,6 +29,7 @@ MODEL_FILES = {
     "names_retro.py",
     "neighbor_cache_retro.py",
     "parallel_context_retro.py",
+    "segments_retro.py",
 }
 
 SAVE = """
