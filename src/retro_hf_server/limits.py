@@ -77,7 +77,8 @@ class Gate:
         try:
             self._check(scope)
             body = await self._body(scope, receive)
-            # A client that reads slowly holds its connection no longer than an answer may take.
+            # A client that reads slowly holds its connection no longer than an answer may take. The answer's own limit comes a
+            # little earlier, and can still say what happened.
             async with asyncio.timeout(self.limits.timeout + 10):
                 await self.app(scope, _replayed(body, receive), noted)
         except RequestError as error:
@@ -92,6 +93,7 @@ class Gate:
 
     def _check(self, scope: Scope) -> None:
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
+        # `localhost:8000`, `[::1]:8000`, or either without a port.
         host = headers.get(b"host", "").rpartition(":")
         name = (host[0] if host[2].isdigit() and host[0] else "".join(host)).lower()
         if self.hosts is not None and name not in self.hosts:
@@ -104,6 +106,7 @@ class Gate:
         if self.api_key is not None and scope["path"].startswith("/v1"):
             scheme, _, key = headers.get(b"authorization", "").partition(" ")
             given = key.strip().encode("latin-1") if scheme.lower() == "bearer" else b""
+            # `==` would end sooner the earlier a guess is wrong, so the key could be found letter by letter.
             if not secrets.compare_digest(given, self.api_key.encode()):
                 raise RequestError(
                     "The API key is missing or wrong. Send it in the header `Authorization: Bearer KEY`.",
@@ -111,6 +114,7 @@ class Gate:
                     code="invalid_api_key",
                 )
         if scope["method"] in ("POST", "PUT", "PATCH", "DELETE"):
+            # A form on a page of another site cannot send JSON, and a script there would have to ask this server first.
             kind = headers.get(b"content-type", "").partition(";")[0].strip().lower()
             if scope["method"] != "DELETE" and kind != "application/json":
                 raise RequestError(

@@ -46,6 +46,7 @@ class Metrics:
                 ("retro_store_documents", "Documents that can be found.", "documents"),
                 ("retro_store_generation", "Changes of the store, plus one.", "generation"),
             ):
+                # `partial`, since a plain lambda would see the last key of the loop.
                 Gauge(name, what, registry=self._registry).set_function(
                     partial(lambda key: source.describe()[key], key)
                 )

@@ -73,6 +73,7 @@ class Prompts:
             text = self._written(question)
             # The template writes the special tokens itself.
             tokens = self._checked(self._tokenizer(text, add_special_tokens=False).input_ids)
+            # The last place: earlier turns may have the same words. Without one, as in a template that changes them, every token reads.
             before = text[: max(text.rfind(query or ""), 0)]
             return Prompt(tokens, query, len(self._tokenizer(before, add_special_tokens=False).input_ids))
 

@@ -105,6 +105,7 @@ class TextReader(Reader):
 
     def inputs(self, max_new_tokens: int) -> dict[str, Any]:
         """The reader itself is the retriever."""
+        # With chunks of 8 tokens, a prompt of 13 counts as 3 + 13: its last chunk is complete.
         offsets = [-len(prompt.tokens) % self.chunk_size for prompt in self._prompts]
         return {"retriever": self, "chunk_offset": torch.tensor(offsets)}
 
@@ -142,7 +143,7 @@ class TextReader(Reader):
         for key in chunks if not written else chunks[-1:]:
             if key in self._found:
                 query = self._tokenizer.decode([token for token in key if token >= 0])
-                is_read = key is chunks[-1]
+                is_read = key is chunks[-1]  # the object: an earlier chunk may have the same tokens
                 reads.append(ChunkRead(query, len(written), length, is_read, self._found[key]))
         return reads
 

@@ -36,6 +36,7 @@ def bind(host: str, port: int) -> socket.socket:
     """
     family, kind, protocol, _, address = _resolved(host, port)
     listening = socket.socket(family, kind, protocol)
+    # The port of a server that has just ended can be taken at once.
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind(address)
@@ -62,7 +63,8 @@ def settings(gate: Gate, limits: Limits) -> uvicorn.Config:
         gate,
         http=connections(limits.body_timeout),
         log_level="warning",
-        timeout_graceful_shutdown=int(limits.timeout) + 10,
+        timeout_graceful_shutdown=int(limits.timeout) + 10,  # the longest answer, and its last bytes
+        # Far above what can wait for an answer: idle connections count too, and a full queue has an answer of its own.
         limit_concurrency=limits.max_queue + limits.max_batch + 1000,
         server_header=False,
     )
@@ -100,6 +102,7 @@ def serve(
     gate = Gate(
         make_app(service),
         limits=limits,
+        # A server for other machines has names that only its network knows.
         hosts=frozenset(_LOOPBACK | {host}) | {"[::1]"} if is_loopback(host) else None,
         api_key=api_key,
         count=lambda path, status: service.metrics.requests.labels(path, str(status)).inc(),

@@ -91,7 +91,7 @@ class Service:
         prompt, sampling = await run_in_threadpool(self.prompts.of, asked)
         loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
 
-        def emit(event: Event) -> None:
+        def emit(event: Event) -> None:  # called in the engine's thread
             with contextlib.suppress(RuntimeError):  # the event loop is closed, so no client waits for the answer
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
@@ -156,6 +156,7 @@ class Service:
             job.canceled = True
 
     async def _cancel_when_gone(self, job: Job, request: Request) -> None:
+        # Of an answer that is not streamed nothing is written before its end, so nothing else would notice.
         while not await request.is_disconnected():
             await asyncio.sleep(0.2)
         job.canceled = True

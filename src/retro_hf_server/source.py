@@ -100,7 +100,7 @@ class Source:
         self._open()
         self._number(id)
         self.datastore.delete([id])
-        self._seen = self._stamp()
+        self._seen = self._stamp()  # this server's own changes are open already
 
     def document(self, id: str) -> dict[str, Any]:
         """A document; raises `UnknownDocumentError` if it is not there."""

@@ -31,6 +31,7 @@ class TextStream:
         """Add a token and return the text that can be shown now."""
         self.ids.append(token)
         known, now = self._decoded(self._read), self._decoded(len(self.ids))
+        # An unfinished character is shown as U+FFFD; the next token may complete it.
         if now.endswith("�") or len(now) <= len(known):
             return ""
         self._first, self._read = self._read, len(self.ids)
@@ -56,6 +57,7 @@ class TextStream:
             self.stopped = True
             self.length -= len(text) - min(places)
             return text[: min(places)]
+        # The longest end of the text that a stop word begins with: with the stop word "User:", "the Use" keeps "Use" back.
         sizes = range(1, max(map(len, self._stop), default=0))
         held = max((n for n in sizes if any(word.startswith(text[-n:]) for word in self._stop)), default=0)
         cut = len(text) - min(held, len(text))
