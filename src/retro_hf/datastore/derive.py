@@ -133,6 +133,7 @@ def drawn_documents(datastore: RetroDatastore, fraction: float, seed: int = 0) -
     """
     if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 < fraction <= 1:
         raise DatastoreInputError(f"fraction is {fraction!r}. Pass a share above 0 and at most 1.")
+    # The hash of an id is as good as a draw between 0 and 2^64, and the same in every store that has the document.
     drawn = (
         hash_of(f"{seed} {id}") < fraction * 2**64
         for shard in datastore.shards
@@ -327,6 +328,8 @@ def _retokenized(
                     first_characters = _first_characters(old, text, int(shard.doc_lengths[document]), in_document)
                 else:
                     first_characters = shard.text_starts[chunks]
+                # Three new tokens end before characters 4, 9 and 12: a chunk from character 4 on, or from 5 on, begins with the
+                # second of them. The maximum, since some tokenizers give a token the empty place (0, 0).
                 ends = np.maximum.accumulate([end for _, end in spans])
                 begins = np.minimum(np.searchsorted(ends, first_characters, side="right"), len(ids) - 1)
                 begins[0] = 0

@@ -85,7 +85,7 @@ class Comparison:
         """
         for batch in batches(documents):
             numbers = self._datastore.document_numbers([document.id for document in batch])
-            # By number, so that each group of the store's documents is read once.
+            # By number, so that each group of the store's documents is read once. They are handed on in their own order.
             equal = set()
             for place in np.argsort(numbers, kind="stable").tolist():
                 document, number = batch[place], int(numbers[place])

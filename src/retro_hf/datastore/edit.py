@@ -156,7 +156,8 @@ def _write(
         return changes
     hidden = [*comparison.replaced, *comparison.gone().tolist()]
     if built.shards or hidden:
-        is_all = comparison.is_mirror  # of what the store holds
+        # The documents of a mirror are all that the store holds, so nothing is left of what is recorded about earlier ones.
+        is_all = comparison.is_mirror
         _replace(
             datastore,
             shards=(*manifest.shards, *(shard.entry for shard in built.shards)),
@@ -259,7 +260,7 @@ def _changing(datastore: RetroDatastore) -> Iterator[Path]:
         )
     with work_folder(datastore.path.absolute()) as work:
         datastore.refresh()
-        _remove_unnamed(datastore)
+        _remove_unnamed(datastore)  # what a killed writer left, whose names this one may need
         yield work
 
 
@@ -274,7 +275,7 @@ def _replace(datastore: RetroDatastore, **changes: Any) -> None:
     changes |= {"generation": datastore.generation + 1} | versions
     dataclasses.replace(datastore.manifest, **changes).write(datastore.path)
     datastore.refresh()
-    _remove_unnamed(datastore)
+    _remove_unnamed(datastore)  # what this change has replaced
 
 
 def _remove_unnamed(datastore: RetroDatastore) -> None:
@@ -324,6 +325,8 @@ def _joined(sources: list[_Source], shard_chunks: int) -> list[list[_Source]]:
 
 
 def _kinds(shard: Shard) -> tuple[bool, bool]:
+    # A retokenized stream has no padding, and a store of an earlier version does not say where chunks begin in their texts:
+    # a shard has one file for all of its chunks, or none.
     return shard.chunk_starts is None, shard.text_starts is None
 
 

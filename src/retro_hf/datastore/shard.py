@@ -389,6 +389,7 @@ class Shard:
         sizes, chunk_starts = counts * self.chunk_size, None
         if self.chunk_starts is not None:  # a retokenized stream has no padding
             sizes = lengths
+            # Each chunk keeps its distance from the beginning of its document, which now stands behind those before it here.
             chunk_starts = self.chunk_starts[chunks] + np.repeat(np.cumsum(lengths) - lengths - begins, counts)
         return Piece(
             tokens=self.tokens[ranges(begins, sizes)],

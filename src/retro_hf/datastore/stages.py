@@ -124,9 +124,11 @@ def read_chunk_texts(
     owners = np.repeat(np.arange(len(counts)), counts)
     places = np.arange(len(owners)) if places is None else places
     if tokens.text_starts is None:
+        # Without the places in the text, chunks are decoded: `left` are the tokens of the document from each chunk on.
         left = tokens.lengths[owners[places]] - (places - firsts[owners[places]]) * chunk_size
         rows = tokens.tokens.reshape(-1, chunk_size)[places]
         return chunk_texts(tokenizer, rows, np.arange(chunk_size) < left[:, None])
+    # The text itself is cut: what is decoded may differ from it, and a tokenizer that changes it loses what it was.
     documents = read_documents(folder, block, ["text"]).column("text").to_pylist()
     starts, last = tokens.text_starts.tolist(), (firsts + counts - 1).tolist()
     return [

@@ -341,6 +341,7 @@ class RetroDatastore:
                 f"{MAX_GATHERED:,} chunks."
             )
         ids = generator.integers(num_chunks, size=shape)
+        # Drawn again until none is hidden, which keeps the others equally likely.
         while len(opened.deleted):
             hidden = np.isin(opened.document_of(ids), opened.deleted)
             if not hidden.any():
