@@ -5,8 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import torch
+
+from retro_hf import RetroConfig, RetroForCausalLM
 
 from .tiny import ENCODER, random_ids, random_neighbors, randomize, tiny_retro
 
@@ -32,18 +33,6 @@ MODEL_FILES = {
     "segments_retro.py",
 }
 
-SAVE = """
-import sys
-import torch
-from retro_hf import RetroConfig, RetroForCausalLM
-
-folder = sys.argv[1]
-model = RetroForCausalLM.from_pretrained(folder)
-RetroConfig.register_for_auto_class()
-RetroForCausalLM.register_for_auto_class("AutoModelForCausalLM")
-model.save_pretrained(folder)
-"""
-
 LOAD = """
 import sys
 from importlib.util import find_spec
@@ -56,34 +45,35 @@ assert find_spec("retro_hf") is None, "retro_hf can be imported, so this would p
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-folder = sys.argv[1]
-try:
-    AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
-except ValueError as error:
-    assert "trust_remote_code" in str(error), error
-else:
-    raise AssertionError("loaded without trust")
-
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-assert type(model).__module__.startswith("transformers_modules."), type(model).__module__
-assert "retro_hf" not in sys.modules
-data = torch.load(folder + "/data.pt")
-logits = model(data["ids"], **data["neighbors"]).logits
-torch.testing.assert_close(logits, data["logits"])
-torch.testing.assert_close(model(data["ids"]).logits, data["off"])
-
 retriever = lambda ids, mask: (torch.stack([ids.repeat(1, 2), ids.flip(1).repeat(1, 2)], dim=1), None)
-out = model.generate(
-    data["ids"], retriever=retriever, max_new_tokens=9, do_sample=False, eos_token_id=None, pad_token_id=0,
-    return_dict_in_generate=True,
-)
-assert torch.equal(out.sequences, data["generated"]), (out.sequences, data["generated"])
-assert [entry["chunk"] for entry in out.retrieval_trace[0]] == [0, 1, 2, 3, 4]
+for folder in sys.argv[1:]:
+    try:
+        AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
+    except ValueError as error:
+        assert "trust_remote_code" in str(error), error
+    else:
+        raise AssertionError("loaded without trust")
 
-model.save_pretrained(folder + "/again")
-again = AutoModelForCausalLM.from_pretrained(folder + "/again", trust_remote_code=True)
-torch.testing.assert_close(again(data["ids"], **data["neighbors"]).logits, data["logits"])
-print("loaded", type(model.config).__name__)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    name = folder.rsplit("/", 1)[1]
+    assert type(model).__module__.startswith(f"transformers_modules.{name}."), type(model).__module__
+    assert "retro_hf" not in sys.modules
+    data = torch.load(folder + "/data.pt")
+    logits = model(data["ids"], **data["neighbors"]).logits
+    torch.testing.assert_close(logits, data["logits"])
+    torch.testing.assert_close(model(data["ids"]).logits, data["off"])
+
+    out = model.generate(
+        data["ids"], retriever=retriever, max_new_tokens=9, do_sample=False, eos_token_id=None, pad_token_id=0,
+        return_dict_in_generate=True,
+    )
+    assert torch.equal(out.sequences, data["generated"]), (out.sequences, data["generated"])
+    assert [entry["chunk"] for entry in out.retrieval_trace[0]] == [0, 1, 2, 3, 4]
+
+    model.save_pretrained(folder + "/again")
+    again = AutoModelForCausalLM.from_pretrained(folder + "/again", trust_remote_code=True)
+    torch.testing.assert_close(again(data["ids"], **data["neighbors"]).logits, data["logits"])
+    print("loaded", name, type(model.config).__name__)
 """
 
 
@@ -108,17 +98,10 @@ def run(code, *args, cwd, home):
     return result.stdout
 
 
-@pytest.mark.parametrize(
-    ("family", "reader"),
-    [("retro_decoder", "cross_attention"), ("llama", "cross_attention"), ("llama", "parallel_context")],
-)
-def test_a_process_without_the_package_loads_and_generates(tmp_path, family, reader):
-    """Code, weights and config of the folder are all that is needed."""
-    folder, elsewhere = tmp_path / "model", tmp_path / "elsewhere"
-    elsewhere.mkdir()
+def save_with_code(folder, family, reader):
+    """Save a model with its code, and beside it what the process that loads it must compute."""
     model = tiny_retro(family, neighbor_encoder_config=ENCODER, reader=reader)
     model.save_pretrained(folder)
-    run(SAVE, folder, cwd=elsewhere, home=tmp_path / "home1")
     assert {path.name for path in folder.glob("*.py")} == MODEL_FILES
     config = json.loads((folder / "config.json").read_text())
     assert config["auto_map"] == {
@@ -142,8 +125,25 @@ def test_a_process_without_the_package_loads_and_generates(tmp_path, family, rea
             ),
         }
     torch.save(data, folder / "data.pt")
-    printed = run(LOAD, folder, cwd=elsewhere, home=tmp_path / "home2")
-    assert "loaded RetroConfig" in printed
+
+
+def test_a_process_without_the_package_loads_and_generates(tmp_path, monkeypatch):
+    """Code, weights and config of the folder are all that is needed, for each backbone and each reader."""
+    for cls in (RetroConfig, RetroForCausalLM):
+        monkeypatch.setattr(cls, "_auto_class", None)  # put back after the test, so that other tests save no code
+    RetroConfig.register_for_auto_class()
+    RetroForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+    models = {
+        "decoder": ("retro_decoder", "cross_attention"),
+        "backbone": ("llama", "cross_attention"),
+        "without_training": ("llama", "parallel_context"),
+    }
+    for name, (family, reader) in models.items():
+        save_with_code(tmp_path / name, family, reader)
+    (tmp_path / "elsewhere").mkdir()
+    folders = [tmp_path / name for name in models]
+    printed = run(LOAD, *folders, cwd=tmp_path / "elsewhere", home=tmp_path / "home")
+    assert printed.splitlines() == [f"loaded {name} RetroConfig" for name in models]
 
 
 def test_model_files_import_only_each_other():

@@ -52,7 +52,7 @@ NUM_SINKS = 1
 """First tokens of a neighbor that are not read."""
 FOCUS = 1.1
 """The scores of neighbor tokens are multiplied by this."""
-_PREFIX = "parallel_context_"
+_PREFIX = f"{__name__}."  # with code from the Hub a process may have several of this module, each for its own models
 _REMEDY = "Use the paper's reader for this base: `retrofit(base, reader='cross_attention')`."
 
 
