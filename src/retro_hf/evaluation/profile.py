@@ -8,7 +8,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any
-from unittest import mock
 
 import torch
 
@@ -116,10 +115,15 @@ def profile(model: RetroPreTrainedModel) -> Iterator[Profile]:
     result = Profile()
     clock = _Clock(result, cuda=model.device.type == "cuda")
     backbone: Any = model.base_model.backbone
+    stages: list[tuple[str, Any, str]] = [*_STAGES, (_BACKBONE, backbone, "forward")]
     with ExitStack() as stack:
-        for name, owner, function in _STAGES:
-            stack.enter_context(mock.patch.object(owner, function, clock.timed(name, getattr(owner, function))))
-        stack.enter_context(mock.patch.object(backbone, "forward", clock.timed(_BACKBONE, backbone.forward)))
+        for name, owner, function in stages:
+            original = getattr(owner, function)
+            if function in vars(owner):
+                stack.callback(setattr, owner, function, original)
+            else:  # a module has the function of its class
+                stack.callback(delattr, owner, function)
+            setattr(owner, function, clock.timed(name, original))
         begin = clock.now()
         try:
             yield result
