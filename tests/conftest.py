@@ -1,6 +1,7 @@
 """What every test starts from: no network, fixed seeds, few threads, and no deprecated call of transformers."""
 
 import atexit
+import gc
 import logging
 import os
 import random
@@ -26,10 +27,13 @@ os.environ.update(
 )
 
 import datasets  # noqa: E402
+import huggingface_hub  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
+from hub_server import running_hub  # noqa: E402
+from huggingface_hub import constants  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
 
@@ -48,6 +52,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip, in a source distribution, what reads the weights that only the repository has."""
     if _SOURCE_DISTRIBUTION and item.get_closest_marker("weights"):
         pytest.skip("reads *.safetensors of hub_configs/, which are in the repository, not in the source distribution")
+
+
+def pytest_collection_finish() -> None:
+    """Keep what was imported out of the garbage collections to come: each full one would look through all of it."""
+    gc.collect()
+    gc.freeze()
 
 
 class _DeprecationError(logging.Handler):
@@ -69,3 +79,24 @@ def seed() -> int:
     np.random.seed(0)  # noqa: NPY002 - libraries draw from it
     torch.manual_seed(0)
     return 0
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A running Hub, which the client of this process talks to, with a cache of its own."""
+    with running_hub() as server:
+        settings = {
+            "ENDPOINT": server.url,
+            "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_CACHE": str(tmp_path / "cache"),
+            "HF_HUB_DISABLE_XET": True,
+            "HF_HUB_OFFLINE": False,
+        }
+        for name, value in settings.items():
+            monkeypatch.setattr(constants, name, value)
+        # Transformers keeps one client, which another test may have made for the real Hub.
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None)
+        monkeypatch.setenv("HF_TOKEN", "hf_test")
+        monkeypatch.setattr("time.sleep", lambda seconds: None)  # the client's pauses before it tries again
+        yield server
+        huggingface_hub.close_session()

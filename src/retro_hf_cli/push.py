@@ -45,18 +45,16 @@ def push(
 
 def _push_model(folder: Path, repo: str, evaluation: Path | None, *, private: bool, revision: str | None) -> str:
     """Upload a model, its tokenizer and its card; returns the address of the last commit."""
+    from huggingface_hub import HfApi
+
     model, tokenizer = load_model(str(folder)), tokenizer_of(str(folder))
     card = folder / "README.md"
     options: dict[str, Any] = {"private": private or None, "revision": revision}
     if revision is not None:
-        from huggingface_hub import HfApi
-
         HfApi().create_repo(repo, private=private or None, exist_ok=True)
         HfApi().create_branch(repo, branch=revision, exist_ok=True)
     model.push_to_hub(repo, evaluation=evaluation, **options)
     address = tokenizer.push_to_hub(repo, **options)
     if card.is_file() and evaluation is None:  # after the tokenizer, which rewrites the head of a card
-        from huggingface_hub import upload_file
-
-        address = upload_file(path_or_fileobj=card, path_in_repo=card.name, repo_id=repo, revision=revision)
+        address = HfApi().upload_file(path_or_fileobj=card, path_in_repo=card.name, repo_id=repo, revision=revision)
     return str(address)

@@ -3,11 +3,8 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 
 import pytest
-from hub_server import running_hub
 from huggingface_hub import ModelCard
 from server.serving import make_parts
 from typer.testing import CliRunner
@@ -80,17 +77,18 @@ def measured(world):
     return world / "results"
 
 
-def pushed(*arguments):
-    """What `retro push` printed, and the files that it has uploaded to the repository me/model."""
-    with running_hub() as hub:
-        settings = {"HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_test", "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-        command = [sys.executable, "-m", "retro_hf_cli", "push", *map(str, arguments)]
-        result = subprocess.run(command, env={**os.environ, **settings}, capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr
-        return result, hub.files("models/me/model")
+@pytest.fixture
+def pushed(hub):
+    """A function that pushes a model: what the command printed, and the files that it has uploaded to me/model."""
+
+    def push(*arguments):
+        asked = ["push", *map(str, arguments)]
+        return CliRunner().invoke(app, asked, catch_exceptions=False), hub.files("models/me/model")
+
+    return push
 
 
-def test_the_card_of_a_model_has_the_numbers_of_its_evaluation(world, measured):
+def test_the_card_of_a_model_has_the_numbers_of_its_evaluation(world, measured, pushed):
     """Retrieval on, off and random, the rival in the prompt, the datastore, and no path of this machine."""
     card = pushed(world / "model", "me/model", "--evaluation", measured)[1]["README.md"].decode()
     found = json.loads((measured / "evaluation.json").read_text())
@@ -103,7 +101,7 @@ def test_the_card_of_a_model_has_the_numbers_of_its_evaluation(world, measured):
     assert str(world) not in card
 
 
-def test_the_card_in_the_folder_of_a_model_goes_up(world, tmp_path):
+def test_the_card_in_the_folder_of_a_model_goes_up(world, tmp_path, pushed):
     """As `retro fit` and people write them."""
     shutil.copytree(world / "model", tmp_path / "model")
     (tmp_path / "model" / "README.md").write_text("# mine\n")
@@ -122,7 +120,7 @@ def test_an_evaluation_of_something_else_is_refused(world, measured, tmp_path):
         assert str(evaluation) in str(error.value)
 
 
-def test_a_model_is_pushed_with_its_tokenizer(world):
+def test_a_model_is_pushed_with_its_tokenizer(world, pushed):
     """By the command that pushes stores, too."""
     result, files = pushed(world / "model", "me/model")
     assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= files.keys()
