@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import hash_retriever, random_ids, random_neighbors, tiny_retro
+from tiny import hash_retriever, random_ids, random_neighbors, two_layer_retro
 from torch.export import Dim
 from transformers.integrations.executorch import register_dynamic_cache_export_support
 
@@ -26,7 +26,7 @@ def inputs(batch_size: int, num_tokens: int, num_chunks: int, off: bool = False,
     + [("retro_decoder", False, False)],
 )
 def test_batch_length_and_number_of_chunks_are_dynamic(family, off, offset):
-    model = tiny_retro(family)
+    model = two_layer_retro(family)
     batch, length, chunks = Dim("batch", min=2, max=64), Dim("length", min=8, max=64), Dim("chunks", min=2, max=16)
     example = inputs(2, 17, 4, off, offset)
     sizes = {
@@ -42,7 +42,7 @@ def test_batch_length_and_number_of_chunks_are_dynamic(family, off, offset):
 
 
 def test_wrong_chunk_offsets_are_refused_by_the_program():
-    model, example = tiny_retro("llama"), inputs(2, 17, 4, offset=True)
+    model, example = two_layer_retro("llama"), inputs(2, 17, 4, offset=True)
     program = torch.export.export(model, (), example, strict=False).module()
     with pytest.raises(RuntimeError):
         program(**{**example, "chunk_offset": torch.tensor([0, 4])})
@@ -50,7 +50,7 @@ def test_wrong_chunk_offsets_are_refused_by_the_program():
 
 def test_a_cached_step_without_retrieval_is_exported():
     register_dynamic_cache_export_support()
-    model, ids = tiny_retro("llama"), random_ids(2, 9)
+    model, ids = two_layer_retro("llama"), random_ids(2, 9)
     caches = [model(ids[:, :8], use_cache=True)[CACHE_NAME] for _ in range(3)]
     step = {"input_ids": ids[:, 8:], "use_cache": True}
     with torch.no_grad():
@@ -61,7 +61,7 @@ def test_a_cached_step_without_retrieval_is_exported():
 
 @pytest.mark.parametrize("extra", [{"use_cache": True, **random_neighbors(2, 2)}, {"use_cache": False}])
 def test_a_cache_and_a_retriever_are_refused_by_name(extra):
-    model = tiny_retro("llama")
+    model = two_layer_retro("llama")
     model.set_retriever(None if extra["use_cache"] else hash_retriever())
     with pytest.raises(ValueError, match="exported"):
         torch.export.export(model, (), {"input_ids": random_ids(2, 9), **extra}, strict=False)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import hash_retriever, random_ids, random_neighbors, tiny_retro
+from tiny import hash_retriever, random_ids, random_neighbors, two_layer_retro
 from tiny_training import make_model, make_trainer
 
 from retro_hf.model.compatibility_retro import CHECKPOINTING
@@ -32,43 +32,46 @@ def labeled(batch_size=2, num_tokens=16):
     return {"input_ids": ids, "labels": ids}
 
 
-@pytest.mark.parametrize("extra", ["chunk_offset", "position_ids", "neighbor_chunk_size"])
+# What may come with given neighbors; `QuestionCollator` gives a `chunk_offset` and a `neighbor_chunk_size`.
+RIGHT = {
+    "chunk_offset": torch.tensor([0, 3]),
+    "position_ids": torch.arange(16).expand(2, -1),
+    "neighbor_chunk_size": torch.tensor([4, 4]),
+}
+WRONG = {
+    "chunk_offset": torch.tensor([0, 4]),
+    "position_ids": torch.arange(16).expand(2, -1) % 8,
+    "neighbor_chunk_size": torch.tensor([4, 8]),
+}
+
+
+@pytest.mark.parametrize("extra", RIGHT)
 def test_tensors_that_come_with_given_neighbors_stay_in_one_graph(extra):
-    """`QuestionCollator` gives a `chunk_offset` and a `neighbor_chunk_size`."""
-    tensors = {
-        "chunk_offset": torch.tensor([0, 3]),
-        "position_ids": torch.arange(16).expand(2, -1),
-        "neighbor_chunk_size": torch.tensor([4, 4]),
-    }
-    model = tiny_retro("llama").train()
-    assert_compiled_equals_eager(model, {**labeled(), **random_neighbors(2, 4), extra: tensors[extra]}, fullgraph=True)
+    batch = {**labeled(), **random_neighbors(2, 4), extra: RIGHT[extra]}
+    assert_compiled_equals_eager(two_layer_retro("llama").train(), batch, fullgraph=True)
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"chunk_offset": torch.tensor([0, 4])},
-        {"position_ids": torch.arange(16).expand(2, -1) % 8},
-        {"neighbor_chunk_size": torch.tensor([4, 8])},
-    ],
-)
-def test_wrong_values_are_refused_inside_a_graph_too(wrong):
+def test_wrong_values_are_refused_inside_a_graph_too():
+    """In the graph that takes the right ones."""
     torch.compiler.reset()
-    compiled = torch.compile(tiny_retro("llama"), backend="aot_eager", fullgraph=True)
-    with pytest.raises(RuntimeError):
-        compiled(**labeled(), **random_neighbors(2, 4), **wrong)
+    compiled = torch.compile(two_layer_retro("llama"), backend="aot_eager", fullgraph=True)
+    batch = {**labeled(), **random_neighbors(2, 4), **RIGHT}
+    compiled(**batch)
+    for name, wrong in WRONG.items():
+        with pytest.raises(RuntimeError):
+            compiled(**{**batch, name: wrong})
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_a_live_retriever_is_read_by_a_compiled_model(training):
-    model = tiny_retro("llama").train(training)
+    model = two_layer_retro("llama").train(training)
     model.set_retriever(hash_retriever())
     assert_compiled_equals_eager(model, labeled())
 
 
 def test_a_backbone_that_breaks_the_graph_still_reads():
     """A warning of transformers inside the backbone is a graph break."""
-    assert_compiled_equals_eager(tiny_retro("gpt2"), {**labeled(), **random_neighbors(2, 4)})
+    assert_compiled_equals_eager(two_layer_retro("gpt2"), {**labeled(), **random_neighbors(2, 4)})
 
 
 # Given neighbors are compiled anew in every step, until PyTorch's limit.
@@ -76,7 +79,7 @@ def test_a_backbone_that_breaks_the_graph_still_reads():
 def test_generation_with_a_compiled_forward_equals_eager(live):
     """Through the boundary of a chunk, with a cache."""
     torch.compiler.reset()
-    model = tiny_retro("llama")
+    model = two_layer_retro("llama")
     read = {"retriever": hash_retriever()} if live else random_neighbors(2, 4)
     options = {**read, "max_new_tokens": 7, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     expected = model.generate(random_ids(2, 6), **options)
@@ -88,7 +91,7 @@ def test_generation_with_a_compiled_forward_equals_eager(live):
 def test_layers_that_are_compiled_one_by_one_are_refused():
     """They would share the code of a layer without cross-attention."""
     torch.compiler.reset()
-    model = tiny_retro("llama")
+    model = two_layer_retro("llama")
     for layer in model.model.backbone.model.layers:
         layer.compile(backend="eager")
     with pytest.raises(RuntimeError):
@@ -98,21 +101,23 @@ def test_layers_that_are_compiled_one_by_one_are_refused():
 @pytest.mark.parametrize("family", ["llama", "retro_decoder"])
 def test_training_step_is_one_graph(family):
     """`fullgraph=True` allows no break; the evaluation of a loss is one graph as well."""
-    model = tiny_retro(family)
+    torch.compiler.reset()
+    model = two_layer_retro(family)
     ids = random_ids(2, 16)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids, **random_neighbors(2, 4)}
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    for training in (True, False):
-        model.train(training)
-        results = []
-        for one in (model, compiled):
-            model.zero_grad()
-            loss = one(**batch).loss
-            loss.backward()
-            results.append((loss, {name: p.grad.clone() for name, p in model.named_parameters()}))
-        torch.testing.assert_close(results[0][0], results[1][0])
-        for name, gradient in results[0][1].items():
-            torch.testing.assert_close(results[1][1][name], gradient, atol=1e-5, rtol=1e-4, msg=name)
+    results = []
+    for one in (model.train(), compiled):
+        model.zero_grad()
+        loss = one(**batch).loss
+        loss.backward()
+        results.append((loss, {name: p.grad.clone() for name, p in model.named_parameters()}))
+    torch.testing.assert_close(results[0][0], results[1][0])
+    for name, gradient in results[0][1].items():
+        torch.testing.assert_close(results[1][1][name], gradient, atol=1e-5, rtol=1e-4, msg=name)
+    model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(**batch).loss, model(**batch).loss)
 
 
 @pytest.mark.slow
