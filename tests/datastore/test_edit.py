@@ -14,7 +14,7 @@ from filelock import FileLock
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from retro_hf.datastore import RetroDatastore, files
+from retro_hf.datastore import RetroDatastore, atomic_files
 from retro_hf.datastore.derive import drawn_documents
 from retro_hf.datastore.documents import without_lone_surrogates
 from retro_hf.datastore.shard import DocumentTable
@@ -321,7 +321,7 @@ def test_document_damaged_beyond_utf8_is_reported(store):
     )
     views = [pa.Array.from_buffers(pa.string(), len(column), column.chunk(0).buffers()) for column in broken.columns]
     pq.write_table(pa.Table.from_arrays(views, schema=table.schema), path)
-    documents = DocumentTable(path, files.mapped(path), store.num_documents)
+    documents = DocumentTable(path, atomic_files.mapped(path), store.num_documents)
     with pytest.raises(DatastoreCorruptError):
         documents.document(3)
     with pytest.raises(DatastoreCorruptError):
@@ -332,7 +332,7 @@ def test_invalid_numbers_of_deleted_documents_are_refused(store):
     store.delete(["doc-1", "doc-2"])
     name = store.manifest.entries("deleted")[0].name
     for numbers in ([2, 1], [1, 40], [-1, 2], [1, 1]):
-        with files.NpyWriter(store.path / name, np.dtype(np.int64)) as file:
+        with atomic_files.NpyWriter(store.path / name, np.dtype(np.int64)) as file:
             file.append(np.array(numbers))
         with pytest.raises(DatastoreCorruptError):
             RetroDatastore.load(store.path)
