@@ -357,19 +357,74 @@ def test_arguments_that_are_not_utf8_are_read(world):
     assert "\ufffd" in retro("generate", world / "model", latin1, "--max-new-tokens", 2)
 
 
-def test_bars_are_drawn_on_a_terminal_and_nowhere_else(world, tmp_path):
-    """Neither by this package nor by transformers, which shows one while it loads a model."""
-    options = ["--tokenizer", str(world / "model"), "--embedder", str(world / "encoder")]
-    build = [sys.executable, "-m", "retro_hf_cli", "build", str(world / "texts.jsonl"), *options, "-o"]
-    environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_DISABLE_PROGRESS_BARS"}
-    piped = subprocess.run([*build, str(tmp_path / "1")], capture_output=True, text=True, check=True, env=environment)
-    assert "%" not in piped.stdout + piped.stderr, piped.stderr
-    # The sizes before the work, and a line for each stage, so that a log shows where it is.
+def environment_with_bars():
+    """That of the tests, but for the switch that keeps their own output free of bars."""
+    return {name: value for name, value in os.environ.items() if name != "HF_HUB_DISABLE_PROGRESS_BARS"}
+
+
+ONE_AFTER_ANOTHER = """
+import json, sys
+from retro_hf_cli.main import main
+
+for arguments in json.loads(sys.argv[1]):
+    sys.argv = ["retro", *arguments]
+    try:
+        main()
+    except SystemExit as ended:
+        assert not ended.code, arguments
+    for stream in (sys.stdout, sys.stderr):
+        print(end="\\x1e", file=stream, flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def piped(world, tmp_path_factory):
+    """Standard output and standard error of each command, in a process of their own whose streams are pipes."""
+    texts, encoder = world / "texts.jsonl", ("--embedder", world / "encoder")
+    commands = [
+        ("search", world / "store", "the king", *encoder, "--json"),
+        ("inspect", world / "store", "--json"),
+        ("evaluate", world / "model", texts, "--json"),
+        ("build", texts, "--tokenizer", world / "model", *encoder, "-o", tmp_path_factory.mktemp("piped") / "store"),
+    ]
+    asked = json.dumps([[str(argument) for argument in command] for command in commands])
+    code = [sys.executable, "-c", ONE_AFTER_ANOTHER, asked]
+    done = subprocess.run(code, capture_output=True, text=True, check=False, env=environment_with_bars())
+    assert done.returncode == 0, done.stderr
+    printed = zip(done.stdout.split("\x1e"), done.stderr.split("\x1e"), strict=True)
+    return {command[0]: streams for command, streams in zip(commands, printed, strict=False)}
+
+
+@pytest.mark.parametrize("command", ["search", "inspect", "evaluate"])
+def test_standard_output_has_only_json(piped, command):
+    """In a process of its own: what a library prints while it is imported would be there, too."""
+    output, _ = piped[command]
+    json.loads(output)
+
+
+def test_bars_are_not_drawn_into_a_pipe(piped):
+    """Neither by this package nor by transformers; a line for each stage shows in a log where it is."""
+    output, errors = piped["build"]
+    assert "%" not in output + errors, errors
     for line in ("Tokenizing", "8 chunks: ", "Embedding: 8 chunks", "Indexing (Flat): 8 chunks"):
-        assert any(row.startswith(line) for row in piped.stderr.splitlines()), piped.stderr
+        assert any(row.startswith(line) for row in errors.splitlines()), errors
+
+
+def test_bars_are_drawn_on_a_terminal(world, tmp_path):
+    """Also that of transformers, which shows one while it loads a model."""
+    options = [
+        "--tokenizer",
+        str(world / "model"),
+        "--embedder",
+        str(world / "encoder"),
+        "-o",
+        str(tmp_path / "store"),
+    ]
+    build = [sys.executable, "-m", "retro_hf_cli", "build", str(world / "texts.jsonl"), *options]
     screen, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))  # a new one has no columns
-    with subprocess.Popen([*build, str(tmp_path / "2")], stdout=terminal, stderr=terminal, env=environment) as process:
+    settings = {"stdout": terminal, "stderr": terminal, "env": environment_with_bars()}
+    with subprocess.Popen(build, **settings) as process:
         os.close(terminal)
         drawn = b""
         with open(screen, "rb", buffering=0) as shown, contextlib.suppress(OSError):  # the end of a terminal on Linux
@@ -377,18 +432,6 @@ def test_bars_are_drawn_on_a_terminal_and_nowhere_else(world, tmp_path):
                 drawn += part
     assert process.returncode == 0, drawn
     assert b"Embedding: 100%" in drawn and b"Loading weights: 100%" in drawn
-
-
-@pytest.mark.parametrize("command", ["search", "inspect", "evaluate"])
-def test_standard_output_has_only_json(world, command):
-    """In a process of its own: what a library prints while it is imported would be there, too."""
-    arguments = {
-        "search": (world / "store", "the king", "--embedder", world / "encoder"),
-        "inspect": (world / "store",),
-        "evaluate": (world / "model", world / "texts.jsonl"),
-    }[command]
-    command_line = [sys.executable, "-m", "retro_hf_cli", command, *map(str, arguments), "--json"]
-    json.loads(subprocess.run(command_line, capture_output=True, text=True, check=True).stdout)
 
 
 def test_one_is_not_a_plural(world, tmp_path):

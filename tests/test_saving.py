@@ -498,13 +498,16 @@ AutoModelForCausalLM.from_pretrained("me/part", backbone_name_or_path="../base")
 """
 
 
-@pytest.mark.parametrize("program", [PUSH_AND_PULL, TRAIN_AND_PUSH], ids=["save_pretrained", "Trainer"])
-def test_a_model_goes_to_the_hub_and_comes_back(tmp_path, program):
-    """Against a local Hub: no path of this machine goes up; the names find model and backbone again, whole or in parts."""
+def test_a_model_goes_to_the_hub_and_comes_back(tmp_path):
+    """Against a local Hub: no path of this machine goes up; the names find model and backbone again, whole or in parts.
+
+    Pushed by `push_to_hub` and `save_pretrained`, then by a Trainer: a new process for both, since its client of the Hub reads
+    the environment when it is imported.
+    """
     tiny_backbone("llama").save_pretrained(tmp_path / "base")
     with running_hub() as server:
         settings = {"HF_ENDPOINT": server.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
         environment = os.environ | settings | {"HF_TOKEN": "hf_test", "HF_HUB_DISABLE_XET": "1"}
-        command = [sys.executable, "-c", program]
+        command = [sys.executable, "-c", PUSH_AND_PULL + TRAIN_AND_PUSH]
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

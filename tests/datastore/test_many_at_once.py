@@ -4,7 +4,7 @@ import multiprocessing
 import os
 import resource
 import shutil
-import subprocess
+import signal
 import sys
 import threading
 from collections import Counter
@@ -16,7 +16,7 @@ import torch
 from filelock import FileLock
 
 from retro_hf.datastore import EmbeddingSearcher, RetroDatastore
-from retro_hf.datastore.atomic_files import partial_folder
+from retro_hf.datastore.atomic_files import new_folder, partial_folder
 from retro_hf.datastore.store_generation import Generation
 from retro_hf.errors import DatastoreReadError
 from retro_hf.locks import Lock
@@ -260,11 +260,16 @@ def _index_locks() -> list[Lock]:
 
 def test_partial_folders_of_killed_calls_are_removed_and_those_in_use_are_kept(store, tmp_path):
     target = tmp_path / "copy"
-    code = (
-        "import os, sys; from pathlib import Path; from retro_hf.datastore.atomic_files import new_folder\n"
-        "with new_folder(Path(sys.argv[1])) as folder: (folder / 'x').write_text('x'); os.kill(os.getpid(), 9)"
-    )
-    subprocess.run([sys.executable, "-c", code, str(target)], check=False, timeout=100)
+
+    def write_and_be_killed() -> None:
+        with new_folder(target) as folder:
+            (folder / "x").write_text("x")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    child = FORK.Process(target=write_and_be_killed)
+    child.start()
+    child.join(100)
+    assert child.exitcode == -signal.SIGKILL
     (tmp_path / ".copy.0123.partial").mkdir()  # of a version without locks
     assert len(list(tmp_path.glob(".copy.*.partial"))) == 2
     with partial_folder(tmp_path, "copy") as used:

@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 
 import httpx
 import pytest
@@ -64,18 +63,20 @@ def test_a_server_finishes_what_runs_when_it_is_told_to_end(world):
         process.stdout.close()
 
 
-def test_a_base_without_retrieval_is_served_with_the_reader_that_needs_no_training(world):
-    """With the sizes of the store."""
-    options = ("--store", world / "store", "--embedder", world / "encoder")
-    process, url = started(world / "base", *options)
+def test_a_base_without_retrieval_is_served_and_ends_while_clients_keep_their_connections(world):
+    """By the reader that needs no training, with the sizes of the store; an idle connection does not hold the process."""
+    process, url = started(world / "base", "--store", world / "store", "--embedder", world / "encoder")
     try:
-        body = {"messages": [{"role": "user", "content": "golden lighthouse"}], "max_tokens": 10}
-        answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60, trust_env=False).json()
-        assert answer["retrieval"]["status"] == "on"
-        assert answer["model"] == "base"
+        with httpx.Client(base_url=url, timeout=60, trust_env=False) as client:
+            body = {"messages": [{"role": "user", "content": "golden lighthouse"}], "max_tokens": 10}
+            answer = client.post("/v1/chat/completions", json=body).json()
+            assert answer["retrieval"]["status"] == "on"
+            assert answer["model"] == "base"
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(30) == 0
     finally:
-        process.terminate()
-        process.communicate()
+        process.kill()
+        process.stdout.close()
 
 
 def refused(*arguments):
@@ -108,19 +109,3 @@ def test_a_store_of_another_tokenizer_or_chunk_size_is_refused_with_the_remedy(w
     tokenizer.add_tokens(["new"])
     tokenizer.save_pretrained(tmp_path / "other")
     assert "retokenize" in refused(tmp_path / "other", *store)
-
-
-def test_a_second_signal_is_not_needed_while_clients_keep_their_connections(world):
-    """An idle connection does not hold the process."""
-    process, url = started(world / "model")
-    try:
-        with httpx.Client(timeout=60, trust_env=False) as client:
-            assert client.get(f"{url}/health").json()["retrieval"] == "off"
-            process.send_signal(signal.SIGTERM)
-            ended = threading.Thread(target=process.wait)
-            ended.start()
-            ended.join(30)
-            assert process.poll() == 0
-    finally:
-        process.kill()
-        process.stdout.close()

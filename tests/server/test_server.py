@@ -223,7 +223,8 @@ def test_a_key_is_needed_where_one_is_set(world):
             answer = server.client.get("/v1/models", headers={"Authorization": wrong})
             assert answer.status_code == 401
             assert answer.json()["error"]["code"] == "invalid_api_key"
-        assert server.client.get("/health", headers={"Authorization": ""}).status_code == 200
+        health = server.client.get("/health", headers={"Authorization": ""})
+        assert health.json() == {"status": "ok", "retrieval": "off"}
         assert server.client.get("/", headers={"Authorization": ""}).status_code == 200
 
 
