@@ -23,7 +23,7 @@ def world(tmp_path_factory):
     return world
 
 
-@pytest.fixture(params=["qdrant", "qdrant-folder", "lancedb"])
+@pytest.fixture(params=["qdrant", "lancedb"])
 def make(request, tmp_path):
     """Makes an index of a datastore; the database outlives it."""
     if request.param == "lancedb":
@@ -78,6 +78,7 @@ def test_a_retriever_reads_the_same_neighbors(world, make):
     assert [[one.text for one in row] for row in found] == [[one.text for one in row] for row in expected]
 
 
+@pytest.mark.parametrize("make", ["qdrant", "qdrant-folder", "lancedb"], indirect=True)
 def test_a_table_that_is_there_is_used_and_completed(world, own, make):
     """After a filling that was interrupted, and after documents were appended."""
     index = make(own, batch_size=7)
