@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,16 +98,7 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
 
 def vocabulary_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """A sha256 of the vocabulary and, for BPE, the merges: what datastores recorded until version 0.1."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        model: dict[str, Any] = {"vocab": tokenizer.get_vocab()}
-    else:
-        model = json.loads(backend.to_str())["model"]
-    vocab = model.get("vocab", {})
-    items = sorted(vocab.items(), key=lambda item: item[1]) if isinstance(vocab, dict) else vocab
-    # Library versions write a merge as "a b" or as ["a", "b"].
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model.get("merges") or []]
-    return sha256_of(json.dumps([items, merges], ensure_ascii=True, separators=(",", ":")))
+    return _content(tokenizer)[0]
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase, without: str | None = None) -> str:
@@ -121,32 +113,48 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase, without: str | Non
     Returns:
         `str` of 64 hexadecimal digits.
     """
-    stages = _stages(tokenizer)
+    vocabulary, stages = _content(tokenizer)
     # What is off or empty is left out: other versions of the library do not write it.
-    model = {key: value for key, value in stages.get("model", {}).items() if key not in ("vocab", "merges") and value}
+    model = {key: value for key, value in stages.get("model", {}).items() if value}
     added = [
         (id_, *(getattr(token, name, None) for name in ("content", "lstrip", "rstrip", "normalized", "single_word")))
         for id_, token in sorted(getattr(tokenizer, "added_tokens_decoder", {}).items())
         if str(token) != without
     ]
-    parts = [vocabulary_fingerprint(tokenizer), added, *_pipeline(stages), model]
-    return sha256_of(json.dumps(parts, sort_keys=True, default=str))
+    return sha256_of(json.dumps([vocabulary, added, *_pipeline(stages), model], sort_keys=True, default=str))
 
 
 def former_fingerprints(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
     """What datastores of earlier versions recorded for the same tokenizer, also before a pad token was added."""
-    alike = [vocabulary_fingerprint(tokenizer)]
+    vocabulary, stages = _content(tokenizer)
+    alike = [vocabulary]
     for without in (None, getattr(tokenizer, "pad_token", None)):
         named = getattr(tokenizer, "added_tokens_decoder", {}).items()
         added = sorted((id_, str(token)) for id_, token in named if str(token) != without)
-        content = [vocabulary_fingerprint(tokenizer), added, _pipeline(_stages(tokenizer))]
-        alike.append(sha256_of(json.dumps(content, sort_keys=True)))
+        alike.append(sha256_of(json.dumps([vocabulary, added, _pipeline(stages)], sort_keys=True)))
     return tuple(alike)
 
 
-def _stages(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def _content(tokenizer: PreTrainedTokenizerBase) -> tuple[str, dict[str, Any]]:
+    """The fingerprint of the vocabulary, and the stages of a fast tokenizer without the vocabulary and the merges."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    return {} if backend is None else json.loads(backend.to_str())
+    return (_digest({"vocab": tokenizer.get_vocab()}), {}) if backend is None else _parsed(backend.to_str())
+
+
+# By the content, since a tokenizer may change; a vocabulary of 100,000 takes a second to read, and each check would read it.
+@lru_cache(maxsize=2)
+def _parsed(text: str) -> tuple[str, dict[str, Any]]:
+    stages = json.loads(text)
+    model = {key: value for key, value in stages["model"].items() if key not in ("vocab", "merges")}
+    return _digest(stages["model"]), stages | {"model": model}
+
+
+def _digest(model: dict[str, Any]) -> str:
+    vocab = model.get("vocab", {})
+    items = sorted(vocab.items(), key=lambda item: item[1]) if isinstance(vocab, dict) else vocab
+    # Library versions write a merge as "a b" or as ["a", "b"].
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model.get("merges") or []]
+    return sha256_of(json.dumps([items, merges], ensure_ascii=True, separators=(",", ":")))
 
 
 def _pipeline(stages: dict[str, Any]) -> list[Any]:
