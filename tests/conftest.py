@@ -40,6 +40,9 @@ from hypothesis import settings  # noqa: E402
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", min(2, os.cpu_count() or 1))))
 transformers.utils.logging.disable_progress_bar()
 datasets.disable_progress_bars()
+# A test may kill a process, which leaves what it has written, but it never takes the power away: to wait for the disk, ten
+# times for each small store, shows nothing. `test_content_is_on_the_disk_before_its_name` watches the calls.
+os.fsync = lambda descriptor: None
 # How long an example takes says how busy the machine is.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")

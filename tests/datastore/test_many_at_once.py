@@ -16,7 +16,7 @@ import torch
 from filelock import FileLock
 
 from retro_hf.datastore import EmbeddingSearcher, RetroDatastore
-from retro_hf.datastore.atomic_files import new_folder, partial_folder
+from retro_hf.datastore.atomic_files import new_folder, partial_folder, write_file
 from retro_hf.datastore.store_generation import Generation
 from retro_hf.errors import DatastoreReadError
 from retro_hf.locks import Lock
@@ -255,7 +255,24 @@ def _index_locks() -> list[Lock]:
     return [index._read_lock, index._blas_lock]
 
 
-# ── what killed calls leave behind ────────────────────────────────────────────────────────────────────────────────────
+# ── what power cuts and killed calls leave behind ─────────────────────────────────────────────────────────────────────
+
+
+def test_content_is_on_the_disk_before_its_name(tmp_path, monkeypatch):
+    """Or a power cut could leave an empty file under the name; after it the folder, which has the name."""
+    calls = []
+    replace = os.replace
+    monkeypatch.setattr(os, "fsync", lambda descriptor: calls.append(Path(os.readlink(f"/proc/self/fd/{descriptor}"))))
+    monkeypatch.setattr(os, "replace", lambda *paths: [calls.append("named"), replace(*paths)])
+    write_file(tmp_path / "file", b"content")
+    content, *rest = calls
+    assert content.name.startswith(".file.") and rest == ["named", tmp_path]
+    calls.clear()
+    with new_folder(tmp_path / "folder") as folder:
+        write_file(folder / "file", b"content")
+        calls.clear()
+    named = calls.index("named")
+    assert {path.name for path in calls[:named]} == {"file", folder.name} and tmp_path in calls[named:]
 
 
 def test_partial_folders_of_killed_calls_are_removed_and_those_in_use_are_kept(store, tmp_path):
