@@ -125,14 +125,15 @@ def test_draws_depend_on_seed_and_batch_only(world):
     assert not equal(RetroDataCollator(world.tokenizer, world.datastore, seed=1, **options)(first), expected[0])
 
 
-@pytest.mark.parametrize("context", ["fork", "spawn"])
-def test_worker_processes_make_the_same_batches(world, context):
+@pytest.mark.parametrize(("context", "workers"), [("fork", 2), ("spawn", 1)])  # a spawned one imports everything
+def test_worker_processes_make_the_same_batches(world, context, workers):
     """Also with random neighbors."""
     collator = RetroDataCollator(world.tokenizer, world.datastore, random_neighbor_probability=0.5)
     data = world.dataset.select(range(12))
     alone = list(DataLoader(data, batch_size=4, collate_fn=collator))
-    workers = DataLoader(data, batch_size=4, collate_fn=collator, num_workers=2, multiprocessing_context=context)
-    assert all(equal(left, right) for left, right in zip(alone, workers, strict=True))
+    options = {"num_workers": workers, "multiprocessing_context": context}
+    found = DataLoader(data, batch_size=4, collate_fn=collator, **options)
+    assert all(equal(left, right) for left, right in zip(alone, found, strict=True))
 
 
 def test_path_and_pad_id_are_accepted(world, collator):

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 
+_DRAWN_DOCUMENTS = 1 << 20
+
+
 @dataclass(frozen=True)
 class Interval:
     """A value and its 95 % interval from `low` to `high`; both ends are NaN for fewer than two documents."""
@@ -53,8 +56,11 @@ class Bootstrap:
         # The same draws for every pair of runs, so that two intervals of one evaluation differ by their scores alone.
         generator = np.random.default_rng(self.seed)
         ratios = np.empty(self.num_resamples)
-        for draw in range(self.num_resamples):
-            rows = generator.integers(len(denominators), size=len(denominators))
-            ratios[draw] = numerators[rows].sum() / (denominators[rows].sum() + constant)
+        # Many draws at a time, which gives the same numbers as one after another, but not all: that could be gigabytes.
+        step = max(_DRAWN_DOCUMENTS // len(denominators), 1)
+        for start in range(0, self.num_resamples, step):
+            part = ratios[start : start + step]
+            rows = generator.integers(len(denominators), size=(len(part), len(denominators)))
+            part[:] = numerators[rows].sum(axis=1) / (denominators[rows].sum(axis=1) + constant)
         low, high = np.quantile(ratios, (0.025, 0.975))
         return Interval(value, float(low), float(high))
