@@ -146,7 +146,7 @@ def _one_line(error: BaseException) -> str:
 # ── atomic writes ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def sync(path: Path) -> None:
+def flush_to_disk(path: Path) -> None:
     """Flush a file or a folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -167,13 +167,13 @@ def complete_file(path: Path) -> Iterator[Path]:
         try:
             yield partial
             # The content must be on the disk before the name is, or a power cut could leave an empty file under the name.
-            sync(partial)
+            flush_to_disk(partial)
             os.replace(partial, path)
         finally:
             with suppress(OSError):
                 partial.unlink(missing_ok=True)
         # The rename itself is stored in the folder.
-        sync(path.parent)
+        flush_to_disk(path.parent)
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -263,15 +263,15 @@ def new_folder(path: Path, within: Path | None = None) -> Iterator[Path]:
         with partial_folder(within or path.parent, path.name) as partial:
             yield partial
             for file in partial.iterdir():
-                sync(file)
-            sync(partial)
+                flush_to_disk(file)
+            flush_to_disk(partial)
             try:
                 os.replace(partial, path)
             except OSError as error:
                 raise DatastoreExistsError(
                     f"{str(path)!r} was created by another process in the meantime. Choose another path and repeat the call."
                 ) from error
-        sync(path.parent)
+        flush_to_disk(path.parent)
 
 
 @contextmanager

@@ -35,7 +35,7 @@ from .manifest import (
     unique_sources,
 )
 from .shard import Shard
-from .store_generation import at_rest
+from .store_generation import with_current_files
 
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def save(datastore: RetroDatastore, path: str | os.PathLike[str]) -> None:
             # The manifest last, as in a build.
             manifest.write(folder)
 
-    at_rest([datastore], copy)
+    with_current_files([datastore], copy)
 
 
 def subset(
@@ -170,7 +170,7 @@ def merge(datastores: Sequence[RetroDatastore], path: str | os.PathLike[str]) ->
     for number, store in enumerate(datastores):
         _check_alike(datastores[0], store)
         _check_disjoint(store, datastores[:number])
-    at_rest(datastores, lambda: _merged(datastores, path))
+    with_current_files(datastores, lambda: _merged(datastores, path))
     return type(datastores[0]).load(path)
 
 
@@ -266,7 +266,7 @@ def retokenize(
                 "datastore again instead."
             )
     check_coverage(coverage(datastore), datastore.chunk_size)
-    at_rest([datastore], lambda: _write_retokenized(datastore, path, tokenizer, show_progress))
+    with_current_files([datastore], lambda: _write_retokenized(datastore, path, tokenizer, show_progress))
     return type(datastore).load(path)
 
 

@@ -431,7 +431,7 @@ class ChunkEmbedder:
         return self._model
 
     def seen(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """How much of texts the encoder sees of what it embeds: neither cut off at its maximum length nor unknown to it.
+        """The share of each text that is not cut off, and the share of that in words that the encoder knows.
 
         Args:
             texts (`Sequence[str]`): chunks.

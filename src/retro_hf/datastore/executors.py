@@ -118,8 +118,7 @@ class LocalExecutor:
 
         threads = max(1, torch.get_num_threads() // self.num_workers)
         context = multiprocessing.get_context("spawn")
-        # The tasks go through a queue. As an argument of a worker that dies while it starts, Python would wait for ever for it
-        # to read them.
+        # The tasks go through a queue. If they were an argument and the worker died at its start, Python would wait forever.
         inbox = context.Queue()
         inbox.cancel_join_thread()
         for _ in range(self.num_workers):

@@ -28,7 +28,7 @@ from ..errors import DatastoreCorruptError, DatastoreInputError, DatastoreNotFou
 from ..outside import MAX_JSON_BYTES, is_path, parse_json, printable
 from .atomic_files import MANIFEST_NAME, building_folder
 from .manifest import DatastoreManifest, FileEntry, check_content, check_sizes, checked_path
-from .store_generation import at_rest
+from .store_generation import with_current_files
 
 
 if TYPE_CHECKING:
@@ -94,7 +94,9 @@ def push(
             "HF_HUB_OFFLINE=1."
         ) from error
     # A writer may remove files of this generation while they are uploaded: then the next one is pushed.
-    result: CommitInfo = at_rest([datastore], lambda: _uploaded(api, repo_id, datastore, revision, settings or {}))
+    result: CommitInfo = with_current_files(
+        [datastore], lambda: _uploaded(api, repo_id, datastore, revision, settings or {})
+    )
     return result
 
 

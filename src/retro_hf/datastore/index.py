@@ -188,7 +188,7 @@ def _tune(
     place = 0
     while (recall := measure(search := {**efforts[place], **factor})) < sure and place + 1 < len(efforts):
         place += 1
-    # Re-scoring more candidates may save lists: for each larger number, find the fewest lists that still suffice.
+    # With more candidates, fewer lists may suffice. So for each larger number of candidates, find the fewest lists that do.
     list_size = num_chunks / efforts[-1].get("nprobe", 1)
     costs = [_cost(search, list_size)]
     for candidate in factors[factors.index(factor) + 1 :]:

@@ -124,13 +124,13 @@ def search_excluding(
         counts &= ~deleted.mask[named]
     hidden = ((doc_offsets[named + 1] - doc_offsets[named]) * counts).sum(axis=1)
     hidden += 0 if deleted is None else deleted.num_chunks
-    # The most that a query can get, and the number of results that is certain to contain it: in the worst case all hidden
-    # chunks are nearer than the first that may be returned.
+    # The most that a query can get, and how many results are sure to contain that: in the worst case, all hidden chunks are
+    # nearer than the first chunk that may be returned.
     obtainable = np.minimum(num_neighbors, num_chunks - hidden)
     enough = np.minimum(num_neighbors + hidden, num_chunks)
 
-    # Nearly all queries are done after the first round. The two reasons for another one are kept apart, because more results
-    # do not help where the index has read too little, and more effort does not where all that it found was hidden.
+    # Nearly all queries are done after the first round. Those with too few results are of two kinds. Where the index found as
+    # many as it was asked for, but some were hidden, more results help. Where it found fewer, it must read more.
     todo = [(np.arange(len(queries)), num_neighbors + _OVER_FETCH, 1)]
     while todo:
         short, fetch, effort = todo.pop()

@@ -27,7 +27,7 @@ from .manifest import DatastoreManifest, check_content, checked_path
 from .search_excluding import checked_search
 from .searchers import RestrictedIndex
 from .shard import Shard
-from .store_generation import MAX_GATHERED, Generation, at_rest
+from .store_generation import MAX_GATHERED, Generation, with_current_files
 
 
 class RetroDatastore:
@@ -236,7 +236,7 @@ class RetroDatastore:
 
     def verify(self) -> None:
         """Check the size and the sha256 of every file; raises `DatastoreCorruptError` at the first that differs."""
-        at_rest([self], lambda: check_content(self.path, self.manifest.files))
+        with_current_files([self], lambda: check_content(self.path, self.manifest.files))
 
     @property
     def manifest(self) -> DatastoreManifest:

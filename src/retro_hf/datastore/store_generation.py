@@ -28,8 +28,8 @@ _ATTEMPTS = 20
 MAX_GATHERED = 1 << 28
 
 
-def at_rest(datastores: Sequence[RetroDatastore], action: Callable[[], Any]) -> Any:
-    """Do what reads files of datastores by name; again on the next generation, if a writer has removed some of them."""
+def with_current_files(datastores: Sequence[RetroDatastore], action: Callable[[], Any]) -> Any:
+    """Run `action`, which reads files of datastores by name. If a writer removed some meanwhile, refresh and run it again."""
     for _ in range(_ATTEMPTS):
         try:
             return action()
@@ -75,8 +75,8 @@ class Generation:
         names = {None, *(entry.name for entry in entries)}
         check_sizes(folder, [file for file in manifest.files if file.shard in names])
         files = manifest.files_by_shard()
-        # With the same files: another store may have been built at the path.
-        # Shards that stay open keep their memory maps and the pages that are warm; only new ones are opened.
+        # Shards that stay open keep their memory maps and the pages that are warm; only new ones are opened. A shard stays open
+        # only if its files are the same: another store may have been built at this path.
         opened = {shard.entry.name: shard for shard in known if shard.files == files.get(shard.entry.name)}
         deleted = np.empty(0, dtype=np.int64)
         for file in manifest.entries("deleted"):
