@@ -19,7 +19,7 @@ from baselines import knn_lm
 from baselines.rows import batches, cut, token_ids
 
 from retro_hf.evaluation import bits_per_byte
-from retro_hf.training.exclusion import document_numbers
+from retro_hf.training.exclusion import documents_by_row
 
 
 class Recorder:
@@ -70,7 +70,7 @@ def main() -> None:
     retriever = job.retriever()
     numbers = {}
     for document, number in zip(
-        job.store, document_numbers(retriever.datastore, [d["id"] for d in job.store])[:, 0], strict=True
+        job.store, documents_by_row(retriever.datastore, [d["id"] for d in job.store])[:, 0], strict=True
     ):
         numbers.setdefault(passage(document), []).append(number)
     neighbors, same = [], []

@@ -26,7 +26,7 @@ from alternatives_control import Recorder, owners_of, passage
 from baselines import knn_lm
 from baselines.rows import token_ids
 
-from retro_hf.training.exclusion import document_numbers
+from retro_hf.training.exclusion import documents_by_row
 
 
 BINS = 8
@@ -57,7 +57,7 @@ def predict(job: Job, documents: list[dict], *, without_same: bool, parts: tuple
     """Predictions for all tokens but the first of each document; `without_same` hides other wordings of a passage."""
     tokenizer, model, plain, retriever, owners = parts
     stored = np.array([passage(document) for document in job.store])
-    numbers = document_numbers(retriever.datastore, [document["id"] for document in job.store])[:, 0]
+    numbers = documents_by_row(retriever.datastore, [document["id"] for document in job.store])[:, 0]
     all_ids = token_ids(documents, tokenizer)
     index_path, values_path = alternatives.knn_paths(job)
     index = Recorder(faiss.read_index(str(index_path)))

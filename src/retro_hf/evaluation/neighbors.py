@@ -14,7 +14,7 @@ from ..datastore import EmbeddingSearcher, RetroDatastore, chunk_texts
 from ..errors import RetrieverError
 from ..progress import progress_bar
 from ..retriever import RetroRetriever
-from ..training.exclusion import document_numbers
+from ..training.exclusion import documents_by_row
 from ..training.own_text import Text, search_without_copies, tell_lookups
 from .cache import ArrayCache
 from .scoring import Document
@@ -138,7 +138,7 @@ class NeighborSearch:
     ) -> None:
         self.retriever = retriever
         self.chunks = chunks
-        own = document_numbers(retriever.datastore, [document.id for document in documents])
+        own = documents_by_row(retriever.datastore, [document.id for document in documents])
         self.num_same_id = int((own >= 0).any(axis=1).sum())
         self._own = np.repeat(own, chunks.counts, axis=0)
         self._owners = np.repeat(np.arange(len(documents)), chunks.counts)
@@ -195,7 +195,7 @@ class NeighborSearch:
                 num_neighbors,
                 owners=self._owners[block],
                 excluded=self._own[block],
-                known=np.asarray((self._own[block] >= 0).any(axis=1)),
+                has_id=np.asarray((self._own[block] >= 0).any(axis=1)),
                 is_training=False,
                 min_score=self.retriever.min_score,
             )

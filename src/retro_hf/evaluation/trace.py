@@ -14,7 +14,7 @@ import torch
 from ..datastore.bos_eos import Borders
 from ..errors import DatasetError, check_integers
 from ..retriever import RetrievedNeighbor, RetroRetriever
-from ..training.exclusion import document_numbers
+from ..training.exclusion import documents_by_row
 from .scoring import accepts, evaluating, read_documents, token_nats
 
 
@@ -194,7 +194,7 @@ def trace(
     found = retriever.trace(
         torch.from_numpy(rows),
         num_neighbors=num_neighbors,
-        exclude_documents=np.repeat(document_numbers(datastore, [fields.get("id")]), len(rows), axis=0),
+        exclude_documents=np.repeat(documents_by_row(datastore, [fields.get("id")]), len(rows), axis=0),
     )
     chunk_ids = np.full((len(rows), max([1, *map(len, found)])), -1, dtype=np.int64)
     for row, neighbors in zip(chunk_ids, found, strict=True):

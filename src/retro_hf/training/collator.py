@@ -17,7 +17,7 @@ from ..datastore import RetroDatastore
 from ..errors import DatasetError, DatastoreMismatchError
 from ..retriever import RetroRetriever
 from .columns import check_example, checked_examples, token_ids
-from .exclusion import document_numbers
+from .exclusion import documents_by_row
 from .neighbors import NEIGHBORS_COLUMN, SOURCE_COLUMN
 from .own_text import Lookups
 from .search import neighbor_source, neighbors_of_windows, wanted_neighbors
@@ -150,7 +150,7 @@ class RetroDataCollator:
         """Chunk ids for the complete chunks of each example, looked up now; see `_precomputed`."""
         documents = starts = None
         if all(ID_COLUMN in example for example in examples):
-            documents = document_numbers(self.datastore, [example[ID_COLUMN] for example in examples])
+            documents = documents_by_row(self.datastore, [example[ID_COLUMN] for example in examples])
             if all(START_COLUMN in example for example in examples):
                 starts = np.array([example[START_COLUMN] for example in examples], dtype=np.int64)
         else:

@@ -26,7 +26,7 @@ _BLOCK_ROWS = 4096
 def excluded_documents(
     datastore: RetroDatastore, column: pa.ChunkedArray, duplicates: Mapping[str, Sequence[int]] | None = None
 ) -> np.ndarray:
-    """The documents that each row of a column of ids, or of lists of ids, names.
+    """Document numbers for each row of a column. A row has one id or a list of ids.
 
     Args:
         duplicates (`Mapping[str, Sequence[int]]`, *optional*): document numbers that an id names besides its own.
@@ -66,8 +66,8 @@ def _has_lists(column: pa.ChunkedArray) -> bool:
     return pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
 
 
-def document_numbers(datastore: RetroDatastore, ids: Sequence[Any]) -> np.ndarray:
-    """Document numbers of ids, or of lists of ids: int64 of shape `(len(ids), any)`, -1 for unknown ids."""
+def documents_by_row(datastore: RetroDatastore, ids: Sequence[Any]) -> np.ndarray:
+    """Document numbers for each row, which has one id or a list of ids: int64 of shape `(len(ids), any)`, -1 for unknown ids."""
     rows = [[None if id is None else str(id) for id in (row if isinstance(row, list) else [row])] for row in ids]
     return excluded_documents(datastore, pa.chunked_array([pa.array(rows, type=pa.list_(pa.string()))]))
 

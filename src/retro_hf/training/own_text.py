@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from transformers.utils import logging
@@ -25,7 +25,8 @@ class Text:
     """Chunks of a text and what follows each of them.
 
     Attributes:
-        chunks (`np.ndarray` of int64 and shape `(num_chunks, m)`): token ids, -2 at padding.
+        chunks (`np.ndarray` of int64 and shape `(num_chunks, m)`): token ids, -2 at padding. A neighbor has -1 there, and
+            padding must equal nothing.
         following (`np.ndarray` of int64 and shape `(num_chunks, m)`): the next tokens, -2 where the text ends.
     """
 
@@ -138,6 +139,35 @@ def _has(neighbors: np.ndarray, texts: np.ndarray) -> np.ndarray:
     return found.reshape(n, k)
 
 
+@dataclass
+class _Copies:
+    """Leaves neighbors out that are the text itself, and notes which they were.
+
+    Attributes:
+        text, owners, has_id, is_training: see `search_without_copies`.
+        left_out (`np.ndarray` of bool and shape `(num_chunks,)`): chunks for which a neighbor was left out.
+        stored (`dict[int, set[int]]`): for each text without an id, the stored chunks that are the text itself.
+    """
+
+    text: Text
+    owners: np.ndarray
+    has_id: np.ndarray
+    is_training: bool
+    left_out: np.ndarray
+    stored: dict[int, set[int]] = field(default_factory=dict)
+
+    def keep(self, chunks: np.ndarray, neighbors: np.ndarray, found: np.ndarray) -> np.ndarray:
+        """Which of the stored chunks `found` (n, k), with their tokens `neighbors` (n, k, R), `chunks` (n,) may get."""
+        without_id = ~self.has_id[chunks][:, None]
+        copies = self.text.equal(chunks, neighbors)
+        if self.is_training:
+            copies |= self.text.contained(chunks, neighbors) & without_id
+        self.left_out[chunks] |= copies.any(axis=1)
+        for row, place in zip(*np.nonzero(copies & without_id), strict=True):
+            self.stored.setdefault(int(self.owners[chunks[row]]), set()).add(int(found[row, place]))
+        return ~copies
+
+
 def search_without_copies(
     datastore: RetroDatastore,
     search: Callable[[np.ndarray, int, np.ndarray], tuple[np.ndarray, np.ndarray]],
@@ -146,62 +176,54 @@ def search_without_copies(
     *,
     owners: np.ndarray,
     excluded: np.ndarray,
-    known: np.ndarray,
+    has_id: np.ndarray,
     is_training: bool,
     min_score: float | None = None,
 ) -> tuple[np.ndarray, int]:
     """Search for neighbors, none of which is the text itself.
 
-    A neighbor that is equal to the chunk and its continuation is left out. Where no id says which stored document a text
-    is, the document of such a neighbor is taken to be the text's own, and none of its chunks is returned. In training, a
-    neighbor that contains the text at another place says the same.
+    A neighbor equal to the chunk and its continuation is left out. If no id names the text's document, that neighbor's
+    document is taken for it and left out whole. In training, a document that contains the text elsewhere also counts as its
+    own.
 
     Args:
         search (`Callable`): `(rows, count, exclude_documents) -> (scores, chunk_ids)`.
         text ([`Text`]): the chunks that are looked up.
         owners (`np.ndarray` of int64 and shape `(num_chunks,)`): the number of the text that each chunk belongs to.
         excluded (`np.ndarray` of int64 and shape `(num_chunks, any)`): stored documents that a chunk must not get.
-        known (`np.ndarray` of bool and shape `(num_chunks,)`): whether an id has named its stored document.
+        has_id (`np.ndarray` of bool and shape `(num_chunks,)`): whether an id has named its stored document.
         is_training (`bool`): whether a text at another place counts, too.
     Returns:
         Chunk ids, int64 of shape `(num_chunks, num_neighbors)`, -1 for none; and for how many chunks a copy was left out.
     """
-    copied = np.zeros(len(owners), dtype=bool)
+    copies = _Copies(text, owners, has_id, is_training, left_out=np.zeros(len(owners), dtype=bool))
 
-    def search_once(todo: np.ndarray, excluded: np.ndarray) -> tuple[np.ndarray, dict[int, set[int]]]:
-        """The neighbors of some chunks, and for each text without an id the stored chunks that are the text itself."""
-        own: dict[int, set[int]] = {}
-
-        def keep(rows: np.ndarray, neighbors: np.ndarray, found: np.ndarray) -> np.ndarray:
-            chunks = todo[rows]
-            copies = text.equal(chunks, neighbors)
-            if is_training:
-                copies |= text.contained(chunks, neighbors) & ~known[chunks][:, None]
-            copied[chunks] |= copies.any(axis=1)
-            for row, place in zip(*np.nonzero(copies & ~known[chunks][:, None]), strict=True):
-                own.setdefault(int(owners[chunks[row]]), set()).add(int(found[row, place]))
-            return ~copies
-
-        def ask(rows: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-            return search(todo[rows], count, excluded[todo[rows]])
-
-        return select(datastore, ask, len(todo), num_neighbors, min_score=min_score, keep=keep)[1], own
+    def search_some(chunks: np.ndarray, hidden: np.ndarray) -> np.ndarray:
+        return select(
+            datastore,
+            lambda rows, count: search(chunks[rows], count, hidden[chunks[rows]]),
+            len(chunks),
+            num_neighbors,
+            min_score=min_score,
+            keep=lambda rows, neighbors, found: copies.keep(chunks[rows], neighbors, found),
+        )[1]
 
     ids = np.full((len(owners), num_neighbors), -1, dtype=np.int64)
-    todo = np.arange(len(owners))
+    todo, hidden = np.arange(len(owners)), excluded
     named: set[tuple[int, int]] = set()
-    # One chunk may tell whose text this is, and then all chunks of the text are searched again without that document. This
-    # ends, because every round names a document that was not named before.
+    # If one chunk shows which stored document a text is, all chunks of the text are searched again without that document. Each
+    # round names a document that was not named before, so this ends.
     while len(todo):
-        ids[todo], own = search_once(todo, excluded)
+        copies.stored.clear()
+        ids[todo] = search_some(todo, hidden)
         new = {
             (owner, number)
-            for owner, chunks in own.items()
+            for owner, chunks in copies.stored.items()
             for number in datastore.document_of(np.array(sorted(chunks))).tolist()
         } - named  # a user's own searcher may ignore the exclusion
         named |= new
         todo = np.flatnonzero(np.isin(owners, [owner for owner, _ in new]))
         for owner, number in sorted(new):
-            excluded = np.pad(excluded, ((0, 0), (0, 1)), constant_values=-1)
-            excluded[owners == owner, -1] = number
-    return ids, int(copied.sum())
+            hidden = np.pad(hidden, ((0, 0), (0, 1)), constant_values=-1)
+            hidden[owners == owner, -1] = number
+    return ids, int(copies.left_out.sum())

@@ -6,7 +6,6 @@ import hashlib
 import json
 import uuid
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
@@ -92,8 +91,8 @@ def neighbors_of_windows(
 ) -> tuple[np.ndarray, int]:
     """The neighbors of every complete chunk of some windows, none of them from the windows' own documents.
 
-    A neighbor that is equal to the chunk and its continuation is left out, too, and so is the document that it belongs to
-    where no id has named the window's own.
+    A neighbor equal to the chunk and its continuation is left out. If no id names the window's document, that neighbor's
+    document is taken for it and left out whole.
 
     Args:
         tokens (`np.ndarray` of integers and shape `(lengths.sum(),)`): the windows one after another.
@@ -119,46 +118,54 @@ def neighbors_of_windows(
     without_end = tokens.astype(np.int64)
     without_end[last[tokens[last] == datastore.tokenizer.eos_token_id]] = -1
     text = Text.of_windows(without_end, lengths, size)
-    own = np.full((len(lengths), 1), -1, dtype=np.int64) if documents is None else documents
-    excluded = np.repeat(own, counts, axis=0)
+    hidden = np.full((len(lengths), 1), -1, dtype=np.int64) if documents is None else documents
+    places = np.full(len(chunks), -1, dtype=np.int64)
+    # A stored key can be a query only if queries are embedded as chunks are.
+    if documents is not None and starts is not None and "query" not in datastore.manifest.embedder:
+        places = _stored_places(datastore, documents[:, 0], starts, counts)
+    search, queries = _search_and_queries(retriever, chunks, text, places)
+    return search_without_copies(
+        datastore,
+        lambda rows, count, excluded: search(queries[rows], count, exclude_documents=excluded),
+        text,
+        num_neighbors,
+        owners=np.repeat(np.arange(len(lengths)), counts),
+        excluded=np.repeat(hidden, counts, axis=0),
+        has_id=np.repeat((hidden >= 0).any(axis=1), counts),
+        is_training=True,
+        min_score=None if isinstance(retriever, RetroDatastore) else retriever.min_score,
+    )
+
+
+def _search_and_queries(
+    retriever: RetroRetriever | RetroDatastore, chunks: np.ndarray, text: Text, places: np.ndarray
+) -> tuple[Callable[..., tuple[np.ndarray, np.ndarray]], np.ndarray]:
+    """How to search, and the query of each chunk: its text, or its vector, which is the stored one where it is stored.
+
+    Args:
+        chunks (`np.ndarray` of int64 and shape `(num_chunks, m)`), text ([`Text`]): token ids, and the same without padding.
+        places (`np.ndarray` of int64 and shape `(num_chunks,)`): the chunk ids that they would have; -1 for none.
+    """
+    datastore = datastore_of(retriever)
     searcher = retriever if isinstance(retriever, RetroDatastore) else retriever.searcher
-
-    def without_copies(search: Callable[..., tuple[np.ndarray, np.ndarray]], what: Any) -> tuple[np.ndarray, int]:
-        return search_without_copies(
-            datastore,
-            lambda rows, count, excluded: search(what[rows], count, exclude_documents=excluded),
-            text,
-            num_neighbors,
-            owners=np.repeat(np.arange(len(lengths)), counts),
-            excluded=excluded,
-            known=np.repeat((own >= 0).any(axis=1), counts),
-            is_training=True,
-            min_score=None if isinstance(retriever, RetroDatastore) else retriever.min_score,
-        )
-
     if not isinstance(searcher, (RetroDatastore, EmbeddingSearcher)):
         texts = np.array(chunk_texts(retriever.tokenizer, chunks), dtype=object)
-        return without_copies(lambda texts, *args, **options: searcher.search(texts.tolist(), *args, **options), texts)
-
+        return lambda texts, *args, **options: searcher.search(texts.tolist(), *args, **options), texts
     queries = np.empty((len(chunks), datastore.manifest.dim), dtype=np.float32)
-    known = np.zeros(len(chunks), dtype=bool)
-    # A stored key can be a query only if queries are embedded as chunks are.
-    symmetric = "query" not in datastore.manifest.embedder
-    if documents is not None and starts is not None and symmetric:
-        places = _stored_places(datastore, documents[:, 0], starts, counts)
+    is_stored = np.zeros(len(chunks), dtype=bool)
+    if (places >= 0).any():
         stored, mask = datastore.gather(places)
-        known = (np.where(mask == 1, stored, -1)[:, :size] == text.chunks).all(axis=1) & (text.chunks[:, 0] >= 0)
-        queries[known] = datastore.keys_of(places[known])
-    if not known.all():
+        is_stored = (np.where(mask == 1, stored, -1)[:, : chunks.shape[1]] == text.chunks).all(axis=1)
+        is_stored &= text.chunks[:, 0] >= 0
+        queries[is_stored] = datastore.keys_of(places[is_stored])
+    if not is_stored.all():
         if isinstance(searcher, RetroDatastore):
             raise DatasetError(
-                f"{np.count_nonzero(~known)} of {len(chunks)} chunks have no stored key that can be their query. Pass a "
+                f"{np.count_nonzero(~is_stored)} of {len(chunks)} chunks have no stored key that can be their query. Pass a "
                 "RetroRetriever, which can embed them, instead of the datastore."
             )
-        queries[~known] = searcher.embedder.embed_queries(chunk_texts(retriever.tokenizer, chunks[~known]))
-    return without_copies(
-        searcher.search if isinstance(searcher, RetroDatastore) else searcher.search_vectors, queries
-    )
+        queries[~is_stored] = searcher.embedder.embed_queries(chunk_texts(retriever.tokenizer, chunks[~is_stored]))
+    return searcher.search if isinstance(searcher, RetroDatastore) else searcher.search_vectors, queries
 
 
 def _stored_places(
@@ -169,10 +176,10 @@ def _stored_places(
     -1 for a document that is not in the datastore, for a place past its end, and for windows off the chunk grid.
     """
     usable = (documents >= 0) & (starts % datastore.chunk_size == 0)
-    known = np.maximum(documents, 0)
+    numbers = np.maximum(documents, 0)
     # The chunks of a document have consecutive ids.
     # A window that starts at token 128 of a document whose first chunk is 40 begins, with chunks of 64, at chunk 42.
-    first = datastore.first_chunks(known) + starts // datastore.chunk_size
-    ends = np.repeat(np.where(usable, datastore.first_chunks(known + 1), -1), counts)
+    first = datastore.first_chunks(numbers) + starts // datastore.chunk_size
+    ends = np.repeat(np.where(usable, datastore.first_chunks(numbers + 1), -1), counts)
     places = ranges(first, counts)
     return np.where(places < ends, places, -1)
