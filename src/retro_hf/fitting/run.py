@@ -118,6 +118,7 @@ def fit(
         f"{counted(len(parts.train), 'document')} to train on, {len(parts.heldout)} held out; {parts.num_near:,} left out because they "
         "have most of a text that is held out."
     )
+    files = [] if retriever is None else retriever.datastore.manifest.files
     identity = {
         "base": str(base),
         "num_neighbors": num_neighbors,
@@ -126,9 +127,7 @@ def fit(
         "seed": seed,
         "num_heldout": len(parts.heldout),
         "texts": digest_of(*(f"{one['id']}\n{one['text']}" for one in (*parts.train, *parts.heldout))),
-        "datastore": ""
-        if retriever is None
-        else digest_of(*(file.sha256 for file in retriever.datastore.manifest.files)),
+        "datastore": digest_of(*(file.sha256 for file in files)) if files else "",
     }
     state = _claim(output, identity if steps is None else identity | {"planned": steps})
     work = output / "work"
@@ -169,15 +168,10 @@ def fit(
         logger.info(str(plan))
         write_file(work / "state.json", json.dumps(identity | {"planned": plan.steps}).encode())
         windows = windows_of(parts.train, tokenizer, count=plan.steps * batch_size, **cut)
-        windows = with_stored_ids(windows, parts.train, store, tokenizer)
-        rows = precompute_neighbors(
-            windows, retriever, num_neighbors=2 * (num_neighbors + 1), cache_dir=work / "neighbors"
-        )
-        collator = FitCollator(padding_id(tokenizer), store, num_neighbors=num_neighbors, seed=seed)
         done = train(
             model,
-            rows,
-            collator,
+            _with_neighbors(windows, parts, retriever, tokenizer, num_neighbors, work / "neighbors"),
+            FitCollator(padding_id(tokenizer), store, num_neighbors=num_neighbors, seed=seed),
             watch,
             plan,
             work=work,
@@ -200,14 +194,28 @@ def fit(
         "backbone": _portable(model.config.backbone_name_or_path),
         "num_train": len(parts.train),
         "window": window,
-        "device": f"{torch.get_num_threads()} threads of a CPU"
-        if device.type == "cpu"
-        else torch.cuda.get_device_name(),
-        "versions": {name: version(name) for name in ("retro-hf", "torch", "transformers")},
+        **_environment(device),
     }
     fitted = Fit(output, *result, settings)
     fitted.save()
     return fitted
+
+
+def _with_neighbors(
+    windows: Any, parts: Texts, retriever: RetroRetriever, tokenizer: Any, num_neighbors: int, folder: Path
+) -> Any:
+    """Windows with twice as many neighbors as are read, none of them from the documents that the windows are part of."""
+    windows = with_stored_ids(windows, parts.train, retriever.datastore, tokenizer)
+    return precompute_neighbors(windows, retriever, num_neighbors=2 * (num_neighbors + 1), cache_dir=folder)
+
+
+def _environment(device: torch.device) -> dict[str, Any]:
+    """The machine and the versions that a fit ran with."""
+    threads = f"{torch.get_num_threads()} threads of a CPU"
+    return {
+        "device": threads if device.type == "cpu" else torch.cuda.get_device_name(),
+        "versions": {name: version(name) for name in ("retro-hf", "torch", "transformers")},
+    }
 
 
 def _portable(name: str | os.PathLike[str]) -> str:

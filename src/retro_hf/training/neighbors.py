@@ -52,16 +52,16 @@ def precompute_neighbors(
     """Find the neighbors of every complete chunk of a tokenized dataset, once, before training.
 
     Section 2.3 of Borgeaud et al. (2022). A chunk gets no neighbors from its own document, because the continuation there
-    is the answer that it must learn to predict. Where the id is missing or unknown to the datastore, its text says which
-    document it is; and a neighbor that is equal to the chunk and its continuation is never returned. If a chunk is itself in the datastore, its stored key is the query and
-    nothing is embedded.
+    is the answer that it must learn to predict. A neighbor equal to the chunk and its continuation is left out. If no id names
+    the chunk's document (it is missing, or the datastore lacks it), that neighbor's document is taken for it and left out
+    whole. If a chunk is itself in the datastore, its stored key is the query, and nothing is embedded.
 
     If the result is kept on disk, rerun an interrupted call to resume it: at most a block of 16 batches is searched again.
 
     Args:
         dataset (`datasets.Dataset`): examples with `input_ids`, not padded, as [`tokenize_documents`] makes them. The
             column `document_id` has the id of each example's document in the datastore, or a list of ids (near-duplicates,
-            all documents packed into one window). Ids that the datastore does not have exclude nothing.
+            all documents packed into one window).
         retriever ([`RetroRetriever`] or [`RetroDatastore`]): where to search. A datastore alone is enough if every chunk
             of the dataset is in it.
         num_neighbors (`int`, *optional*): neighbors per chunk; by default the retriever's number, 2 for a datastore.
@@ -88,8 +88,8 @@ def precompute_neighbors(
     datastore.check_compatible(tokenizer=tokenizer)
     wanted = wanted_neighbors(retriever, num_neighbors)
     batch_size = whole("batch_size", batch_size, ValueError, most=_MOST_ROWS)
-    if cache_dir is not None and (not isinstance(cache_dir, (str, os.PathLike)) or not os.fspath(cache_dir)):
-        raise DatasetError(f"cache_dir is {cache_dir!r:.100}. Pass the path of a folder.")
+    if cache_dir is not None:
+        _make_folder(cache_dir)
     source = neighbor_source(datastore, wanted)
     has_ids, duplicates = ID_COLUMN in dataset.column_names, None
     if exclude_near_duplicates:
@@ -116,25 +116,12 @@ def precompute_neighbors(
             batch[START_COLUMN].to_numpy() if START_COLUMN in batch.column_names else None,
         )
         num_copied += copied
-        # A list per row of lists per chunk, made of borders, since Python lists of every id would take most of the time.
-        ends = np.arange(len(found) + 1, dtype=np.int32) * np.int32(wanted)
-        chunks = pa.ListArray.from_arrays(ends, pa.array(found.reshape(-1)))
-        per_row = np.cumsum([0, *(lengths // datastore.chunk_size)]).astype(np.int32)
-        batch = batch.drop_columns([name for name in (NEIGHBORS_COLUMN, SOURCE_COLUMN) if name in batch.column_names])
-        batch = batch.append_column(NEIGHBORS_COLUMN, pa.ListArray.from_arrays(per_row, chunks))
-        return batch.append_column(SOURCE_COLUMN, pa.repeat(source, len(batch)))
+        return _with_columns(batch, found, lengths // datastore.chunk_size, source)
 
     features = dataset.features.copy()
     datasets = extras.load("datasets", "Training")
     features[NEIGHBORS_COLUMN] = datasets.List(datasets.List(datasets.Value("int64")))
     features[SOURCE_COLUMN] = datasets.Value("string")
-    if cache_dir is not None:
-        try:
-            Path(cache_dir).mkdir(parents=True, exist_ok=True)
-        except (OSError, ValueError) as error:
-            raise DatasetError(
-                f"cache_dir {str(cache_dir)!r} cannot be created: {error}. Choose another folder."
-            ) from error
     step, parts = batch_size * _BATCHES_PER_BLOCK, []
     with (
         progress_bar(show_progress, total=len(dataset), unit="row", desc="Finding neighbors") as progress,
@@ -163,6 +150,32 @@ def precompute_neighbors(
     found = pc.list_flatten(rows).to_numpy(zero_copy_only=False).reshape(-1, wanted)
     tell_lookups("the dataset", (found < 0).all(axis=1), num_copied, int((per_row == 0).sum()))
     return _in_format_of(dataset, result)
+
+
+def _make_folder(cache_dir: str | os.PathLike[str]) -> None:
+    if not isinstance(cache_dir, (str, os.PathLike)) or not os.fspath(cache_dir):
+        raise DatasetError(f"cache_dir is {cache_dir!r:.100}. Pass the path of a folder.")
+    try:
+        Path(cache_dir).mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise DatasetError(
+            f"cache_dir {str(cache_dir)!r} cannot be created: {error}. Choose another folder."
+        ) from error
+
+
+def _with_columns(batch: pa.Table, found: np.ndarray, counts: np.ndarray, source: str) -> pa.Table:
+    """The batch with its neighbors, int64 of shape `(counts.sum(), num_neighbors)`, and where they are from.
+
+    Args:
+        counts (`np.ndarray` of int64 and shape `(num_rows,)`): complete chunks of each row.
+    """
+    # A list per row of lists per chunk, made of borders, since Python lists of every id would take most of the time.
+    ends = np.arange(len(found) + 1, dtype=np.int32) * np.int32(found.shape[1])
+    chunks = pa.ListArray.from_arrays(ends, pa.array(found.reshape(-1)))
+    per_row = np.cumsum([0, *counts]).astype(np.int32)
+    batch = batch.drop_columns([name for name in (NEIGHBORS_COLUMN, SOURCE_COLUMN) if name in batch.column_names])
+    batch = batch.append_column(NEIGHBORS_COLUMN, pa.ListArray.from_arrays(per_row, chunks))
+    return batch.append_column(SOURCE_COLUMN, pa.repeat(source, len(batch)))
 
 
 def _in_format_of(dataset: Dataset, result: Dataset) -> Dataset:
