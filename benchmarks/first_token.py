@@ -90,7 +90,7 @@ def measure(reader: str, model: Any, text: torch.Tensor, passages: torch.Tensor)
     result = {"first_token": first - start, "next_token": (time.process_time() - first) / STEPS}
     size = num_bytes(part for layer in cache.layers for part in (layer.keys, layer.values))
     if reader == "retro":
-        size += num_bytes(part for pair in cache.retro.key_values.values() for part in pair)
+        size += num_bytes(part for pair in cache.retrieval_state.key_values.values() for part in pair)
     result["megabytes"] = size / 1e6
     result["shared_megabytes"] = model.model.retro.cache.num_bytes / 1e6 if given and reader != "retro" else 0.0
     return result

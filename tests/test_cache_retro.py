@@ -71,9 +71,9 @@ def test_ragged_rows_can_be_reordered(model):
     ids, mask = random_ids(2, 9), torch.ones(2, 9).long()
     mask[0, :4] = 0
     cache = feed(model, ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0))[CACHE_NAME]
-    assert cache.retro.lengths == [5, 9]
+    assert cache.retrieval_state.next_positions == [5, 9]
     cache.reorder_cache(torch.tensor([1, 0]))
-    assert cache.retro.lengths == [9, 5]
+    assert cache.retrieval_state.next_positions == [9, 5]
 
 
 @pytest.mark.parametrize("length", [5, 8, 9, 11, 12, 14])
@@ -113,7 +113,7 @@ def test_a_positive_number_of_tokens_cannot_be_taken_back(model):
     cache = feed(model, random_ids(2, 7))[CACHE_NAME]
     with pytest.raises(ValueError, match="negative"):
         cache.crop(5)
-    assert int(cache.get_seq_length()) == cache.retro.num_columns == 7
+    assert int(cache.get_seq_length()) == cache.retrieval_state.num_columns == 7
 
 
 def test_failed_retrieval_leaves_the_cache_as_it_was(model):
@@ -141,7 +141,7 @@ def test_any_cache_is_upgraded_in_place(model, kind):
     assert isinstance(cache, before)
     assert isinstance(cache, RetroCacheMixin)
     assert int(cache.get_seq_length()) == 6
-    assert cache.retro.lengths == [6, 6]
+    assert cache.retrieval_state.next_positions == [6, 6]
 
 
 def test_reset_forgets_everything(model):
@@ -151,7 +151,7 @@ def test_reset_forgets_everything(model):
     cache.reset()
     ids = random_ids(2, 6, seed=5)
     feed(model, ids, cache)
-    assert cache.retro.lengths == [6, 6]
+    assert cache.retrieval_state.next_positions == [6, 6]
     assert_continues(model, cache, ids)
 
 
@@ -175,11 +175,11 @@ def test_caches_without_retrieval_are_left_alone(model):
 def test_state_of_another_length_is_told():
     """The state knows its rows, on the host."""
     state = RetrievalState([0, 3], CHUNK_SIZE)
-    assert state.lengths == [0, 3]
+    assert state.next_positions == [0, 3]
     assert not state.is_started
     cache = DynamicCache()
     attach_state(cache, state)
-    assert cache.retro is state
+    assert cache.retrieval_state is state
 
 
 def test_new_keys_are_written_behind_the_old_ones(model):

@@ -22,7 +22,7 @@ def test_the_example_of_the_module_is_true():
     """Two rows of seven columns, chunks of four tokens, the second row left-padded by two."""
     real = torch.tensor([[1, 1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1, 1]]).bool()
     plan = plan_pass(random_ids(2, 7), real, SIZE, given=given(2, 1))
-    assert plan.positions.tolist() == [[0, 1, 2, 3, 4, 5, 6], [-1, -1, 0, 1, 2, 3, 4]]
+    assert plan.positions_in_pass.tolist() == [[0, 1, 2, 3, 4, 5, 6], [-1, -1, 0, 1, 2, 3, 4]]
     assert plan.completed_tokens.tolist() == [[0, 1, 2, 3], [9, 10, 11, 12]]
     assert plan.attending_tokens.tolist() == [[3, 4, 5, 6], [12, 13, 14, 14]]
     columns = torch.arange(1.0, 15).view(2, 7, 1)
@@ -53,10 +53,10 @@ def test_every_chunk_is_looked_up_once_however_the_tokens_come(pieces):
     for piece in ids.split(pieces, dim=1):
         lookup = RetroLookup(retriever, VOCAB_SIZE)
         plan = plan_pass(piece, None, SIZE, state=state, retriever=lookup, chunk_offset=offsets)
-        plan.completed(torch.randn(2, piece.shape[1], 8))
+        plan.take_completed(torch.randn(2, piece.shape[1], 8))
         plan.commit()
     looked_up = torch.cat(retriever.calls).tolist()
     rows = [ids[0].tolist(), [0, 0, 0, *ids[1].tolist()]]
     expected = [row[u * SIZE : (u + 1) * SIZE] for row in rows for u in range(len(row) // SIZE)]
     assert sorted(looked_up) == sorted(expected)
-    assert state.lengths == [14, 17]
+    assert state.next_positions == [14, 17]

@@ -8,6 +8,8 @@ from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDa
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from retro_hf import RetroConfig, RetroDecoderConfig, RetroEncoderConfig, RetroForCausalLM, retrofit
+from retro_hf.model.modeling_retro import READER_MODULES, RetroModel
+from retro_hf.model.readers_retro import READERS
 
 from .tiny import ENCODER, FAMILIES, random_ids, random_neighbors, tiny_backbone, tiny_retro
 
@@ -424,3 +426,14 @@ def test_text_config_of_a_backbone_that_reads_images_too():
     for text_config in (config.get_text_config(), config.get_text_config(decoder=True)):
         assert text_config is config.text_config.text_config
     assert RetroConfig().get_text_config().model_type == "retro_decoder"
+
+
+def test_each_reader_has_a_module():
+    """What is described is there, and the other way round."""
+    assert READERS.keys() == READER_MODULES.keys()
+
+
+def test_a_reader_without_a_module_does_not_run_as_another(monkeypatch):
+    monkeypatch.setitem(READERS, "new", READERS["cross_attention"])
+    with pytest.raises(KeyError):
+        RetroModel(RetroConfig(reader="new", text_config=tiny_retro().config.text_config))

@@ -923,10 +923,10 @@ class TestCost:
                 return_dict_in_generate=True,
                 **GREEDY,
             )
-            state = out[CACHE_NAME].retro
+            state = out[CACHE_NAME].retrieval_state
             tensors = [state.input_ids, state.hidden_states, state.neighbor_mask]
             tensors += [tensor for pair in state.key_values.values() for tensor in pair]
-            assert state.lengths == [num_chunks * CHUNK_SIZE + 5] * 2
+            assert state.next_positions == [num_chunks * CHUNK_SIZE + 5] * 2
             return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
         assert size(10) == size(40)

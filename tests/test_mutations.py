@@ -140,7 +140,7 @@ def place_neighbors_one_after_the_other(model, monkeypatch):
 
 def _attend_unguarded(module, norm, hidden_states, neighbor_states, features, plan):
     queries = norm(plan.attending(hidden_states))
-    key, value = plan.update(module.layer_idx, *module.attention.project_key_value(neighbor_states))
+    key, value = plan.exchange_key_values(module.layer_idx, *module.attention.project_key_value(neighbor_states))
     mask = plan.attended_mask
     repeats = mask.shape[1] // plan.neighbor_size
     update, _ = module.attention.attend(queries, key, value, features, mask[:, None, None], num_repeats=repeats)

@@ -15,6 +15,7 @@ from .tiny import ENCODER, random_ids, random_neighbors, randomize, tiny_retro
 MODEL_FILES = {
     "adapter_retro.py",
     "attention_retro.py",
+    "attention_routing_retro.py",
     "backbone_retro.py",
     "cache_retro.py",
     "card_retro.py",
@@ -30,6 +31,7 @@ MODEL_FILES = {
     "names_retro.py",
     "neighbor_cache_retro.py",
     "parallel_context_retro.py",
+    "readers_retro.py",
     "segments_retro.py",
 }
 

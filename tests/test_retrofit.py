@@ -202,6 +202,12 @@ def test_wrong_settings_keep_their_own_error():
         retrofit(tiny_backbone("llama"), cross_attention_layers=[4])
 
 
+def test_a_reader_that_is_no_name_is_no_fault_of_the_base():
+    with pytest.raises(ValueError) as caught:
+        retrofit(tiny_backbone("llama"), reader=["cross_attention"])
+    assert not isinstance(caught.value, UnsupportedBackboneError)
+
+
 def from_config(family, **fields):
     """A live base of a family in `zoo.py`."""
     torch.manual_seed(0)

@@ -360,7 +360,7 @@ def check_cached_is_full(case: Case) -> None:
 def _cached(model: PreTrainedModel, retriever: Callable | None) -> float:
     prompt = random_ids(2, 6)
     out = _generate(model, retriever, prompt)
-    assert retriever is None or out[CACHE_NAME].retro.num_columns == 16, "generation did not use a cache"
+    assert retriever is None or out[CACHE_NAME].retrieval_state.num_columns == 16, "generation did not use a cache"
     full = _logits(model, retriever, out.sequences[:, :-1])
     return _difference(torch.stack(out.logits, dim=1), full[:, prompt.shape[1] - 1 :])
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from .errors import RetrieverError
 from .model.configuration_retro import RetroConfig
 from .model.modeling_retro import RetroForCausalLM
+from .model.readers_retro import traits_of
 from .passages import PROMPT, Passage, find_passages, passage_text
 from .retriever import RetroRetriever
 
@@ -136,7 +137,7 @@ def prepare_question(
     messages = _checked_messages(question)
     asked = messages[-1]["content"].strip()
     config, tokenizer = model.config, retriever.tokenizer
-    reads_question = config.reader == "parallel_context"
+    reads_question = traits_of(config.reader).reads_question
     if prompt is None and reads_question and tokenizer.chat_template:
         text = _chat(tokenizer, messages)
     else:
@@ -186,7 +187,7 @@ def passage_inputs(
         `neighbor_input_ids` and `neighbor_attention_mask` of shape `(1, num_chunks, num_passages, neighbor_size)`, and
         `chunk_offset` of shape `(1,)`; all int64.
     """
-    reads_question = config.reader == "parallel_context"
+    reads_question = traits_of(config.reader).reads_question
     write = _plain_passage if reads_question else passage_text
     texts = [write(source.title, source.text) for source in sources]
     ids, mask = _encoded(texts, tokenizer, config.neighbor_size)  # type: ignore[arg-type]  # a config has it

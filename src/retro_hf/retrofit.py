@@ -9,10 +9,10 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from .errors import PretrainedNotFoundError, UnsupportedBackboneError
-from .model.backbone_retro import find_decoder_layers, fingerprint, placement
-from .model.configuration_retro import READERS, RetroConfig, RetroEncoderConfig
-from .model.modeling_retro import RetroForCausalLM
-from .model.parallel_context_retro import check_backbone, reading_layers
+from .model.backbone_retro import fingerprint, placement
+from .model.configuration_retro import RetroConfig, RetroEncoderConfig
+from .model.modeling_retro import READER_MODULES, RetroForCausalLM
+from .model.readers_retro import traits_of
 
 
 logger = logging.get_logger(__name__)
@@ -21,7 +21,7 @@ logger = logging.get_logger(__name__)
 def retrofit(
     base: str | os.PathLike | PreTrainedModel,
     *,
-    reader: str = READERS[0],
+    reader: str = "cross_attention",
     encoder: RetroEncoderConfig | dict | None = None,
     freeze_backbone: bool = True,
     share_embeddings: bool = True,
@@ -57,39 +57,16 @@ def retrofit(
             message says how to name them.
         PretrainedNotFoundError: if the checkpoint is not found.
     """
-    if isinstance(base, PreTrainedModel):
-        backbone, name = base, base.config.name_or_path or None
-    elif not isinstance(base, (str, os.PathLike)):
-        made = isinstance(base, PreTrainedConfig)
-        remedy = (
-            "Make the model first: `retrofit(AutoModelForCausalLM.from_config(config))`"
-            if made
-            else "Give one of these"
-        )
-        raise UnsupportedBackboneError(
-            f"The base must be a folder, the name of a model on the Hub, or a loaded causal language model of transformers "
-            f"(`PreTrainedModel`), got {'None' if base is None else type(base).__name__}. {remedy}."
-        )
-    else:
-        name = os.fspath(base)
-        backbone = _load_base(name, revision, base_kwargs or {})
+    backbone, name = _backbone_of(base, revision, base_kwargs or {})
     if isinstance(backbone, RetroForCausalLM):
         raise ValueError("The base is a RETRO model already; retrofit its `model.backbone`, or train it as it is.")
-    trains = reader != "parallel_context"
-    if encoder is not None and not trains:
-        raise ValueError("reader='parallel_context' has no neighbor encoder; leave `encoder` out.")
+    traits = traits_of(reader)
+    if encoder is not None and not traits.has_weights:
+        raise ValueError(f"reader='{reader}' has no neighbor encoder; leave `encoder` out.")
     try:  # before sizes are read that only a decoder has
-        if trains:
-            find_decoder_layers(backbone, config.get("backbone_layers"))
-        else:
-            reading_layers(backbone)
+        READER_MODULES[reader].check_structure(backbone, config.get("backbone_layers"))
     except ValueError as error:
         raise UnsupportedBackboneError(str(error)) from error
-    if encoder is None:
-        heads = max(backbone.config.get_text_config(decoder=True).hidden_size // 128, 1)
-        encoder = RetroEncoderConfig(
-            hidden_size=heads * 64, intermediate_size=heads * 256, num_attention_heads=heads, head_dim=64
-        )
     if name and os.path.isdir(name):
         name = os.path.abspath(name)  # an adapter is loaded from other working directories, too
     if name and getattr(backbone, "hf_quantizer", None):
@@ -97,7 +74,7 @@ def retrofit(
     retro_config = RetroConfig(
         text_config=backbone.config,
         reader=reader,
-        neighbor_encoder_config=encoder,
+        neighbor_encoder_config=_small_encoder(backbone) if encoder is None else encoder,
         share_embeddings=share_embeddings,
         freeze_backbone=freeze_backbone,
         zero_init_cross_attention=True,
@@ -108,8 +85,7 @@ def retrofit(
     )
     try:
         model = RetroForCausalLM(retro_config, backbone=backbone)
-        if not trains:
-            check_backbone(backbone)
+        model.model.retro.check_outputs(backbone)
     except ValueError as error:
         raise UnsupportedBackboneError(str(error)) from error
     # TRL loads its reference model from this name, and pipelines load the tokenizer. Until training, the base is the same.
@@ -118,6 +94,32 @@ def retrofit(
     model.model.retro.to(device=device, dtype=dtype)
     logger.info(parameter_report(model))
     return model.eval()
+
+
+def _backbone_of(
+    base: str | os.PathLike | PreTrainedModel, revision: str | None, base_kwargs: dict[str, Any]
+) -> tuple[PreTrainedModel, str | None]:
+    """The base as a loaded model, and its name."""
+    if isinstance(base, PreTrainedModel):
+        return base, base.config.name_or_path or None
+    if not isinstance(base, (str, os.PathLike)):
+        remedy = "Give one of these"
+        if isinstance(base, PreTrainedConfig):
+            remedy = "Make the model first: `retrofit(AutoModelForCausalLM.from_config(config))`"
+        raise UnsupportedBackboneError(
+            f"The base must be a folder, the name of a model on the Hub, or a loaded causal language model of transformers "
+            f"(`PreTrainedModel`), got {'None' if base is None else type(base).__name__}. {remedy}."
+        )
+    name = os.fspath(base)
+    return _load_base(name, revision, base_kwargs), name
+
+
+def _small_encoder(backbone: PreTrainedModel) -> RetroEncoderConfig:
+    """A neighbor encoder of two layers, half as wide as the base."""
+    heads = max(backbone.config.get_text_config(decoder=True).hidden_size // 128, 1)
+    return RetroEncoderConfig(
+        hidden_size=heads * 64, intermediate_size=heads * 256, num_attention_heads=heads, head_dim=64
+    )
 
 
 def _load_base(name: str, revision: str | None, base_kwargs: dict[str, Any]) -> PreTrainedModel:

@@ -14,6 +14,7 @@ from ..datastore import RetroDatastore
 from ..errors import PretrainedNotFoundError, UnsupportedBackboneError
 from ..model.configuration_retro import RetroEncoderConfig
 from ..model.modeling_retro import RetroForCausalLM
+from ..model.readers_retro import traits_of
 from ..retrofit import retrofit
 from ..training import RetroDataCollator
 from ..training.collator import generator_for
@@ -39,7 +40,7 @@ def is_adapter(base: str | os.PathLike[str]) -> bool:
         config = AutoConfig.from_pretrained(base, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise PretrainedNotFoundError.for_name("model", str(base), error) from error
-    if config.model_type == "retro" and config.reader != "cross_attention":
+    if config.model_type == "retro" and not traits_of(config.reader).has_weights:
         raise ValueError(
             f"'{base}' reads with {config.reader}, which has no weights to fit. Use it as it is, or fit its base "
             f"'{config.backbone_name_or_path}'."

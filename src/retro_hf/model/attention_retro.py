@@ -1,7 +1,7 @@
 # Copyright 2026 The retro-hf authors. Apache License 2.0: http://www.apache.org/licenses/LICENSE-2.0
 """What the decoder, the neighbor encoder and chunked cross-attention are made of (sections 2.4, 2.5 and B.1.2).
 
-Shapes: B batch, Q queries, K keys, H heads, D head_dim, P distances.
+Shapes: B rows, Q queries, S keys, D head_dim, W distances. In chunked cross-attention the keys are S = K · R neighbor tokens.
 """
 
 from collections.abc import Callable
@@ -43,19 +43,21 @@ def position_features(distances: torch.Tensor, width: int, dtype: torch.dtype) -
 def relative_shift(scores: torch.Tensor, num_keys: int) -> torch.Tensor:
     """Turn scores by distance into scores by key, without a copy.
 
-    Column c of `scores` belongs to the distance `largest - c`, where `largest` is that of the last query to key 0. So the
-    score of query i and key j is in column Q - 1 - i + j: each row is shifted by one against the row above. Reading the same
-    memory with rows of P - 1 instead of P elements undoes the shift. With Q = 2 queries, K = 2 keys and P = 3 distances:
+    Column 0 of `scores` belongs to the largest distance, from the last query to key 0, and each column after it to a distance
+    that is less by one. So the score of query i and key j is in column Q - 1 - i + j: each row is shifted by one against the
+    row above. Reading the same memory with rows of W - 1 instead of W elements undoes the shift. With Q = 2 queries, S = 2
+    keys and W = 3 distances:
 
         memory, rows of 3      a b c | d e f       query 0 needs b c, query 1 needs d e
         from b, rows of 2          b c | d e
 
     Args:
-        scores (`torch.FloatTensor` of shape `(..., Q, P)`): contiguous, with P > `num_keys` where Q > 1. Where
-            P < Q + K - 1 the entries of the last keys are meaningless and must be masked (causal attention).
-        num_keys (`int`): K.
+        scores (`torch.FloatTensor` of shape `(..., Q, W)`): contiguous, with W > `num_keys` where Q > 1. With
+            fewer distances than W = Q + S - 1, the last keys of the first queries get wrong scores, and the caller must mask
+            them, as causal attention does.
+        num_keys (`int`): S.
     Returns:
-        `torch.FloatTensor` of shape `(..., Q, K)`.
+        `torch.FloatTensor` of shape `(..., Q, S)`.
     """
     num_queries, num_distances = scores.shape[-2:]
     if num_queries == 1:
@@ -80,14 +82,14 @@ def eager_attention_forward(
 
     Args:
         module (`nn.Module`): the attention layer; `is_causal` is read where `attention_mask` is None.
-        query (`torch.FloatTensor` of shape `(B, H, Q, D)`), key, value (`(B, H, K, D)`): projected states.
-        attention_mask (`torch.Tensor` of shape `(B, 1, Q or 1, K)`, *optional*): boolean, True where a key may be seen,
+        query (`torch.FloatTensor` of shape `(B, heads, Q, D)`), key, value (`(B, heads, S, D)`): projected states.
+        attention_mask (`torch.Tensor` of shape `(B, 1, Q or 1, S)`, *optional*): boolean, True where a key may be seen,
             or additive.
         scaling (`float`): factor of the logits.
-        position_bias (`torch.FloatTensor` of shape `(B, H, Q, K)`): added to the scaled logits.
+        position_bias (`torch.FloatTensor` of shape `(B, heads, Q, S)`): added to the scaled logits.
         dropout (`float`): probability of dropping an attention weight.
     Returns:
-        The output of shape `(B, Q, H, D)` and the probabilities of shape `(B, H, Q, K)`.
+        The output of shape `(B, Q, heads, D)` and the probabilities of shape `(B, heads, Q, S)`.
     """
     num_queries, num_keys = query.shape[-2], key.shape[-2]
     scores = torch.matmul(query * scaling, key.transpose(-1, -2))
@@ -105,8 +107,8 @@ def eager_attention_forward(
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
 
-class RetroRelativePositionBias(nn.Module):
-    """Positional logits q · R s(d), "a linear transform of a cosine vector computed from d" (B.1.2).
+class RetroPositionProjection(nn.Module):
+    """The matrix A of the positional logits q · A s(d): "a linear transform of a cosine vector computed from d" (B.1.2).
 
     Args:
         width (`int`): features per distance, the width of the query stream.
@@ -120,14 +122,14 @@ class RetroRelativePositionBias(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_heads * head_dim, width))
 
     def forward(self, features: torch.Tensor, query: torch.Tensor | None = None) -> torch.Tensor:
-        """Project distances, or score them for a few queries without projecting them.
+        """Project the features of distances, or multiply them with a few queries without projecting them first.
 
         Args:
-            features (`torch.FloatTensor` of shape `(P, width)`, or `(B, P, width)` with `query`): of the distances, in
+            features (`torch.FloatTensor` of shape `(W, width)`, or `(B, W, width)` with `query`): s(d) of the distances, in
                 decreasing order (see `relative_shift`).
-            query (`torch.FloatTensor` of shape `(B, H, Q, D)`, *optional*): scaled queries.
+            query (`torch.FloatTensor` of shape `(B, heads, Q, D)`, *optional*): scaled queries.
         Returns:
-            R s(d) of shape `(H, D, P)`; with `query` its products q · R s(d), of shape `(B, H, Q, P)`.
+            A s(d) of shape `(heads, D, W)`; with `query` the logits q · A s(d), of shape `(B, heads, Q, W)`.
         """
         weight = self.weight.view(self.num_heads, self.head_dim, -1)
         by_distance = features.transpose(-1, -2)
@@ -141,7 +143,7 @@ class RetroRelativePositionBias(nn.Module):
 class RetroAttention(nn.Module):
     """Multi-head attention with Transformer-XL relative positions; the paper's only kind of attention.
 
-    Q, K, V, O and the position projection R have no bias; only so do the parameters add up to the paper's totals.
+    The projections of queries, keys, values, output and positions have no bias; only so do the parameters add up to the paper's totals.
 
     Args:
         config (`PreTrainedConfig`): read for the attention implementation.
@@ -180,13 +182,14 @@ class RetroAttention(nn.Module):
         self.k_proj = nn.Linear(key_value_size, num_heads * head_dim, bias=False)
         self.v_proj = nn.Linear(key_value_size, num_heads * head_dim, bias=False)
         self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=False)
-        self.position_bias = RetroRelativePositionBias(hidden_size, num_heads, head_dim)
+        # Weights of saved models have this name. What it computes are the features of distances, projected.
+        self.position_bias = RetroPositionProjection(hidden_size, num_heads, head_dim)
 
     def _split_heads(self, states: torch.Tensor) -> torch.Tensor:
         return states.unflatten(-1, (self.num_heads, self.head_dim)).transpose(-2, -3)
 
     def project_key_value(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Project `(B, K, key_value_size)` states to keys and values of shape `(B, H, K, D)`."""
+        """Project `(B, S, key_value_size)` states to keys and values of shape `(B, heads, S, D)`."""
         return self._split_heads(self.k_proj(states)), self._split_heads(self.v_proj(states))
 
     def attend(
@@ -200,10 +203,20 @@ class RetroAttention(nn.Module):
         null_logits: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attend to projected keys and values; see `forward`.
+        """Attend from `hidden_states` to keys and values that are projected already.
 
-        The keys are `num_repeats` neighbors of equal length, which all have the same distances. With `null_logits`, of shape
-        `(H,)`, each head gets one more key: its logit is the same at every query, and its value is zero.
+        Args:
+            hidden_states (`torch.FloatTensor` of shape `(B, Q, hidden_size)`): normalized query stream.
+            key, value (`torch.FloatTensor` of shape `(B, heads, S, D)`): as `project_key_value` makes them.
+            features (`torch.FloatTensor` of shape `(W, hidden_size)` or `(B, W, hidden_size)`): of the distances to one of
+                the neighbors, in decreasing order.
+            attention_mask (`torch.Tensor` of shape `(B, 1, Q or 1, S)`, *optional*): boolean, True where seen, or
+                additive.
+            num_repeats (`int`, defaults to 1): how many neighbors of equal length the keys are; all have the same distances.
+            null_logits (`torch.FloatTensor` of shape `(heads,)`, *optional*): give each head one more key, with this logit at
+                every query, and the value zero.
+        Returns:
+            The output of shape `(B, Q, hidden_size)` and the attention probabilities, None under sdpa.
         """
         query = self._split_heads(self.q_proj(hidden_states))
         batch_size, _, num_queries, _ = query.shape
@@ -299,9 +312,9 @@ class RetroAttention(nn.Module):
 
         Args:
             hidden_states (`torch.FloatTensor` of shape `(B, Q, hidden_size)`): normalized query stream.
-            features (`torch.FloatTensor` of shape `(P, hidden_size)`): see [`RetroRelativePositionBias`].
-            key_value_states (`torch.FloatTensor` of shape `(B, K, key_value_size)`, *optional*): what is attended to.
-            attention_mask (`torch.Tensor` of shape `(B, 1, Q or 1, K)`, *optional*): boolean, True where seen, or
+            features (`torch.FloatTensor` of shape `(W, hidden_size)`): of the distances, in decreasing order.
+            key_value_states (`torch.FloatTensor` of shape `(B, S, key_value_size)`, *optional*): what is attended to.
+            attention_mask (`torch.Tensor` of shape `(B, 1, Q or 1, S)`, *optional*): boolean, True where seen, or
                 additive.
             past_key_values (`Cache`, *optional*): keys and values of earlier tokens, extended in place.
         Returns:
@@ -330,8 +343,8 @@ class RetroMLP(nn.Module):
 __all__ = [
     "RetroAttention",
     "RetroMLP",
+    "RetroPositionProjection",
     "RetroRMSNorm",
-    "RetroRelativePositionBias",
     "eager_attention_forward",
     "position_features",
     "relative_shift",

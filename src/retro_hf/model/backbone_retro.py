@@ -4,10 +4,10 @@
 import hashlib
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -77,46 +77,61 @@ def find_decoder_layers(backbone: PreTrainedModel, path: str | None = None) -> n
         ValueError: if the model is not a causal decoder with a head and a cache, or does not have exactly one such list.
     """
     check_decoder(backbone)
-    family = backbone.config.model_type
     config = backbone.config.get_text_config(decoder=True)
     # In BART and similar families `num_hidden_layers` counts the encoder's layers, and `decoder_layers` the decoder's.
     num_layers = getattr(config, "decoder_layers", getattr(config, "num_hidden_layers", None))
-    if path is not None:
-        try:
-            layers = backbone.get_submodule(path)
-        except AttributeError as error:
-            raise ValueError(
-                f"`backbone_layers='{path}'` is not a module of {type(backbone).__name__}: {error}."
-            ) from None
-        if not isinstance(layers, nn.ModuleList) or len(layers) != num_layers:
-            raise ValueError(
-                f"`backbone_layers='{path}'` must be an nn.ModuleList of {num_layers} layers, found "
-                f"{type(layers).__name__} in {type(backbone).__name__}."
-            )
-    else:
-        if num_layers is None:
-            raise ValueError(
-                f"The config of the family '{family}' has no `num_hidden_layers`, so it is not a stack of decoder layers. "
-                "RETRO needs a decoder-only causal language model such as Llama or GPT-2."
-            )
-        found = {
-            name: module
-            for name, module in backbone.named_modules()
-            if isinstance(module, nn.ModuleList)
-            and len(module) == num_layers
-            and all(isinstance(layer, GradientCheckpointingLayer) for layer in module)
-        }
-        if len(found) > 1:  # the other one may belong to an image encoder
-            inside = set(backbone.get_decoder().modules())
-            found = {name: module for name, module in found.items() if module in inside} or found
-        if len(found) != 1:
-            raise ValueError(
-                f"Cannot tell the decoder layers of the family '{family}': looked in {type(backbone).__name__} for one "
-                f"nn.ModuleList of {num_layers} GradientCheckpointingLayer, found {sorted(found) or 'none'}. Name it: "
-                "`retrofit(..., backbone_layers='model.layers')`, or choose another backbone."
-            )
-        layers = next(iter(found.values()))
-    if not hasattr(config.per_layer_config[0], "num_attention_heads"):
+    layers = _search_layers(backbone, num_layers) if path is None else _named_layers(backbone, path, num_layers)
+    _check_layers(backbone, layers)
+    return layers
+
+
+def _named_layers(backbone: PreTrainedModel, path: str, num_layers: int | None) -> nn.ModuleList:
+    """The list at a path; ValueError if there is none of the right length."""
+    try:
+        layers = backbone.get_submodule(path)
+    except AttributeError as error:
+        raise ValueError(
+            f"`backbone_layers='{path}'` is not a module of {type(backbone).__name__}: {error}."
+        ) from None
+    if not isinstance(layers, nn.ModuleList) or len(layers) != num_layers:
+        raise ValueError(
+            f"`backbone_layers='{path}'` must be an nn.ModuleList of {num_layers} layers, found "
+            f"{type(layers).__name__} in {type(backbone).__name__}."
+        )
+    return layers
+
+
+def _search_layers(backbone: PreTrainedModel, num_layers: int | None) -> nn.ModuleList:
+    """The only list that looks like the decoder layers; ValueError if there is not exactly one."""
+    family = backbone.config.model_type
+    if num_layers is None:
+        raise ValueError(
+            f"The config of the family '{family}' has no `num_hidden_layers`, so it is not a stack of decoder layers. "
+            "RETRO needs a decoder-only causal language model such as Llama or GPT-2."
+        )
+    found = {
+        name: module
+        for name, module in backbone.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module) == num_layers
+        and all(isinstance(layer, GradientCheckpointingLayer) for layer in module)
+    }
+    if len(found) > 1:  # the other one may belong to an image encoder
+        inside = set(backbone.get_decoder().modules())
+        found = {name: module for name, module in found.items() if module in inside} or found
+    if len(found) != 1:
+        raise ValueError(
+            f"Cannot tell the decoder layers of the family '{family}': looked in {type(backbone).__name__} for one "
+            f"nn.ModuleList of {num_layers} GradientCheckpointingLayer, found {sorted(found) or 'none'}. Name it: "
+            "`retrofit(..., backbone_layers='model.layers')`, or choose another backbone."
+        )
+    return next(iter(found.values()))
+
+
+def _check_layers(backbone: PreTrainedModel, layers: nn.ModuleList) -> None:
+    """Raise a ValueError unless the layers have self-attention, one residual stream, and attend to the text alone."""
+    family = backbone.config.model_type
+    if not hasattr(backbone.config.get_text_config(decoder=True).per_layer_config[0], "num_attention_heads"):
         raise ValueError(
             f"'{family}' has no self-attention, but cross-attention must follow one. Choose a backbone with self-attention, "
             "such as Llama or GPT-2."
@@ -133,7 +148,6 @@ def find_decoder_layers(backbone: PreTrainedModel, path: str | None = None) -> n
                 f"The layers of the family '{family}' also attend to an encoder or an image (`{name}`); RETRO needs a "
                 "decoder-only causal language model such as Llama or GPT-2."
             )
-    return layers
 
 
 def check_decoder(backbone: PreTrainedModel) -> None:
@@ -292,7 +306,30 @@ class _PassVar(CompileableContextVar):
 
 
 active_pass = _PassVar("retro_pass")
-"""The pass that is running, for the parts of a backbone that ask for it."""
+"""The pass that is running, a [`HookedPass`] or an [`AttendingPass`], for the parts of a backbone that ask for it."""
+
+
+class HookedPass(Protocol):
+    """A pass that the hooks of decoder layers call, as chunked cross-attention needs it."""
+
+    layer_inputs: dict[int, torch.Tensor]
+    """The input (B, T, hidden_size) of each layer with a hook, from which the residual stream is made."""
+
+    def __call__(self, layer_idx: int, hidden_states: torch.Tensor) -> torch.Tensor:
+        """What to add to the residual stream (B, T, hidden_size) of a layer."""
+
+
+class AttendingPass(Protocol):
+    """A pass that computes the attention of some layers itself, as reading in parallel context needs it."""
+
+    @property
+    def layers(self) -> Container[int]:
+        """The layers whose attention it computes."""
+
+    def attend(
+        self, function: Callable, module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any
+    ) -> Any:
+        """The result of `function`, an attention function of transformers, in the layer `module`."""
 
 
 def _record_layer_input(module: nn.Module, args: tuple, kwargs: dict, *, layer_idx: int, name: str) -> None:
@@ -356,7 +393,7 @@ def attach_hooks(backbone: PreTrainedModel, config: RetroConfig) -> None:
         )
 
 
-def run_within(retro_pass: Any, module: nn.Module, inputs: dict[str, Any]) -> Any:
+def run_within(retro_pass: HookedPass | AttendingPass, module: nn.Module, inputs: dict[str, Any]) -> Any:
     """Run `module(**inputs)`, the backbone or its body, while `retro_pass` is the active pass."""
     # If `torch.compile` has given up on the caller, it would still compile the backbone, where it does not see the pass.
     run = _call if torch.compiler.is_compiling() else torch.compiler.disable(_call)
@@ -386,7 +423,9 @@ def checkpoint_within_pass(checkpoint: Callable, function: Callable, *args: Any)
 
 
 __all__ = [
+    "AttendingPass",
     "BranchEnd",
+    "HookedPass",
     "accepted_arguments",
     "active_pass",
     "attach_hooks",

@@ -31,16 +31,16 @@ class Kept(NamedTuple):
         found = selected[place.clamp(max=len(selected) - 1)] == self.index
         return self._replace(index=torch.where(found, place, len(selected)))
 
-    def put(self, halves: torch.Tensor, new: torch.Tensor | None) -> torch.Tensor:
-        """A copy of `halves` (B, 2, ...) that holds the kept entries of `new` (V, ...), or zeros where there are none."""
-        halves = halves.clone()  # autograd may have saved the old one
+    def put(self, buffer: torch.Tensor, new: torch.Tensor | None) -> torch.Tensor:
+        """A copy of `buffer` (B, 2, ...) that holds the kept entries of `new` (V, ...), or zeros where there are none."""
+        buffer = buffer.clone()  # autograd may have saved the old one
         if new is None:
-            halves[self.rows, self.halves] = 0
+            buffer[self.rows, self.halves] = 0
         else:
             exists = (self.index < len(new)).view(-1, *[1] * (new.dim() - 1))
             kept = new[self.index.clamp(max=len(new) - 1)]
-            halves[self.rows, self.halves] = torch.where(exists, kept, torch.zeros_like(kept))
-        return halves
+            buffer[self.rows, self.halves] = torch.where(exists, kept, torch.zeros_like(kept))
+        return buffer
 
 
 class RetrievalState:
@@ -59,7 +59,7 @@ class RetrievalState:
         chunk_size (`int`): tokens per chunk, m.
 
     Attributes:
-        lengths (`list[int]`): chunk position of each row's next token; on the host, so that a decoding step knows
+        next_positions (`list[int]`): chunk position of each row's next token; on the host, so that a decoding step knows
             without a device-to-host copy whether it completes a chunk.
         num_columns (`int`): tokens in the backbone's cache, padding included.
         neighbor_size (`int`): tokens of one neighbor, R; None before the first retrieval.
@@ -67,7 +67,7 @@ class RetrievalState:
         hidden_states (`torch.FloatTensor` of shape `(B, 2 m + 1, hidden_size)`): the residual stream at the first layer with
             cross-attention.
         features (`torch.FloatTensor` of shape `(m + R - 1, hidden_size)`): the distances in cross-attention, as features.
-        key_values (`dict[int, tuple]`): per layer, keys and values of shape `(B, 2, H, S, D)` of the encoded neighbors.
+        key_values (`dict[int, tuple]`): per layer, keys and values of shape `(B, 2, heads, S, D)` of the encoded neighbors.
         neighbors (`list` of B lists of two tuples): encoded neighbors, where the reader is `parallel_context`.
         neighbor_mask (`torch.BoolTensor` of shape `(B, 2, S)`): which of the S = K · R neighbor tokens are real.
     """
@@ -75,7 +75,7 @@ class RetrievalState:
     def __init__(self, offsets: list[int], chunk_size: int):
         self.chunk_size = chunk_size
         self.offsets = list(offsets)
-        self.lengths = list(offsets)
+        self.next_positions = list(offsets)
         self.neighbors: list[list[tuple]] = [[(), ()] for _ in offsets]
         self.num_columns = 0
         self.neighbor_size: int | None = None
@@ -88,7 +88,7 @@ class RetrievalState:
     @property
     def is_started(self) -> bool:
         """Whether every row has had a token other than padding."""
-        return all(length > offset for length, offset in zip(self.lengths, self.offsets, strict=True))
+        return all(length > offset for length, offset in zip(self.next_positions, self.offsets, strict=True))
 
     # ── encoded neighbors ─────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -108,11 +108,11 @@ class RetrievalState:
         num_tokens = num_neighbors * neighbor_size
         if self.neighbor_mask is None:
             self.neighbor_mask = torch.zeros(
-                len(self.lengths), 2, num_tokens, dtype=torch.bool, device=neighbor_input_ids.device
+                len(self.next_positions), 2, num_tokens, dtype=torch.bool, device=neighbor_input_ids.device
             )
         self.neighbor_mask = pad_to(self.neighbor_mask, num_tokens, dim=-1)
 
-    def keep(
+    def choose_kept(
         self, first_chunk: list[int], num_completed: list[int], device: torch.device, rows: list[int] | None = None
     ) -> Kept | None:
         """Choose the chunks of a pass that are kept: the last two of each row that complete. None if no chunk completes.
@@ -134,19 +134,19 @@ class RetrievalState:
         ]
         return Kept(*torch.tensor(places, device=device).unbind(dim=1)) if places else None
 
-    def update(self, layer_idx: int, key: torch.Tensor, value: torch.Tensor, kept: Kept | None) -> None:
-        """Keep keys and values (V, H, S', D) of chunks that complete; S' may be less than S."""
+    def keep_key_values(self, layer_idx: int, key: torch.Tensor, value: torch.Tensor, kept: Kept | None) -> None:
+        """Keep keys and values (V, heads, S', D) of chunks that complete; S' may be less than S."""
         num_tokens = self.neighbor_mask.shape[-1]
         old = self._key_values(layer_idx, key, value)
         if kept is not None:
             new = (pad_to(tensor, num_tokens, dim=-2) for tensor in (key, value))
-            old = tuple(kept.put(halves, tensor) for halves, tensor in zip(old, new, strict=True))
+            old = tuple(kept.put(buffer, tensor) for buffer, tensor in zip(old, new, strict=True))
         self.key_values[layer_idx] = old
 
-    def recall(
+    def recall_key_values(
         self, layer_idx: int, index: tuple, key: torch.Tensor | None, value: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values (B, H, S, D) in the half `index` of each row. Before the first retrieval, zeros shaped like `key` and `value`."""
+        """Keys and values (B, heads, S, D) in the half `index` of each row. Before the first retrieval, zeros shaped like `key` and `value`."""
         keys, values = self._key_values(layer_idx, key, value)
         return keys[index], values[index]
 
@@ -156,7 +156,7 @@ class RetrievalState:
         num_tokens = self.neighbor_mask.shape[-1]
         if layer_idx in self.key_values:
             return tuple(pad_to(halves, num_tokens, dim=-2) for halves in self.key_values[layer_idx])
-        batch_size = len(self.lengths)
+        batch_size = len(self.next_positions)
         return tuple(new.new_zeros(batch_size, 2, new.shape[1], num_tokens, new.shape[-1]) for new in (key, value))
 
     # ── rows and tokens ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -175,25 +175,25 @@ class RetrievalState:
         else:
             self.neighbors = [[(), ()] for _ in indices]
         if (
-            len(set(zip(self.lengths, self.offsets, strict=True))) > 1
+            len(set(zip(self.next_positions, self.offsets, strict=True))) > 1
         ):  # if all are equal, spare the copy from the device
             order = indices.tolist()
-            self.lengths = [self.lengths[i] for i in order]
+            self.next_positions = [self.next_positions[i] for i in order]
             self.offsets = [self.offsets[i] for i in order]
         else:
-            self.lengths = self.lengths[:1] * len(indices)
+            self.next_positions = self.next_positions[:1] * len(indices)
             self.offsets = self.offsets[:1] * len(indices)
 
     def advance(self, num_tokens: list[int], num_columns: int) -> None:
         """Count the tokens of a finished pass: those of each row without padding, and the columns with padding."""
-        self.lengths = [length + count for length, count in zip(self.lengths, num_tokens, strict=True)]
+        self.next_positions = [length + count for length, count in zip(self.next_positions, num_tokens, strict=True)]
         self.num_columns += num_columns
 
     def repeat(self, repeats: int) -> None:
         """Repeat every row `repeats` times."""
         self._map(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
         self.neighbors = [list(row) for row in self.neighbors for _ in range(repeats)]
-        self.lengths = [length for length in self.lengths for _ in range(repeats)]
+        self.next_positions = [length for length in self.next_positions for _ in range(repeats)]
         self.offsets = [offset for offset in self.offsets for _ in range(repeats)]
 
     def crop(self, num_tokens: int) -> None:
@@ -209,7 +209,7 @@ class RetrievalState:
             )
         # Only the counters move back. What is in the buffers behind them is overwritten before it is read again, and the
         # neighbors of the chunk before are still in the other half.
-        self.lengths = [max(n - num_tokens, o) for n, o in zip(self.lengths, self.offsets, strict=True)]
+        self.next_positions = [max(n - num_tokens, o) for n, o in zip(self.next_positions, self.offsets, strict=True)]
         self.num_columns -= num_tokens
 
     def read(self, buffer: str) -> torch.Tensor | None:
@@ -265,12 +265,12 @@ def pad_to(tensor: torch.Tensor, size: int, dim: int) -> torch.Tensor:
 
 
 def _room_before(seen: torch.Tensor) -> int:
-    """The number of slots before the first token of `seen` (B, H, L, D), a view of a larger buffer."""
+    """The number of slots before the first token of `seen` (B, heads, L, D), a view of a larger buffer."""
     return seen.storage_offset() % seen.stride(1) // seen.stride(2) if seen.numel() else 0
 
 
 def _move(seen: torch.Tensor, before: int, length: int) -> torch.Tensor:
-    """Copy `seen` (B, H, L, D) to a new buffer that has `before` slots before it and room for `length` tokens.
+    """Copy `seen` (B, heads, L, D) to a new buffer that has `before` slots before it and room for `length` tokens.
 
     What the old buffer has before `seen` is copied, too, as far as the new slots reach.
     """
@@ -284,7 +284,7 @@ def _move(seen: torch.Tensor, before: int, length: int) -> torch.Tensor:
 
 
 def _append(seen: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-    """Append `new` (B, H, T, D) to `seen` (B, H, L, D), in place where the buffer of `seen` has room for it."""
+    """Append `new` (B, heads, T, D) to `seen` (B, heads, L, D), in place where the buffer of `seen` has room for it."""
     if seen.numel() == 0:
         grown = new.new_empty(*new.shape[:2], -(-new.shape[-2] // ROOM) * ROOM, new.shape[-1])[:, :, : new.shape[-2]]
         grown.copy_(new)
@@ -311,7 +311,7 @@ class RetroDynamicLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append keys and values `(B, H, T, D)` and return all of them; as in transformers."""
+        """Append keys and values `(B, heads, T, D)` and return all of them; as in transformers."""
         if torch.is_grad_enabled() or is_torchdynamo_compiling():  # what autograd has saved must not change
             return super().update(key_states, value_states, *args, **kwargs)
         if not self.is_initialized:
@@ -332,13 +332,13 @@ class RetroDynamicLayer(DynamicLayer):
 class RetroCacheMixin:
     """Keeps a [`RetrievalState`] in step with the cache that holds it."""
 
-    retro: RetrievalState | None = None
+    retrieval_state: RetrievalState | None = None
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Reorder rows, as beam search does."""
         super().reorder_cache(beam_idx)
-        if self.retro is not None:
-            self.retro.select(beam_idx)
+        if self.retrieval_state is not None:
+            self.retrieval_state.select(beam_idx)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last `-tokens_to_remove` tokens, as assisted decoding does.
@@ -348,26 +348,26 @@ class RetroCacheMixin:
         """
         if tokens_to_remove > 0:
             raise ValueError(f"`crop` takes the negative number of tokens to remove, got {tokens_to_remove}.")
-        if self.retro is not None and tokens_to_remove:
-            self.retro.crop(-tokens_to_remove)
+        if self.retrieval_state is not None and tokens_to_remove:
+            self.retrieval_state.crop(-tokens_to_remove)
         super().crop(tokens_to_remove)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat rows."""
         super().batch_repeat_interleave(repeats)
-        if self.retro is not None:
-            self.retro.repeat(repeats)
+        if self.retrieval_state is not None:
+            self.retrieval_state.repeat(repeats)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Select rows."""
         super().batch_select_indices(indices)
-        if self.retro is not None:
-            self.retro.select(indices)
+        if self.retrieval_state is not None:
+            self.retrieval_state.select(indices)
 
     def reset(self) -> None:
         """Forget all tokens."""
         super().reset()
-        self.retro = None
+        self.retrieval_state = None
 
     def __reduce__(self) -> tuple:
         return _restore, (type(self).__bases__[1], self.__dict__)
@@ -382,7 +382,7 @@ def _restore(cls: type[Cache], attributes: dict) -> Cache:
     """Rebuild a copied cache. Its class is made at run time, so the copy records only the class that it extends."""
     cache = cls.__new__(cls)
     cache.__dict__.update(attributes)
-    attach_state(cache, attributes.get("retro"))
+    attach_state(cache, attributes.get("retrieval_state"))
     return cache
 
 
@@ -398,14 +398,14 @@ def attach_state(cache: Any, state: RetrievalState | None) -> None:
                 layer.__class__ = RetroDynamicLayer
         if cache.layer_class_to_replicate is DynamicLayer:
             cache.layer_class_to_replicate = RetroDynamicLayer
-    cache.retro = state
+    cache.retrieval_state = state
 
 
 def state_of(
     cache: Cache, batch_size: int, chunk_offset: int | torch.Tensor | None, chunk_size: int
 ) -> RetrievalState:
     """The history on a cache, for a batch of `batch_size` rows; a new one if the cache is empty."""
-    state = getattr(cache, "retro", None)
+    state = getattr(cache, "retrieval_state", None)
     if state is None:
         if int(cache.get_seq_length()) > 0:
             raise ValueError(
@@ -414,9 +414,9 @@ def state_of(
             )
         state = RetrievalState(chunk_offsets(chunk_offset, batch_size, chunk_size), chunk_size)
         attach_state(cache, state)
-    elif len(state.lengths) != batch_size:
+    elif len(state.next_positions) != batch_size:
         raise ValueError(
-            f"The cache holds {len(state.lengths)} rows, the input {batch_size}. Use `batch_select_indices` or "
+            f"The cache holds {len(state.next_positions)} rows, the input {batch_size}. Use `batch_select_indices` or "
             "`batch_repeat_interleave` of the cache, or start from an empty one."
         )
     return state

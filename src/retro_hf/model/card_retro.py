@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .configuration_retro import RetroConfig
+from .readers_retro import traits_of
 
 
 # What transformers writes into the card that it makes for any model.
@@ -68,10 +69,6 @@ _NUMBERS = """{verdict}
 Scored: {num_documents:,} documents that are not in the datastore, {num_tokens:,} tokens. Datastore: {measured}. "Random" reads as many
 random passages. "In the prompt" is the base without this reader, with the same passages before its text."""
 _MODES = {"off": "nothing", "on": "its datastore", "random": "random passages", "in_context": "in the prompt"}
-_READING = {
-    "cross_attention": "a neighbor encoder and chunked cross-attention in layers {layers} (counted from 0), which are to be trained",
-    "parallel_context": "the base reads neighbors beside its text; no weights are added",
-}
 _WITH_CODE = """Without the package, for the model alone: `AutoModelForCausalLM.from_pretrained("{repo_id}", trust_remote_code=True)` runs the
 code of this repository."""
 _WITHOUT_CODE = """The package is needed. `RetroForCausalLM.register_for_auto_class("AutoModelForCausalLM")` before the upload puts the model's code into
@@ -134,9 +131,8 @@ def card_text(repo_id: str, config: RetroConfig, evaluation: Mapping[str, Any] |
     data |= {"base_model": base} if base else {}
     data |= {"datasets": [store]} if store else {}
     layers = ", ".join(map(str, config.cross_attention_layers or []))
-    adds = (
-        "what is added to the base" if config.reader == "cross_attention" else "none; the base is loaded by its name"
-    )
+    reader = traits_of(config.reader)
+    adds = "what is added to the base" if reader.has_weights else "none; the base is loaded by its name"
     frozen = "Without a datastore it is its base." if config.freeze_backbone else ""
     return _CARD.format(
         data="\n".join(f"{name}: {json.dumps(value)}" for name, value in data.items()),
@@ -148,7 +144,7 @@ def card_text(repo_id: str, config: RetroConfig, evaluation: Mapping[str, Any] |
         if base
         else f"a `{config.get_text_config(decoder=True).model_type}` model without a name on the Hub",
         reader=config.reader,
-        reading=_READING[config.reader].format(layers=layers),
+        reading=reader.sentence.format(layers=layers),
         chunk_size=config.chunk_size,
         neighbor_size=config.neighbor_size,
         num_neighbors=config.num_neighbors,

@@ -32,8 +32,8 @@ than the last token:
 attending chunk of each row then holds the tokens that still attend to a chunk of an earlier pass.
 
 A plan does not decide how neighbors are read. A reader takes the `neighbor_input_ids` of the chunks that complete and encodes
-them in its own way. It gives the keys and values of each layer to `update`, which returns the keys and values for each
-attending chunk. `attending` and `per_token` move states from tokens to attending chunks and back.
+them in its own way. It hands the keys and values of each layer to `exchange_key_values`, and gets back those that
+each attending chunk attends to. `attending` and `per_token` move states from tokens to attending chunks and back.
 """
 
 from typing import NamedTuple
@@ -43,7 +43,7 @@ import torch
 from .cache_retro import RetrievalState, pad_to, per_row
 
 
-Neighbors = tuple[torch.Tensor, torch.Tensor]
+NeighborTokens = tuple[torch.Tensor, torch.Tensor]
 """Ids and boolean mask, of one shape."""
 
 
@@ -68,7 +68,7 @@ class PassPlan:
         self,
         shape: tuple[int, int],
         state: RetrievalState | None = None,
-        neighbors: Neighbors | None = None,
+        neighbors: NeighborTokens | None = None,
         chunk_mask: torch.Tensor | None = None,
     ):
         self.shape = shape
@@ -89,8 +89,8 @@ class PassPlan:
         """The place of each row's token in its attending chunk, from 0. None if the plan holds whole attending chunks."""
         return None
 
-    def completed(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        """H_u of the chunks that complete, (V, m, d), taken from all new tokens (B, T, d). Keeps those of unfinished chunks."""
+    def take_completed(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """Take H_u of the chunks that complete, (V, m, d), from all new tokens (B, T, d), and keep those of unfinished chunks."""
         raise NotImplementedError
 
     def attending(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -101,16 +101,16 @@ class PassPlan:
         """The inverse of `attending`: from (N, Q, d) to tokens (B, T, d), zero for tokens that attend to nothing."""
         raise NotImplementedError
 
-    def update(
+    def exchange_key_values(
         self, layer_idx: int, key: torch.Tensor | None, value: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add keys and values of new neighbors, and return those that each attending chunk attends to, as a `Cache` does.
+        """Keep keys and values of new neighbors, and return those that each attending chunk attends to, as a `Cache` does.
 
         Args:
             layer_idx (`int`): the layer.
-            key, value (`torch.FloatTensor` of shape `(V, H, S, D)`, *optional*): of the chunks that complete.
+            key, value (`torch.FloatTensor` of shape `(V, heads, S, D)`, *optional*): of the chunks that complete.
         Returns:
-            Keys and values of shape `(N, H, S, D)`; `attended_mask` belongs to them.
+            Keys and values of shape `(N, heads, S, D)`; `attended_mask` belongs to them.
         """
         raise NotImplementedError
 
@@ -144,8 +144,9 @@ class SequencePlan(PassPlan):
     All rows get as many chunks as the row with the most, so that everything is one batch. The other rows get empty cells.
 
     Args:
-        positions (`torch.LongTensor` of shape `(B, T)`): chunk positions, counted from the first chunk of the pass.
-        completed (pair of tensors of shape `(V, m)`): the tokens of the chunks that complete, and a mask of the cells that
+        positions_in_pass (`torch.LongTensor` of shape `(B, T)`): chunk positions, but counted from the start of the row's
+            first chunk in the pass; -1 at padding.
+        completing (pair of tensors of shape `(V, m)`): the tokens of the chunks that complete, and a mask of the cells that
             are not empty. With a state, the m cells of the unfinished chunk come before the T new tokens of each row.
         num_chunks (`int`): the largest number of chunks that complete in a row.
         neighbors (pair of tensors of shape `(V, K, R)`, *optional*): of these chunks.
@@ -155,22 +156,22 @@ class SequencePlan(PassPlan):
 
     def __init__(
         self,
-        positions: torch.Tensor,
-        completed: tuple[torch.Tensor, torch.Tensor],
+        positions_in_pass: torch.Tensor,
+        completing: tuple[torch.Tensor, torch.Tensor],
         num_chunks: int,
-        neighbors: Neighbors | None,
+        neighbors: NeighborTokens | None,
         selected: torch.Tensor | None = None,
         state: RetrievalState | None = None,
         history: History | None = None,
     ):
-        completed_tokens, chunk_mask = completed
-        super().__init__(positions.shape, state, neighbors, chunk_mask)
-        self.positions = positions
+        completed_tokens, chunk_mask = completing
+        super().__init__(positions_in_pass.shape, state, neighbors, chunk_mask)
+        self.positions_in_pass = positions_in_pass
         self.completed_tokens = completed_tokens
         self.history = history
         self.num_chunks = num_chunks
         self.selected = selected
-        num_tokens, size = positions.shape[1], chunk_mask.shape[-1]
+        num_tokens, size = positions_in_pass.shape[1], chunk_mask.shape[-1]
 
         # Number the cells of the attending chunks of a row. Attending chunks are shifted by m - 1 against chunks, so position
         # p is in cell p + 1 - m. With a history there is one attending chunk more, that of the chunk completed before; its
@@ -178,9 +179,12 @@ class SequencePlan(PassPlan):
         num_new = 0 if neighbors is None else num_chunks
         num_attending = num_new if history is None else num_new + 1
         num_cells = num_attending * size
-        # In the example there are 4 cells: row 0 has the cells [-, -, -, 0, 1, 2, 3], and row 1 [-, -, -, -, -, 0, 1].
-        cells = positions + 1 - (size if history is None else 0)
-        cells = torch.where((positions >= 0) & (cells >= 0) & (cells < num_cells), cells, num_cells)
+        # In the example there are 4 cells: row 0 has the cells [-, -, -, 0, 1, 2, 3], and row 1 [-, -, -, -, -, 0, 1]. With a
+        # history: if a row goes on at chunk position 5, its chunk 1 began at 4, and four tokens have the positions 1, 2, 3, 4
+        # in the pass and the cells 2, 3, 4, 5. The first two of them (cells below 4) still attend to chunk 0, the others to
+        # chunk 1, which completes now.
+        cells = positions_in_pass + 1 - (size if history is None else 0)
+        cells = torch.where((positions_in_pass >= 0) & (cells >= 0) & (cells < num_cells), cells, num_cells)
         attending_tokens = _flat(_invert(cells, num_cells), num_tokens).view(-1, size)
         token_cells = _flat(cells, num_cells)
         order = selected
@@ -189,14 +193,14 @@ class SequencePlan(PassPlan):
             self.neighbor_input_ids, self.neighbor_mask = neighbors[0][selected], neighbors[1][selected]
         if history is not None and num_new:
             # First the attending chunk of every row that reads what an earlier pass retrieved, then those of this pass.
-            before = torch.arange(len(positions), device=positions.device) * num_attending
-            new = torch.arange(len(chunk_mask), device=positions.device) if selected is None else selected
+            before = torch.arange(len(positions_in_pass), device=positions_in_pass.device) * num_attending
+            new = torch.arange(len(chunk_mask), device=positions_in_pass.device) if selected is None else selected
             order = torch.cat([before, new // num_new * num_attending + new % num_new + 1])
         if order is not None:
             # `rank` maps an attending chunk to its place in the order, and one that is left out, like the cell for "none",
             # to the place after the last one.
-            rank = torch.full((len(attending_tokens) + 1,), len(order), device=positions.device)
-            rank[order] = torch.arange(len(order), device=positions.device)
+            rank = torch.full((len(attending_tokens) + 1,), len(order), device=positions_in_pass.device)
+            rank[order] = torch.arange(len(order), device=positions_in_pass.device)
             attending_tokens = attending_tokens[order]
             ranks = rank[token_cells // size]
             token_cells = torch.where(ranks < len(order), ranks * size + token_cells % size, len(order) * size)
@@ -213,8 +217,8 @@ class SequencePlan(PassPlan):
         # The first attending chunk reads the neighbors of the chunk that was completed before this pass. They are in the
         # other half of the state than the unfinished chunk. A row without such a chunk (-1) is masked below.
         before = [chunk - 1 for chunk in history.first_chunk]
-        self.before = per_row([chunk % 2 for chunk in before], self.positions.device)
-        self.kept = state.keep(history.first_chunk, history.num_completed, self.positions.device)
+        self.before = per_row([chunk % 2 for chunk in before], self.positions_in_pass.device)
+        self.kept = state.choose_kept(history.first_chunk, history.num_completed, self.positions_in_pass.device)
         if self.kept is not None and self.selected is not None:
             self.kept = self.kept.among(self.selected)
         if self.state_mask is None:
@@ -237,13 +241,13 @@ class SequencePlan(PassPlan):
             history = ring[per_row([chunk % 2 for chunk in self.history.first_chunk], values.device)]
         both = torch.cat([history, values], dim=1)
         starts = torch.tensor([chunk * size for chunk in self.history.first_chunk], device=values.device)
-        positions = self.positions + starts.unsqueeze(1)
+        positions = self.positions_in_pass + starts.unsqueeze(1)
         # The two halves hold 2m values. Earlier ones would be written to the same cells, in no defined order.
         recent = positions > positions.max(dim=1, keepdim=True).values - 2 * size
-        state.write(buffer, torch.where((self.positions >= 0) & recent, positions, -1), values)
+        state.write(buffer, torch.where((self.positions_in_pass >= 0) & recent, positions, -1), values)
         return both
 
-    def completed(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+    def take_completed(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         if self.state is not None:
             hidden_states = self._remember("hidden_states", hidden_states)
         return None if self.neighbor_input_ids is None else gather(hidden_states, self.completed_tokens)
@@ -254,17 +258,17 @@ class SequencePlan(PassPlan):
     def per_token(self, states: torch.Tensor) -> torch.Tensor:
         return gather(states, self.token_cells)
 
-    def update(
+    def exchange_key_values(
         self, layer_idx: int, key: torch.Tensor | None, value: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if self.state is None:
             return key, value
         # First, because the new ones may overwrite them: when two chunks complete in one pass, the second goes to the half
         # of the chunk that was completed before the pass.
-        old = self.state.recall(layer_idx, self.before, key, value)
+        old = self.state.recall_key_values(layer_idx, self.before, key, value)
         if key is None:
             return old
-        self.state.update(layer_idx, key, value, self.kept)
+        self.state.keep_key_values(layer_idx, key, value, self.kept)
         num_tokens = self.attended_mask.shape[-1]
         keys, values = (
             torch.cat([first, pad_to(new, num_tokens, dim=-2)]) for first, new in zip(old, (key, value), strict=True)
@@ -283,18 +287,18 @@ class StepPlan(PassPlan):
     that a step waits for no copy from the device.
 
     Args:
-        state (`RetrievalState`): the history; its `lengths` do not count this token yet.
+        state (`RetrievalState`): the history; its `next_positions` do not count this token yet.
         rows (`list[int]`): the V rows whose chunk completes with this token.
         neighbors (pair of tensors of shape `(V, K, R)`, *optional*): of these chunks.
         device (`torch.device`): of the tokens.
     """
 
-    def __init__(self, state: RetrievalState, rows: list[int], neighbors: Neighbors | None, device: torch.device):
-        size, lengths = state.chunk_size, state.lengths
-        super().__init__((len(lengths), 1), state, neighbors)
-        self.kept = state.keep([lengths[row] // size for row in rows], [1] * len(rows), device, rows)
+    def __init__(self, state: RetrievalState, rows: list[int], neighbors: NeighborTokens | None, device: torch.device):
+        size, positions = state.chunk_size, state.next_positions
+        super().__init__((len(positions), 1), state, neighbors)
+        self.kept = state.choose_kept([positions[row] // size for row in rows], [1] * len(rows), device, rows)
         if neighbors is not None:
-            origins = [max(state.offsets[row] - lengths[row] // size * size, 0) for row in rows]
+            origins = [max(state.offsets[row] - positions[row] // size * size, 0) for row in rows]
             self.chunk_mask = cells_from(origins, size, device)
         self.state_mask = state.neighbor_mask
         if self.state_mask is not None and self.kept is not None:
@@ -304,7 +308,7 @@ class StepPlan(PassPlan):
 
         # The last completed chunk, this token's included; -1 if there is none yet. With m = 4 and three tokens before this
         # one, this token ends chunk 0 and already reads its neighbors: (3 + 1) // 4 - 1 = 0.
-        chunks = [(length + 1) // size - 1 for length in lengths]
+        chunks = [(position + 1) // size - 1 for position in positions]
         self.attended = per_row([chunk % 2 for chunk in chunks], device)
         if self.state_mask is not None:
             self.attended_mask = self.state_mask[self.attended]
@@ -316,10 +320,10 @@ class StepPlan(PassPlan):
     def places(self) -> list[int] | None:
         # An attending chunk begins with the last token of a chunk (position m - 1, place 0), so places are one ahead of
         # positions.
-        return [(length + 1) % self.state.chunk_size for length in self.state.lengths]
+        return [(position + 1) % self.state.chunk_size for position in self.state.next_positions]
 
-    def completed(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        self.state.write("hidden_states", self.state.lengths, hidden_states)
+    def take_completed(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        self.state.write("hidden_states", self.state.next_positions, hidden_states)
         if self.neighbor_input_ids is None:
             return None
         return self.state.read("hidden_states")[self.kept.rows, self.kept.halves]
@@ -330,12 +334,12 @@ class StepPlan(PassPlan):
     def per_token(self, states: torch.Tensor) -> torch.Tensor:
         return states
 
-    def update(
+    def exchange_key_values(
         self, layer_idx: int, key: torch.Tensor | None, value: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if key is not None:
-            self.state.update(layer_idx, key, value, self.kept)
-        return self.state.recall(layer_idx, self.attended, key, value)
+            self.state.keep_key_values(layer_idx, key, value, self.kept)
+        return self.state.recall_key_values(layer_idx, self.attended, key, value)
 
     def commit(self) -> None:
         self.state.neighbor_mask = self.state_mask
@@ -345,8 +349,8 @@ class StepPlan(PassPlan):
 # ── positions and indexes ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def chunk_positions(tokens: torch.Tensor, real: torch.Tensor | None, start: torch.Tensor) -> torch.Tensor:
-    """Chunk positions (B, T) of tokens whose first real one has the position `start` (B,); -1 at padding."""
+def positions_from(tokens: torch.Tensor, real: torch.Tensor | None, start: torch.Tensor) -> torch.Tensor:
+    """Positions (B, T) of tokens whose first real one has the position `start` (B,); -1 at padding."""
     if real is None:
         return torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape[:2]) + start.unsqueeze(1)
     # Counting the real tokens, and not the columns, is what makes a padded row equal to the row alone.
@@ -400,7 +404,7 @@ def _invert(cells: torch.Tensor, num_cells: int) -> torch.Tensor:
 
 
 def _flat(index: torch.Tensor, length: int) -> torch.Tensor:
-    """Turn an index (B, n) into rows of `length` entries into one over all rows; "none", which is `length`, becomes `B · length`."""
+    """Number the entries of all rows: entry i of row b becomes b · `length` + i, and "none", which is `length`, `B · length`."""
     # "None" of every row becomes one number, behind all tokens, where `gather` has a row of zeros.
     batch_size = index.shape[0]
     rows = torch.arange(batch_size, device=index.device).unsqueeze(1) * length
@@ -421,13 +425,13 @@ def cells_from(origins: list[int], chunk_size: int, device: torch.device) -> tor
 
 __all__ = [
     "History",
-    "Neighbors",
+    "NeighborTokens",
     "PassPlan",
     "SequencePlan",
     "StepPlan",
     "cells_from",
-    "chunk_positions",
     "completing_tokens",
     "gather",
+    "positions_from",
     "text_positions",
 ]

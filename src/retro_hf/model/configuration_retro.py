@@ -26,6 +26,7 @@ from transformers.utils import auto_docstring
 
 from .compatibility_retro import CACHE_NAMES, SubConfigSpec
 from .names_retro import check_saved_names, is_local
+from .readers_retro import traits_of
 
 
 # What peers call our fields, so that their spelling gets an answer instead of being stored and ignored.
@@ -55,9 +56,6 @@ _OF_EVERY_CONFIG = (
     "quantization_config",
     "model_type",
 )
-
-READERS = ("cross_attention", "parallel_context")
-"""How neighbors are read: see `RetroConfig.reader`."""
 
 
 def _implementations(config: PreTrainedConfig) -> list[tuple[PreTrainedConfig, str | None, str | None]]:
@@ -281,7 +279,7 @@ class RetroConfig(_RetroConfigMixin, PreTrainedConfig):
     sub_configs_defaults = {name: SubConfigSpec(config_class=part) for name, part in sub_configs.items()}
 
     text_config: dict | PreTrainedConfig | None = None
-    reader: str = READERS[0]
+    reader: str = "cross_attention"
     neighbor_encoder_config: dict | PreTrainedConfig | None = None
     chunk_size: int = 64
     num_neighbors: int = 2
@@ -458,8 +456,7 @@ class RetroConfig(_RetroConfigMixin, PreTrainedConfig):
         _require_range(self, "rms_norm_eps", "initializer_range", least=0.0)
         _require_range(self, "chunk_size", "num_neighbors", "neighbor_size")
         _require_range(self, "cross_attention_num_heads", "cross_attention_head_dim")
-        if self.reader not in READERS:
-            raise ValueError(f"`reader` must be one of {', '.join(map(repr, READERS))}, got '{self.reader}'.")
+        traits_of(self.reader)
         backbone = self.text_config.get_text_config(decoder=True)
         _require_layers(self, "cross_attention_layers", backbone.num_hidden_layers)
         _require_even(backbone, "hidden_size")
@@ -484,4 +481,4 @@ class RetroConfig(_RetroConfigMixin, PreTrainedConfig):
         return self.text_config.get_text_config(decoder=True).per_layer_config[0].num_attention_heads
 
 
-__all__ = ["READERS", "RetroConfig", "RetroDecoderConfig", "RetroEncoderConfig"]
+__all__ = ["RetroConfig", "RetroDecoderConfig", "RetroEncoderConfig"]

@@ -25,6 +25,7 @@ from .compatibility_retro import CACHE_NAME
 from .configuration_retro import RetroConfig
 from .inputs_retro import check_prompt, vocabulary_of
 from .modeling_retro_decoder import RetroDecoderForCausalLM
+from .readers_retro import traits_of
 from .retriever_protocol_retro import ATTACHED, Retriever, RetroLookup
 
 
@@ -104,12 +105,18 @@ class RetroGenerationMixin(GenerationMixin):
         lookup = model_kwargs.get("retriever")
         if isinstance(lookup, RetroLookup):
             prompt = input_ids if input_ids is not None and input_ids.shape[1] else model_kwargs.get("inputs_embeds")
-            model_kwargs["chunk_offset"] = self._begin(lookup, prompt, model_kwargs)
+            model_kwargs["chunk_offset"] = self._place_chunks(lookup, prompt, model_kwargs)
             lookup.repeats = expand_size
         return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
 
-    def _begin(self, lookup: RetroLookup, prompt: torch.Tensor, model_kwargs: dict[str, Any]) -> torch.Tensor | None:
-        """Decide where the chunks of each row begin, look up the prompt's query if it has one, and return the offsets."""
+    def _place_chunks(
+        self, lookup: RetroLookup, prompt: torch.Tensor, model_kwargs: dict[str, Any]
+    ) -> torch.Tensor | None:
+        """Decide where the chunks of each row begin, and return the offsets.
+
+        A prompt that is looked up by a query, or by its last user turn, is looked up here: where it reads what was found
+        decides where its chunks begin.
+        """
         cache, size = model_kwargs.get(CACHE_NAME), self.config.chunk_size
         offset, mask = model_kwargs.get("chunk_offset"), model_kwargs.get("attention_mask")
         has_history = cache is not None and int(cache.get_seq_length()) > 0
@@ -118,14 +125,7 @@ class RetroGenerationMixin(GenerationMixin):
         lengths = mask.long().sum(dim=1).tolist()
         aligns = offset is None and lookup.aligns and not has_history
         turns = lookup.last_turns(prompt, mask) if aligns else [None] * len(lengths)
-        # The prompt reads its query from this token on. A base without training must see the passages when it reads the
-        # question: it then answers far better than from the prompt's last token on.
-        reads = lengths
-        if self.config.reader == "parallel_context":
-            reads = [
-                length if turn is None else min(max(turn[1], 1), length)
-                for length, turn in zip(lengths, turns, strict=True)
-            ]
+        reads = self._read_from(turns, lengths)
         if aligns:
             offset = torch.tensor([-read % size for read in reads], device=prompt.device)
         lookup.offsets = chunk_offsets(offset, len(lengths), size)
@@ -141,6 +141,15 @@ class RetroGenerationMixin(GenerationMixin):
             ]
             lookup.look_up_prompts([None if turn is None else turn[0] for turn in turns], chunks)
         return offset
+
+    def _read_from(self, turns: list[tuple[str, int] | None], lengths: list[int]) -> list[int]:
+        """The token of each prompt from which on it reads what was found for its query."""
+        if not traits_of(self.config.reader).reads_question:
+            return lengths
+        return [
+            length if turn is None else min(max(turn[1], 1), length)
+            for length, turn in zip(lengths, turns, strict=True)
+        ]
 
     def _ends_chunk(self, offsets: list[int], lengths: list[int], has_history: bool) -> bool:
         ends = [start + length for start, length in zip(offsets, lengths, strict=True)]
@@ -159,7 +168,7 @@ class RetroGenerationMixin(GenerationMixin):
         if lookup.padding_mask is not None:
             mask = lookup.padding_mask.bool().to(real.device)
             real[:, : mask.shape[1]] &= mask[_prompt_rows(len(mask), len(sequences))]
-        state = getattr(outputs.get(CACHE_NAME), "retro", None)
+        state = getattr(outputs.get(CACHE_NAME), "retrieval_state", None)
         offsets = lookup.offsets if state is None else state.offsets
         offsets = [offsets[row] for row in _prompt_rows(len(offsets), len(sequences))]
         return lookup.trace(sequences, real, offsets, self.config.chunk_size)
@@ -189,7 +198,7 @@ class RetroGenerationMixin(GenerationMixin):
             neighbor_input_ids = neighbor_input_ids[:, :num_chunks]
             if neighbor_attention_mask is not None:
                 neighbor_attention_mask = neighbor_attention_mask[:, :num_chunks]
-        retro = {
+        of_retrieval = {
             "neighbor_input_ids": neighbor_input_ids,
             "neighbor_attention_mask": neighbor_attention_mask,
             "chunk_offset": chunk_offset,
@@ -198,8 +207,8 @@ class RetroGenerationMixin(GenerationMixin):
             "token_mask": attention_mask,  # the backbone's own may be 4-D, or as long as a static cache
         }
         if inputs.get("input_ids") is None and input_ids.shape[1] > 0:
-            retro["token_ids"] = input_ids
-        return inputs | retro
+            of_retrieval["token_ids"] = input_ids
+        return inputs | of_retrieval
 
     def _valid_auto_compile_criteria(self, model_kwargs: dict[str, Any], generation_config: GenerationConfig) -> bool:
         # On a GPU transformers compiles the steps of a static cache, but with retrieval the host decides when a chunk completes.

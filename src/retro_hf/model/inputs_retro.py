@@ -1,21 +1,64 @@
 # Copyright 2026 The retro-hf authors. Apache License 2.0: http://www.apache.org/licenses/LICENSE-2.0
 """What a model is given, checked before anything is computed, so that an error names the argument and the remedy.
 
-Values are read on the CPU alone: on an accelerator that would wait for it, and a program that is compiled has none.
+Values are read on the CPU alone. Reading a value on an accelerator waits for the device; a compiled program has no values to
+read.
 """
 
+from collections.abc import Callable
 from difflib import get_close_matches
+from inspect import Signature, signature
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import is_torchdynamo_exporting
+from transformers.utils import is_torchdynamo_exporting, logging
 
+from .cache_retro import pad_to
 from .compatibility_retro import CACHE_NAME, CACHE_NAMES
+from .configuration_retro import RetroConfig
+from .readers_retro import traits_of
+from .retriever_protocol_retro import RetroLookup, check_neighbors
+
+
+logger = logging.get_logger(__name__)
 
 
 _ARGUMENTS = ("neighbor_input_ids", "neighbor_attention_mask", "neighbor_chunk_size", "chunk_offset", "retriever")
+
+
+RETRIEVAL_ARGUMENTS = r"""
+neighbor_input_ids (`torch.LongTensor` of shape `(batch_size, num_chunks, num_neighbors, neighbor_size)`, *optional*):
+    Tokens of the neighbors of each chunk, counted from the first chunk of the row. For chunks beyond `num_chunks` the
+    retriever is asked; without one they have no neighbors.
+neighbor_attention_mask (`torch.Tensor` of the same shape, *optional*):
+    1 at real tokens, 0 at padding and at missing neighbors; all ones by default.
+neighbor_chunk_size (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
+    The chunk size for which the given neighbors were looked up. It must be the model's: neighbors of longer chunks
+    would tell the model what comes next. The collators pass it.
+chunk_offset (`int` or `torch.LongTensor` of shape `(batch_size,)`, *optional*):
+    Chunk position of a row's first token, 0 by default; with `-prompt_length % chunk_size` the prompt ends a chunk.
+retriever (`Callable`, *optional*):
+    `retriever(chunk_input_ids, chunk_attention_mask)` of shapes `(N, chunk_size)` returns neighbor ids and mask of
+    shape `(N, num_neighbors, neighbor_size)`. None turns retrieval off; by default the attached one is used.
+with_head (`bool`, *optional*, defaults to `False`):
+    Whether to run the backbone with its head, as [`RetroForCausalLM`] does.
+"""
+"""The arguments of a forward pass that other causal language models do not have."""
+
+
+def with_arguments_of(forward: Callable) -> Callable:
+    """Show the arguments of `forward` in the signature of a function that passes them on, followed by its own arguments."""
+
+    def decorate(function: Callable) -> Callable:
+        passed_on = [p for p in signature(forward).parameters.values() if p.name not in ("with_head", "kwargs")]
+        own = [p for p in signature(function).parameters.values() if p.kind in (p.KEYWORD_ONLY, p.VAR_KEYWORD)]
+        function.__signature__ = Signature(passed_on + own)  # type: ignore[attr-defined]  # `inspect` reads it
+        return function
+
+    return decorate
 
 
 class Vocabulary(NamedTuple):
@@ -169,6 +212,124 @@ def check_no_attentions(asked: bool | None) -> None:
         )
 
 
+def given_neighbors(
+    input_ids: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    tokens: torch.Tensor,
+    config: RetroConfig,
+    *,
+    is_step: bool,
+    is_whole: bool,
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Check the neighbors that were given to a forward pass; None if there are none.
+
+    Args:
+        input_ids, mask (`torch.Tensor` of shape `(B, C, K, R)`, *optional*): the neighbors of the chunks of each row.
+        tokens (`torch.Tensor` of shape `(B, T, ...)`): the new tokens, or their embeddings.
+        config ([`RetroConfig`]): of the model.
+        is_step (`bool`): whether an earlier pass has checked these neighbors.
+        is_whole (`bool`): whether no tokens can follow.
+    Returns:
+        Ids and boolean mask of shape `(B, C, K, R)`, with K at least 1.
+    """
+    if input_ids is None:
+        if mask is not None:
+            raise ValueError("`neighbor_attention_mask` was given without `neighbor_input_ids`. Give both, or none.")
+        return None
+    size, (batch_size, num_tokens) = config.chunk_size, tokens.shape[:2]
+    if not is_step:
+        source = "`neighbor_input_ids` (batch, chunks, …)"
+        input_ids, mask = check_neighbors(input_ids, mask, (batch_size, -1), config.vocab_size, source)
+        # An exported program also runs on shorter texts; neighbors of chunks beyond the text are never read.
+        if is_whole and not is_torchdynamo_exporting() and input_ids.shape[1] > num_tokens // size + 1:
+            raise ValueError(
+                f"`neighbor_input_ids` holds neighbors of {input_ids.shape[1]} chunks, but {num_tokens} tokens have "
+                f"only {num_tokens // size} complete chunks of {size}. Were they made with another `chunk_size`?"
+            )
+    if mask is None:
+        mask = torch.ones((), dtype=torch.bool, device=input_ids.device).expand_as(input_ids)
+    # A chunk has at least one neighbor, if only to be masked.
+    return pad_to(input_ids.to(tokens.device), 1, dim=-2), pad_to(mask.bool().to(tokens.device), 1, dim=-2)
+
+
+def text_of(
+    inputs_embeds: torch.Tensor,
+    input_ids: torch.Tensor | None,
+    given: tuple[torch.Tensor, torch.Tensor] | None,
+    retriever: RetroLookup | None,
+    is_unclear: bool,
+) -> torch.Tensor:
+    """The tokens that given embeddings stand for, or the embeddings themselves if the tokens are not known.
+
+    Args:
+        inputs_embeds (`torch.FloatTensor` of shape `(B, T, hidden_size)`): the embeddings.
+        input_ids (`torch.LongTensor` of shape `(B, T)`, *optional*): the tokens that they stand for.
+        given, retriever (*optional*): where neighbors come from.
+        is_unclear (`bool`): whether it is unknown where the chunks of the given neighbors begin.
+    Raises:
+        ValueError: if retrieval needs to know more.
+    """
+    if input_ids is not None:
+        if input_ids.shape != inputs_embeds.shape[:2]:
+            raise ValueError(
+                f"`input_ids` has the shape {tuple(input_ids.shape)} and `inputs_embeds` {tuple(inputs_embeds.shape)}, so the "
+                "chunks of the text are unknown. Give embeddings of exactly these tokens, or `input_ids` alone."
+            )
+        return input_ids
+    if retriever is not None:
+        raise ValueError(
+            "Retrieval needs `input_ids`: there are no tokens to look up in `inputs_embeds`. Give "
+            "`neighbor_input_ids`, or `retriever=None`."
+        )
+    if given is not None and is_unclear:
+        raise ValueError(
+            "With `inputs_embeds` it is unknown where the chunks of `neighbor_input_ids` begin: virtual tokens before the "
+            "text, as in PEFT's prompt tuning, would let tokens read neighbors of their own chunk. Give `input_ids` (and "
+            "tune with LoRA), or, for embeddings of the text alone, `chunk_offset=0`."
+        )
+    return inputs_embeds
+
+
+def check_chunk_size(looked_up: torch.Tensor | int | None, chunk_size: int) -> None:
+    """Check that given neighbors were looked up for chunks of the model's size; `looked_up` is one number, or `(B,)`."""
+    if looked_up is None:
+        return
+    looked_up = torch.as_tensor(looked_up).flatten()
+    if torch.compiler.is_compiling():  # reading values would break the graph
+        message = f"The neighbors were looked up for chunks of another size than the model's {chunk_size}."
+        torch._assert_async((looked_up == chunk_size).all(), message)
+    elif set(looked_up.tolist()) != {chunk_size}:
+        raise ValueError(
+            f"The neighbors were looked up for chunks of {sorted(set(looked_up.tolist()))} tokens, but the model has chunks of "
+            f"{chunk_size}: it would read neighbors of text that it is yet to predict. Take a datastore (and "
+            f"a collator) of chunk_size={chunk_size}, and cut and look up the training text with it."
+        )
+
+
+def warn_of_nothing_to_train(backbone: nn.Module, labels: torch.Tensor | None, reader: str) -> None:
+    """Explain a loss without a gradient; PyTorch only says that "element 0 of tensors does not require grad".
+
+    Args:
+        backbone (`nn.Module`): of a model that runs without retrieval, or whose reader has no weights.
+        labels (`torch.LongTensor`, *optional*): whether a loss is computed.
+        reader (`str`): of the model.
+    """
+    if labels is None or not backbone.training or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return
+    if any(weight.requires_grad for weight in backbone.parameters()):
+        return
+    if not traits_of(reader).has_weights:
+        logger.warning_once(
+            f"reader='{reader}' has no weights, and the backbone is frozen, so the loss has no gradient. Put LoRA on the "
+            "model (`get_peft_model`), or make it with `retrofit(..., freeze_backbone=False)`."
+        )
+    else:
+        logger.warning_once(
+            "This batch has no neighbors, and the backbone is frozen, so its loss has no gradient. Give `neighbor_input_ids`, or "
+            "attach a retriever with `set_retriever`."
+        )
+
+
 def _can_read(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cpu" and type(tensor) is torch.Tensor and not torch.compiler.is_compiling()
 
@@ -268,11 +429,17 @@ def _check_positions(position_ids: Any, rows: int, tokens: int, positions: range
 
 
 __all__ = [
+    "RETRIEVAL_ARGUMENTS",
     "Vocabulary",
+    "check_chunk_size",
     "check_inputs",
     "check_labels",
     "check_names",
     "check_no_attentions",
     "check_prompt",
+    "given_neighbors",
+    "text_of",
     "vocabulary_of",
+    "warn_of_nothing_to_train",
+    "with_arguments_of",
 ]

@@ -21,20 +21,21 @@
         H ← FFW(H)                                  the backbone
     O ← READ(H)                                     the backbone
 
-`RetroPass` is the body of this loop. Hooks call it at the end of the self-attention of each layer in P. `RetroModel` first
-plans the pass (which chunks complete, and what they retrieve: `planning_retro.py`, `chunking_retro.py`), then runs the backbone.
+`RetroPass` is the body of this loop. Hooks of `backbone_retro.py` call it at the end of the self-attention of each layer in P,
+and add what it returns to H. `RetroModel` first plans the pass (which chunks complete, and what they retrieve:
+`planning_retro.py`, `chunking_retro.py`), then runs the backbone. The file has the parts first. To follow a call, begin with
+`RetroModel.forward`, and go on with `RetroPass.__call__`.
 
     chunk u-1        chunk u                  chunk u+1
     … . . . . x │ x . . . . . . . x │ x . . . . . . . x │ …       H: one column per token
               └──── attends E(u-1) ──┘└ attends E(u)            C+: the last token of a chunk and the first m-1 of the next
 
 Shapes: B rows, T new tokens, m chunk_size, K neighbors of R tokens (a neighbor and its continuation), S = K · R, V chunks
-that complete in the pass, N attending chunks of Q tokens, H heads, D head_dim.
+that complete in the pass, N attending chunks of Q tokens, D head_dim, W distances.
 """
 
 from collections.abc import Callable
 from functools import partial
-from inspect import Signature, signature
 from typing import Any
 
 import torch
@@ -52,30 +53,40 @@ from .adapter_retro import RetroAdapterMixin
 from .attention_retro import (
     RetroAttention,
     RetroMLP,
-    RetroRelativePositionBias,
+    RetroPositionProjection,
     RetroRMSNorm,
     position_features,
 )
-from .backbone_retro import accepted_arguments, attach_hooks, checkpoint_within_pass, learned_positions, run_within
+from .backbone_retro import (
+    accepted_arguments,
+    attach_hooks,
+    checkpoint_within_pass,
+    find_decoder_layers,
+    learned_positions,
+    run_within,
+)
 from .cache_retro import state_of
-from .chunking_retro import PassPlan, text_positions
+from .chunking_retro import PassPlan
 from .compatibility_retro import CACHE_NAME, CACHE_NAMES, CHECKPOINTING, accept_cache_by_any_name
 from .configuration_retro import RetroConfig, RetroDecoderConfig, RetroEncoderConfig
 from .generation_retro import RetroGenerationMixin
-from .inputs_retro import check_inputs, check_labels, check_names, check_no_attentions, vocabulary_of
-from .modeling_retro_decoder import RetroDecoderForCausalLM
-from .parallel_context_retro import ParallelContextPass, ParallelContextReader
-from .planning_retro import plan_pass, real_tokens
-from .retriever_protocol_retro import (
-    ATTACHED,
-    Retriever,
-    RetroLookup,
+from .inputs_retro import (
+    RETRIEVAL_ARGUMENTS,
     check_chunk_size,
-    check_retriever,
+    check_inputs,
+    check_labels,
+    check_names,
     given_neighbors,
     text_of,
+    vocabulary_of,
     warn_of_nothing_to_train,
+    with_arguments_of,
 )
+from .modeling_retro_decoder import RetroDecoderForCausalLM
+from .parallel_context_retro import ParallelContextReader
+from .planning_retro import plan_pass, real_tokens
+from .readers_retro import traits_of
+from .retriever_protocol_retro import ATTACHED, Retriever, RetroLookup, SharedRetriever, check_retriever
 
 
 logger = logging.get_logger(__name__)
@@ -89,7 +100,7 @@ logger = logging.get_logger(__name__)
 
 
 def distances(num_queries: int, num_keys: int, largest: int, device: torch.device) -> torch.Tensor:
-    """The distances from queries to keys, `(num_queries + num_keys - 1,)`, from `largest`, of the last query to the first key."""
+    """All distances, decreasing, `(num_queries + num_keys - 1,)`. The first is `largest`: from the last query to the first key."""
     return largest - torch.arange(num_queries + num_keys - 1, device=device)
 
 
@@ -137,11 +148,11 @@ class RetroEncoderLayer(GradientCheckpointingLayer):
         """Encode neighbors.
 
         Args:
-            hidden_states (`torch.FloatTensor` of shape `(N * K, R, encoder_hidden_size)`): the neighbors.
-            chunk_states (`torch.FloatTensor` of shape `(N, m, hidden_size)`): normalized H_u of their chunks.
-            neighbor_mask (`torch.BoolTensor` of shape `(N * K, 1, 1, R)`): True at real tokens.
-            chunk_mask (`torch.BoolTensor` of shape `(N, 1, 1, m)`): True at real tokens.
-            self_features, cross_features (`torch.FloatTensor` of shape `(P, encoder_hidden_size)`): of the distances.
+            hidden_states (`torch.FloatTensor` of shape `(V * K, R, encoder_hidden_size)`): the neighbors.
+            chunk_states (`torch.FloatTensor` of shape `(V, m, hidden_size)`): normalized H_u of their chunks.
+            neighbor_mask (`torch.BoolTensor` of shape `(V * K, 1, 1, R)`): True at real tokens.
+            chunk_mask (`torch.BoolTensor` of shape `(V, 1, 1, m)`): True at real tokens.
+            self_features, cross_features (`torch.FloatTensor` of shape `(W, encoder_hidden_size)`): of the distances.
         Returns:
             `torch.FloatTensor` of the shape of `hidden_states`.
         """
@@ -193,22 +204,21 @@ class RetroNeighborEncoder(nn.Module):
         chunk_mask: torch.Tensor,
         embed: Callable[[torch.Tensor], torch.Tensor],
     ) -> torch.Tensor:
-        """Compute E_u of N chunks.
+        """Compute E_u of V chunks.
 
         Args:
-            neighbor_input_ids (`torch.LongTensor` of shape `(N, K, R)`): neighbor tokens with their continuations.
-            neighbor_mask (`torch.BoolTensor` of shape `(N, K, R)`): True at real tokens.
-            chunk_states (`torch.FloatTensor` of shape `(N, m, hidden_size)`): H_u, the residual stream after the
+            neighbor_input_ids (`torch.LongTensor` of shape `(V, K, R)`): neighbor tokens with their continuations.
+            neighbor_mask (`torch.BoolTensor` of shape `(V, K, R)`): True at real tokens.
+            chunk_states (`torch.FloatTensor` of shape `(V, m, hidden_size)`): H_u, the residual stream after the
                 self-attention of layer min(P).
-            chunk_mask (`torch.BoolTensor` of shape `(N, m)`): True at real tokens.
+            chunk_mask (`torch.BoolTensor` of shape `(V, m)`): True at real tokens.
             embed (`Callable`): the backbone's embedding, used where embeddings are shared.
         Returns:
-            `torch.FloatTensor` of shape `(N, K * R, encoder_hidden_size)`.
+            `torch.FloatTensor` of shape `(V, K * R, encoder_hidden_size)`.
         """
         num_chunks, num_neighbors, size = neighbor_input_ids.shape
-        ids = neighbor_input_ids.masked_fill(
-            ~neighbor_mask, 0
-        )  # padding may hold any id, even one outside the vocabulary
+        # Padding may hold any id, even one outside the vocabulary.
+        ids = neighbor_input_ids.masked_fill(~neighbor_mask, 0)
         hidden_states = (self.embed_tokens or embed)(ids.flatten(0, 1))
         if self.embed_proj is not None:
             hidden_states = self.embed_proj(hidden_states)
@@ -267,18 +277,18 @@ class RetroChunkedCrossAttention(nn.Module):
             hidden_states (`torch.FloatTensor` of shape `(B, T, hidden_size)`): H, the residual stream.
             neighbor_states (`torch.FloatTensor` of shape `(V, S, encoder_hidden_size)`, *optional*): E of the chunks that
                 complete in this pass. Their keys and values are projected here, once.
-            features (`torch.FloatTensor` of shape `(P, hidden_size)` or `(N, P, hidden_size)`): of the distances from
+            features (`torch.FloatTensor` of shape `(W, hidden_size)` or `(N, W, hidden_size)`): of the distances from
                 the queries to the tokens of one neighbor (equation 6).
             plan ([`PassPlan`]): which token attends to which chunk.
         Returns:
             The update of the shape of `hidden_states`, zero where a token attends to nothing, and the probabilities of
-            the attending chunks, of shape `(N, H, Q, S)`, None under sdpa.
+            the attending chunks, of shape `(N, heads, Q, S)`, None under sdpa.
         """
         # Equation 3: the attending chunks H_u⁺, tokens u·m + m - 1 to u·m + 2m - 2.
         attending = plan.attending(hidden_states)
-        # E_u of each attending chunk: of the chunks that complete in this pass, and from the cache of the one before them.
+        # E_u is new for chunks that complete now, and from the cache for the one that was completed before the pass.
         projected = (None, None) if neighbor_states is None else self.attention.project_key_value(neighbor_states)
-        key, value = plan.update(self.layer_idx, *projected)
+        key, value = plan.exchange_key_values(self.layer_idx, *projected)
         mask = plan.attended_mask
         # Equation 4: CA(H_u⁺, E_u), with the logits of equation 6.
         update, weights = self.attention.attend(
@@ -296,19 +306,35 @@ class RetroChunkedCrossAttention(nn.Module):
 
 
 class RetroReader(nn.Module):
-    """Everything that RETRO adds to a backbone: the neighbor encoder and one cross-attention per layer of P.
+    """The paper's reader, all that RETRO adds to a backbone: the neighbor encoder and one cross-attention per layer of P.
 
     Args:
-        config ([`RetroConfig`]): of the model.
-        embedding_size (`int`): width of the backbone's embeddings, which in some families is not that of its residual stream.
+        config ([`RetroConfig`]), backbone (`PreTrainedModel`): of the model, and its base, which gets the hooks.
     """
 
-    def __init__(self, config: RetroConfig, embedding_size: int):
+    def __init__(self, config: RetroConfig, backbone: PreTrainedModel):
         super().__init__()
-        self.encoder = RetroNeighborEncoder(config, embedding_size)
+        self.config = config
+        # In some families the embeddings are not as wide as the residual stream.
+        self.encoder = RetroNeighborEncoder(config, backbone.get_input_embeddings().embedding_dim)
         self.cross_attention = nn.ModuleDict(
             {str(layer): RetroChunkedCrossAttention(config, layer) for layer in config.cross_attention_layers}
         )
+        attach_hooks(backbone, config)
+
+    @staticmethod
+    def check_structure(backbone: PreTrainedModel, layers: str | None = None) -> None:
+        """Raise a ValueError for a base that this reader cannot read with; `layers` is `backbone_layers` of the config."""
+        find_decoder_layers(backbone, layers)
+
+    def check_outputs(self, backbone: PreTrainedModel) -> None:
+        """Nothing to try: where this reader enters a base is found by its structure."""
+
+    def begin(
+        self, backbone: PreTrainedModel, plan: PassPlan, inputs: dict[str, Any], mask: Any, output_attentions: bool
+    ) -> "RetroPass":
+        """Begin a pass; arguments as in `ParallelContextReader.begin`."""
+        return RetroPass(self, backbone.get_input_embeddings(), self.config, plan, output_attentions)
 
 
 # ── the pass: the loop of Algorithm 1 inside the backbone ─────────────────────────────────────────────────────────────
@@ -318,7 +344,7 @@ class RetroPass:
     """RETRO's part of one forward pass. Each pass gets a new object, so that passes never mix.
 
     With the reader `"parallel_context"`, `ParallelContextPass` and `ParallelContextReader` replace this class and
-    `RetroReader`; they use the same [`PassPlan`].
+    `RetroReader`; they use the same [`PassPlan`]. Hooks need of it what `HookedPass` in `backbone_retro.py` names.
 
     Args:
         reader ([`RetroReader`]): encoder and cross-attention.
@@ -353,7 +379,8 @@ class RetroPass:
         self.layers_read.append(layer_idx)
         neighbor_states = self.neighbor_states
         if layer_idx == self.config.cross_attention_layers[0]:
-            # Gradient checkpointing runs this layer twice. Gradients belong to the first result, so later layers keep it.
+            # Under gradient checkpointing the backward pass runs this layer again. Later layers still hold the first E, so we keep
+            # that.
             neighbor_states = self.encode(hidden_states)
             if self.neighbor_states is None:
                 self.neighbor_states = neighbor_states
@@ -362,9 +389,7 @@ class RetroPass:
     def encode(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """E of the chunks that complete in this pass, (V, S, d'), given H at layer min(P); None if nothing is retrieved."""
         plan = self.plan
-        chunk_states = plan.completed(hidden_states)
-        if plan.neighbor_size is not None:
-            self.features = self._features(hidden_states)
+        chunk_states = plan.take_completed(hidden_states)
         if chunk_states is None:
             return None
         # The bound method, not the module: accelerate moves modules that it finds among the arguments to another device.
@@ -379,6 +404,8 @@ class RetroPass:
         is_known = plan.state is not None and layer_idx in plan.state.key_values
         if neighbor_states is None and not is_known:
             return torch.zeros_like(hidden_states)
+        if self.features is None:
+            self.features = self._features(hidden_states)
         update, weights = self.reader.cross_attention[str(layer_idx)](
             hidden_states, neighbor_states, self.features, plan
         )
@@ -390,7 +417,7 @@ class RetroPass:
         return update
 
     def _features(self, like: torch.Tensor) -> torch.Tensor:
-        """Features of the distances in cross-attention, in decreasing order: `(P, hidden_size)` or `(B, P, hidden_size)`."""
+        """Features of the distances in cross-attention, in decreasing order: `(W, hidden_size)` or `(N, W, hidden_size)`."""
         plan, size = self.plan, self.config.chunk_size
         table = None if plan.state is None else plan.state.features
         if table is None:
@@ -400,7 +427,8 @@ class RetroPass:
                 plan.state.features = table
         if plan.places is None:
             return table
-        # One token per row needs R of the distances, which decrease: the later in its chunk, the earlier its window begins.
+        # A step has one query per row. Its R distances lie next to each other in the table; those of a query one place later in
+        # its chunk begin one entry earlier.
         first = [size - 1 - place for place in plan.places]
         windows = table.unfold(0, plan.neighbor_size, 1)
         window = windows[first[0] if len(set(first)) == 1 else torch.tensor(first, device=like.device)]
@@ -437,27 +465,14 @@ class RetroPass:
             self.plan.commit()
 
 
+READER_MODULES: dict[str, type[RetroReader] | type[ParallelContextReader]] = {
+    "cross_attention": RetroReader,
+    "parallel_context": ParallelContextReader,
+}
+"""The module of each reader; what else differs between them is in `readers_retro.py`."""
+
+
 # ── the model ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-RETRIEVAL_ARGUMENTS = r"""
-neighbor_input_ids (`torch.LongTensor` of shape `(batch_size, num_chunks, num_neighbors, neighbor_size)`, *optional*):
-    Tokens of the neighbors of each chunk, counted from the first chunk of the row. For chunks beyond `num_chunks` the
-    retriever is asked; without one they have no neighbors.
-neighbor_attention_mask (`torch.Tensor` of the same shape, *optional*):
-    1 at real tokens, 0 at padding and at missing neighbors; all ones by default.
-neighbor_chunk_size (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
-    The chunk size for which the given neighbors were looked up. It must be the model's: neighbors of longer chunks
-    would tell the model what comes next. The collators pass it.
-chunk_offset (`int` or `torch.LongTensor` of shape `(batch_size,)`, *optional*):
-    Chunk position of a row's first token, 0 by default; with `-prompt_length % chunk_size` the prompt ends a chunk.
-retriever (`Callable`, *optional*):
-    `retriever(chunk_input_ids, chunk_attention_mask)` of shapes `(N, chunk_size)` returns neighbor ids and mask of
-    shape `(N, num_neighbors, neighbor_size)`. None turns retrieval off; by default the attached one is used.
-with_head (`bool`, *optional*, defaults to `False`):
-    Whether to run the backbone with its head, as [`RetroForCausalLM`] does.
-"""
-"""The arguments of a forward pass that other causal language models do not have."""
 
 
 @auto_docstring(custom_intro="Weight initialization, loading and saving of RETRO models.")
@@ -474,7 +489,7 @@ class RetroPreTrainedModel(RetroAdapterMixin):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, RetroRelativePositionBias):
+        if isinstance(module, RetroPositionProjection):
             init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
         elif getattr(module, "zero_init", False):
             init.zeros_(module.weight)
@@ -551,16 +566,6 @@ class RetroPreTrainedModel(RetroAdapterMixin):
         super()._set_gradient_checkpointing(enable=enable, **kwargs)
 
 
-class _Shared:
-    """Holds the retriever, so that it never becomes a submodule, even if it is an `nn.Module`. Copies of the model share it."""
-
-    def __init__(self, value: Retriever | None):
-        self.value = value
-
-    def __deepcopy__(self, memo: dict) -> "_Shared":
-        return self
-
-
 @auto_docstring(
     custom_intro="A backbone that reads retrieved neighbors, without its head: hidden states of every token."
 )
@@ -582,14 +587,10 @@ class RetroModel(RetroPreTrainedModel):
             for part in parts:
                 part._is_hf_initialized = True  # its weights are not ours to initialize
         self.backbone = backbone
-        if config.reader == "parallel_context":
-            self.retro = ParallelContextReader(config, backbone)
-        else:
-            self.retro = RetroReader(config, backbone.get_input_embeddings().embedding_dim)
-            attach_hooks(backbone, config)
+        self.retro = READER_MODULES[config.reader](config, backbone)
         self._backbone_arguments = accepted_arguments(backbone)
         self._positions = learned_positions(backbone)
-        self._retriever = _Shared(None)
+        self._retriever = SharedRetriever(None)
         if config.freeze_backbone:
             backbone.requires_grad_(False)
         self.post_init()
@@ -599,7 +600,7 @@ class RetroModel(RetroPreTrainedModel):
         """Attach a retriever that every forward pass and `generate` will use; None detaches it."""
         if retriever is not None:
             check_retriever(retriever, self.config.chunk_size)
-        self._retriever = _Shared(retriever)
+        self._retriever = SharedRetriever(retriever)
 
     @property
     def retriever(self) -> Retriever | None:
@@ -628,14 +629,11 @@ class RetroModel(RetroPreTrainedModel):
         # `generate` gives the 2-D padding mask where `attention_mask` is another one (static caches), and the tokens of a
         # prompt whose embeddings are given.
         token_mask, token_ids = kwargs.pop("token_mask", None), kwargs.pop("token_ids", None)
-        text, vocabulary = (input_ids, inputs_embeds, attention_mask, position_ids), vocabulary_of(self)
-        check_inputs(*text, past_key_values, vocabulary, self._positions)
-        check_names(kwargs)
-        tokens = inputs_embeds if input_ids is None else input_ids
-        check_labels(kwargs.get("labels"), tokens.shape[:2], vocabulary, kwargs.get("ignore_index", -100))
+        text = (input_ids, inputs_embeds, attention_mask, position_ids)
+        tokens = self._checked_tokens(text, past_key_values, kwargs)
         check_chunk_size(neighbor_chunk_size, self.config.chunk_size)
+        state = getattr(past_key_values, "retrieval_state", None)
         is_whole = past_key_values is None and not use_cache
-        state = getattr(past_key_values, "retro", None)
         is_step = state is not None and tokens.shape[1] == 1
         given = given_neighbors(
             neighbor_input_ids, neighbor_attention_mask, tokens, self.config, is_step=is_step, is_whole=is_whole
@@ -646,9 +644,9 @@ class RetroModel(RetroPreTrainedModel):
         inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask, **kwargs}
         if "position_ids" in self._backbone_arguments:
             inputs["position_ids"] = position_ids
-        is_parallel = isinstance(self.retro, ParallelContextReader)
+        reader = traits_of(self.config.reader)
         is_off = given is None and retriever is None and state is None
-        if is_off or is_parallel:
+        if is_off or not reader.has_weights:
             warn_of_nothing_to_train(self.backbone, kwargs.get("labels"), self.config.reader)
         if is_off:
             return module(**inputs, **{CACHE_NAME: past_key_values}, use_cache=use_cache)
@@ -659,12 +657,23 @@ class RetroModel(RetroPreTrainedModel):
         inputs |= self._cache_inputs(past_key_values, use_cache, kwargs.get("labels"), retriever)
         read = self._read
         is_cached_lookup = inputs[CACHE_NAME] is not None and retriever is not None
-        if is_cached_lookup or is_parallel:
+        if is_cached_lookup or not reader.compiles:
             # Each step would be compiled again, because what it looks up, and its history, depend on values of tensors.
             read = torch.compiler.disable(read)
         mask = attention_mask if token_mask is None else token_mask
         sources = {"given": given, "retriever": retriever, "chunk_offset": chunk_offset}
         return read(module, inputs, tokens, mask, position_ids, sources)
+
+    def _checked_tokens(
+        self, text: tuple[Any, Any, Any, Any], cache: Cache | None, others: dict[str, Any]
+    ) -> torch.Tensor:
+        """Check what every language model is given, and names that none has; return the tokens, or their embeddings."""
+        vocabulary = vocabulary_of(self)
+        check_inputs(*text, cache, vocabulary, self._positions)
+        check_names(others)
+        tokens = text[1] if text[0] is None else text[0]
+        check_labels(others.get("labels"), tokens.shape[:2], vocabulary, others.get("ignore_index", -100))
+        return tokens
 
     def _lookup(self, retriever: Retriever | None) -> RetroLookup | None:
         retriever = self.retriever if retriever is ATTACHED else retriever
@@ -714,33 +723,10 @@ class RetroModel(RetroPreTrainedModel):
         planned = plan(tokens, real, size, state=state, **sources)
         asked = inputs.get("output_attentions")
         attentions = self.config.output_attentions if asked is None else asked
-        retro_pass: RetroPass | ParallelContextPass
-        if isinstance(self.retro, ParallelContextReader):
-            check_no_attentions(attentions)
-            if position_ids is None and "position_ids" in inputs:
-                inputs["position_ids"] = text_positions(
-                    mask, tokens.shape[1], 0 if state is None else state.num_columns
-                )
-            retro_pass = self.retro.begin(self.backbone, planned, cache)
-        else:
-            retro_pass = RetroPass(
-                self.retro, self.get_input_embeddings(), self.config, planned, output_attentions=attentions
-            )
+        retro_pass = self.retro.begin(self.backbone, planned, inputs, mask, attentions)
         outputs = run_within(retro_pass, module, inputs)
         retro_pass.finish(outputs)
         return outputs
-
-
-def _with_arguments_of(forward: Callable) -> Callable:
-    """Show the arguments of `forward` in the signature of a function that passes them on, followed by its own arguments."""
-
-    def decorate(function: Callable) -> Callable:
-        passed_on = [p for p in signature(forward).parameters.values() if p.name not in ("with_head", "kwargs")]
-        own = [p for p in signature(function).parameters.values() if p.kind in (p.KEYWORD_ONLY, p.VAR_KEYWORD)]
-        function.__signature__ = Signature(passed_on + own)  # type: ignore[attr-defined]  # `inspect` reads it
-        return function
-
-    return decorate
 
 
 @auto_docstring(
@@ -775,7 +761,7 @@ class RetroForCausalLM(RetroPreTrainedModel, RetroGenerationMixin):
 
     @auto_docstring(custom_args=RETRIEVAL_ARGUMENTS)
     @accept_cache_by_any_name
-    @_with_arguments_of(RetroModel.forward)
+    @with_arguments_of(RetroModel.forward)
     def forward(
         self,
         *args: Any,

@@ -32,7 +32,7 @@ from transformers.utils import TransformersKwargs, auto_docstring, can_return_tu
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention_retro import RetroAttention, RetroMLP, RetroRelativePositionBias, RetroRMSNorm, position_features
+from .attention_retro import RetroAttention, RetroMLP, RetroPositionProjection, RetroRMSNorm, position_features
 from .compatibility_retro import CACHE_NAME, CACHE_NAMES, accept_cache_by_any_name, slice_logits_to_keep
 from .configuration_retro import RetroDecoderConfig
 from .inputs_retro import check_inputs, check_labels, check_prompt, vocabulary_of
@@ -94,7 +94,7 @@ class RetroDecoderPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, RetroRelativePositionBias):
+        if isinstance(module, RetroPositionProjection):
             init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
 
 

@@ -19,21 +19,22 @@ Shape legend: B batch, T new tokens, L tokens in the cache and new ones, K neigh
 S neighbor tokens that a row attends to, H heads, D head_dim.
 """
 
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .backbone_retro import accepted_arguments, active_pass, check_decoder, placement, run_within
+from .attention_routing_retro import route_attention
+from .backbone_retro import accepted_arguments, check_decoder, placement, run_within
 from .cache_retro import RetroDynamicLayer
-from .chunking_retro import PassPlan, SequencePlan, StepPlan
+from .chunking_retro import PassPlan, SequencePlan, StepPlan, text_positions
+from .compatibility_retro import CACHE_NAME
 from .configuration_retro import RetroConfig
+from .inputs_retro import check_no_attentions
 from .neighbor_cache_retro import (
     EncodedNeighbor,
     NeighborCache,
@@ -52,42 +53,7 @@ NUM_SINKS = 1
 """First tokens of a neighbor that are not read."""
 FOCUS = 1.1
 """The scores of neighbor tokens are multiplied by this."""
-_PREFIX = f"{__name__}."  # with code from the Hub a process may have several of this module, each for its own models
 _REMEDY = "Use the paper's reader for this base: `retrofit(base, reader='cross_attention')`."
-
-
-# ── attention ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def _attention_function(name: str) -> Callable:
-    """The attention function `name` of transformers; in a layer that reads, the active pass calls it with the neighbors."""
-
-    def attend(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        function = ALL_ATTENTION_FUNCTIONS.get(name) or sys.modules[type(module).__module__].eager_attention_forward
-        current = active_pass.get()
-        if getattr(module, "layer_idx", None) not in getattr(current, "layers", ()):
-            return function(module, *args, **kwargs)
-        return current.attend(function, module, *args, **kwargs)
-
-    return attend
-
-
-for _name in ("eager", "sdpa"):
-    AttentionInterface.register(_PREFIX + _name, _attention_function(_name))
-    AttentionMaskInterface.register(_PREFIX + _name, ALL_MASK_ATTENTION_FUNCTIONS[_name])
-
-
-def _use_attention(backbone: PreTrainedModel) -> None:
-    """Route a base's attention through this file; it goes on using "eager" or "sdpa", as set before."""
-    config = backbone.config.get_text_config(decoder=True)
-    name = config._attn_implementation or "sdpa"
-    if name.startswith(_PREFIX):
-        return
-    if name not in ("eager", "sdpa"):
-        raise ValueError(
-            f"reader='parallel_context' attends by 'sdpa' or 'eager', got attn_implementation='{name}'. Set one of the two."
-        )
-    config._attn_implementation = _PREFIX + name
 
 
 # ── what a base must be able to do ────────────────────────────────────────────────────────────────────────────────────
@@ -131,7 +97,7 @@ def check_backbone(backbone: PreTrainedModel) -> None:
         ValueError: if one of the two is not true.
     """
     layers = reading_layers(backbone)
-    _use_attention(backbone)
+    route_attention(backbone)
     family = backbone.config.get_text_config(decoder=True).model_type
     device, dtype = placement(backbone)
     input_ids = torch.arange(3, 9, device=device).unsqueeze(0)
@@ -200,7 +166,7 @@ class ParallelContextReader(nn.Module):
         self.config = config
         self.layers = {idx: place for place, idx in enumerate(reading_layers(backbone))}
         self.cache = NeighborCache()
-        _use_attention(backbone)
+        route_attention(backbone)
 
     def encode(self, backbone: PreTrainedModel, input_ids: torch.Tensor, mask: torch.Tensor) -> list[Neighbors]:
         """Encode the neighbors of N chunks. A neighbor of several chunks is encoded once.
@@ -264,16 +230,33 @@ class ParallelContextReader(nn.Module):
             neighbors.append(EncodedNeighbor(keys, values))
         return neighbors
 
-    def begin(self, backbone: PreTrainedModel, plan: PassPlan, cache: Cache | None) -> "ParallelContextPass":
+    @staticmethod
+    def check_structure(backbone: PreTrainedModel, layers: str | None = None) -> None:
+        """Raise a ValueError for a base that this reader cannot read with."""
+        reading_layers(backbone)
+
+    def check_outputs(self, backbone: PreTrainedModel) -> None:
+        """Raise a ValueError for a base whose outputs show that it cannot read so."""
+        check_backbone(backbone)
+
+    def begin(
+        self, backbone: PreTrainedModel, plan: PassPlan, inputs: dict[str, Any], mask: Any, output_attentions: bool
+    ) -> "ParallelContextPass":
         """Begin the pass over new tokens of text.
 
         Args:
             backbone (`PreTrainedModel`): the base.
             plan ([`PassPlan`]): which chunks complete in the pass, and their neighbors.
-            cache ([`~transformers.Cache`], *optional*): of the text.
+            inputs (`dict`): what the base will be given. Its `position_ids` are filled in where the caller has none.
+            mask (`torch.Tensor`, *optional*): which tokens of the text are real.
+            output_attentions (`bool`): whether probabilities are asked for, which this reader refuses.
         """
-        _use_attention(backbone)  # the user may have called `set_attn_implementation` since
+        check_no_attentions(output_attentions)
+        route_attention(backbone)  # the user may have called `set_attn_implementation` since
         size, state = self.config.chunk_size, cast("Any", plan.state)  # a step always has a state
+        if "position_ids" in inputs and inputs["position_ids"] is None:
+            num_past = 0 if state is None else state.num_columns
+            inputs["position_ids"] = text_positions(mask, plan.shape[1], num_past)
         found: list[Neighbors] = []
         if plan.neighbor_input_ids is not None and plan.neighbor_mask is not None:
             found = self.encode(backbone, plan.neighbor_input_ids, plan.neighbor_mask)
@@ -291,16 +274,16 @@ class ParallelContextReader(nn.Module):
                         known[row][0] = halves[(first - 1) % 2]
                     for chunk in range(completed):
                         halves[(first + chunk) % 2] = neighbors_at(known[row], 1 + chunk)
-            groups = [[(p + 1) // size if p >= 0 else -1 for p in row] for row in plan.positions.tolist()]
+            groups = [[(p + 1) // size if p >= 0 else -1 for p in row] for row in plan.positions_in_pass.tolist()]
         elif isinstance(plan, StepPlan):
             for place, row in enumerate([] if plan.kept is None else plan.kept.rows.tolist()):
-                state.neighbors[row][state.lengths[row] // size % 2] = neighbors_at(found, place)
-            last = [(length + 1) // size - 1 for length in state.lengths]
+                state.neighbors[row][state.next_positions[row] // size % 2] = neighbors_at(found, place)
+            last = [(position + 1) // size - 1 for position in state.next_positions]
             known = [
                 [halves[chunk % 2] if chunk >= 0 else ()] for chunk, halves in zip(last, state.neighbors, strict=True)
             ]
             groups = [[0] for _ in last]
-        return ParallelContextPass(self, plan, known, groups, cache)
+        return ParallelContextPass(self, plan, known, groups, inputs[CACHE_NAME])
 
 
 # ── reading them ──────────────────────────────────────────────────────────────────────────────────────────────────────

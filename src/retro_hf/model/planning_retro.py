@@ -9,14 +9,14 @@ import torch
 from .cache_retro import RetrievalState, chunk_offsets, pad_to, per_row
 from .chunking_retro import (
     History,
-    Neighbors,
+    NeighborTokens,
     PassPlan,
     SequencePlan,
     StepPlan,
     cells_from,
-    chunk_positions,
     completing_tokens,
     gather,
+    positions_from,
 )
 from .retriever_protocol_retro import RetroLookup
 
@@ -27,7 +27,7 @@ def plan_pass(
     chunk_size: int,
     *,
     state: RetrievalState | None = None,
-    given: Neighbors | None = None,
+    given: NeighborTokens | None = None,
     retriever: RetroLookup | None = None,
     chunk_offset: int | torch.Tensor | None = None,
 ) -> PassPlan:
@@ -48,7 +48,7 @@ def plan_pass(
         return _plan_given(tokens, real, chunk_size, given, chunk_offset)
     if state is not None and tokens.shape[1] == 1 and state.is_started:
         return _plan_step(tokens, state, given, retriever)
-    begins = chunk_offsets(chunk_offset, len(tokens), chunk_size) if state is None else state.lengths
+    begins = chunk_offsets(chunk_offset, len(tokens), chunk_size) if state is None else state.next_positions
     return _plan_sequence(tokens, real, begins, chunk_size, state, given, retriever)
 
 
@@ -56,7 +56,7 @@ def _plan_given(
     tokens: torch.Tensor,
     real: torch.Tensor | None,
     chunk_size: int,
-    given: Neighbors,
+    given: NeighborTokens,
     chunk_offset: int | torch.Tensor | None,
 ) -> SequencePlan:
     """The plan of training. Only shapes decide, so that the host reads no value of a tensor and the pass compiles."""
@@ -79,10 +79,10 @@ def _plan_given(
         # The offset was read on the host anyway. Reading the mask, too, allows encoding only the chunks that have neighbors:
         # for a question, the last one.
         selected = _with_neighbors(mask.flatten(0, 1))
-    positions = chunk_positions(tokens, real, start)
-    completed = completing_tokens(positions, ids.shape[1], chunk_size)
+    positions_in_pass = positions_from(tokens, real, start)
+    completing = completing_tokens(positions_in_pass, ids.shape[1], chunk_size)
     neighbors = (ids.flatten(0, 1), mask.flatten(0, 1)) if ids.shape[1] else None
-    return SequencePlan(positions, completed, ids.shape[1], neighbors, selected)
+    return SequencePlan(positions_in_pass, completing, ids.shape[1], neighbors, selected)
 
 
 def _plan_sequence(
@@ -91,7 +91,7 @@ def _plan_sequence(
     begins: list[int],
     chunk_size: int,
     state: RetrievalState | None,
-    given: Neighbors | None,
+    given: NeighborTokens | None,
     retriever: RetroLookup | None,
 ) -> SequencePlan:
     """The plan of a pass over many tokens; `begins` are the chunk positions of the first token of each row."""
@@ -104,12 +104,12 @@ def _plan_sequence(
     num_completed = [(start + count) // chunk_size for start, count in zip(starts, counts, strict=True)]
     num_chunks = max(num_completed)
     start = torch.tensor(starts, device=device)
-    positions = chunk_positions(tokens, real, start)
+    positions_in_pass = positions_from(tokens, real, start)
     history = None
     if state is not None:
         origins = [max(o - c * chunk_size, 0) for o, c in zip(state.offsets, first_chunk, strict=True)]
         history = History(first_chunk, num_completed, counts, start, torch.tensor(origins, device=device))
-    completed_tokens, chunk_mask = completing_tokens(positions, num_chunks, chunk_size, history)
+    completed_tokens, chunk_mask = completing_tokens(positions_in_pass, num_chunks, chunk_size, history)
 
     neighbors = None
     if num_chunks:
@@ -118,9 +118,10 @@ def _plan_sequence(
         chunks = torch.tensor(first_chunk, device=device).unsqueeze(1) + steps
         complete = torch.tensor(num_completed, device=device).unsqueeze(1) > steps
 
-        def chunk_tokens(selected: torch.Tensor) -> Neighbors:
+        def chunk_tokens(selected: torch.Tensor) -> NeighborTokens:
             ids = tokens
-            # A chunk may have begun in an earlier pass: `completed_tokens` counts the m remembered tokens before the new ones.
+            # A chunk may have begun in an earlier pass. So the m remembered tokens of each row come before its new ones, and
+            # `completed_tokens` counts both.
             if state is not None:
                 ring = state.read("input_ids")
                 old = tokens.new_zeros(batch_size, chunk_size)
@@ -135,28 +136,28 @@ def _plan_sequence(
     selected = None
     if neighbors is not None and state is not None and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
         selected = _with_neighbors(neighbors[1])
-    completed = completed_tokens, chunk_mask
-    plan = SequencePlan(positions, completed, num_chunks, neighbors, selected, state, history)
+    completing = completed_tokens, chunk_mask
+    plan = SequencePlan(positions_in_pass, completing, num_chunks, neighbors, selected, state, history)
     if state is not None and tokens.dim() == 2:
         plan._remember("input_ids", tokens)
     return plan
 
 
 def _plan_step(
-    tokens: torch.Tensor, state: RetrievalState, given: Neighbors | None, retriever: RetroLookup | None
+    tokens: torch.Tensor, state: RetrievalState, given: NeighborTokens | None, retriever: RetroLookup | None
 ) -> StepPlan:
     size, device = state.chunk_size, tokens.device
     if tokens.dim() == 2:  # embeddings have no ids to look up
-        state.write("input_ids", state.lengths, tokens)
-    rows = [row for row, length in enumerate(state.lengths) if (length + 1) % size == 0]
+        state.write("input_ids", state.next_positions, tokens)
+    rows = [row for row, length in enumerate(state.next_positions) if (length + 1) % size == 0]
     neighbors = None
     if rows:
-        chunks = [state.lengths[row] // size for row in rows]
+        chunks = [state.next_positions[row] // size for row in rows]
         index = torch.tensor(rows, device=device)
         halves = torch.tensor([chunk % 2 for chunk in chunks], device=device)
         origins = [state.offsets[row] - chunk * size for row, chunk in zip(rows, chunks, strict=True)]
 
-        def chunk_tokens(selected: torch.Tensor) -> Neighbors:
+        def chunk_tokens(selected: torch.Tensor) -> NeighborTokens:
             return state.read("input_ids")[index, halves][selected], cells_from(origins, size, device)[selected]
 
         every = torch.ones_like(index, dtype=torch.bool)
@@ -167,12 +168,12 @@ def _plan_step(
 
 
 def _fetch(
-    given: Neighbors | None,
+    given: NeighborTokens | None,
     retriever: RetroLookup | None,
     where: tuple[torch.Tensor, torch.Tensor],
     wanted: torch.Tensor,
-    chunk_tokens: Callable[[torch.Tensor], Neighbors],
-) -> Neighbors | None:
+    chunk_tokens: Callable[[torch.Tensor], NeighborTokens],
+) -> NeighborTokens | None:
     """Neighbors (V, K, R) of V chunks: those given, else those of the retriever, else masked ones. None if there are none.
 
     Args:
@@ -208,7 +209,7 @@ def _fetch(
 def _with_neighbors(mask: torch.Tensor) -> torch.Tensor | None:
     """The numbers of the chunks that have neighbors, given their mask (V, K, R); None if all or none have.
 
-    A long prompt with passages for its question alone is read by the chunks of the question alone.
+    If only the question at the end of a prompt has passages, only its chunks read.
     """
     some = mask.flatten(1).any(dim=-1).nonzero().squeeze(1)
     return some if 0 < len(some) < len(mask) else None

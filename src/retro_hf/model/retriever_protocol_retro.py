@@ -5,14 +5,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
-from transformers.utils import is_torchdynamo_exporting, logging
 
 from .cache_retro import pad_to
-from .configuration_retro import RetroConfig
 
-
-logger = logging.get_logger(__name__)
 
 Retriever = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 """`retriever(chunk_input_ids (N, m), chunk_attention_mask (N, m)) -> (neighbor_input_ids (N, K, R), mask (N, K, R))`."""
@@ -20,6 +15,18 @@ Retriever = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Ten
 
 ATTACHED: Any = type("AttachedRetriever", (), {"__repr__": lambda self: "<the attached retriever>"})()
 """The default of an argument `retriever`; None turns retrieval off."""
+
+
+class SharedRetriever:
+    """Holds the retriever of a model, so that it never becomes a submodule, even if it is an `nn.Module`. Copies of the model
+    share it.
+    """
+
+    def __init__(self, value: Retriever | None):
+        self.value = value
+
+    def __deepcopy__(self, memo: dict) -> "SharedRetriever":
+        return self
 
 
 def check_retriever(retriever: Any, chunk_size: int | None = None) -> None:
@@ -92,100 +99,6 @@ def check_neighbors(
             f"{vocab_size} tokens. Were they made with another tokenizer?"
         )
     return input_ids.long(), mask
-
-
-def given_neighbors(
-    input_ids: torch.Tensor | None,
-    mask: torch.Tensor | None,
-    tokens: torch.Tensor,
-    config: RetroConfig,
-    *,
-    is_step: bool,
-    is_whole: bool,
-) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Check the neighbors that were given to a forward pass; None if there are none.
-
-    Args:
-        input_ids, mask (`torch.Tensor` of shape `(B, C, K, R)`, *optional*): the neighbors of the chunks of each row.
-        tokens (`torch.Tensor` of shape `(B, T, ...)`): the new tokens, or their embeddings.
-        config ([`RetroConfig`]): of the model.
-        is_step (`bool`): whether an earlier pass has checked these neighbors.
-        is_whole (`bool`): whether no tokens can follow.
-    Returns:
-        Ids and boolean mask of shape `(B, C, K, R)`, with K at least 1.
-    """
-    if input_ids is None:
-        if mask is not None:
-            raise ValueError("`neighbor_attention_mask` was given without `neighbor_input_ids`. Give both, or none.")
-        return None
-    size, (batch_size, num_tokens) = config.chunk_size, tokens.shape[:2]
-    if not is_step:
-        source = "`neighbor_input_ids` (batch, chunks, …)"
-        input_ids, mask = check_neighbors(input_ids, mask, (batch_size, -1), config.vocab_size, source)
-        # An exported program also runs on shorter texts; neighbors of chunks beyond the text are never read.
-        if is_whole and not is_torchdynamo_exporting() and input_ids.shape[1] > num_tokens // size + 1:
-            raise ValueError(
-                f"`neighbor_input_ids` holds neighbors of {input_ids.shape[1]} chunks, but {num_tokens} tokens have "
-                f"only {num_tokens // size} complete chunks of {size}. Were they made with another `chunk_size`?"
-            )
-    if mask is None:
-        mask = torch.ones((), dtype=torch.bool, device=input_ids.device).expand_as(input_ids)
-    # A chunk has at least one neighbor, if only to be masked.
-    return pad_to(input_ids.to(tokens.device), 1, dim=-2), pad_to(mask.bool().to(tokens.device), 1, dim=-2)
-
-
-def text_of(
-    inputs_embeds: torch.Tensor,
-    input_ids: torch.Tensor | None,
-    given: tuple[torch.Tensor, torch.Tensor] | None,
-    retriever: "RetroLookup | None",
-    is_unclear: bool,
-) -> torch.Tensor:
-    """The tokens that given embeddings stand for, or the embeddings themselves if the tokens are not known.
-
-    Args:
-        inputs_embeds (`torch.FloatTensor` of shape `(B, T, hidden_size)`): the embeddings.
-        input_ids (`torch.LongTensor` of shape `(B, T)`, *optional*): the tokens that they stand for.
-        given, retriever (*optional*): where neighbors come from.
-        is_unclear (`bool`): whether it is unknown where the chunks of the given neighbors begin.
-    Raises:
-        ValueError: if retrieval needs to know more.
-    """
-    if input_ids is not None:
-        if input_ids.shape != inputs_embeds.shape[:2]:
-            raise ValueError(
-                f"`input_ids` has the shape {tuple(input_ids.shape)} and `inputs_embeds` {tuple(inputs_embeds.shape)}, so the "
-                "chunks of the text are unknown. Give embeddings of exactly these tokens, or `input_ids` alone."
-            )
-        return input_ids
-    if retriever is not None:
-        raise ValueError(
-            "Retrieval needs `input_ids`: there are no tokens to look up in `inputs_embeds`. Give "
-            "`neighbor_input_ids`, or `retriever=None`."
-        )
-    if given is not None and is_unclear:
-        raise ValueError(
-            "With `inputs_embeds` it is unknown where the chunks of `neighbor_input_ids` begin: virtual tokens before the "
-            "text, as in PEFT's prompt tuning, would let tokens read neighbors of their own chunk. Give `input_ids` (and "
-            "tune with LoRA), or, for embeddings of the text alone, `chunk_offset=0`."
-        )
-    return inputs_embeds
-
-
-def check_chunk_size(looked_up: torch.Tensor | int | None, chunk_size: int) -> None:
-    """Check that given neighbors were looked up for chunks of the model's size; `looked_up` is one number, or `(B,)`."""
-    if looked_up is None:
-        return
-    looked_up = torch.as_tensor(looked_up).flatten()
-    if torch.compiler.is_compiling():  # reading values would break the graph
-        message = f"The neighbors were looked up for chunks of another size than the model's {chunk_size}."
-        torch._assert_async((looked_up == chunk_size).all(), message)
-    elif set(looked_up.tolist()) != {chunk_size}:
-        raise ValueError(
-            f"The neighbors were looked up for chunks of {sorted(set(looked_up.tolist()))} tokens, but the model has chunks of "
-            f"{chunk_size}: it would read neighbors of text that it is yet to predict. Take a datastore (and "
-            f"a collator) of chunk_size={chunk_size}, and cut and look up the training text with it."
-        )
 
 
 class RetroLookup:
@@ -349,38 +262,11 @@ class RetroLookup:
         return rows
 
 
-def warn_of_nothing_to_train(backbone: nn.Module, labels: torch.Tensor | None, reader: str) -> None:
-    """Explain a loss without a gradient; PyTorch only says that "element 0 of tensors does not require grad".
-
-    Args:
-        backbone (`nn.Module`): of a model that runs without retrieval, or whose reader has no weights.
-        labels (`torch.LongTensor`, *optional*): whether a loss is computed.
-        reader (`str`): of the model.
-    """
-    if labels is None or not backbone.training or not torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return
-    if any(weight.requires_grad for weight in backbone.parameters()):
-        return
-    if reader == "parallel_context":
-        logger.warning_once(
-            "reader='parallel_context' has no weights, and the backbone is frozen, so the loss has no gradient. Put LoRA on the "
-            "model (`get_peft_model`), or make it with `retrofit(..., freeze_backbone=False)`."
-        )
-    else:
-        logger.warning_once(
-            "This batch has no neighbors, and the backbone is frozen, so its loss has no gradient. Give `neighbor_input_ids`, or "
-            "attach a retriever with `set_retriever`."
-        )
-
-
 __all__ = [
     "ATTACHED",
     "Retriever",
     "RetroLookup",
-    "check_chunk_size",
+    "SharedRetriever",
     "check_neighbors",
     "check_retriever",
-    "given_neighbors",
-    "text_of",
-    "warn_of_nothing_to_train",
 ]
