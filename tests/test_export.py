@@ -22,8 +22,13 @@ def inputs(batch_size: int, num_tokens: int, num_chunks: int, off: bool = False,
 
 @pytest.mark.parametrize(
     ("family", "off", "offset"),
-    [("llama", False, False), ("llama", False, True), ("llama", True, False), ("gpt2", False, False)]
-    + [("retro_decoder", False, False)],
+    [
+        pytest.param("llama", False, False, marks=pytest.mark.slow),  # of the kinds that follow
+        ("llama", False, True),
+        ("llama", True, False),
+        ("gpt2", False, False),
+        ("retro_decoder", False, False),
+    ],
 )
 def test_batch_length_and_number_of_chunks_are_dynamic(family, off, offset):
     model = two_layer_retro(family)

@@ -295,10 +295,10 @@ def test_shard_limit_holds_for_blocks_of_any_size(tmp_path, tokenizer, embedder,
 
 @pytest.mark.parametrize("after", [4, 7])
 def test_build_of_many_shards_killed_repeatedly_ends_with_identical_bytes(tmp_path, tokenizer, embedder, after):
-    whole = build(tmp_path / "whole", tokenizer, embedder, shard_chunks=30)
+    whole = build(tmp_path / "whole", tokenizer, embedder, shard_chunks=60)
     while not (tmp_path / "store").exists():
         child = multiprocessing.get_context("fork").Process(
-            target=_build_and_die, args=(tmp_path / "store", tokenizer, embedder, after, 30)
+            target=_build_and_die, args=(tmp_path / "store", tokenizer, embedder, after, 60)
         )
         child.start()
         child.join(60)

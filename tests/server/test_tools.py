@@ -1,10 +1,8 @@
-"""The store as a tool for agents, through the client of the official SDK."""
-
-import sys
+"""The store as a tool for agents, through the client of the official SDK; docs/mcp.md runs the command with it."""
 
 import anyio
 import pytest
-from mcp import Client, StdioServerParameters, stdio_client
+from mcp import Client
 from tiny_training import make_world
 
 from retro_hf import RetroDatastore
@@ -51,11 +49,3 @@ def test_bad_arguments_are_errors_of_the_call(world):
     *refused, found = call(make_tools(world.retriever, "store"), *bad, {"query": "a king"})
     assert [one.is_error for one in refused] == [True] * len(bad)
     assert not found.is_error
-
-
-def test_the_command_speaks_the_protocol_on_its_standard_streams(world):
-    """Nothing else may be printed there."""
-    arguments = ["-m", "retro_hf_cli", "mcp", str(world.folder / "store"), "--embedder", str(world.folder / "encoder")]
-    server = stdio_client(StdioServerParameters(command=sys.executable, args=arguments))
-    (found,) = call(server, {"query": "a king"})
-    assert len(found.structured_content["result"]) == 5

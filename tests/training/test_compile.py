@@ -45,18 +45,19 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("extra", RIGHT)
-def test_tensors_that_come_with_given_neighbors_stay_in_one_graph(extra):
-    batch = {**labeled(), **random_neighbors(2, 4), extra: RIGHT[extra]}
+@pytest.mark.parametrize("names", [("chunk_offset", "neighbor_chunk_size"), ("position_ids",)])
+def test_tensors_that_come_with_given_neighbors_stay_in_one_graph(names):
+    batch = {**labeled(), **random_neighbors(2, 4), **{name: RIGHT[name] for name in names}}
     assert_compiled_equals_eager(two_layer_retro("llama").train(), batch, fullgraph=True)
 
 
 def test_wrong_values_are_refused_inside_a_graph_too():
     """In the graph that takes the right ones."""
     torch.compiler.reset()
-    compiled = torch.compile(two_layer_retro("llama"), backend="aot_eager", fullgraph=True)
+    model = two_layer_retro("llama")
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     batch = {**labeled(), **random_neighbors(2, 4), **RIGHT}
-    compiled(**batch)
+    torch.testing.assert_close(compiled(**batch).loss, model(**batch).loss)
     for name, wrong in WRONG.items():
         with pytest.raises(RuntimeError):
             compiled(**{**batch, name: wrong})
