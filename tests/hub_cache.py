@@ -4,12 +4,14 @@ What `huggingface_hub` would download is laid where it would put it: a snapshot 
 """
 
 import os
+import shutil
 import sys
 from functools import cache
 from pathlib import Path
 from unittest import mock
 
 from filelock import FileLock
+from huggingface_hub.constants import HF_HUB_CACHE
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -60,3 +62,13 @@ def put(name: str) -> None:
             (snapshot / path.name).symlink_to(path.resolve())
         (folder / "refs").mkdir(exist_ok=True)
         (folder / "refs" / "main").write_text(SNAPSHOT)
+
+
+def put_on_hub(name: str, folder: Path) -> str:
+    """Lay a model where the Hub's client would have downloaded it."""
+    repository = Path(HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
+    shutil.rmtree(repository, ignore_errors=True)
+    shutil.copytree(folder, repository / "snapshots" / SNAPSHOT)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(SNAPSHOT)
+    return name

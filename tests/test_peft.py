@@ -1,5 +1,7 @@
 """LoRA on the backbone, trained together with what RETRO adds: `get_peft_model(..., modules_to_save=["retro"])`."""
 
+from pathlib import Path
+
 import peft
 import pytest
 import torch
@@ -17,6 +19,7 @@ from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from retro_hf import RetroForCausalLM, retrofit
 
+from .hub_cache import put_on_hub
 from .tiny import ENCODER, hash_retriever, random_ids, random_neighbors, randomize, tiny_backbone
 
 
@@ -140,7 +143,7 @@ def test_a_folder_of_peft_over_a_saved_retro(base, tmp_path, monkeypatch, cls, s
     retro = retrofit(base, **SETTINGS)
     randomize(retro.model.retro, seed=3)
     retro.save_pretrained("retro", save_backbone=save_backbone)
-    model = RetroForCausalLM.from_pretrained("retro", backbone_name_or_path=base)
+    model = RetroForCausalLM.from_pretrained(put_on_hub("org/retro", Path("retro")), backbone_name_or_path=base)
     config = LoraConfig(**LORA, task_type="CAUSAL_LM")
     if way == "get_peft_model":
         model = get_peft_model(model, config)
@@ -160,13 +163,24 @@ def test_a_folder_of_peft_over_a_saved_retro(base, tmp_path, monkeypatch, cls, s
             torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("cls", [AutoModelForCausalLM, RetroForCausalLM])
+def test_a_folder_of_peft_names_no_folder_of_this_machine(base, tmp_path, cls):
+    """A stranger may have made it. The caller loads the model and puts the adapter on it."""
+    retrofit(base, **SETTINGS).save_pretrained(tmp_path / "retro")
+    model = RetroForCausalLM.from_pretrained(tmp_path / "retro")
+    get_peft_model(model, LoraConfig(**LORA, task_type="CAUSAL_LM")).save_pretrained(tmp_path / "lora")
+    with pytest.raises(ValueError, match="names the model .*retro"):
+        cls.from_pretrained(tmp_path / "lora")
+    PeftModel.from_pretrained(RetroForCausalLM.from_pretrained(tmp_path / "retro"), tmp_path / "lora")
+
+
 @adds_an_adapter
 @pytest.mark.parametrize("cls", [AutoModel, AutoModelForCausalLM])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_an_adapter_on_the_backbone_alone(base, tmp_path, monkeypatch, cls, dtype):
     """It is not lost without a word; the way that the error names brings it back."""
     monkeypatch.chdir(tmp_path)
-    model = retrofit(base, base_kwargs={"dtype": dtype}, **SETTINGS)
+    model = retrofit(put_on_hub("org/base", base), base_kwargs={"dtype": dtype}, **SETTINGS)
     randomize(model.model.retro, seed=3)
     model.model.backbone.add_adapter(LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False))
     for save_backbone in (True, False):

@@ -318,7 +318,7 @@ def test_retriever_with_any_searcher_is_cached_and_pickled(searching, chunks, mo
     expected = searching(chunks[:4])[0]
     assert torch.equal(pickle.loads(pickle.dumps(searching))(chunks[:4])[0], expected)
     searching.num_neighbors = 1
-    monkeypatch.setattr(searching, "searcher", None)
+    monkeypatch.setattr(searching, "_searcher", None)
     assert torch.equal(searching(chunks[:4])[0], expected[:, :1])
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,11 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from hub_server import running_hub
+from huggingface_hub.constants import HF_HUB_CACHE
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationConfig
 
 from retro_hf import RetroForCausalLM, RetroModel, retrofit
 
+from .hub_cache import put_on_hub
 from .tiny import ENCODER, FAMILIES, hash_retriever, random_ids, random_neighbors, randomize, tiny_backbone, tiny_retro
 from .zoo import tiny_config
 
@@ -273,6 +276,26 @@ def test_other_names_of_a_strangers_model(tmp_path, monkeypatch):
         Path("model/config.json").write_text(json.dumps(config | {"backbone_revision": revision}))
         with pytest.raises(ValueError, match="backbone_revision"):
             AutoConfig.from_pretrained("model")
+
+
+@pytest.mark.parametrize("load", [RetroForCausalLM.from_pretrained, retrofit])
+def test_weight_map_of_a_hub_repository_names_its_own_files(tmp_path, load):
+    """No file outside of the repository is opened, also where the client of the Hub finds everything in its cache."""
+    (retrofitted(tmp_path / "base") if load is not retrofit else tiny_backbone("llama")).save_pretrained(
+        tmp_path / "model", max_shard_size="16KB"
+    )
+    file = tmp_path / "model" / "model.safetensors.index.json"
+    content = json.loads(file.read_text())
+    weight, own = next(iter(content["weight_map"].items()))
+    outside = Path(HF_HUB_CACHE) / "outside.safetensors"
+    outside.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(tmp_path / "model" / own, outside)
+    for name in (str(outside), "../../../outside.safetensors", "..\\..\\outside.safetensors"):
+        file.write_text(json.dumps(content | {"weight_map": content["weight_map"] | {weight: name}}))
+        with pytest.raises((ValueError, OSError)):
+            load(put_on_hub("org/shards", tmp_path / "model"))
+    file.write_text(json.dumps(content))
+    load(put_on_hub("org/shards", tmp_path / "model"))
 
 
 def test_adapter_with_an_empty_base(tmp_path):

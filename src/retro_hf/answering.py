@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from . import arguments, special_tokens
+from .datastore.compatibility import is_copy
+from .datastore.documents import without_lone_surrogates
 from .errors import RetrieverError
 from .model.configuration_retro import RetroConfig
 from .model.modeling_retro import RetroForCausalLM
@@ -22,6 +25,7 @@ __all__ = ["Answer", "Question", "answer", "passage_inputs", "prepare_question"]
 Message = Mapping[str, str]
 INSTRUCTION = "Answer the question in one short sentence."
 """The system message of a chat that has none."""
+_MOST_TOKENS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,8 @@ def answer(
     Returns:
         [`Answer`]: its text, and the passages that were read.
     Raises:
-        RetrieverError: if the question is empty, or the retriever is not a [`RetroRetriever`].
+        RetrieverError: if the question is empty, or the retriever is not a [`RetroRetriever`], or its tokenizer is the
+            datastore's copy, whose chat template is not used.
     """
     asked = prepare_question(
         model,
@@ -134,18 +139,30 @@ def prepare_question(
             f"The model is a {type(model).__name__}, which reads no passages. Make it read them: "
             "`retrofit(model, reader='parallel_context')`."
         )
+    max_new_tokens = arguments.whole("max_new_tokens", max_new_tokens, RetrieverError, most=_MOST_TOKENS)
+    for name, text in (("query", query), ("prompt", prompt)):
+        if text is not None and not isinstance(text, str):
+            raise RetrieverError(f"{name} is of type {type(text).__name__}. Pass a text, or None.")
     messages = _checked_messages(question)
     asked = messages[-1]["content"].strip()
     config, tokenizer = model.config, retriever.tokenizer
     reads_question = traits_of(config.reader).reads_question
+    if prompt is None and reads_question and is_copy(tokenizer, retriever.datastore):
+        raise RetrieverError(
+            "The tokenizer is the datastore's copy, whose chat template is not used, since whoever made the datastore wrote "
+            "it. Give the retriever the model's own: `RetroRetriever(..., tokenizer=)`. Or say how to ask: `prompt=`."
+        )
     if prompt is None and reads_question and tokenizer.chat_template:
-        text = _chat(tokenizer, messages)
+        if messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": INSTRUCTION}, *messages]
+        tokens, before = special_tokens.write_chat(tokenizer, messages, asked)
     else:
-        text = _one_question(prompt or PROMPT, messages, asked)
+        text = _one_question(prompt or PROMPT, messages, special_tokens.mark(tokenizer, asked))
         if reads_question:  # a question that was trained on begins without it
             text = (tokenizer.bos_token or "") + text
-    input_ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
-    length = input_ids.shape[1]
+        tokens, before = special_tokens.tokenize_prompt(tokenizer, text, asked)
+    input_ids = torch.tensor([tokens])
+    length = len(tokens)
     limit = config.max_position_embeddings
     if limit is not None and length + max_new_tokens > limit:
         raise RetrieverError(
@@ -153,11 +170,7 @@ def prepare_question(
             f"the model ends at {limit:,}. Shorten the question, or lower `max_new_tokens`."
         )
 
-    num_passages = retriever.num_neighbors if num_passages is None else num_passages
-    if num_passages < 1:
-        raise ValueError(f"num_passages is {num_passages}, but it must be at least 1.")
     (sources,) = find_passages(retriever, [query or asked], num_passages)
-    before = len(tokenizer(text[: max(text.rfind(asked), 0)], add_special_tokens=False)["input_ids"])
     inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)} | passage_inputs(
         config, tokenizer, sources, num_tokens=length, question_start=before, max_new_tokens=max_new_tokens
     )
@@ -217,14 +230,7 @@ def _checked_messages(question: str | Sequence[Message]) -> list[dict[str, str]]
         )
     if not messages or messages[-1]["role"] != "user" or not messages[-1]["content"].strip():
         raise RetrieverError("There is no question. The last message must be the user's, with at least one word.")
-    return [dict(one) for one in messages]
-
-
-def _chat(tokenizer: Any, messages: list[dict[str, str]]) -> str:
-    """The chat as the template of the tokenizer writes it, up to the place of the answer."""
-    if messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": INSTRUCTION}, *messages]
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return [dict(one) | {"content": without_lone_surrogates(one["content"])} for one in messages]
 
 
 def _one_question(prompt: str, messages: list[dict[str, str]], question: str) -> str:
@@ -248,8 +254,8 @@ def _encoded(texts: list[str], tokenizer: Any, neighbor_size: int) -> tuple[torc
     """Token ids and mask of passages, both int64 of shape `(num_passages, neighbor_size)`; one masked row without any."""
     ids = torch.zeros(max(len(texts), 1), neighbor_size, dtype=torch.long)
     mask = torch.zeros_like(ids)
-    for row, text in enumerate(texts):
-        tokens = tokenizer(text, add_special_tokens=False)["input_ids"][:neighbor_size]
-        ids[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.long)
-        mask[row, : len(tokens)] = 1
+    for row, tokens in enumerate(special_tokens.tokenize_texts(tokenizer, texts)[0]):
+        kept = tokens[:neighbor_size]
+        ids[row, : len(kept)] = torch.tensor(kept, dtype=torch.long)
+        mask[row, : len(kept)] = 1
     return ids, mask

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from numbers import Integral
+import math
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,27 @@ def whole(name: str, value: Any, error: type[Exception], least: int = 1, most: i
         upper = "" if most is None else f" and at most {most:,}"
         raise error(f"{name} is {value!r:.100}, but it must be an integer of at least {least:,}{upper}.")
     return number
+
+
+def real(name: str, value: Any, error: type[Exception], least: float = -math.inf, most: float = math.inf) -> float:
+    """A real number, of Python or numpy, as `float`; `error` for anything else, also for NaN, or one out of range."""
+    try:
+        number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    except OverflowError:  # an integer that is larger than any float
+        number = math.nan
+    if not least <= number <= most:
+        bounds = [f"at {word} {end:g}" for word, end in (("least", least), ("most", most)) if math.isfinite(end)]
+        raise error(
+            f"{name} is {value!r:.100}, but it must be a number{' of ' if bounds else ''}{' and '.join(bounds)}."
+        )
+    return number
+
+
+def flag(name: str, value: Any, error: type[Exception]) -> bool:
+    """True or False, of Python or numpy, as `bool`; `error` for anything else, such as a tensor or a text."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise error(f"{name} is {value!r:.100}, but it must be True or False.")
+    return bool(value)
 
 
 def texts(name: str, values: Any, error: type[Exception]) -> list[str]:

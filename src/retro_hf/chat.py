@@ -8,10 +8,12 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from .special_tokens import special_ids
+
 
 logger = logging.get_logger(__name__)
 
-__all__ = ["chat_markers", "last_user_turn"]
+__all__ = ["chat_markers", "last_user_turn", "user_turns"]
 
 _TURNS = ("first question", "first answer", "second question")
 
@@ -60,3 +62,32 @@ def last_user_turn(prompt: str, before: str, after: str) -> tuple[str, int] | No
     if not (found and ended and turn.strip()):
         return None
     return turn.strip(), len(start) + len(found) + turn.index(turn.strip())
+
+
+def user_turns(
+    tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], *, is_copy: bool = False
+) -> list[tuple[str, int] | None]:
+    """The last turn of the user in each prompt, and how many tokens come before it; None for a prompt that is not a chat.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): that wrote the prompts.
+        prompts (`list[list[int]]`): token ids, without padding.
+        is_copy (`bool`): whether it is a datastore's copy, which has no chat template.
+    """
+    markers = chat_markers(tokenizer)
+    if markers is None:
+        special = special_ids(tokenizer) - {tokenizer.bos_token_id}
+        if is_copy and any(not special.isdisjoint(prompt) for prompt in prompts):
+            logger.warning_once(
+                "The prompt has special tokens, as a chat has, but the user's turn is not found in it: the tokenizer is the "
+                "datastore's copy, whose chat template is not used. Pass the model's own: `RetroRetriever(..., tokenizer=)`."
+            )
+        return [None] * len(prompts)
+    turns: list[tuple[str, int] | None] = []
+    for ids in prompts:
+        prompt = str(tokenizer.decode(ids))
+        turn = last_user_turn(prompt, *markers)
+        if turn is not None:
+            turn = turn[0], len(tokenizer(prompt[: turn[1]], add_special_tokens=False)["input_ids"])
+        turns.append(turn)
+    return turns

@@ -41,7 +41,9 @@ class Passage:
     score: float
 
 
-def find_passages(retriever: RetroRetriever, questions: Sequence[str], num_passages: int) -> list[list[Passage]]:
+def find_passages(
+    retriever: RetroRetriever, questions: Sequence[str], num_passages: int | None = None
+) -> list[list[Passage]]:
     """Look questions up, and return what to read for each.
 
     A passage is a chunk that was found and what follows it in its document, `neighbor_size` tokens of the datastore. If the
@@ -51,18 +53,19 @@ def find_passages(retriever: RetroRetriever, questions: Sequence[str], num_passa
     Args:
         retriever ([`RetroRetriever`]): where to look.
         questions (`Sequence[str]`): texts with at least one word each.
-        num_passages (`int`): passages per question.
+        num_passages (`int`, *optional*): passages per question; by default the retriever's `num_neighbors`.
     Returns:
         `list[list[Passage]]`: for each question at most `num_passages` passages, best first.
     Raises:
         RetrieverError: for a question without a word.
     """
+    if not isinstance(retriever, RetroRetriever):
+        raise RetrieverError(f"The retriever is of type {type(retriever).__name__}. Pass a RetroRetriever.")
+    num_passages = retriever.num_neighbors if num_passages is None else num_passages
     num_passages = arguments.whole("num_passages", num_passages, RetrieverError)
     questions = arguments.texts("Question", questions, RetrieverError)
     if not all(question.strip() for question in questions):
         raise RetrieverError("A question is empty. Pass texts with at least one word each.")
-    if not isinstance(retriever, RetroRetriever):
-        raise RetrieverError(f"The retriever is of type {type(retriever).__name__}. Pass a RetroRetriever.")
     datastore = retriever.datastore
     readable = [without_lone_surrogates(question) for question in questions]
     found = retriever.search_texts(readable, 2 * num_passages)

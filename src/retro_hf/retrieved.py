@@ -1,4 +1,4 @@
-"""What a retriever has found, and the settings that it is saved with."""
+"""What a retriever is asked and has found, and the settings that it is saved with."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from .errors import RetrieverError
 from .outside import read_json
@@ -62,3 +63,39 @@ def saved_settings(path: Path) -> dict[str, Any]:
         file = str(path / SETTINGS_NAME)
         raise RetrieverError(f"{file!r} is damaged ({error}). Remove it, or save the retriever again.") from error
     return {"num_neighbors": number, "min_score": score}
+
+
+def token_rows(
+    ids: torch.Tensor, mask: torch.Tensor | None, chunk_size: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Check rows of token ids that a retriever is asked about.
+
+    Args:
+        ids (`torch.Tensor` of integers and shape `(num_rows, length)`): token ids.
+        mask (`torch.Tensor` of the same shape, *optional*): 0 at padding.
+        chunk_size (`int`, *optional*): the length that the rows must have.
+    Returns:
+        The ids, int64, and the mask, bool, of the same shape.
+    Raises:
+        RetrieverError: if they are of another type or shape, or an id that is not masked is negative.
+    """
+    found = f"shape {tuple(ids.shape)}" if isinstance(ids, torch.Tensor) else f"type {type(ids).__name__}"
+    if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or (chunk_size or ids.shape[1]) != ids.shape[1]:
+        raise RetrieverError(
+            f"The prompts are of {found}. Pass a tensor of token ids of shape (batch_size, prompt_length)."
+            if chunk_size is None
+            else f"The chunks are of {found}, but the datastore looks up tensors of shape (num_chunks, {chunk_size}). Use a "
+            f"model with chunk_size={chunk_size}, or rebuild the datastore."
+        )
+    is_mask = mask is None or (isinstance(mask, torch.Tensor) and mask.shape == ids.shape)
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool or not is_mask:
+        kind = f"shape {tuple(mask.shape)}" if isinstance(mask, torch.Tensor) else f"type {type(mask).__name__}"
+        masked = "" if mask is None else f" and a mask of {kind}"
+        raise RetrieverError(
+            f"The token ids are {ids.dtype} of {found}{masked}. Pass integers, and a mask of their shape."
+        )
+    rows = ids.detach().cpu().to(torch.int64).numpy()
+    kept = np.ones(rows.shape, dtype=bool) if mask is None else mask.detach().cpu().numpy().astype(bool)
+    if (least := int(rows[kept].min(initial=0))) < 0:
+        raise RetrieverError(f"There is the token id {least}. Pass ids of the tokenizer, and a mask for padding.")
+    return rows, kept

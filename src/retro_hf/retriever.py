@@ -6,7 +6,6 @@ import json
 import os
 from collections import OrderedDict
 from collections.abc import Iterable
-from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,17 +14,18 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from . import arguments
-from .chat import chat_markers, last_user_turn
+from .chat import user_turns
 from .datastore import ChunkEmbedder, EmbeddingSearcher, RetroDatastore, Searcher, chunk_texts
 from .datastore.atomic_files import write_file
-from .datastore.compatibility import load_tokenizer
+from .datastore.compatibility import is_copy, load_tokenizer
 from .datastore.documents import without_lone_surrogates
 from .datastore.hub import local_folder, push
 from .datastore.result_filter import select
 from .datastore.search_excluding import check_num_neighbors
 from .errors import RetrieverError
 from .locks import Lock
-from .retrieved import SETTINGS_NAME, RetrievalResult, RetrievedNeighbor, saved_settings
+from .retrieved import SETTINGS_NAME, RetrievalResult, RetrievedNeighbor, saved_settings, token_rows
+from .special_tokens import special_ids
 
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class _Cache:
         """Keep results, `size` of all at most."""
         with self._lock:
             self._found |= results
-            while len(self._found) > max(size, 0):
+            while len(self._found) > size:
                 self._found.popitem(last=False)
 
 
@@ -123,9 +123,9 @@ class RetroRetriever:
                 f"The searcher finds chunks of {str(other.path)!r}, but the retriever reads {str(datastore.path)!r}. Pass both "
                 "the same datastore."
             )
-        self.datastore = datastore
-        self.searcher: Searcher = searcher  # type: ignore[assignment]  # one of the two is given
-        self.cache_size = arguments.whole("cache_size", cache_size, RetrieverError, least=0)
+        self._datastore = datastore
+        self._searcher: Searcher = searcher  # type: ignore[assignment]  # one of the two is given
+        self.cache_size = cache_size
         self.num_neighbors = num_neighbors
         self._tokenizer = tokenizer
         self.min_score = min_score
@@ -143,10 +143,20 @@ class RetroRetriever:
         if not cache.is_of(datastore):
             cache = self._cache = _Cache(datastore)
         snapshot = object.__new__(type(self))
-        snapshot.__dict__ |= self.__dict__ | {"datastore": datastore, "_cache": cache}
+        snapshot.__dict__ |= self.__dict__ | {"_datastore": datastore, "_cache": cache}
         if hasattr(self.searcher, "over"):
-            snapshot.searcher = self.searcher.over(datastore)
+            snapshot._searcher = self.searcher.over(datastore)
         return snapshot
+
+    @property
+    def datastore(self) -> RetroDatastore:
+        """Where neighbors come from."""
+        return self._datastore
+
+    @property
+    def searcher(self) -> Searcher:
+        """Finds the chunks for a text."""
+        return self._searcher
 
     @property
     def num_neighbors(self) -> int:
@@ -164,10 +174,17 @@ class RetroRetriever:
 
     @min_score.setter
     def min_score(self, value: float | None) -> None:
-        if value is not None and (isinstance(value, bool) or not isinstance(value, Real) or value != value):
-            raise RetrieverError(f"min_score is {value!r}. Pass a number, or None.")
-        self._min_score = None if value is None else float(value)
+        self._min_score = None if value is None else arguments.real("min_score", value, RetrieverError)
         self._forget()
+
+    @property
+    def cache_size(self) -> int:
+        """Chunks whose results are cached."""
+        return self._cache_size
+
+    @cache_size.setter
+    def cache_size(self, value: int) -> None:
+        self._cache_size = arguments.whole("cache_size", value, RetrieverError, least=0)
 
     @property
     def embedder(self) -> ChunkEmbedder | None:
@@ -205,7 +222,7 @@ class RetroRetriever:
         """
         now = self.snapshot()
         found = now._search(chunk_input_ids, chunk_attention_mask)
-        tokens, mask = now.datastore.gather(found.chunk_ids)
+        tokens, mask = now.gather(found.chunk_ids)
         device = chunk_input_ids.device
         return torch.from_numpy(tokens).to(device), torch.from_numpy(mask).to(device)
 
@@ -219,8 +236,20 @@ class RetroRetriever:
             `(len(texts), num_neighbors, neighbor_size)`.
         """
         now = self.snapshot()
-        tokens, mask = now.datastore.gather(now.search_texts(texts).chunk_ids)
+        tokens, mask = now.gather(now.search_texts(texts).chunk_ids)
         return torch.from_numpy(tokens), torch.from_numpy(mask)
+
+    def gather(self, chunk_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The neighbors of chunk ids, as [`RetroDatastore.gather`] returns them, but each ends before its first special token.
+
+        A datastore of an older version, or of a stranger, may have special tokens among those of its documents.
+        """
+        tokens, mask = self.datastore.gather(chunk_ids)
+        special = np.isin(tokens, list(special_ids(self.tokenizer))) & (mask == 1)
+        if special.any():
+            gone = np.logical_or.accumulate(special, axis=-1)
+            tokens[gone] = mask[gone] = 0
+        return tokens, mask
 
     def last_turns(
         self, prompt_input_ids: torch.Tensor, prompt_attention_mask: torch.Tensor
@@ -233,18 +262,11 @@ class RetroRetriever:
             For each prompt the text of the turn and how many tokens come before it, padding not counted; None for a prompt
             that is not a chat.
         """
-        markers = chat_markers(self.tokenizer)
-        if markers is None:
-            return [None] * len(prompt_input_ids)
-        turns: list[tuple[str, int] | None] = []
-        for ids, real in zip(prompt_input_ids, prompt_attention_mask.bool(), strict=True):
-            prompt = str(self.tokenizer.decode(ids[real]))
-            turn = last_user_turn(prompt, *markers)
-            if turn is not None:
-                before = self.tokenizer(prompt[: turn[1]], add_special_tokens=False)["input_ids"]
-                turn = turn[0], len(before)
-            turns.append(turn)
-        return turns
+        rows, kept = token_rows(prompt_input_ids, prompt_attention_mask)
+        prompts = [row[keep].tolist() for row, keep in zip(rows, kept, strict=True)]
+        return user_turns(
+            self.tokenizer, prompts, is_copy=self._tokenizer is None and is_copy(self.tokenizer, self.datastore)
+        )
 
     def search(
         self,
@@ -275,7 +297,7 @@ class RetroRetriever:
         num_neighbors: int | None = None,
         exclude_documents: Any = None,
     ) -> RetrievalResult:
-        rows, mask = self._checked(chunk_input_ids, chunk_attention_mask)
+        rows, mask = token_rows(chunk_input_ids, chunk_attention_mask, self.chunk_size)
         wanted = self.num_neighbors if num_neighbors is None else num_neighbors
         check_num_neighbors(wanted, self.datastore.num_chunks)
         scores = np.full((len(rows), wanted), -np.inf, dtype=np.float32)
@@ -384,28 +406,6 @@ class RetroRetriever:
                 trace.append(RetrievedNeighbor(chunk_id, score, *names, text, continuation, self.searcher.metric))
             traces.append(trace)
         return traces
-
-    def _checked(self, ids: torch.Tensor, mask: torch.Tensor | None) -> tuple[np.ndarray, np.ndarray]:
-        found = f"shape {tuple(ids.shape)}" if isinstance(ids, torch.Tensor) else f"type {type(ids).__name__}"
-        if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or ids.shape[1] != self.chunk_size:
-            raise RetrieverError(
-                f"The chunks are of {found}, but the datastore looks up tensors of shape (num_chunks, {self.chunk_size}). Use a "
-                f"model with chunk_size={self.chunk_size}, or rebuild the datastore."
-            )
-        is_mask = mask is None or (isinstance(mask, torch.Tensor) and mask.shape == ids.shape)
-        if ids.is_floating_point() or ids.dtype == torch.bool or not is_mask:
-            kind = f"shape {tuple(mask.shape)}" if isinstance(mask, torch.Tensor) else f"type {type(mask).__name__}"
-            masked = "" if mask is None else f" and a mask of {kind}"
-            raise RetrieverError(
-                f"The chunks are {ids.dtype} of {found}{masked}. Pass integers, and a mask of their shape."
-            )
-        rows = ids.detach().cpu().to(torch.int64).numpy()
-        kept = np.ones(rows.shape, dtype=bool) if mask is None else mask.detach().cpu().numpy().astype(bool)
-        if (least := int(rows[kept].min(initial=0))) < 0:
-            raise RetrieverError(
-                f"The chunks have the token id {least}. Pass ids of the tokenizer, and a mask for padding."
-            )
-        return rows, kept
 
     @classmethod
     def from_texts(

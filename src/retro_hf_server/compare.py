@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from retro_hf.special_tokens import tokenize_texts
+
 from .engine import Engine
 from .readers import Prompt, Reader, reader_for
 from .requests import RequestError
@@ -27,7 +29,7 @@ def compare(engine: Engine, prompt: Prompt, answer: str) -> dict[str, Any]:
     """
     if engine.source is None:
         raise RequestError("This server has no store. Start it with `--store`.", 404, code="no_store")
-    tokens = engine.tokenizer(answer, add_special_tokens=False).input_ids
+    ((tokens,), _) = tokenize_texts(engine.tokenizer, [answer])
     room = engine.context_size
     if room is not None and len(prompt.tokens) + len(tokens) > room:
         raise RequestError(

@@ -7,6 +7,8 @@ from typing import Any
 
 from jinja2 import TemplateError
 
+from retro_hf.special_tokens import write_chat
+
 from .engine import Engine, Prompt, Sampling
 from .requests import ChatRequest, CompletionRequest, RequestError
 
@@ -70,21 +72,17 @@ class Prompts:
         with self._lock:
             if isinstance(question, str):
                 return Prompt(self._checked(self._tokenizer(question).input_ids))
-            text = self._written(question)
-            # The template writes the special tokens itself.
-            tokens = self._checked(self._tokenizer(text, add_special_tokens=False).input_ids)
-            # The last place: earlier turns may have the same words. Without one, as in a template that changes them, every token reads.
-            before = text[: max(text.rfind(query or ""), 0)]
-            return Prompt(tokens, query, len(self._tokenizer(before, add_special_tokens=False).input_ids))
+            tokens, first = self._written(question, query or "")
+            return Prompt(self._checked(tokens), query, first)
 
-    def _written(self, messages: list[dict[str, str]]) -> str:
-        """The conversation as the chat template writes it."""
+    def _written(self, messages: list[dict[str, str]], query: str) -> tuple[list[int], int]:
+        """The conversation as the chat template writes it, and the token that the query begins with."""
         if not self.has_chat:
             raise RequestError(
                 "The model has no chat template, so it cannot chat. Use `/v1/completions`.", code="no_chat_template"
             )
         try:
-            return self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            return write_chat(self._tokenizer, messages, query)
         except TemplateError as error:
             raise RequestError(
                 f"The model's chat template refuses the messages: {error}.", param="messages"

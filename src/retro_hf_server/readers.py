@@ -120,7 +120,7 @@ class TextReader(Reader):
                 chunk_ids = np.full(shape, -1, dtype=np.int64)
                 for row, neighbors in zip(chunk_ids, found, strict=True):
                     row[: len(neighbors)] = [neighbor.chunk_id for neighbor in neighbors]
-                tokens, mask = self._retriever.datastore.gather(chunk_ids)
+                tokens, mask = self._retriever.gather(chunk_ids)
                 keys = map(tuple, chunk_input_ids.masked_fill(chunk_mask == 0, -1).tolist())
                 described = ([dataclasses.asdict(neighbor) for neighbor in row] for row in found)
                 self._found |= zip(keys, described, strict=True)

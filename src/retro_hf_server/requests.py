@@ -96,7 +96,7 @@ class Message(BaseModel):
     @classmethod
     def _known(cls, role: str) -> str:
         if role not in ("system", "developer", "user", "assistant"):
-            raise ValueError(f"the role is {role!r}, but it is system, developer, user or assistant")
+            raise ValueError(f"the role is {role!r:.100}, but it is system, developer, user or assistant")
         return role
 
     @model_validator(mode="before")

@@ -46,12 +46,21 @@ def load_tokenizer(tokenizer: PreTrainedTokenizerBase | str | os.PathLike[str]) 
 def load_own_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer in the folder of a datastore, which somebody else may have made.
 
+    It has no chat template: a template writes turns of the system, and it is a program that need not end.
+
     Raises:
         DatastoreCorruptError: if it cannot be loaded, or names files of other folders or code.
     """
     with reading(folder):
         check_pretrained_folder(folder)
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        tokenizer.chat_template = None
+        return tokenizer
+
+
+def is_copy(tokenizer: PreTrainedTokenizerBase, datastore: RetroDatastore) -> bool:
+    """Whether a tokenizer is the one in the folder of a datastore."""
+    return tokenizer.name_or_path == str(datastore.path)
 
 
 def check_datastore(datastore: Any) -> None:
@@ -113,7 +122,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase, without: str | Non
     Returns:
         `str` of 64 hexadecimal digits.
     """
-    vocabulary, stages = _content(tokenizer)
+    vocabulary, stages = _content(load_tokenizer(tokenizer))
     # What is off or empty is left out: other versions of the library do not write it.
     model = {key: value for key, value in stages.get("model", {}).items() if value}
     added = [

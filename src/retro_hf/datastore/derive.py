@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from .. import arguments
 from ..errors import DatastoreInputError, DatastoreMismatchError, counted
 from ..progress import progress_bar
+from ..special_tokens import tokenize_texts
 from .atomic_files import INT64, NpyWriter, hash_of, link_or_copy, new_folder, write_npy
 from .build import work_folder
 from .chunks import text_starts, token_dtype
@@ -131,7 +133,9 @@ def drawn_documents(datastore: RetroDatastore, fraction: float, seed: int = 0) -
     Raises:
         DatastoreInputError: for a fraction out of range.
     """
-    if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 < fraction <= 1:
+    seed = arguments.whole("seed", seed, DatastoreInputError, least=0)
+    fraction = arguments.real("fraction", fraction, DatastoreInputError, least=0, most=1)
+    if not fraction:
         raise DatastoreInputError(f"fraction is {fraction!r}. Pass a share above 0 and at most 1.")
     # The hash of an id is as good as a draw between 0 and 2^64, and the same in every store that has the document.
     drawn = (
@@ -307,7 +311,6 @@ def _retokenized(
 ) -> ShardEntry:
     """Write the stream, the lengths and the chunk starts of a shard in new tokens."""
     num_tokens = largest = document = 0
-    options: dict[str, Any] = {"add_special_tokens": False, "return_offsets_mapping": True, "verbose": False}
     with (
         NpyWriter(paths["tokens"], dtype) as tokens,
         NpyWriter(paths["doc_lengths"], INT64) as lengths,
@@ -315,8 +318,8 @@ def _retokenized(
     ):
         for table in shard.documents.pieces():
             texts = table.column("text").to_pylist()
-            after = new(texts, **options)
-            for text, ids, spans in zip(texts, after["input_ids"], after["offset_mapping"], strict=True):
+            tokenized, places = tokenize_texts(new, texts)
+            for text, ids, spans in zip(texts, tokenized, places or (), strict=True):
                 if not ids:
                     raise DatastoreInputError(
                         f"The document {text[:40]!r}… has no token in the new tokenizer. Delete it first, or use another tokenizer."
@@ -346,7 +349,10 @@ def _retokenized(
 def _first_characters(
     tokenizer: PreTrainedTokenizerBase, text: str, num_tokens: int, first_tokens: np.ndarray
 ) -> np.ndarray:
-    """Where the chunks of a document begin in its text, for a store that has not recorded it."""
+    """Where the chunks of a document begin in its text, for a store that has not recorded it.
+
+    In such stores, names of special tokens were tokenized as these.
+    """
     spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
     if len(spans) != num_tokens:
         raise DatastoreInputError(

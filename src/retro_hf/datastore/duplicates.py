@@ -11,6 +11,7 @@ import numpy as np
 from .. import arguments, extras
 from ..errors import DatastoreInputError
 from ..progress import progress_bar
+from ..special_tokens import tokenize_texts
 from .chunks import ranges
 from .compatibility import check_datastore
 from .documents import without_lone_surrogates
@@ -127,8 +128,7 @@ def stored_documents(datastore: RetroDatastore) -> Iterator[tuple[list[str], lis
 
 def _tokens_of(documents: Sequence[Any], datastore: RetroDatastore) -> list[np.ndarray]:
     texts = [without_lone_surrogates(document) for document in documents if isinstance(document, str)]
-    options: dict[str, Any] = {"add_special_tokens": False, "truncation": False, "padding": False, "verbose": False}
-    encoded = iter(datastore.tokenizer(texts, **options)["input_ids"] if texts else [])
+    encoded = iter(tokenize_texts(datastore.tokenizer, texts)[0])
     rows = [next(encoded) if isinstance(one, str) else one for one in documents]
     found = [arguments.numbers("Token ids", row, DatastoreInputError, 0, _MAX_ID) for row in rows]
     if strange := [row for row in found if row.ndim != 1]:

@@ -9,8 +9,9 @@ is another one. So a build that was stopped anywhere resumes when it is started 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from safetensors.numpy import save_file
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import DatastoreInputError
+from ..special_tokens import tokenize_texts
 from .atomic_files import complete_file, digest_of, hash_of
 from .chunks import chunk_texts, num_chunks_of, text_starts
 from .documents import Document
@@ -168,18 +170,9 @@ class TokenizeBlock:
         starts = [np.empty(0, dtype=np.uint32)]
         for start in range(0, len(documents), GROUP_DOCUMENTS):
             batch = documents[start : start + GROUP_DOCUMENTS]
-            encoded = self.tokenizer(
-                [document.text for document in batch],
-                add_special_tokens=False,
-                padding=False,
-                truncation=False,
-                return_attention_mask=False,
-                return_token_type_ids=False,
-                return_offsets_mapping=self.tokenizer.is_fast,
-                verbose=False,
-            )
-            spans = encoded.get("offset_mapping") or [None] * len(batch)
-            for document, ids, places in zip(batch, encoded["input_ids"], spans, strict=True):
+            tokens, spans = tokenize_texts(self.tokenizer, [document.text for document in batch])
+            places_of: Iterable[list[tuple[int, int]] | None] = spans or repeat(None, len(batch))
+            for document, ids, places in zip(batch, tokens, places_of, strict=True):
                 if ids:
                     padded = np.zeros(num_chunks_of(len(ids), self.chunk_size) * self.chunk_size, dtype=self.dtype)
                     padded[: len(ids)] = ids

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..special_tokens import tokenize_texts
 from .chunks import chunk_texts, text_starts
 
 
@@ -71,8 +72,7 @@ def _own_text(datastore: RetroDatastore, shard: Shard, chunk: int) -> tuple[str,
     place, left = _start(shard, text, chunk + inside, last), stop - int(begins[inside])
     if left:
         part = text[place : _start(shard, text, chunk + inside + 1, last)]
-        encoded = datastore.tokenizer(part, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        spans = encoded["offset_mapping"]
+        spans = (tokenize_texts(datastore.tokenizer, [part])[1] or [[]])[0]
         place += int(text_starts(spans, np.array([left]))[0]) if left < len(spans) else len(part)
     return text[begin:end], text[end:place]
 

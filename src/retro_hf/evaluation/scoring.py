@@ -18,6 +18,7 @@ from ..datastore.bos_eos import Borders
 from ..datastore.documents import document_ids, is_missing
 from ..errors import DatasetError, check_integers
 from ..progress import progress_bar
+from ..special_tokens import tokenize_texts
 from .cache import ArrayCache
 
 
@@ -179,12 +180,12 @@ def read_documents(
             text = ""
         if not isinstance(text, str):
             raise DatasetError(f"Document {number} has no text. Pass texts, or dicts with a 'text'.")
-        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        (tokens,), spans = tokenize_texts(tokenizer, [text])
         # With the largest end so far every byte counts once, also where several tokens are parts of one character.
-        ends = np.maximum.accumulate([0, *(end for _, end in encoded["offset_mapping"])])[1:]
+        ends = np.maximum.accumulate([0, *(end for _, end in (spans or [[]])[0])])[1:]
         sizes = np.cumsum([0, *(len(letter.encode("utf-8", "surrogatepass")) for letter in text)])
-        around = borders if encoded["input_ids"] else _NO_BORDERS
-        input_ids = np.array(around.around(encoded["input_ids"]), dtype=np.int64)
+        around = borders if tokens else _NO_BORDERS
+        input_ids = np.array(around.around(tokens), dtype=np.int64)
         last = ends[-1:] if len(around.end) else ends[:0]
         ends = np.concatenate([np.zeros(len(around.begin), dtype=np.int64), ends, last])
         yield Document(
@@ -194,18 +195,19 @@ def read_documents(
 
 def accepts(model: PreTrainedModel, argument: str) -> bool:
     """Whether the forward pass of a model has an argument of this name."""
-    _check_model(model)
+    check_model(model)
     return argument in inspect.signature(model.forward).parameters
 
 
-def _check_model(model: Any) -> None:
+def check_model(model: Any) -> None:
+    """Raise ValueError for what is no model."""
     if not hasattr(model, "forward") or not hasattr(model, "config"):
         raise ValueError(f"The model is of type {type(model).__name__}. Pass a causal language model of transformers.")
 
 
 def chunk_size_of(model: PreTrainedModel, datastore: RetroDatastore | None = None) -> int:
     """Tokens per chunk of a RETRO model. Any other model is scored in the datastore's chunks, or without chunks."""
-    _check_model(model)
+    check_model(model)
     return getattr(model.config, "chunk_size", None) or (1 if datastore is None else datastore.chunk_size)
 
 

@@ -24,6 +24,7 @@ from ..evaluation.leakage import holders
 from ..model.modeling_retro import RetroForCausalLM
 from ..retriever import RetroRetriever
 from ..retrofit import parameter_report, retrofit
+from ..special_tokens import tokenize_texts
 from ..training import precompute_neighbors, start_by_copying
 from ..training.collator import padding_id
 from .plan import Plan, check_memory, measure
@@ -264,7 +265,7 @@ def _own_store(parts: Texts, path: Path, tokenizer: Any, embedder: ChunkEmbedder
 def _without(parts: Texts, retriever: RetroRetriever, path: Path, tokenizer: Any) -> RetroRetriever:
     """A retriever of the same datastore without the documents that are held out, or have most of one."""
     store = retriever.datastore
-    tokens = [np.array(tokenizer(one["text"], add_special_tokens=False)["input_ids"]) for one in parts.heldout]
+    tokens = [np.array(ids) for ids in tokenize_texts(tokenizer, [one["text"] for one in parts.heldout])[0]]
     gone = set().union(*holders(tokens, stored_documents(store)))
     if not gone:
         return retriever

@@ -16,6 +16,7 @@ from ..datastore.documents import DocumentReader
 from ..datastore.duplicates import stored_documents
 from ..errors import DatasetError, DatastoreInputError, counted
 from ..evaluation.leakage import Block, holders
+from ..special_tokens import tokenize_texts
 from ..training.windows import ID_COLUMN, tokenize_documents
 
 
@@ -65,10 +66,10 @@ def split(
     wanted = min(num_heldout, len(documents) // _LARGEST_SHARE)
     heldout, tokens = [], []
     for document in documents if wanted else ():
-        encoded = tokenizer(document["text"], add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        ids = encoded["input_ids"][:window]
-        if len(ids) >= least:
-            heldout.append(document | {"text": document["text"][: encoded["offset_mapping"][len(ids) - 1][1]]})
+        (ids,), spans = tokenize_texts(tokenizer, [document["text"]])
+        ids = ids[:window]
+        if len(ids) >= least and spans is not None:
+            heldout.append(document | {"text": document["text"][: spans[0][len(ids) - 1][1]]})
             tokens.append(np.array(ids, dtype=np.int64))
         if len(heldout) == wanted:
             break
@@ -144,5 +145,5 @@ def with_stored_ids(
 def _tokenized(documents: list[dict[str, str]], tokenizer: Any) -> Iterator[Block]:
     for first in range(0, len(documents), 256):
         block = documents[first : first + 256]
-        encoded = tokenizer([one["text"] for one in block], add_special_tokens=False, verbose=False)["input_ids"]
+        encoded, _ = tokenize_texts(tokenizer, [one["text"] for one in block])
         yield [one["id"] for one in block], [np.array(ids, dtype=np.int64) for ids in encoded]

@@ -19,7 +19,7 @@ from .backbone_retro import fingerprint, placement
 from .card_retro import read_evaluation, write_card
 from .configuration_retro import RetroConfig
 from .inputs_retro import check_names
-from .names_retro import check_files, is_hub_name
+from .names_retro import check_files, check_peft_base
 from .retriever_protocol_retro import Retriever
 
 
@@ -198,6 +198,7 @@ class RetroAdapterMixin(PreTrainedModel):
             _check_reader(path, asked, cls.config_class, hub)
         # The folder of a PEFT adapter names the model that the adapter belongs on.
         peft_path, base_path, peft_hub = maybe_load_adapters(path, hub, **(kwargs.get("adapter_kwargs") or {}))
+        check_peft_base(peft_path, base_path)
         if base_path is not None and not isinstance(config, PreTrainedConfig):
             held = {name: kwargs.pop(name) for name in _NOT_OF_THE_CONFIG if name in kwargs}
             config, kwargs = cls.config_class.from_pretrained(config or base_path, return_unused_kwargs=True, **kwargs)
@@ -281,7 +282,10 @@ def _open_retriever(asked: str, path: str | os.PathLike, config: RetroConfig) ->
         raise ImportError(
             f"The package retro-hf opens the datastore '{name}'. Install it: `pip install retro-hf`."
         ) from error
-    return package.RetroRetriever.from_pretrained(name)
+    try:
+        return package.RetroRetriever.from_pretrained(name, tokenizer=str(path))
+    except package.errors.PretrainedNotFoundError:  # the model was saved without its tokenizer
+        return package.RetroRetriever.from_pretrained(name)
 
 
 def _check_reader(path: str | os.PathLike, asked: str, config_class: type[RetroConfig], hub: dict) -> None:
@@ -317,9 +321,8 @@ def _load_backbone(path: str | os.PathLike, config: RetroConfig, kwargs: dict[st
     quantization = text_config.__dict__.pop("quantization_config", None)
     try:
         where = {key: theirs[key] for key in _HUB_ARGUMENTS if key in theirs}
-        _, base, _ = maybe_load_adapters(name, where)  # if the name is that of a PEFT adapter
-        if base != name and not os.path.isdir(name) and not is_hub_name(base):
-            raise ValueError(f"The PEFT adapter '{name}' names the model {base!r:.200}, which is no name on the Hub.")
+        adapter, base, _ = maybe_load_adapters(name, where)  # if the name is that of a PEFT adapter
+        check_peft_base(adapter, base)
         stored = AutoConfig.from_pretrained(base, trust_remote_code=theirs["trust_remote_code"], **where)
         for field in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size"):
             values = [getattr(part.get_text_config(decoder=True), field, None) for part in (text_config, stored)]

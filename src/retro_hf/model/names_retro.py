@@ -70,6 +70,21 @@ def check_saved_names(saved: Mapping[str, Any]) -> None:
         )
 
 
+def check_peft_base(folder: Any, base: Any) -> None:
+    """Check the name of the model that the folder of a PEFT adapter says it belongs on, as that of any other saved name.
+
+    Raises:
+        ValueError: as [`check_saved_names`].
+    """
+    if folder is None or base == folder or (is_hub_name(base) and not os.path.lexists(base)):
+        return
+    raise ValueError(
+        f"The PEFT adapter '{folder}' names the model {base!r:.200}, which is no name on the Hub, or is also something in the "
+        "current folder. Only you name folders of this machine: load that model yourself, and then "
+        f"`PeftModel.from_pretrained(model, '{folder}')`; `merge_and_unload()` makes one model of both, which can be saved."
+    )
+
+
 def check_files(folder: str) -> None:
     """Check a local folder before its weights are read: files, no pipes or devices, and weight maps that stay inside.
 
@@ -102,4 +117,4 @@ def _check_weight_map(file: os.DirEntry[str]) -> None:
         )
 
 
-__all__ = ["check_files", "check_saved_names", "is_hub_name", "is_local"]
+__all__ = ["check_files", "check_peft_base", "check_saved_names", "is_hub_name", "is_local"]

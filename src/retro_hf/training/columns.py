@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -65,7 +65,10 @@ def check_example(example: Mapping[str, Any], names: Sequence[str]) -> None:
 
 def checked_examples(examples: Any) -> list[Any]:
     """The examples of a batch as a list; DatasetError if there is none."""
-    found = list(examples) if isinstance(examples, Iterable) else []
+    try:
+        found = list(examples)
+    except TypeError:  # nothing that can be iterated over, such as a tensor without dimensions
+        found = []
     if not found:
         raise DatasetError(f"The examples are {examples!r:.100}. Pass a list of at least one row of a dataset.")
     return found
@@ -77,6 +80,16 @@ def token_ids(example: Mapping[str, Any], name: str) -> np.ndarray:
     if ids.ndim != 1:
         raise DatasetError(f"The ids in {name!r} have the shape {ids.shape}. Pass a list of integers per example.")
     return ids
+
+
+def lists_of_ids(example: Mapping[str, Any], name: str) -> list[list[int]]:
+    """The lists of token ids in a column of an example; DatasetError for anything else."""
+    given = example[name]
+    if not isinstance(given, (list, tuple)) and not getattr(given, "ndim", 0):
+        raise DatasetError(
+            f"{name!r} is of type {type(given).__name__}. Pass a list of lists of integers per example."
+        )
+    return [token_ids({name: ids}, name).tolist() for ids in given]
 
 
 def checked_text(value: Any, name: str, row: int) -> str:

@@ -12,11 +12,20 @@ import torch
 from transformers.utils import logging
 
 from .. import extras
-from ..arguments import whole
+from ..arguments import flag, whole
 from ..errors import DatasetError, check_integers
 from ..passages import PROMPT, passage_text
+from ..special_tokens import mark, tokenize_marked, tokenize_texts
 from .collator import IGNORED_LABEL, checked_shares, generator_for, padding_id
-from .columns import check_columns, check_example, checked_examples, checked_text, list_lengths, token_ids
+from .columns import (
+    check_columns,
+    check_example,
+    checked_examples,
+    checked_text,
+    list_lengths,
+    lists_of_ids,
+    token_ids,
+)
 
 
 if TYPE_CHECKING:
@@ -71,6 +80,7 @@ def tokenize_questions(
         raise DatasetError(f"The tokenizer is of type {type(tokenizer).__name__}. Pass the model's fast tokenizer.")
     num_passages, max_length = _optional("num_passages", num_passages, 0), _optional("max_length", max_length, 1)
     neighbor_size = whole("neighbor_size", neighbor_size, ValueError)
+    with_answers = flag("with_answers", with_answers, ValueError)
     needed = ["question", *(["answers"] if with_answers else []), *(["passages"] if num_passages != 0 else [])]
     check_columns(dataset, needed)
     if not isinstance(prompt, str) or "{question}" not in prompt:
@@ -80,21 +90,20 @@ def tokenize_questions(
             "The tokenizer has no end token, which ends an answer. Set one: `tokenizer.eos_token = ...`."
         )
 
-    def encode(texts: list[str]) -> list[list[int]]:
-        options = {"add_special_tokens": False, "truncation": False, "verbose": False}
-        return tokenizer(texts, **options)["input_ids"] if texts else []
-
     def convert(batch: dict[str, list[Any]], numbers: list[int]) -> dict[str, list[Any]]:
         questions = [
             checked_text(text, "question", number) for text, number in zip(batch["question"], numbers, strict=True)
         ]
-        prompts = [prompt.replace("{question}", question) for question in questions]
-        columns: dict[str, list[Any]] = {_PROMPT_COLUMN: encode(prompts)}
+        prompts = [prompt.replace("{question}", mark(tokenizer, question)) for question in questions]
+        columns: dict[str, list[Any]] = {_PROMPT_COLUMN: tokenize_marked(tokenizer, prompts)}
         lengths = [len(ids) for ids in columns[_PROMPT_COLUMN]]
         if with_answers:
             targets = [_first_answer(given, number) for given, number in zip(batch["answers"], numbers, strict=True)]
             # Together with the prompt, so that the answer is tokenized as text that follows it.
-            both = encode([f"{start} {target}" for start, target in zip(prompts, targets, strict=True)])
+            both = tokenize_marked(
+                tokenizer,
+                [f"{start} {mark(tokenizer, target)}" for start, target in zip(prompts, targets, strict=True)],
+            )
             columns[_ANSWER_COLUMN] = [
                 [*_rest(whole, start, number), tokenizer.eos_token_id]
                 for whole, start, number in zip(both, columns[_PROMPT_COLUMN], numbers, strict=True)
@@ -108,7 +117,7 @@ def tokenize_questions(
                 )
         given = batch["passages"] if num_passages != 0 else [[] for _ in prompts]
         texts = [_passages(row, number)[:num_passages] for row, number in zip(given, numbers, strict=True)]
-        tokens = iter(encode([text for row in texts for text in row]))
+        tokens = iter(tokenize_texts(tokenizer, [text for row in texts for text in row])[0])
         columns[_PASSAGES_COLUMN] = [[next(tokens)[:neighbor_size] for _ in row] for row in texts]
         return columns
 
@@ -192,6 +201,8 @@ class QuestionCollator:
         shares = checked_shares(
             random_passage_probability=random_passage_probability, no_passage_probability=no_passage_probability
         )
+        if random_passages is not None:
+            check_columns(random_passages, [_PASSAGES_COLUMN])
         if random_passage_probability and not random_passages:
             raise DatasetError(
                 f"random_passage_probability={random_passage_probability} needs questions to take passages from. Pass "
@@ -257,7 +268,7 @@ class QuestionCollator:
 
     def _drawn(self, examples: Sequence[Mapping[str, Any]]) -> list[list[list[int]]]:
         """The passages of each question, best first; some replaced by those of another question, or by none."""
-        passages = [example[_PASSAGES_COLUMN] for example in examples]
+        passages = [lists_of_ids(example, _PASSAGES_COLUMN) for example in examples]
         if not self.random_passage_probability and not self.no_passage_probability:
             return passages
         prompts = [np.asarray(example[_PROMPT_COLUMN], dtype=np.int64) for example in examples]
@@ -291,12 +302,14 @@ def check_same_tokenizer(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -
     Raises:
         DatasetError: if none of the first questions is found in its decoded prompt.
     """
+    if not hasattr(tokenizer, "is_fast"):
+        raise DatasetError(f"The tokenizer is of type {type(tokenizer).__name__}. Pass the model's tokenizer.")
     if "question" not in dataset.column_names:
         return
     first = dataset.select_columns(["question", _PROMPT_COLUMN])[:8]
     for question, ids in zip(first["question"], first[_PROMPT_COLUMN], strict=True):
         # Encoded and decoded again, because a tokenizer may not be able to spell every question.
-        tokens = tokenizer(" ".join(question.split()), add_special_tokens=False)["input_ids"]
+        ((tokens,), _) = tokenize_texts(tokenizer, [" ".join(question.split())])
         asked, prompt = ("".join(str(tokenizer.decode(part)).split()) for part in (tokens, ids))
         if asked and asked in prompt:
             return

@@ -13,6 +13,7 @@ from ..arguments import whole
 from ..datastore.bos_eos import Borders
 from ..datastore.documents import Document, DocumentReader, as_document
 from ..errors import DatasetError
+from ..special_tokens import tokenize_texts
 
 
 if TYPE_CHECKING:
@@ -148,9 +149,8 @@ class _Cutter:
         documents = list(documents)
         if not documents:
             return
-        texts = [document.text for document in documents]
-        encoded = self.tokenizer(texts, add_special_tokens=False, truncation=False, padding=False, verbose=False)
-        for document, text_ids in zip(documents, encoded["input_ids"], strict=True):
+        ids, _ = tokenize_texts(self.tokenizer, [document.text for document in documents])
+        for document, text_ids in zip(documents, ids, strict=True):
             tokens = self.borders.around(text_ids) if text_ids else []
             # Up to `len - 1`: a last window of one token would have nothing to predict. With 9 tokens and windows of 4 they begin
             # at 0 and 4, and the ninth token is left out.
