@@ -4,6 +4,7 @@ import logging
 import multiprocessing
 import os
 import runpy
+import shutil
 
 import datasets
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 
 from retro_hf.datastore import ChunkEmbedder, RetroDatastore
 from retro_hf.datastore import build as build_module
+from retro_hf.datastore import executors as executors_module
 from retro_hf.datastore import manifest as manifest_module
 from retro_hf.datastore import stages as stages_module
 from retro_hf.datastore.executors import RankExecutor
@@ -190,6 +192,44 @@ def test_helper_ends_if_the_first_rank_is_gone(tmp_path, tokenizer, embedder):
     with pytest.raises(RetroError, match="Rank 1 waited"):
         RetroDatastore.build(corpus(30), tmp_path / "store", executor=RankExecutor(1, 2, timeout=0.3), **options)
     assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize("folder", ["kept", "removed"])
+def test_helper_ends_if_the_first_rank_dies_at_the_end(tmp_path, tokenizer, embedder, monkeypatch, folder):
+    """All blocks are there, but nobody puts the store together; with the work of a rank that was killed or that failed."""
+    options = {"tokenizer": tokenizer, "embedder": embedder, "chunk_size": 8, "neighbor_size": 20}
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(build_module, "_finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        RetroDatastore.build(corpus(30), tmp_path / "store", **options)
+    timeout = 0.3
+    if folder == "removed":
+        finished = build_module.build_shards
+        monkeypatch.setattr(build_module, "_SLOW_FOLDER_SECONDS", 0.3)
+        monkeypatch.setattr(
+            build_module,
+            "build_shards",
+            lambda *rest: (finished(*rest), shutil.rmtree(tmp_path / ".store.building"))[0],
+        )
+        timeout = 1e6
+    with pytest.raises(RetroError, match="first rank did not put"):
+        RetroDatastore.build(corpus(30), tmp_path / "store", executor=RankExecutor(1, 2, timeout=timeout), **options)
+    assert not (tmp_path / "store").exists()
+
+
+def test_helper_ends_if_the_first_rank_gives_up(tmp_path, tokenizer, embedder, monkeypatch):
+    """It removes the work after bad input. The error of a helper says so, not that a file is missing."""
+    monkeypatch.setattr(
+        executors_module.time, "sleep", lambda _: shutil.rmtree(tmp_path / ".store.building", ignore_errors=True)
+    )
+    options = {"tokenizer": tokenizer, "embedder": embedder, "chunk_size": 8, "neighbor_size": 20}
+    with pytest.raises(RetroError, match="given up"):
+        RetroDatastore.build(corpus(30), tmp_path / "store", executor=RankExecutor(1, 2, timeout=1e6), **options)
+
+
+@pytest.mark.parametrize("timeout", [None, "3", -1, float("nan"), True, [3]])
+def test_timeout_is_a_number(timeout):
+    with pytest.raises(DatastoreInputError, match="timeout is"):
+        RankExecutor(1, 2, timeout=timeout)
 
 
 def test_bad_input_of_a_helper_leaves_the_work_of_the_others(tmp_path, tokenizer, embedder):

@@ -60,6 +60,7 @@ from .stages import (
 logger = logging.get_logger(__name__)
 
 _POLL_SECONDS = 0.1
+_SLOW_FOLDER_SECONDS = 60.0
 # From so many chunks on, a document with most of them is worth a warning.
 _MANY_CHUNKS = 100
 _MOST_CHUNKS = 1 << 48
@@ -171,6 +172,10 @@ def build_datastore(
     # A helping rank is done before the first rank has put the store together.
     limit = time.monotonic() + getattr(executor, "timeout", math.inf)
     while not path.exists():
+        if not work.exists():
+            # The first rank removes the work once the store is there, or because it has failed. A shared folder may show the
+            # one before the other.
+            limit = min(limit, time.monotonic() + _SLOW_FOLDER_SECONDS)
         if time.monotonic() > limit:
             raise RetroError(
                 f"The first rank did not put {str(path)!r} together within the timeout. See what it reports, and start the build "

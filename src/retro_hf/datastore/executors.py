@@ -20,12 +20,13 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
-from ..arguments import whole
+from ..arguments import real, whole
 from ..errors import DatastoreInputError, RetroError, counted
 from .atomic_files import hash_of
 
 
 _POLL_SECONDS = 0.2
+_MAX_WORKERS = 1024
 # Calls that wait for a worker. The number is bounded, so that documents are read only as fast as they are processed.
 _CALLS_PER_WORKER = 2
 
@@ -101,7 +102,7 @@ class LocalExecutor:
     is_main = True
 
     def __init__(self, num_workers: int = 1) -> None:
-        self.num_workers = whole("executor", num_workers, DatastoreInputError)
+        self.num_workers = whole("executor", num_workers, DatastoreInputError, most=_MAX_WORKERS)
 
     @contextmanager
     def start(self, tasks: Sequence[Task]) -> Iterator[Run]:
@@ -184,7 +185,7 @@ class RankExecutor:
                 f"The rank is {self.rank} of {self.world_size}, but ranks run from 0 to {self.world_size - 1}. Start the "
                 "processes with torchrun or srun, or pass rank= and world_size=."
             )
-        self.timeout = timeout
+        self.timeout = real("timeout", timeout, DatastoreInputError, least=0)
         self.is_main = self.rank == 0
 
     @contextmanager
@@ -202,15 +203,20 @@ class RankExecutor:
                     yield call.units
                 else:
                     others.append((output, call.units))
-            yield from self._wait_for(others)
+            yield from self._wait_for(others, is_last=task == len(tasks) - 1)
 
         yield run
 
-    def _wait_for(self, outputs: list[tuple[Path, int]]) -> Iterator[int]:
+    def _wait_for(self, outputs: list[tuple[Path, int]], *, is_last: bool) -> Iterator[int]:
         waited = 0.0
         while outputs:
             # The first rank removes the folder of unfinished work once the store is complete, or if it has failed.
             done = [output.exists() or not output.parent.exists() for output, _ in outputs]
+            if not is_last and not outputs[0][0].parent.exists():
+                raise RetroError(
+                    f"The first rank has given up: the unfinished work in {str(outputs[0][0].parent)!r} is gone. See what it reports, "
+                    "and start the build again."
+                )
             yield from (units for (_, units), is_done in zip(outputs, done, strict=True) if is_done)
             outputs = [one for one, is_done in zip(outputs, done, strict=True) if not is_done]
             waited = 0.0 if any(done) else waited + _POLL_SECONDS
