@@ -11,8 +11,10 @@ import os
 import random
 import resource
 import shutil
+import statistics
 import struct
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +23,7 @@ import faiss
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
 from retro_hf import RetroRetriever
 from retro_hf.datastore import RetroDatastore
@@ -36,6 +39,7 @@ SECONDS_TO_WAIT = 600
 MEMORY_TO_SPARE = 2 << 30
 
 Kind = Callable[[Path, Path, random.Random], dict | None]
+ENDLESS = "{% for a in range(99999) %}" * 3 + "{% endfor %}" * 3
 DEEP = b'{"a":' * 100_000 + b"1" + b"}" * 100_000
 
 
@@ -133,6 +137,7 @@ KINDS: dict[str, Kind] = {
     "arguments of a tokenizer": lambda s, c, r: _json(s, "tokenizer_config.json", init_inputs=[str(c / "secret")]),
     "tokenizer of another kind": lambda s, c, r: _json(s, "tokenizer.json", model={"type": "Unigram", "unk_id": 9, "vocab": []}),
     "tokenizer without parts": lambda s, c, r: _json(s, "tokenizer.json", model=None, pre_tokenizer={"type": "x"}),
+    "chat template without end": lambda s, c, r: (s / "chat_template.jinja").write_text(ENDLESS) and None,
     "settings out of range": lambda s, c, r: _json(s, "retriever.json", num_neighbors=r.choice([1 << 40, -1, "x", None])),
     # JSON
     "deep JSON": lambda s, c, r: _file(s, r, "json").write_bytes(DEEP) and None,
@@ -230,8 +235,8 @@ def make_hostile(store: Path, kind: str, canary: Path, chance: random.Random) ->
         os.utime(file, (0, 1))
 
 
-def use(path: Path, canary: Path, embedder, found) -> None:
-    """In a child: open a store and do everything with it; what came of it goes to `found`."""
+def use(path: Path, canary: Path, embedder, found, seconds) -> None:
+    """In a child: open a store and do everything with it; what came of it goes to `found`, and the CPU `seconds` it took."""
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY_TO_SPARE,) * 2)
     resource.setrlimit(resource.RLIMIT_CPU, (SECONDS_TO_HANG,) * 2)
@@ -247,10 +252,13 @@ def use(path: Path, canary: Path, embedder, found) -> None:
 
     sys.addaudithook(watch)
     sys.stdin = open(os.devnull)
+    began = time.process_time()
     try:
         store = RetroDatastore.load(path, verify=True)
         retriever = RetroRetriever.from_pretrained(path, embedder=embedder)
         retriever.find(["the king reads"], num_neighbors=2)
+        retriever.last_turns(torch.zeros(1, 4, dtype=torch.long), torch.ones(1, 4))
+        retriever.look_up(["the king reads"])
         ids = np.arange(min(store.num_chunks, 64))
         store.gather(ids)
         store.search(store.keys_of(ids), 3, exclude_documents=store.document_of(ids))
@@ -263,23 +271,25 @@ def use(path: Path, canary: Path, embedder, found) -> None:
         outcome.append("refused" if printable(str(error)) == str(error) else "raw: characters in an error")
     except BaseException as error:  # noqa: B036 - whatever else comes out is counted
         outcome.append(f"raw: {type(error).__name__}: {error}"[:180])
+    seconds.value = time.process_time() - began
     worst = [one for one in outcome if one in ("outside", "prompt")] or outcome
     found.value = worst[-1 if worst is outcome else 0].encode()
 
 
-def judge(path: Path, canary: Path, embedder) -> str:
-    """What opening and using a store in a child with bounded memory and time comes to."""
-    found = multiprocessing.Array("c", 200)
-    child = FORK.Process(target=use, args=(path, canary, embedder, found))
+def judge(path: Path, canary: Path, embedder) -> tuple[str, float]:
+    """What opening and using a store in a child with bounded memory and time comes to, and the CPU seconds it took."""
+    found, seconds = multiprocessing.Array("c", 200), multiprocessing.Value("d", 0.0)
+    child = FORK.Process(target=use, args=(path, canary, embedder, found, seconds))
     child.start()
     child.join(SECONDS_TO_WAIT)
     if child.is_alive():
         child.kill()
         child.join()
-        return "crash: hang"
+        return "crash: hang", float(SECONDS_TO_WAIT)
     if was_read(canary):
-        return "outside"
-    return found.value.decode(errors="replace") if child.exitcode == 0 else f"crash: exit code {child.exitcode}"
+        return "outside", seconds.value
+    outcome = found.value.decode(errors="replace") if child.exitcode == 0 else f"crash: exit code {child.exitcode}"
+    return outcome, seconds.value
 
 
 def run_hostile(count: int, store: Path, folder: Path, embedder, seed: int) -> dict:
@@ -287,14 +297,17 @@ def run_hostile(count: int, store: Path, folder: Path, embedder, seed: int) -> d
     chance = random.Random(seed)
     by_kind: dict[str, Counter] = {}
     total: Counter = Counter()
+    times: dict[str, float] = {}
     kinds = sorted(KINDS)
     for number in range(count):
         kind = kinds[number % len(kinds)]
         path = shutil.copytree(store, folder / "hostile")
         canary = make_canary(folder / "canary")
         make_hostile(path, kind, canary, chance)
-        outcome = judge(path, canary, embedder)
+        outcome, seconds = judge(path, canary, embedder)
         word = outcome.split(":")[0]
+        if word == "refused":
+            times[kind] = max(times.get(kind, 0.0), seconds)
         total[word] += 1
         by_kind.setdefault(kind, Counter())[outcome if word in ("raw", "crash") else word] += 1
         if word not in ("refused", "opened"):
@@ -308,5 +321,11 @@ def run_hostile(count: int, store: Path, folder: Path, embedder, seed: int) -> d
         "prompts": total["prompt"],
         "raw": total["raw"],
         "hostile_crashes": total["crash"],
+        # From opening a store to the error: the slowest of all, and of half of the kinds.
+        "refused_cpu_seconds": {
+            "slowest": round(max(times.values(), default=0.0), 2),
+            "of": max(times, key=times.__getitem__, default=None),
+            "median": round(statistics.median(times.values()), 3) if times else 0.0,
+        },
         "hostile_by_kind": {kind: dict(sorted(counts.items())) for kind, counts in sorted(by_kind.items())},
     }
