@@ -5,15 +5,31 @@ import traceback
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
+from transformers import EvalPrediction
 
 from retro_hf import RetroRetriever
-from retro_hf.arguments import numbers, texts, whole
+from retro_hf.arguments import flag, numbers, real, texts, whole
 from retro_hf.datastore import ChunkEmbedder, EmbeddingSearcher, HybridSearcher, LexicalSearcher, chunk_texts
+from retro_hf.datastore.executors import RankExecutor, as_executor
 from retro_hf.errors import RetroError
+from retro_hf.evaluation import answer_metrics, score_answers
 from retro_hf.passages import find_passages
-from retro_hf.training import RetroDataCollator, precompute_neighbors, tokenize_documents, tokenize_questions
+from retro_hf.training import (
+    QuestionCollator,
+    RetroDataCollator,
+    generate_answers,
+    precompute_neighbors,
+    tokenize_documents,
+    tokenize_questions,
+)
 
 from .tiny_training import make_world
+
+
+# Arrays have no truth value, and those without dimensions cannot be iterated over.
+ARRAYS = [np.array(3), np.array([[1, 2]]), torch.tensor(3), torch.tensor([1, 2]), torch.tensor([[1.5]])]
+_COMPARED = ("embedder", "dtype", "lexical", "retriever, num_neighbors", "executor")
 
 
 class Wrong(Exception):
@@ -51,6 +67,20 @@ def test_numbers_of_numpy_count(value):
         whole("count", value, Wrong, 4, 5)
 
 
+@pytest.mark.parametrize("value", [*STRANGE[:3], *STRANGE[4:], True, -1, 4, np.float32(4), 10**400, float("inf")])
+def test_a_real_number_is_one(value):
+    with pytest.raises(Wrong, match="share"):
+        real("share", value, Wrong, least=0, most=3)
+    assert real("share", np.float32(3), Wrong, least=0, most=3) == real("share", 3, Wrong) == 3.0
+
+
+@pytest.mark.parametrize("value", [*STRANGE, 0, 1, np.array([True]), torch.tensor(True), torch.tensor([True, False])])
+def test_a_flag_is_true_or_false(value):
+    with pytest.raises(Wrong, match="verify"):
+        flag("verify", value, Wrong)
+    assert flag("verify", True, Wrong) is True and flag("verify", np.bool_(False), Wrong) is False
+
+
 @pytest.mark.parametrize("value", [None, 5, 1.5, b"x", [None], ["a", 5], [["a"]], np.array(5), object()])
 def test_texts_are_texts(value):
     with pytest.raises(Wrong, match="Query [01] is of type"):
@@ -71,7 +101,11 @@ def test_numbers_in_a_range(value):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    return make_world(tmp_path_factory.mktemp("world"))
+    made = make_world(tmp_path_factory.mktemp("world"))
+    rows = [{"question": "who reads?", "answers": ["the king"], "passages": ["the king reads"]}] * 2
+    made.questions = tokenize_questions(Dataset.from_list(rows), made.tokenizer, neighbor_size=8)
+    made.collator = QuestionCollator(made.tokenizer, chunk_size=8)
+    return made
 
 
 def calls(world, lexical):
@@ -113,6 +147,38 @@ def calls(world, lexical):
         "tokenize_questions": lambda value: tokenize_questions(world.windows, tokenizer, neighbor_size=value),
         "collator": collator,
         "collator, row": lambda value: collator([{**world.dataset[0], "input_ids": value}]),
+        "collator, neighbors": lambda value: collator([{**world.dataset[0], "neighbor_chunk_ids": value}]),
+        "collator, labels": lambda value: collator([{**world.dataset[0], "labels": value}]),
+        "cache_size, later": lambda value: setattr(RetroRetriever(store, embedder=world.embedder), "cache_size", value),
+        "last_turns": lambda value: retriever.last_turns(value, value),
+        "fraction": lambda value: store.subset("never", fraction=value),
+        "seed": lambda value: store.subset("never", fraction=0.0, seed=value),
+        "push_to_hub": store.push_to_hub,
+        "timeout": lambda value: RankExecutor(0, 1, timeout=value),
+        "executor": lambda value: as_executor(value if value != "x" else None),
+        "add_bos": lambda value: tokenize_documents(["a"], tokenizer, max_length=8, chunk_size=8, add_bos=value),
+        "with_answers": lambda value: tokenize_questions(
+            world.questions, tokenizer, neighbor_size=8, with_answers=False if value is None else value
+        ),
+        "random_passages": lambda value: QuestionCollator(
+            tokenizer, chunk_size=8, random_passage_probability=0.5, random_passages=value
+        ),
+        "random_passage_probability": lambda value: QuestionCollator(
+            tokenizer, chunk_size=8, random_passage_probability=value
+        ),
+        "questions": world.collator,
+        "questions, passages": lambda value: world.collator([{**world.questions[0], "passage_input_ids": value}]),
+        "questions, passage": lambda value: world.collator([{**world.questions[0], "passage_input_ids": [value]}]),
+        "generate_answers": lambda value: generate_answers(
+            None, {**world.collator([world.questions[0]]), "input_ids": value}, tokenizer
+        ),
+        "answer_metrics": lambda value: answer_metrics(value, world.questions),
+        "answer_metrics, dataset": lambda value: answer_metrics(tokenizer, value),
+        "answer_metrics, prediction": answer_metrics(tokenizer, world.questions),
+        "answer_metrics, labels": lambda value: answer_metrics(tokenizer, world.questions)(
+            EvalPrediction(predictions=value, label_ids=value)
+        ),
+        "score_answers": lambda value: score_answers(["a"], value),
     }  # fmt: skip
 
 
@@ -121,7 +187,7 @@ def test_public_functions_explain_strange_arguments(world):
     lexical = LexicalSearcher.build(world.datastore)
     raw = []
     for name, call in calls(world, lexical).items():
-        for value in STRANGE:
+        for value in [*STRANGE, *([] if name in _COMPARED else ARRAYS)]:
             try:
                 call(value)
             except Exception as error:

@@ -9,6 +9,8 @@ from typing import Any
 
 from transformers.utils import logging
 
+from .arguments import flag
+
 
 logger = logging.get_logger(__name__)
 
@@ -23,9 +25,10 @@ def progress_bar(show_progress: bool | None, **options: Any) -> Any:
         show_progress (`bool`, *optional*): by default a bar is shown on a terminal only, and elsewhere the progress is logged
             (level INFO). No bar is shown if the progress bars of transformers are switched off.
     """
+    shows = show_progress is None or flag("show_progress", show_progress, ValueError)
     if show_progress is None and not sys.stderr.isatty():
         return _ProgressLog(**options)
-    return logging.tqdm(disable=show_progress is False, **options)
+    return logging.tqdm(disable=not shows, **options)
 
 
 class _ProgressLog:

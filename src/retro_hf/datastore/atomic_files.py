@@ -89,7 +89,7 @@ def digest_of(*parts: str | bytes) -> str:
 
 def hash_of(text: str) -> int:
     """The 64-bit hash by which document ids are found, the same in every process."""
-    return xxhash.xxh3_64_intdigest(text.encode())
+    return xxhash.xxh3_64_intdigest(text.encode(errors="surrogatepass"))  # a caller may ask for any id
 
 
 def damaged(path: Path, reason: str, remedy: str = RESTORE) -> DatastoreCorruptError:

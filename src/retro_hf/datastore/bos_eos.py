@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
+from ..arguments import flag
 from ..errors import DatasetError
 
 
@@ -35,6 +36,7 @@ class Borders:
             add_bos = bos is not None and list(tokenizer("a", verbose=False)["input_ids"])[:1] == [bos]
         if add_eos is None:
             add_eos = eos is not None
+        add_bos, add_eos = flag("add_bos", add_bos, DatasetError), flag("add_eos", add_eos, DatasetError)
         for name, wanted, id in (("bos", add_bos, bos), ("eos", add_eos, eos)):
             if wanted and id is None:
                 raise DatasetError(

@@ -480,10 +480,10 @@ class ChunkEmbedder:
             self._process = os.getpid()
         if not len(texts):
             return np.zeros((0, self.dim), dtype=np.float32)
+        shows = show_progress is not None and arguments.flag("show_progress", show_progress, DatastoreInputError)
         encode = model.encode_query if query else model.encode_document
         prompt = self.query_prompt if query else self.prompt
-        vectors = encode(texts, prompt=prompt, batch_size=batch_size, show_progress_bar=bool(show_progress))
-        vectors = vectors.astype(np.float32)
+        vectors = encode(texts, prompt=prompt, batch_size=batch_size, show_progress_bar=shows).astype(np.float32)
         return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
     def __getstate__(self) -> dict[str, Any]:

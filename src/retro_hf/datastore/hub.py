@@ -73,6 +73,8 @@ def push(
         DatastoreCorruptError: if the folder is damaged; nothing is uploaded.
         DatastoreInputError: if the token may not write there, the Hub cannot be reached, or `repo_id` is not a valid name.
     """
+    if not isinstance(repo_id, str):
+        raise DatastoreInputError(f"repo_id is {repo_id!r:.100}. Pass a repository name such as 'organization/name'.")
     datastore.refresh()
     datastore.verify()
     api = HfApi(token=token)

@@ -107,6 +107,7 @@ class LexicalSearcher:
         """
         bm25s = _bm25s()
         check_datastore(datastore)
+        path = None if path is None else checked_path(path)
         start = time.perf_counter()
         vocabulary: dict[str, int] = {}
         words = words_function(WORDS_VERSION)
@@ -134,7 +135,7 @@ class LexicalSearcher:
         )
         if path is None:
             return cls(datastore, bm25)
-        with new_folder(Path(path)) as folder:
+        with new_folder(path) as folder:
             bm25.save(folder, show_progress=False)
             entries = [describe_file(folder / name, "words") for name in _FILES]
             content = {

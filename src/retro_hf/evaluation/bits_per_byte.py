@@ -140,9 +140,8 @@ def bits_per_byte(
     """
     check_integers(batch_size=(batch_size, 1), num_resamples=(num_resamples, 1), seed=(seed, 0))
     datastore = None if retriever is None else datastore_of(retriever)
-    modes = modes or (("off",) if retriever is None else _MODES)
-    check_modes(modes, _MODES, has_neighbors=retriever is not None)
-    modes = tuple(modes)
+    modes = (("off",) if retriever is None else _MODES) if modes is None else modes
+    modes = check_modes(modes, _MODES, has_neighbors=retriever is not None)
     chunk_size = chunk_size_of(model, datastore)
     if datastore is not None:
         datastore.check_compatible(tokenizer=tokenizer, chunk_size=chunk_size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..arguments import real, whole
 from ..datastore import RetroDatastore
 from ..datastore.bos_eos import Borders
 from ..datastore.derive import drawn_documents
@@ -107,7 +109,7 @@ def evaluate(
     started = datetime.now(UTC).isoformat(timespec="seconds")
     check_integers(batch_size=(batch_size, 1), num_resamples=(num_resamples, 1), seed=(seed, 0))
     names = _checked_modes(model, retriever, modes)
-    _check_sweeps(retriever, num_neighbors_sweep, fractions)
+    num_neighbors_sweep, fractions = _checked_sweeps(retriever, num_neighbors_sweep, fractions)
     datastore = None if retriever is None else retriever.datastore
     chunk_size = chunk_size_of(model)
     if datastore is not None:
@@ -183,7 +185,7 @@ def _checked_modes(
 ) -> tuple[str, ...]:
     """The modes to measure, OFF first."""
     if modes is not None:
-        check_modes(modes, list(MODES), has_neighbors=retriever is not None)
+        modes = check_modes(modes, list(MODES), has_neighbors=retriever is not None)
     if retriever is None:
         return ("off",)
     if not isinstance(retriever, RetroRetriever):
@@ -218,17 +220,26 @@ def _base(model: PreTrainedModel) -> PreTrainedModel:
     return base
 
 
-def _check_sweeps(retriever: RetroRetriever | None, num_neighbors: Sequence[int], fractions: Sequence[float]) -> None:
-    for name, given in (("num_neighbors_sweep", num_neighbors), ("fractions", fractions)):
-        if isinstance(given, str) or not isinstance(given, Iterable):
-            raise ValueError(f"{name} is {given!r}, but it must be a list of numbers.")
-    if retriever is None and (num_neighbors or fractions):
+def _checked_sweeps(
+    retriever: RetroRetriever | None, num_neighbors: Iterable[int], fractions: Iterable[float]
+) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """The numbers of neighbors and the fractions to score with."""
+    numbers = tuple(
+        whole("num_neighbors_sweep", one, ValueError) for one in _listed("num_neighbors_sweep", num_neighbors)
+    )
+    shares = tuple(real("fractions", one, ValueError, least=0, most=1) for one in _listed("fractions", fractions))
+    if retriever is None and (numbers or shares):
         raise ValueError("A sweep over neighbors or fractions needs neighbors. Pass `retriever=`.")
-    for number in num_neighbors:
-        check_integers(num_neighbors_sweep=(number, 1))
-    for fraction in fractions:
-        if not isinstance(fraction, (int, float)) or not 0 < fraction <= 1:
-            raise ValueError(f"fractions has {fraction!r}, but a fraction must be above 0 and at most 1.")
+    if 0 in shares:
+        raise ValueError("fractions has 0, but a fraction must be above 0 and at most 1.")
+    return numbers, shares
+
+
+def _listed(name: str, given: Any) -> list[Any]:
+    if not isinstance(given, (str, bytes)):
+        with suppress(TypeError):  # nothing that can be iterated over, such as a tensor without dimensions
+            return list(given)
+    raise ValueError(f"{name} is {given!r:.100}, but it must be a list of numbers.")
 
 
 def _scorable(

@@ -223,18 +223,25 @@ class NeighborSearch:
         return np.asarray(found.scores), np.asarray(found.chunk_ids, dtype=np.int64)
 
 
-def check_modes(modes: Sequence[str], known: Sequence[str], *, has_neighbors: bool) -> None:
+def check_modes(modes: Iterable[str], known: Sequence[str], *, has_neighbors: bool) -> tuple[str, ...]:
     """Check the names of modes, and that neighbors are available to those that need some.
 
+    Returns:
+        `tuple[str, ...]`: the modes.
     Raises:
         ValueError: for an unknown mode, and for a mode other than `off` without neighbors.
     """
-    if isinstance(modes, str) or not isinstance(modes, Iterable):
+    try:
+        found = () if isinstance(modes, str) else tuple(modes)
+    except TypeError:  # nothing that can be iterated over, such as a tensor without dimensions
+        found = ()
+    if not found:
         raise ValueError(f"modes is {modes!r:.100}, but it must be a list of {list(known)}.")
-    if unknown := [mode for mode in modes if mode not in known]:
-        raise ValueError(f"Unknown modes {unknown}; choose from {list(known)}.")
-    if not has_neighbors and set(modes) != {"off"}:
-        raise ValueError(f"The modes {list(modes)} need neighbors. Pass `retriever=`, or measure `modes=('off',)`.")
+    if unknown := [mode for mode in found if not isinstance(mode, str) or mode not in known]:
+        raise ValueError(f"Unknown modes {unknown!r:.200}; choose from {list(known)}.")
+    if not has_neighbors and set(found) != {"off"}:
+        raise ValueError(f"The modes {list(found)} need neighbors. Pass `retriever=`, or measure `modes=('off',)`.")
+    return found
 
 
 def neighbors_by_mode(

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .. import arguments, extras
-from ..errors import DatasetError
+from ..errors import DatasetError, check_integers
 from ..progress import progress_bar
 from ..training.columns import check_columns, list_lengths
 from ..training.question_trainer import decode_answers, generate_answers
 from ..training.questions import QuestionCollator, check_same_tokenizer
 from .interval import Bootstrap
 from .neighbors import check_modes
-from .scoring import evaluating
+from .scoring import check_model, evaluating
 
 
 if TYPE_CHECKING:
@@ -124,12 +124,17 @@ def answer_questions(
     *Determinism*: the same arguments give the same answers; `batch_size` moves only the last bits of the logits.
     """
     check_columns(dataset, ["answers", "prompt_input_ids", "passage_input_ids"])
+    check_model(model)
+    check_integers(batch_size=(batch_size, 1), max_new_tokens=(max_new_tokens, 1))
+    check_integers(num_resamples=(num_resamples, 1), seed=(seed, 0))
+    if num_passages is not None:
+        check_integers(num_passages=(num_passages, 0))
     if not len(dataset):
         raise DatasetError("There are no questions: the dataset is empty.")
     check_same_tokenizer(dataset, tokenizer)
     most = int(list_lengths(dataset, "passage_input_ids").max())
-    modes = tuple(modes or [mode for mode in _MODES if most or mode == "off"])
-    check_modes(modes, _MODES, has_neighbors=True)
+    modes = [mode for mode in _MODES if most or mode == "off"] if modes is None else modes
+    modes = check_modes(modes, _MODES, has_neighbors=True)
     if not most and set(modes) != {"off"}:
         raise DatasetError(
             f"The modes {list(modes)} need passages, but the dataset has none. Look them up with `retrieve_passages(dataset, "
@@ -213,18 +218,30 @@ def answer_metrics(
     score = _scorer()
 
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-        labels = [[token for token in row if token >= 0] for row in np.asarray(prediction.label_ids).tolist()]
+        given = [_rows(prediction, name) for name in ("label_ids", "predictions")]
+        labels, generated = ([[token for token in row if token >= 0] for row in rows] for rows in given)
         if labels != list(dataset["answer_input_ids"]):
             raise DatasetError(
                 f"The trainer evaluated {len(labels)} questions that are not the {len(dataset)} questions given to "
                 "`answer_metrics`, in the same order. Give it the `eval_dataset`, and leave `train_sampling_strategy` at "
                 "'random'."
             )
-        answers = decode_answers(tokenizer, np.asarray(prediction.predictions).tolist())
+        answers = decode_answers(tokenizer, generated)
         exact_match, f1 = score(answers, dataset["answers"])
         return {"exact_match": float(exact_match.mean()), "f1": float(f1.mean())}
 
     return compute_metrics
+
+
+def _rows(prediction: EvalPrediction, name: str) -> list[list[int]]:
+    """Token ids of shape `(num_questions, any)` that the trainer hands over, as lists."""
+    found = arguments.numbers(f"The {name}", getattr(prediction, name, None), DatasetError, -(1 << 31), 1 << 31)
+    if found.ndim != 2:
+        raise DatasetError(
+            f"The {name} have the shape {found.shape}, but they must be (num_questions, any). Use a QuestionTrainer, whose "
+            "predictions are generated tokens."
+        )
+    return found.tolist()
 
 
 def score_answers(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> tuple[np.ndarray, np.ndarray]:
@@ -251,14 +268,18 @@ def _scorer() -> Callable[[Sequence[str], Sequence[Sequence[str]]], tuple[np.nda
 
     def score(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> tuple[np.ndarray, np.ndarray]:
         predictions = arguments.texts("Prediction", predictions, DatasetError)
-        if isinstance(answers, (str, bytes, dict)) or not hasattr(answers, "__len__"):
+        try:
+            rights = None if isinstance(answers, (str, bytes, dict)) else list(answers)
+        except TypeError:  # nothing that can be iterated over, such as an array without dimensions
+            rights = None
+        if rights is None:
             raise DatasetError(
                 f"The right answers are of type {type(answers).__name__}. Pass a list of lists of texts."
             )
-        if len(predictions) != len(answers):
-            raise DatasetError(f"There are {len(predictions)} predictions for {len(answers)} questions.")
+        if len(predictions) != len(rights):
+            raise DatasetError(f"There are {len(predictions)} predictions for {len(rights)} questions.")
         scores = np.empty((2, len(predictions)))
-        for number, (prediction, right) in enumerate(zip(predictions, answers, strict=True)):
+        for number, (prediction, right) in enumerate(zip(predictions, rights, strict=True)):
             if (
                 not isinstance(right, (list, tuple, np.ndarray))
                 or not len(right)

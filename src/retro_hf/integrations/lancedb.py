@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from .. import extras
+from ..errors import DatastoreInputError
 from .vectors import FilledIndex
 
 
@@ -34,13 +35,18 @@ class LanceIndex(FilledIndex):
         self, connection: Any, datastore: RetroDatastore, table: str = "chunks", *, batch_size: int = 8192
     ) -> None:
         extras.load("lancedb", "LanceIndex")
-        self._schema = pa.schema(
-            {"chunk": pa.int64(), "document": pa.int64(), "key": pa.list_(pa.float32(), datastore.manifest.dim)}
-        )
-        self._table = connection.create_table(table, schema=self._schema, exist_ok=True)
+        self._connection = connection
         super().__init__(datastore, table, batch_size)
 
     def _count(self) -> int:
+        self._schema = pa.schema(
+            {"chunk": pa.int64(), "document": pa.int64(), "key": pa.list_(pa.float32(), self.datastore.manifest.dim)}
+        )
+        if not hasattr(self._connection, "create_table"):
+            raise DatastoreInputError(
+                f"The connection is of type {type(self._connection).__name__}. Pass that of `lancedb.connect(folder)`."
+            )
+        self._table = self._connection.create_table(self.table, schema=self._schema, exist_ok=True)
         return int(self._table.count_rows())
 
     def _keys(self, chunks: np.ndarray) -> np.ndarray:

@@ -32,7 +32,7 @@ class RetroLangChainRetriever(BaseRetriever):
     num_passages: int | None = None
 
     def _get_relevant_documents(self, query: str, *, run_manager: Any = None) -> list[Document]:
-        (found,) = find_passages(self.retriever, [query], self.num_passages or self.retriever.num_neighbors)
+        (found,) = find_passages(self.retriever, [query], self.num_passages)
         return [
             Document(
                 page_content=passage.text,

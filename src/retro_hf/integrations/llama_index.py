@@ -36,8 +36,7 @@ class RetroLlamaIndexRetriever(BaseRetriever):
         super().__init__(**options)
 
     def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
-        number = self._num_passages or self._passages.num_neighbors
-        (found,) = find_passages(self._passages, [query_bundle.query_str], number)
+        (found,) = find_passages(self._passages, [query_bundle.query_str], self._num_passages)
         return [
             NodeWithScore(
                 node=TextNode(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .. import extras
+from ..errors import DatastoreInputError
 from .vectors import FilledIndex
 
 
@@ -34,6 +35,10 @@ class QdrantIndex(FilledIndex):
         super().__init__(datastore, table, batch_size)
 
     def _count(self) -> int:
+        if not hasattr(self.client, "collection_exists"):
+            raise DatastoreInputError(
+                f"The client is of type {type(self.client).__name__}. Pass a `qdrant_client.QdrantClient`."
+            )
         if not self.client.collection_exists(self.table):
             size = self.datastore.manifest.dim
             vectors = self._models.VectorParams(size=size, distance=self._models.Distance.DOT)

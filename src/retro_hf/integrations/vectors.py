@@ -7,9 +7,11 @@ from typing import Any
 import numpy as np
 from transformers.utils import logging
 
+from ..arguments import whole
+from ..datastore.compatibility import check_datastore
 from ..datastore.search_excluding import checked_search
 from ..datastore.store import RetroDatastore
-from ..errors import DatastoreMismatchError
+from ..errors import DatastoreInputError, DatastoreMismatchError
 
 
 logger = logging.get_logger(__name__)
@@ -33,7 +35,11 @@ class FilledIndex:
     """
 
     def __init__(self, datastore: RetroDatastore, table: str, batch_size: int = 1024) -> None:
-        self.datastore, self.table, self.batch_size = datastore, table, batch_size
+        check_datastore(datastore)
+        if not isinstance(table, str) or not table:
+            raise DatastoreInputError(f"The name of the table is {table!r:.100}. Pass a text.")
+        self.datastore, self.table = datastore, table
+        self.batch_size = whole("batch_size", batch_size, DatastoreInputError)
         self.refresh()
 
     def refresh(self) -> None:

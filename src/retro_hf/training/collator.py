@@ -6,13 +6,13 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from transformers.utils import logging
 
+from ..arguments import numbers, real
 from ..datastore import RetroDatastore
 from ..errors import DatasetError, DatastoreMismatchError
 from ..retriever import RetroRetriever
@@ -174,16 +174,22 @@ class RetroDataCollator:
                     f"{SOURCE_COLUMN!r} is of type {type(source).__name__} and {NEIGHBORS_COLUMN!r} of type {type(ids).__name__}. "
                     "Use the columns as `precompute_neighbors` makes them."
                 )
+            found = numbers(f"The ids in {NEIGHBORS_COLUMN!r}", ids, DatasetError, -1, (1 << 63) - 1)
+            if found.ndim != 2 and found.shape != (0,):
+                raise DatasetError(
+                    f"{NEIGHBORS_COLUMN!r} has the shape {found.shape}, but it must be (num_chunks, num_neighbors). Use the columns "
+                    "as `precompute_neighbors` makes them."
+                )
             if source not in self._computed:
                 self._computed[source] = self._checked_source(source)
             computed.append(self._computed[source])
             num_chunks = len(example["input_ids"]) // self.datastore.chunk_size
-            if len(ids) != num_chunks:
+            if len(found) != num_chunks:
                 raise DatasetError(
                     f"An example of {len(example['input_ids'])} tokens has {num_chunks} complete chunks, but neighbors of "
-                    f"{len(ids)}. Compute the neighbors after cutting the examples to length."
+                    f"{len(found)}. Compute the neighbors after cutting the examples to length."
                 )
-            rows.append(np.asarray(ids, dtype=np.int64))
+            rows.append(found)
         wanted = self.num_neighbors or min(computed)
         # An empty list has lost its second axis.
         return [row[:, :wanted] if len(row) else np.empty((0, wanted), dtype=np.int64) for row in rows]
@@ -229,12 +235,11 @@ def checked_shares(**shares: float) -> tuple[float, ...]:
     Raises:
         ValueError: if one is negative, or their sum is above 1.
     """
-    if not all(isinstance(share, Real) for share in shares.values()):
-        raise ValueError(f"{' and '.join(shares)} must be numbers, got {list(shares.values())!r:.100}.")
-    if min(shares.values()) < 0 or sum(shares.values()) > 1:
+    found = tuple(real(name, share, ValueError, least=0, most=1) for name, share in shares.items())
+    if sum(found) > 1:
         named = " and ".join(f"{name}={share}" for name, share in shares.items())
-        raise ValueError(f"{named} must not be negative, and their sum must be at most 1.")
-    return tuple(shares.values())
+        raise ValueError(f"{named} are together more than 1.")
+    return found
 
 
 def generator_for(seed: int, tokens: np.ndarray) -> np.random.Generator:
@@ -245,10 +250,11 @@ def generator_for(seed: int, tokens: np.ndarray) -> np.random.Generator:
 
 def _labels(example: Mapping[str, Any], ids: np.ndarray) -> np.ndarray:
     """The labels of an example, by default its tokens."""
-    if 0 in example.get("attention_mask", ()):
+    mask = example.get("attention_mask")
+    if mask is not None and not token_ids(example, "attention_mask").all():
         raise DatasetError("The examples are padded (attention_mask has zeros). Tokenize them without padding.")
     given = example.get("labels")
-    labels = ids if given is None else np.asarray(given, dtype=np.int64)
+    labels = ids if given is None else token_ids(example, "labels")
     if len(labels) != len(ids):
         raise DatasetError(f"An example has {len(ids)} input_ids, but {len(labels)} labels.")
     # Nothing predicts the first token, so its label does not count.

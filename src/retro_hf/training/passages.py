@@ -44,7 +44,7 @@ def retrieve_passages(
         )
     if not isinstance(retriever, RetroRetriever):
         raise DatasetError(f"retrieve_passages needs a RetroRetriever, but got a {type(retriever).__name__}.")
-    check_integers(num_passages=(num_passages, 1))
+    check_integers(num_passages=(num_passages, 1), batch_size=(batch_size, 1))
 
     def find(batch: dict[str, list[Any]], numbers: list[int]) -> dict[str, list[Any]]:
         questions = [

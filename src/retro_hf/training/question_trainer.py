@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, Trainer
 
-from ..errors import DatasetError
+from ..errors import DatasetError, check_integers
 from .collator import IGNORED_LABEL, padding_id
 from .questions import QuestionCollator
 
@@ -62,7 +62,22 @@ def generate_ids(
         raise DatasetError(
             f"The batch is of type {type(batch).__name__}. Pass what QuestionCollator makes of examples."
         )
+    if not hasattr(model, "generate") or not hasattr(model, "config"):
+        raise DatasetError(
+            f"The model is of type {type(model).__name__}. Pass a causal language model of transformers."
+        )
+    check_integers(DatasetError, max_new_tokens=(max_new_tokens, 1))
+    pad_token_id = padding_id(tokenizer)
+    if strange := [name for name, value in batch.items() if not isinstance(value, torch.Tensor) or not value.ndim]:
+        raise DatasetError(
+            f"{strange[0]!r} of the batch is of type {type(batch[strange[0]]).__name__}. Pass what QuestionCollator makes of examples."
+        )
     input_ids, attention_mask = batch["input_ids"], batch["attention_mask"]
+    if input_ids.ndim != 2 or input_ids.shape != attention_mask.shape:
+        raise DatasetError(
+            f"'input_ids' has the shape {tuple(input_ids.shape)} and 'attention_mask' {tuple(attention_mask.shape)}, but both must be "
+            "(batch_size, sequence_length). Pass what QuestionCollator makes of examples."
+        )
     start = input_ids.shape[1]
     if "labels" in batch:
         # All answers begin in the same column.
@@ -91,7 +106,7 @@ def generate_ids(
     inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
     if "retriever" in inspect.signature(model.forward).parameters:
         options["retriever"] = None
-    defaults = {"do_sample": False, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": padding_id(tokenizer)}
+    defaults = {"do_sample": False, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": pad_token_id}
     generate: Any = model.generate  # any causal language model has it, `PreTrainedModel` by itself does not
     sequences: torch.Tensor = generate(**inputs, max_new_tokens=max_new_tokens, **{**defaults, **options})
     return sequences[:, start:]
