@@ -12,7 +12,7 @@ from transformers import AddedToken, AutoTokenizer
 
 from retro_hf import ChunkEmbedder, RetroDatastore, RetroRetriever, answer, retrofit
 from retro_hf.answering import prepare_question
-from retro_hf.datastore.borders import Borders
+from retro_hf.datastore.bos_eos import Borders
 from retro_hf.errors import RetrieverError
 from retro_hf.evaluation.scoring import read_documents
 from retro_hf.special_tokens import special_ids, tokenize_texts, write_chat
