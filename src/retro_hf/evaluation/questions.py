@@ -124,7 +124,6 @@ def answer_questions(
     *Determinism*: the same arguments give the same answers; `batch_size` moves only the last bits of the logits.
     """
     check_columns(dataset, ["answers", "prompt_input_ids", "passage_input_ids"])
-    check_model(model)
     check_integers(batch_size=(batch_size, 1), max_new_tokens=(max_new_tokens, 1))
     check_integers(num_resamples=(num_resamples, 1), seed=(seed, 0))
     if num_passages is not None:
@@ -145,6 +144,7 @@ def answer_questions(
             "The mode 'random' needs the passages of another question, but there is only one. Leave it out."
         )
     score = _scorer()
+    check_model(model)
     generator = np.random.default_rng(seed)
     order = generator.permutation(len(dataset))
     others = np.empty_like(order)
