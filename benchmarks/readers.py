@@ -3,6 +3,7 @@
     python benchmarks/readers.py                  # about half an hour of CPU time on one core; continues if it is stopped
     python benchmarks/readers.py --texts java     # one text, so that several can run side by side
     python benchmarks/readers.py --publish        # what is missing, and then writes benchmarks/results/readers.json
+    python benchmarks/readers.py --readers off --publish    # one reader; the others keep their published values
 
 | reader             | how the base reads the two neighbors of the last complete chunk                             | trained on       |
 | ------------------ | ------------------------------------------------------------------------------------------- | ---------------- |
@@ -255,19 +256,27 @@ def main() -> None:
         print(name, flush=True)
         documents = load_documents(name, args.documents, args.skip, tokenizer, embedder)
         measure_text(documents, kept, save)
-        if args.publish and speed is None:
+        if args.publish and speed is None and "parallel_context" in args.readers:
             speed = measure_speed(documents)
     if args.publish:
-        published = {
-            "command": f"python benchmarks/readers.py --documents {args.documents} --publish",
-            "machine": f"{platform.machine()}, 1 thread, float32",
-            "versions": {"retro-hf": __version__} | {name: version(name) for name in ("torch", "transformers")},
-            "documents": {name: {key: kept[key] for key in ("count", "tokens")} for name, kept in texts.items()},
-            "texts": {name: kept["readers"] for name, kept in texts.items()},
-            "speed": speed,
-        }
-        path = ROOT / "benchmarks" / "results" / "readers.json"
-        path.write_text(json.dumps(published, indent=1) + "\n")
+        publish(texts, speed)
+
+
+def publish(texts: dict[str, dict], speed: dict | None) -> None:
+    """Write what was measured. Readers that this run left out keep their published values and the command that made them."""
+    path = ROOT / "benchmarks" / "results" / "readers.json"
+    published = json.loads(path.read_text()) if path.exists() else {"texts": {}, "runs": {}}
+    for name, kept in texts.items():
+        published["texts"].setdefault(name, {}).update({reader: kept["readers"][reader] for reader in READERS})
+    run = {
+        "command": " ".join(["python benchmarks/readers.py", *sys.argv[1:]]),
+        "machine": f"{platform.machine()}, 1 thread, float32",
+        "versions": {"retro-hf": __version__} | {name: version(name) for name in ("torch", "transformers")},
+    }
+    published["runs"].update(dict.fromkeys(READERS, run))
+    published["documents"] = {name: {key: kept[key] for key in ("count", "tokens")} for name, kept in texts.items()}
+    published["speed"] = speed or published["speed"]
+    path.write_text(json.dumps(published, indent=1) + "\n")
 
 
 if __name__ == "__main__":
