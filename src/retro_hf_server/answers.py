@@ -8,7 +8,8 @@ import uuid
 from dataclasses import dataclass, field
 from typing import Any
 
-from .engine import ChunkRead, Delta, Event, Finished
+from .jobs import Delta, Event, Finished
+from .readers import ChunkRead
 from .requests import Kind
 
 

@@ -10,7 +10,7 @@ import torch
 from retro_hf.special_tokens import tokenize_texts
 
 from .engine import Engine
-from .readers import Prompt, Reader, reader_for
+from .readers import Prompt, Reader, RowLookup, reader_for
 from .requests import RequestError
 
 
@@ -36,7 +36,7 @@ def compare(engine: Engine, prompt: Prompt, answer: str) -> dict[str, Any]:
             f"The model has room for {room:,} tokens, but prompt and answer have {len(prompt.tokens) + len(tokens):,}.",
             code="context_length_exceeded",
         )
-    reader = reader_for(engine.source, engine.model, [prompt], engine.tokenizer)
+    reader = reader_for(engine.source, engine.model, prompt, engine.tokenizer, len(tokens))
     off, on = (_bits(engine, prompt, tokens, one) for one in (None, reader))
     texts = _texts(engine.tokenizer, tokens)
     return {
@@ -50,10 +50,10 @@ def _bits(engine: Engine, prompt: Prompt, tokens: list[int], reader: Reader | No
     """Bits that each token costs."""
     device = engine.model.device
     input_ids = torch.tensor([prompt.tokens + tokens], device=device)
-    reads: dict[str, Any] = {"retriever": None} if reader is None else reader.inputs(len(tokens))
-    # A pass over the whole text takes no neighbors of chunks that end after it.
-    num_chunks = input_ids.shape[1] // engine.model.config.chunk_size + 1
-    reads |= {name: values[:, :num_chunks] for name, values in reads.items() if name.startswith("neighbor_")}
+    reads: dict[str, Any] = {"retriever": None}
+    if reader is not None:
+        lookup = RowLookup([reader], engine.model.config.vocab_size)
+        reads = {"retriever": lookup, "chunk_offset": reader.chunk_offset}
     with torch.inference_mode():
         logits = engine.model(input_ids, **reads, use_cache=False).logits[0]
     scores = logits[len(prompt.tokens) - 1 : -1].float().log_softmax(-1)

@@ -1,14 +1,15 @@
 """
 The engine of a server: one thread that owns the model, and a queue in front of it.
 
-Requests that wait together are generated together, in one padded batch. Each keeps its own temperature, seed, stop words
-and length, and what a row is given does not depend on the others: its noise comes from its own generator, and its
-neighbors from its own chunks. (A row's logits differ from those of the row alone by rounding only.)
+Requests are generated together, each as a row of a batch. A row begins as soon as one is free, whatever the others do, and
+is free again when its answer ends. Between two tokens the thread also does what has to be done in it, such as changes of
+the store. Each request keeps its own temperature, seed, stop words and length, and what a row is given does not depend on
+the others: its noise comes from its own generator, and its neighbors from its own chunks. (A row's logits differ from
+those of the row alone by rounding only.)
 """
 
 from __future__ import annotations
 
-import copy
 import logging
 import threading
 import time
@@ -18,112 +19,19 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
-
-from .readers import ChunkRead, Prompt, Reader, reader_for
+from .batches import Batch, regrouped
+from .jobs import Failed, Finished, Job, QueueFullError, StoppedError
+from .readers import reader_for
+from .rows import Row
 from .source import Source
-from .text import TextStream
 
 
 logger = logging.getLogger(__name__)
 
-# Seconds for which the first request of a batch waits for others.
-_GATHERING = 0.01
-
-
-class QueueFullError(Exception):
-    """The queue of requests is full."""
-
-
-class StoppedError(Exception):
-    """The engine is closing and takes no more requests."""
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """
-    How the tokens of one answer are chosen.
-
-    Attributes:
-        max_tokens (`int`): how many there may be.
-        temperature (`float`): 0 takes the likeliest token.
-        top_p (`float`): draw from the likeliest tokens that have this probability together.
-        top_k (`int`): draw from this many tokens; 0 means all.
-        seed (`int`, *optional*): the same seed gives the same draws.
-        stop (`tuple[str]`): texts at which the answer ends.
-    """
-
-    max_tokens: int
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Delta:
-    """New text of an answer."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class Finished:
-    """
-    The end of an answer.
-
-    Attributes:
-        reason (`str`): `"stop"`, `"length"`, `"canceled"` or `"timeout"`.
-        num_tokens (`int`): tokens of the answer, with the one that ended it.
-        retrieval (`str`): `"on"`, `"off"` or `"unavailable"`.
-        message (`str`, *optional*): why retrieval was not available.
-        store (`dict`, *optional*): the generation of the store and its number of documents.
-    """
-
-    reason: str
-    num_tokens: int
-    retrieval: str
-    message: str | None = None
-    store: dict[str, int] | None = None
-
-
-@dataclass(frozen=True)
-class Failed:
-    """Why there is no answer."""
-
-    message: str
-
-
-Event = Delta | ChunkRead | Finished | Failed
-
-
-@dataclass
-class Job:
-    """
-    One answer to be generated.
-
-    Attributes:
-        prompt ([`Prompt`]): what it follows.
-        sampling ([`Sampling`]): how to choose tokens.
-        emit (`Callable[[Event], None]`): is told what happens, in the engine's thread. It must not wait.
-        retrieve (`bool`): whether to read the store.
-        deadline (`float`): of `time.monotonic()`.
-        canceled (`bool`): set by whoever does not want the answer any more.
-    """
-
-    prompt: Prompt
-    sampling: Sampling
-    emit: Callable[[Event], None]
-    retrieve: bool = True
-    deadline: float = float("inf")
-    canceled: bool = False
-
 
 @dataclass
 class _Work:
-    """A function that the engine's thread runs between two batches."""
+    """A function that the engine's thread runs between two tokens."""
 
     run: Callable[[], Any]
     result: Future = field(default_factory=Future)
@@ -131,7 +39,7 @@ class _Work:
 
 class Engine:
     """
-    Generates answers, one batch at a time, in a thread of its own.
+    Generates answers in a thread of its own.
 
     Args:
         model ([`RetroForCausalLM`]): in evaluation mode.
@@ -139,17 +47,20 @@ class Engine:
         source ([`Source`], *optional*): the store that it reads.
         max_batch (`int`, defaults to 8): requests that are generated together.
         max_queue (`int`, defaults to 64): requests that may wait.
+
+    Attributes:
+        num_running (`int`): requests that are being answered.
     """
 
     def __init__(
         self, model: Any, tokenizer: Any, source: Source | None = None, *, max_batch: int = 8, max_queue: int = 64
     ) -> None:
         self.model = model
+        model.generation_config.cache_implementation = None  # rows come and go in a cache that grows
         self.tokenizer = tokenizer
         self.source = source
         self.max_batch, self.max_queue = max_batch, max_queue
         self.num_running = 0
-        self.num_lookups = 0
         self._waiting: deque[Job | _Work] = deque()
         self._changed = threading.Condition()
         self._stopping = False
@@ -160,6 +71,11 @@ class Engine:
     def num_waiting(self) -> int:
         """Requests in the queue."""
         return len(self._waiting)
+
+    @property
+    def num_lookups(self) -> int:
+        """Texts that were looked up."""
+        return 0 if self.source is None else self.source.num_lookups
 
     @property
     def context_size(self) -> int | None:
@@ -177,7 +93,7 @@ class Engine:
         self._put(job)
 
     def call(self, run: Callable[[], Any]) -> Future:
-        """Let the engine's thread run a function between two batches; raises as `submit` does."""
+        """Let the engine's thread run a function between two tokens; raises as `submit` does."""
         work = _Work(run)
         self._put(work)
         return work.result
@@ -200,80 +116,90 @@ class Engine:
             self._waiting.append(item)
             self._changed.notify()
 
-    def _run(self) -> None:
-        while (items := self._next()) is not None:
-            if isinstance(items, _Work):
-                try:
-                    items.result.set_result(items.run())
-                except Exception as error:
-                    items.result.set_exception(error)
-                continue
-            self.num_running = len(items)
-            try:
-                self._generate(items)
-            except Exception as error:  # one bad batch must not end the server
-                logger.exception("A batch of %d requests failed.", len(items))
-                for job in items:
-                    job.emit(Failed(f"The model failed: {type(error).__name__}: {error}"))
-            self.num_running = 0
+    # ── the thread ────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _next(self) -> list[Job] | _Work | None:
-        """The next batch: the first request and others that read in the same way. None at the end."""
+    def _run(self) -> None:
+        batches: list[Batch] = []
+        while batches or self._wait():
+            for work in self._works():
+                try:
+                    work.result.set_result(work.run())
+                except Exception as error:
+                    work.result.set_exception(error)
+            for job in self._admitted():
+                self.num_running += 1
+                batches += self._begun(job)
+            batches = self._continued(batches)
+            self.num_running = sum(row.reason is None for batch in batches for row in batch.rows)
+
+    def _wait(self) -> bool:
+        """Wait for something to do. False at the end."""
         with self._changed:
-            while not self._waiting:
-                if self._stopping:
-                    return None
+            while not self._waiting and not self._stopping:
                 self._changed.wait()
-            if isinstance(first := self._waiting[0], _Work):
-                self._waiting.popleft()
-                return first
-            if len(self._waiting) < self.max_batch and not self._stopping:
-                self._changed.wait(_GATHERING)
-            batch: list[Job] = []
-            rest: deque[Job | _Work] = deque()
+            return bool(self._waiting)
+
+    def _works(self) -> list[_Work]:
+        with self._changed:
+            works = [item for item in self._waiting if isinstance(item, _Work)]
+            self._waiting = deque(item for item in self._waiting if isinstance(item, Job))
+            return works
+
+    def _admitted(self) -> list[Job]:
+        """The requests that get a row, first come, first served. Those that nobody waits for any more leave the queue."""
+        admitted: list[Job] = []
+        rest: deque[Job | _Work] = deque()
+        with self._changed:
             for item in self._waiting:
-                if isinstance(item, Job) and (item.canceled or time.monotonic() > item.deadline):
-                    item.emit(Finished("canceled" if item.canceled else "timeout", 0, "off"))
-                elif isinstance(item, Job) and self._fits(item, batch):
-                    batch.append(item)
+                if isinstance(item, Job) and (reason := _reason_to_drop(item)):
+                    item.emit(Finished(reason, 0, "off"))
+                elif isinstance(item, Job) and self.num_running + len(admitted) < self.max_batch:
+                    admitted.append(item)
                 else:
                     rest.append(item)
             self._waiting = rest
-            return batch
+        return admitted
 
-    def _fits(self, job: Job, batch: list[Job]) -> bool:
-        """Whether a request can be generated with a batch: both read the store or not, for a question or for a text."""
-        alike = [(one.retrieve, one.prompt.query is None) for one in (job, *batch[:1])]
-        return len(batch) < self.max_batch and len(set(alike)) == 1
+    def _is_wanted(self) -> bool:
+        """Whether the queue holds something that can be done at once."""
+        with self._changed:
+            return any(
+                isinstance(item, _Work) or self.num_running < self.max_batch or bool(_reason_to_drop(item))
+                for item in self._waiting
+            )
 
-    def _generate(self, jobs: list[Job]) -> None:
-        if not jobs:
-            return
-        reader = None
-        prompts = [job.prompt for job in jobs]
-        if jobs[0].retrieve and self.source is not None:
-            reader = reader_for(self.source, self.model, prompts, self.tokenizer)
-        rows = [_Row(number, job, self.tokenizer, reader) for number, job in enumerate(jobs)]
-        width = max(len(prompt.tokens) for prompt in prompts)
-        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
-        input_ids = torch.tensor([[pad] * (width - len(prompt.tokens)) + prompt.tokens for prompt in prompts])
-        mask = torch.tensor([[0] * (width - len(prompt.tokens)) + [1] * len(prompt.tokens) for prompt in prompts])
-        max_tokens = max(job.sampling.max_tokens for job in jobs)
-        config = copy.deepcopy(self.model.generation_config)
-        config.update(do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None, max_length=None)
-        config.update(max_new_tokens=max_tokens, pad_token_id=pad)
-        device = self.model.device
-        self.model.generate(
-            input_ids.to(device),
-            generation_config=config,
-            attention_mask=mask.to(device),
-            **({"retriever": None} if reader is None else reader.inputs(max_tokens)),
-            logits_processor=LogitsProcessorList([_Sampler(rows)]),
-            stopping_criteria=StoppingCriteriaList([_Progress(rows, self._ends())]),
-        )
-        self.num_lookups += reader.num_lookups if reader else 0
-        for row in rows:
-            row.end("length")  # it has ended already, unless there was nothing to generate
+    def _begun(self, job: Job) -> list[Batch]:
+        """The request as a batch of its own, with its first token; none if that fails."""
+        try:
+            reader = None
+            if job.retrieve and self.source is not None:
+                reader = reader_for(self.source, self.model, job.prompt, self.tokenizer, job.sampling.max_tokens)
+            return [Batch.of(self.model, Row(job, self.tokenizer, reader), self._ends())]
+        except Exception as error:  # one bad request must not end the server
+            logger.exception("A request failed.")
+            job.emit(_failure(error))
+            return []
+
+    def _continued(self, batches: list[Batch]) -> list[Batch]:
+        """Put rows together that can be, and let each batch run until there is something to do in the queue."""
+        rows = [row for batch in batches for row in batch.rows]
+        try:
+            batches = regrouped(batches)
+            for batch in batches:
+                rows = batch.rows
+                batch.run(self.model, self._ends(), self._turn(len(batches)))
+        except Exception as error:
+            logger.exception("A batch of %d requests failed.", len(rows))
+            for row in rows:
+                if row.reason is None:
+                    row.reason = "failed"
+                    row.job.emit(_failure(error))
+        return [batch for batch in batches if any(row.reason is None for row in batch.rows)]
+
+    def _turn(self, num_batches: int) -> Callable[[], bool]:
+        """Tells a batch after each token whether others have their turn: what waits, and after a chunk other batches."""
+        steps = iter(range(1, self.model.config.chunk_size))
+        return lambda: self._is_wanted() or (num_batches > 1 and next(steps, None) is None)
 
     def _ends(self) -> set[int]:
         """Tokens that end an answer."""
@@ -282,107 +208,15 @@ class Engine:
         return {end for end in (*ends, self.tokenizer.eos_token_id) if end is not None}
 
 
-class _Row:
-    """One request in a batch."""
-
-    def __init__(self, number: int, job: Job, tokenizer: Any, reader: Reader | None) -> None:
-        self.job = job
-        self.reason: str | None = None
-        seed = job.sampling.seed
-        self.generator = torch.Generator()
-        self.generator.seed() if seed is None else self.generator.manual_seed(seed)
-        self._number = number
-        self._text = TextStream(tokenizer, job.sampling.stop)
-        self._reader = reader
-
-    def draw(self, scores: torch.Tensor) -> torch.Tensor:
-        """Scores (float, `(vocab_size,)`); the largest is that of a token drawn with the request's settings."""
-        sampling = self.job.sampling
-        if sampling.temperature == 0:
-            return scores
-        scores = scores.float().cpu() / sampling.temperature
-        if 0 < sampling.top_k < len(scores):
-            scores = scores.masked_fill(scores < scores.topk(sampling.top_k).values[-1], float("-inf"))
-        if sampling.top_p < 1:
-            ordered, order = scores.sort(descending=True)
-            before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
-            scores = scores.masked_fill((before >= sampling.top_p)[order.argsort()], float("-inf"))
-        # The largest of the scores plus Gumbel noise is a draw from their softmax.
-        noise = torch.empty_like(scores).exponential_(generator=self.generator)
-        return scores - noise.log()
-
-    def add(self, token: int, ends: set[int]) -> None:
-        """Take the next token, send its text and what was read for it, and end the answer if the request says so."""
-        if self._reader is not None:
-            for read in self._reader.reads(self._number, self._text.ids, self._text.length):
-                self.job.emit(read)
-        if token in ends:
-            self._text.ids.append(token)
-            return self.end("stop")
-        self._show(self._text.add(token))
-        if self._text.stopped:
-            self.end("stop")
-        elif len(self._text.ids) >= self.job.sampling.max_tokens:
-            self.end("length")
-        elif self.job.canceled:
-            self.end("canceled")
-        elif time.monotonic() > self.job.deadline:
-            self.end("timeout")
+def _reason_to_drop(job: Job | _Work) -> str | None:
+    """Why a request that waits needs no answer any more; None if it needs one."""
+    if isinstance(job, _Work):
         return None
-
-    def end(self, reason: str) -> None:
-        """Send that the answer is complete."""
-        if self.reason is not None:
-            return
-        num_tokens = len(self._text.ids)
-        if reason != "stop" or not self._text.stopped:
-            self._show(self._text.finish())
-        self.reason = "stop" if self._text.stopped else reason
-        status, message, store = "off", None, None
-        if self._reader is not None:
-            status, message = ("on", None) if self._reader.error is None else ("unavailable", self._reader.error)
-            store = self._reader.store
-        self.job.emit(Finished(self.reason, num_tokens, status, message, store))
-
-    def _show(self, text: str) -> None:
-        if text:
-            self.job.emit(Delta(text))
+    return "canceled" if job.canceled else "timeout" if time.monotonic() > job.deadline else None
 
 
-class _Sampler(LogitsProcessor):
-    """Lets every row of a batch draw its own token."""
-
-    def __init__(self, rows: list[_Row]) -> None:
-        self._rows = rows
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        drawn = [row.draw(own) if row.reason is None else own for row, own in zip(self._rows, scores, strict=True)]
-        return torch.stack([one.to(scores) for one in drawn])
+def _failure(error: Exception) -> Failed:
+    return Failed(f"The model failed: {type(error).__name__}: {error}")
 
 
-class _Progress(StoppingCriteria):
-    """Hands every row its new token, and ends the rows that are complete."""
-
-    def __init__(self, rows: list[_Row], ends: set[int]) -> None:
-        self._rows, self._ends = rows, ends
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        for row, token in zip(self._rows, input_ids[:, -1].tolist(), strict=True):
-            if row.reason is None:
-                row.add(token, self._ends)
-        return torch.tensor([row.reason is not None for row in self._rows], device=input_ids.device)
-
-
-__all__ = [
-    "ChunkRead",
-    "Delta",
-    "Engine",
-    "Event",
-    "Failed",
-    "Finished",
-    "Job",
-    "Prompt",
-    "QueueFullError",
-    "Sampling",
-    "StoppedError",
-]
+__all__ = ["Engine"]

@@ -9,7 +9,9 @@ from jinja2 import TemplateError
 
 from retro_hf.special_tokens import write_chat
 
-from .engine import Engine, Prompt, Sampling
+from .engine import Engine
+from .jobs import Sampling
+from .readers import Prompt
 from .requests import ChatRequest, CompletionRequest, RequestError
 
 

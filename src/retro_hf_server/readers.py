@@ -1,13 +1,14 @@
 """
-What a batch of requests reads: a text to continue reads what is found for each of its chunks, and a question reads
-passages that are found once.
+What a request reads: a text to continue reads what is found for each of its chunks, and a question reads passages that are
+found once.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +16,17 @@ import numpy as np
 import torch
 
 from retro_hf.answering import passage_inputs
+from retro_hf.model.cache_retro import pad_to
+from retro_hf.model.retriever_protocol_retro import RetroLookup, check_neighbors
 from retro_hf.passages import find_passages
 
 from .source import Source
 
 
 logger = logging.getLogger(__name__)
+
+Neighbors = tuple[torch.Tensor, torch.Tensor]
+"""Ids of dtype long and boolean mask, of one shape."""
 
 
 @dataclass(frozen=True)
@@ -61,140 +67,210 @@ class ChunkRead:
 
 class Reader:
     """
-    What one batch reads. A failure gives nothing instead of an error.
+    What one request reads, in one state of the store. A failure gives nothing instead of an error.
 
     Args:
         source ([`Source`]): where to look.
-        model ([`RetroForCausalLM`]): that reads.
-        prompts (`Sequence[Prompt]`): of the batch.
-        tokenizer (`PreTrainedTokenizerBase`): of the model.
 
     Attributes:
         error (`str`, *optional*): why nothing, or nothing more, was found.
-        num_lookups (`int`): texts that were looked up.
         store (`dict`): the generation of the store, and how many documents can be found.
+        chunk_offset (`int`): chunk position of the first token of the prompt.
+        neighbor_size (`int`): tokens of each neighbor.
     """
 
-    def __init__(self, source: Source, model: Any, prompts: Sequence[Prompt], tokenizer: Any) -> None:
-        self.num_lookups = 0
-        self._retriever, self._model, self._prompts, self._tokenizer = source.retriever, model, prompts, tokenizer
+    chunk_offset: int
+    neighbor_size: int
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
         source.refresh()
         self.error = source.error
         self.store = source.describe()
 
-    def inputs(self, max_new_tokens: int) -> dict[str, Any]:
-        """The inputs of the model that make it read, for answers of up to that length."""
+    def neighbors(self, chunk: int) -> Neighbors | None:
+        """What is read for a chunk, of shape `(num_neighbors, neighbor_size)`; None if the chunk is to be looked up."""
         raise NotImplementedError
 
-    def reads(self, row: int, written: list[int], length: int) -> list[ChunkRead]:
-        """What the next token of a row is the first to read, when `written` tokens with `length` characters come before it."""
+    def reads(self, num_written: int, length: int) -> list[ChunkRead]:
+        """What the next token is the first to read, after `num_written` tokens of the answer, with `length` characters."""
         raise NotImplementedError
 
-    def _failed(self, error: Exception) -> None:
-        logger.warning("A lookup failed: %s", error, exc_info=True)
+    def fail(self, error: Exception) -> None:
+        """Look nothing up any more. The answer says that retrieval was not available, and the log says why."""
+        logger.warning("A lookup failed: %s", error, exc_info=error)
         self.error = f"The lookup failed ({type(error).__name__}); the log of the server says why."
 
 
 class TextReader(Reader):
-    """For texts to continue. Chunks are counted so that each prompt ends a chunk, which is looked up before the first new token."""
+    """
+    For a text to continue. Chunks are counted so that the prompt ends a chunk, which is looked up before the first new token.
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.chunk_size, self.neighbor_size = self._retriever.chunk_size, self._retriever.neighbor_size
-        self._found: dict[tuple[int, ...], list[dict[str, Any]]] = {}
+    Args:
+        source ([`Source`]): where to look.
+        prompt ([`Prompt`]): the text.
+        tokenizer (`PreTrainedTokenizerBase`): of the model.
 
-    def inputs(self, max_new_tokens: int) -> dict[str, Any]:
-        """The reader itself is the retriever."""
-        # With chunks of 8 tokens, a prompt of 13 counts as 3 + 13: its last chunk is complete.
-        offsets = [-len(prompt.tokens) % self.chunk_size for prompt in self._prompts]
-        return {"retriever": self, "chunk_offset": torch.tensor(offsets)}
+    Attributes:
+        retriever ([`RetroRetriever`]): over one state of the store; the same object for all who read that state.
+    """
 
-    def __call__(self, chunk_input_ids: torch.Tensor, chunk_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Neighbors of shape `(num_chunks, num_neighbors, neighbor_size)` and their mask, which is 0 after a failure."""
-        shape = len(chunk_input_ids), self._retriever.num_neighbors
-        tokens = np.zeros((*shape, self.neighbor_size), dtype=np.int64)
-        mask = np.zeros_like(tokens)
+    def __init__(self, source: Source, prompt: Prompt, tokenizer: Any) -> None:
+        super().__init__(source)
+        self.retriever = source.snapshot()
+        self.neighbor_size = self.retriever.neighbor_size
+        self.chunk_offset = -len(prompt.tokens) % self.retriever.chunk_size
+        self._last_of_prompt = (self.chunk_offset + len(prompt.tokens)) // self.retriever.chunk_size - 1
+        self._tokenizer = tokenizer
+        self._new: dict[int, tuple[str, list[dict[str, Any]]]] = {}
+
+    def neighbors(self, chunk: int) -> Neighbors | None:
         if self.error is None:
-            try:
-                found = self._retriever.trace(chunk_input_ids, chunk_mask)
-                chunk_ids = np.full(shape, -1, dtype=np.int64)
-                for row, neighbors in zip(chunk_ids, found, strict=True):
-                    row[: len(neighbors)] = [neighbor.chunk_id for neighbor in neighbors]
-                tokens, mask = self._retriever.gather(chunk_ids)
-                keys = map(tuple, chunk_input_ids.masked_fill(chunk_mask == 0, -1).tolist())
-                described = ([dataclasses.asdict(neighbor) for neighbor in row] for row in found)
-                self._found |= zip(keys, described, strict=True)
-                self.num_lookups += len(found)
-            except (
-                Exception
-            ) as error:  # whatever failed, the user still gets an answer, which says that retrieval was not available
-                self._failed(error)
-        device = chunk_input_ids.device
-        return torch.from_numpy(tokens).to(device), torch.from_numpy(mask).to(device)
+            return None
+        ids = torch.zeros(1, self.neighbor_size, dtype=torch.long)
+        return ids, ids.bool()
 
-    def reads(self, row: int, written: list[int], length: int) -> list[ChunkRead]:
-        """All chunks of the prompt at first, then the chunk that has just been completed."""
-        prompt, size = self._prompts[row].tokens, self.chunk_size
-        if len(written) % size:
-            return []
-        cells = [-1] * (-len(prompt) % size) + prompt + written
-        chunks = [tuple(cells[start : start + size]) for start in range(0, len(cells), size)]
-        reads = []
-        for key in chunks if not written else chunks[-1:]:
-            if key in self._found:
-                query = self._tokenizer.decode([token for token in key if token >= 0])
-                is_read = key is chunks[-1]  # the object: an earlier chunk may have the same tokens
-                reads.append(ChunkRead(query, len(written), length, is_read, self._found[key]))
-        return reads
+    def note(self, chunk: int, tokens: list[int], found: Sequence[Any]) -> None:
+        """Remember what was found for a chunk of these tokens, until `reads` tells it."""
+        self._new[chunk] = self._tokenizer.decode(tokens), [dataclasses.asdict(neighbor) for neighbor in found]
+
+    def reads(self, num_written: int, length: int) -> list[ChunkRead]:
+        last = self._last_of_prompt + num_written // self.retriever.chunk_size
+        told = []
+        for chunk in sorted(chunk for chunk in self._new if chunk <= last):
+            query, passages = self._new.pop(chunk)
+            told.append(ChunkRead(query, num_written, length, chunk == last, passages))
+        return told
 
 
 class QuestionReader(Reader):
-    """For questions: each is looked up once, and its passages are read to the end of the answer, as [`answer`] does."""
+    """
+    For a question: it is looked up once, and its passages are read to the end of the answer, as [`answer`] does.
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self._found: list[list[Any]] = [[] for _ in self._prompts]
+    Args:
+        source ([`Source`]): where to look.
+        prompt ([`Prompt`]): with the question.
+        tokenizer (`PreTrainedTokenizerBase`), config ([`RetroConfig`]): of the model.
+        max_new_tokens (`int`): longest answer, in tokens.
+    """
+
+    def __init__(self, source: Source, prompt: Prompt, tokenizer: Any, config: Any, max_new_tokens: int) -> None:
+        super().__init__(source)
+        self._query = prompt.query or ""
+        self._metric = source.retriever.searcher.metric
+        self._found: list[Any] = []
         if self.error is None:
             try:
-                queries = [prompt.query or "" for prompt in self._prompts]
-                self._found = find_passages(self._retriever, queries, self._retriever.num_neighbors)
-                self.num_lookups = len(queries)
-            except Exception as error:  # as above: the answer says that retrieval was not available
-                self._failed(error)
+                (self._found,) = find_passages(source.retriever, [self._query], source.retriever.num_neighbors)
+                source.num_lookups += 1
+            except Exception as error:  # whatever failed, the user still gets an answer, which says that nothing was read
+                self.fail(error)
+        inputs = passage_inputs(
+            config,
+            tokenizer,
+            self._found,
+            num_tokens=len(prompt.tokens),
+            question_start=prompt.query_start,
+            max_new_tokens=max_new_tokens,
+        )
+        self._ids, self._mask = inputs["neighbor_input_ids"][0], inputs["neighbor_attention_mask"][0].bool()
+        self.neighbor_size, self.chunk_offset = self._ids.shape[-1], int(inputs["chunk_offset"])
 
-    def inputs(self, max_new_tokens: int) -> dict[str, Any]:
-        """The passages are given as neighbors."""
-        rows = [
-            passage_inputs(
-                self._model.config,
-                self._tokenizer,
-                found,
-                num_tokens=len(prompt.tokens),
-                question_start=prompt.query_start,
-                max_new_tokens=max_new_tokens,
-            )
-            for prompt, found in zip(self._prompts, self._found, strict=True)
-        ]
-        shape = [max(row["neighbor_input_ids"].shape[axis] for row in rows) for axis in (1, 2, 3)]
-        joined = {"chunk_offset": torch.cat([row["chunk_offset"] for row in rows]), "retriever": None}
-        for name in ("neighbor_input_ids", "neighbor_attention_mask"):
-            values = torch.zeros(len(rows), *shape, dtype=torch.long)
-            for number, row in enumerate(rows):
-                _, num_chunks, num_passages, size = row[name].shape
-                values[number, :num_chunks, :num_passages, :size] = row[name]
-            joined[name] = values.to(self._model.device)
-        return joined
+    def neighbors(self, chunk: int) -> Neighbors | None:
+        return self._ids[chunk], self._mask[chunk]
 
-    def reads(self, row: int, written: list[int], length: int) -> list[ChunkRead]:
-        """All passages, at the beginning."""
-        if written or self.error is not None:
+    def reads(self, num_written: int, length: int) -> list[ChunkRead]:
+        if num_written or self.error is not None:
             return []
-        metric = self._retriever.searcher.metric
-        passages = [dataclasses.asdict(one) | {"continuation": "", "metric": metric} for one in self._found[row]]
-        return [ChunkRead(self._prompts[row].query or "", 0, 0, True, passages)]
+        passages = [dataclasses.asdict(one) | {"continuation": "", "metric": self._metric} for one in self._found]
+        return [ChunkRead(self._query, 0, 0, True, passages)]
 
 
-def reader_for(source: Source, model: Any, prompts: Sequence[Prompt], tokenizer: Any) -> Reader:
-    """The reader for prompts, which are either all questions or all texts to continue."""
-    kind = TextReader if prompts[0].query is None else QuestionReader
-    return kind(source, model, prompts, tokenizer)
+def reader_for(source: Source, model: Any, prompt: Prompt, tokenizer: Any, max_new_tokens: int) -> Reader:
+    """The reader for a question or for a text to continue, whose answer has at most `max_new_tokens` tokens."""
+    if prompt.query is None:
+        return TextReader(source, prompt, tokenizer)
+    return QuestionReader(source, prompt, tokenizer, model.config, max_new_tokens)
+
+
+@dataclass
+class _Asked:
+    """A chunk whose neighbors are asked for, and the answer."""
+
+    reader: Any
+    chunk: int
+    ids: torch.Tensor
+    mask: torch.Tensor
+    answer: Neighbors | None = None
+
+
+class RowLookup(RetroLookup):
+    """
+    Asks the reader of each row for the neighbors of its chunks.
+
+    Chunks that are to be looked up in one state of the store are looked up together. If that fails, those of each row are
+    looked up by themselves, so that only a row whose own chunk fails goes without neighbors.
+
+    Args:
+        readers (`Sequence[Reader]`): one per row, for neighbors of one size.
+        vocab_size (`int`): of the model.
+    """
+
+    def __init__(self, readers: Sequence[Reader], vocab_size: int) -> None:
+        super().__init__(self, vocab_size)
+        self._readers = readers
+
+    def __call__(
+        self, chunk_input_ids: torch.Tensor, chunk_mask: torch.Tensor, rows: torch.Tensor, chunks: torch.Tensor
+    ) -> Neighbors:
+        """Neighbors of N chunks, of shape `(N, num_neighbors, neighbor_size)`; arguments as in [`RetroLookup`]."""
+        cells = chunk_input_ids.cpu(), chunk_mask.cpu().long()
+        asked = [
+            _Asked(self._readers[row], chunk, ids, mask)
+            for row, chunk, ids, mask in zip(rows.tolist(), chunks.tolist(), *cells, strict=True)
+        ]
+        for one in asked:
+            one.answer = one.reader.neighbors(one.chunk)
+        for alike in _grouped([one for one in asked if one.answer is None], lambda one: one.reader.retriever):
+            self._look_up(alike)
+        width = max(len(one.answer[0]) for one in asked if one.answer is not None)
+        parts = zip(*(one.answer for one in asked if one.answer is not None), strict=True)
+        ids, mask = (torch.stack([pad_to(one, width, dim=0) for one in part]) for part in parts)
+        return ids.to(chunk_input_ids.device), mask.to(chunk_input_ids.device)
+
+    def _look_up(self, asked: list[_Asked]) -> None:
+        """Answer what is asked in one state of the store."""
+        reader = asked[0].reader
+        try:
+            found, answers = self._found(reader.retriever, asked)
+        except Exception as error:  # as above
+            alone = _grouped(asked, lambda one: one.reader)
+            if len(alone) > 1:
+                for own in alone:
+                    self._look_up(own)
+                return
+            reader.fail(error)
+            for one in asked:
+                one.answer = reader.neighbors(one.chunk)
+            return
+        for one, neighbors, ids, mask in zip(asked, found, *answers, strict=True):
+            one.answer = ids, mask
+            one.reader.note(one.chunk, one.ids[one.mask.bool()].tolist(), neighbors)
+        reader.source.num_lookups += len(asked)
+
+    def _found(self, retriever: Any, asked: list[_Asked]) -> tuple[list[list[Any]], Neighbors]:
+        """What is found for each chunk, readable, and as ids and mask of shape `(N, num_neighbors, neighbor_size)`."""
+        found = retriever.trace(torch.stack([one.ids for one in asked]), torch.stack([one.mask for one in asked]))
+        chunk_ids = np.full((len(asked), retriever.num_neighbors), -1, dtype=np.int64)
+        for row, neighbors in zip(chunk_ids, found, strict=True):
+            row[: len(neighbors)] = [neighbor.chunk_id for neighbor in neighbors]
+        ids, mask = map(torch.from_numpy, retriever.datastore.gather(chunk_ids))
+        return found, check_neighbors(ids, mask, (len(asked),), self.vocab_size, "What the store holds")
+
+
+def _grouped(asked: list[_Asked], key: Callable[[_Asked], Any]) -> list[list[_Asked]]:
+    """What is asked, by the identity of an object."""
+    groups: dict[int, list[_Asked]] = defaultdict(list)
+    for one in asked:
+        groups[id(key(one))].append(one)
+    return list(groups.values())

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from .engine import Sampling
+from .jobs import Sampling
 
 
 class RequestError(Exception):

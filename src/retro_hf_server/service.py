@@ -18,7 +18,8 @@ from retro_hf.errors import RetroError
 
 from .answers import Answer, event_line
 from .compare import compare
-from .engine import Delta, Engine, Event, Failed, Finished, Job, QueueFullError, StoppedError
+from .engine import Engine
+from .jobs import Delta, Event, Failed, Finished, Job, QueueFullError, StoppedError
 from .limits import Limits
 from .metrics import Metrics
 from .prompts import Prompts
@@ -118,7 +119,7 @@ class Service:
             while True:
                 try:
                     event = await asyncio.wait_for(events.get(), max(job.deadline + 1 - time.monotonic(), 0))
-                except TimeoutError:  # the batch before this one is not finished yet
+                except TimeoutError:  # it still waits for a row
                     event = Finished("timeout", 0, "off")
                 if isinstance(event, Failed):
                     raise RequestError(event.message, 500, code="generation_failed")

@@ -34,6 +34,7 @@ class Source:
 
     Attributes:
         error (`str`, *optional*): why nothing can be retrieved at present.
+        num_lookups (`int`): texts that were looked up.
     Raises:
         DatastoreMismatchError: if the store belongs to another tokenizer or chunk size.
     """
@@ -43,7 +44,9 @@ class Source:
         self.error: str | None = None
         self._requirements = {"tokenizer": tokenizer, "chunk_size": chunk_size}
         retriever.datastore.check_compatible(**self._requirements)
+        self.num_lookups = 0
         self._seen = self._stamp()
+        self._snapshot: tuple[Any, Any] = (None, None)
 
     @property
     def datastore(self) -> Any:
@@ -62,6 +65,12 @@ class Source:
         except (RetroError, OSError, ValueError) as error:
             logger.warning("The store cannot be read: %s", error)
             self.error = "The store cannot be read at present; the log of the server says why."  # paths stay here
+
+    def snapshot(self) -> RetroRetriever:
+        """The retriever over the opened state of the store. It is the same object until that changes."""
+        if self._snapshot[0] != self._seen:
+            self._snapshot = self._seen, self.retriever.snapshot()
+        return self._snapshot[1]
 
     @property
     def available(self) -> bool:

@@ -11,19 +11,11 @@ from tiny import tiny_backbone
 from retro_hf import RetroDatastore, RetroRetriever, answer, retrofit
 from retro_hf.passages import find_passages
 from retro_hf_server import readers
-from retro_hf_server.engine import (
-    ChunkRead,
-    Delta,
-    Engine,
-    Failed,
-    Finished,
-    Job,
-    Prompt,
-    QueueFullError,
-    Sampling,
-    StoppedError,
-)
+from retro_hf_server.engine import Engine
+from retro_hf_server.jobs import Delta, Failed, Finished, Job, QueueFullError, Sampling, StoppedError
 from retro_hf_server.prompts import Prompts
+from retro_hf_server.readers import ChunkRead, Prompt
+from retro_hf_server.rows import Row
 from retro_hf_server.source import Source
 from retro_hf_server.text import TextStream
 
@@ -224,11 +216,9 @@ def test_an_answer_says_that_retrieval_failed_and_is_written_without(engine, mon
 
 def test_draws_follow_the_softmax_of_the_scores(world):
     """At temperature 1, and at another with the likeliest tokens only."""
-    from retro_hf_server.engine import _Row
-
     scores = torch.tensor([2.0, 1.0, 0.0, -1.0])
     for options, kept in (({}, 4), ({"top_p": 0.9}, 2), ({"top_k": 3}, 3)):
-        row = _Row(0, Job(Prompt([1]), Sampling(1, temperature=0.5, seed=0, **options), print), world.tokenizer, None)
+        row = Row(Job(Prompt([1]), Sampling(1, temperature=0.5, seed=0, **options), print), world.tokenizer)
         counts = torch.bincount(torch.stack([row.draw(scores).argmax() for _ in range(4000)]), minlength=4)
         expected = (scores / 0.5)[:kept].softmax(-1)
         assert (counts[kept:] == 0).all()
@@ -243,3 +233,70 @@ def test_text_comes_whole_character_by_whole_character(world):
     assert "".join(pieces) == text
     assert stream.length == len(text)
     assert not any("�" in piece for piece in pieces)
+
+
+def test_a_row_is_free_as_soon_as_its_answer_ends(world):
+    """Short answers and canceled ones make room for what waits, while the long one goes on."""
+    engine = Engine(world.model, world.tokenizer, max_batch=2)
+    long, canceled = Asked(engine, "a king", max_tokens=200), Asked(engine, "the river", max_tokens=200)
+    short = [Asked(engine, "a baker", max_tokens=5) for _ in range(3)]
+    canceled.job.canceled = True
+    assert [one.result()[-1].num_tokens for one in short] == [5, 5, 5]
+    assert canceled.result()[-1].reason == "canceled"
+    assert engine.call(lambda: engine.num_running).result(60) == 1  # between two of its tokens
+    long.job.canceled = True
+    assert 5 < long.result()[-1].num_tokens < 200
+    engine.close()
+
+
+@pytest.mark.parametrize("reader", ["cross_attention", "parallel_context"])
+def test_requests_of_every_kind_share_rows_and_are_answered_as_each_alone(world, reader):
+    """Texts, questions and requests without retrieval, of all lengths, more than there are rows."""
+    model = world.model
+    if reader == "parallel_context":
+        model = retrofit(tiny_backbone("llama", vocab_size=400), reader=reader, chunk_size=8, neighbor_size=16)
+    source = Source(RetroRetriever(world.datastore, embedder=world.embedder), world.tokenizer, 8)
+    engine = Engine(model, world.tokenizer, source, max_batch=3)
+    requests = [*REQUESTS, ("the king sings", {"retrieve": False, "max_tokens": 25}), QUESTIONS[2], QUESTIONS[1]]
+    alone = [Asked(engine, text, **options).result() for text, options in requests]
+    together = [Asked(engine, text, **options) for text, options in requests]
+    assert [one.result() for one in together] == alone
+    engine.close()
+
+
+def test_a_lookup_that_fails_hurts_its_own_row_alone(engine, monkeypatch):
+    """Rows that are looked up together are looked up again one by one."""
+    texts = ["a quiet baker", "the king", "the small castle sings"]
+    trace, seen = RetroRetriever.trace, []
+
+    def failing(retriever, ids, mask=None):
+        seen.append(ids.tolist())
+        if bad in seen[-1]:
+            raise OSError("gone")
+        return trace(retriever, ids, mask)
+
+    bad = None
+    monkeypatch.setattr(RetroRetriever, "trace", failing)
+    expected = [Asked(engine, text).result() for text in texts]
+    (bad,) = seen[4]  # what the second answer begins with, after two of three lookups of the first, one of the prompt's
+    seen.clear()
+    engine.call(lambda: time.sleep(0.3))
+    found = [asked.result() for asked in [Asked(engine, text) for text in texts]]
+    assert [found[0], found[2]] == [expected[0], expected[2]]
+    assert found[1][-1].retrieval == "unavailable"
+    assert "OSError" in found[1][-1].message
+    assert [len(chunks) for chunks in seen if bad in chunks] == [3, 1]
+
+
+def test_an_answer_reads_the_store_as_it_was_when_the_answer_began(world, tmp_path):
+    """A change between two tokens is for the next answer."""
+    world.datastore.save(tmp_path / "store")
+    retriever = RetroRetriever(RetroDatastore.load(tmp_path / "store"), embedder=world.embedder)
+    engine = Engine(world.model, world.tokenizer, Source(retriever, world.tokenizer, 8))
+    expected = Asked(engine, "a king", max_tokens=60).result()
+    running = Asked(engine, "a king", max_tokens=60)
+    begun = running._events.get(timeout=60)
+    engine.call(lambda: engine.source.upsert([{"id": "new", "text": "a king " * 9}])).result(60)
+    assert [begun, *running.result()] == expected
+    assert Asked(engine, "a king", max_tokens=1).result()[-1].store["generation"] == 2
+    engine.close()

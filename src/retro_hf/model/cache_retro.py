@@ -196,6 +196,26 @@ class RetrievalState:
         self.next_positions = [length for length in self.next_positions for _ in range(repeats)]
         self.offsets = [offset for offset in self.offsets for _ in range(repeats)]
 
+    @classmethod
+    def join(cls, states: list["RetrievalState"], num_columns: int) -> "RetrievalState":
+        """The rows of several states of one model, whose neighbors are of one size, as one state."""
+        first = states[0]
+        new = cls([offset for state in states for offset in state.offsets], first.chunk_size)
+        new.lengths = [length for state in states for length in state.lengths]
+        new.neighbors = [row for state in states for row in state.neighbors]
+        new.num_columns, new.neighbor_size, new.features = num_columns, first.neighbor_size, first.features
+
+        def joined(tensors: list[torch.Tensor], dim: int) -> torch.Tensor:
+            return torch.cat([pad_to(tensor, max(one.shape[dim] for one in tensors), dim) for tensor in tensors])
+
+        for name, dim in (("input_ids", 1), ("hidden_states", 1), ("neighbor_mask", 2)):
+            if getattr(first, name) is not None:
+                setattr(new, name, joined([getattr(state, name) for state in states], dim))
+        for layer in first.key_values:
+            pairs = [state.key_values[layer] for state in states]
+            new.key_values[layer] = joined([key for key, _ in pairs], -2), joined([value for _, value in pairs], -2)
+        return new
+
     def crop(self, num_tokens: int) -> None:
         """Remove the last `num_tokens` tokens of every row.
 

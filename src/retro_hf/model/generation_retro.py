@@ -83,7 +83,9 @@ class RetroGenerationMixin(GenerationMixin):
                 "with `from_pretrained(..., retriever='config')`, or pass `retriever=`."
             )
         lookup = None
-        if retriever is not None:
+        if isinstance(retriever, RetroLookup):
+            lookup = retriever
+        elif retriever is not None:
             lookup = RetroLookup(retriever, self.config.vocab_size, self.config.chunk_size)
             lookup.query, lookup.aligns = query, not given
         outputs = super().generate(inputs, generation_config, *args, retriever=lookup, **kwargs)
