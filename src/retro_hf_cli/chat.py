@@ -36,7 +36,8 @@ def chat(
     from retro_hf import extras
 
     extras.load("fastapi", "`retro chat`")
-    from retro_hf_server.engine import Engine, Sampling
+    from retro_hf_server.engine import Engine
+    from retro_hf_server.jobs import Sampling
     from retro_hf_server.prompts import Prompts
     from retro_hf_server.source import Source
 
@@ -81,7 +82,8 @@ def _turn() -> str:
 
 def _answer(engine: Any, prompt: Any, sampling: Any, retrieve: bool) -> str:
     """Show an answer while it is written, and then what was read; Ctrl-C ends the answer."""
-    from retro_hf_server.engine import ChunkRead, Delta, Failed, Finished, Job
+    from retro_hf_server.jobs import Delta, Failed, Finished, Job
+    from retro_hf_server.readers import ChunkRead
 
     events: queue.Queue[Any] = queue.Queue()
     job = Job(prompt, sampling, events.put, retrieve)

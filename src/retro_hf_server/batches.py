@@ -94,7 +94,9 @@ def _generate(model: Any, rows: list[Row], cache: Any, turn: _Turn) -> Any:
     elif readers:
         inputs["chunk_offset"] = readers[0].chunk_offset
 
-    def decode(model: Any, input_ids: torch.Tensor, logits_processor: Any, stopping_criteria: Any, **kwargs: Any) -> Any:
+    def decode(
+        model: Any, input_ids: torch.Tensor, logits_processor: Any, stopping_criteria: Any, **kwargs: Any
+    ) -> Any:
         # `generate` has made the processors for these tokens. They hold for the whole answer of a row.
         if cache is None:
             rows[0].processors = logits_processor

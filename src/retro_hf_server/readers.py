@@ -125,6 +125,7 @@ class TextReader(Reader):
         self._new: dict[int, tuple[str, list[dict[str, Any]]]] = {}
 
     def neighbors(self, chunk: int) -> Neighbors | None:
+        """Nothing after a failure; before, each chunk is looked up."""
         if self.error is None:
             return None
         ids = torch.zeros(1, self.neighbor_size, dtype=torch.long)
@@ -135,6 +136,7 @@ class TextReader(Reader):
         self._new[chunk] = self._tokenizer.decode(tokens), [dataclasses.asdict(neighbor) for neighbor in found]
 
     def reads(self, num_written: int, length: int) -> list[ChunkRead]:
+        """All chunks of the prompt at first, then the chunk that has just been completed."""
         last = self._last_of_prompt + num_written // self.retriever.chunk_size
         told = []
         for chunk in sorted(chunk for chunk in self._new if chunk <= last):
@@ -163,7 +165,9 @@ class QuestionReader(Reader):
             try:
                 (self._found,) = find_passages(source.retriever, [self._query], source.retriever.num_neighbors)
                 source.num_lookups += 1
-            except Exception as error:  # whatever failed, the user still gets an answer, which says that nothing was read
+            except (
+                Exception
+            ) as error:  # whatever failed, the user still gets an answer, which says that nothing was read
                 self.fail(error)
         inputs = passage_inputs(
             config,
@@ -177,9 +181,11 @@ class QuestionReader(Reader):
         self.neighbor_size, self.chunk_offset = self._ids.shape[-1], int(inputs["chunk_offset"])
 
     def neighbors(self, chunk: int) -> Neighbors | None:
+        """The passages from the question on, nothing before it."""
         return self._ids[chunk], self._mask[chunk]
 
     def reads(self, num_written: int, length: int) -> list[ChunkRead]:
+        """All passages, at the beginning."""
         if num_written or self.error is not None:
             return []
         passages = [dataclasses.asdict(one) | {"continuation": "", "metric": self._metric} for one in self._found]

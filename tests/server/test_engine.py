@@ -278,7 +278,9 @@ def test_a_lookup_that_fails_hurts_its_own_row_alone(engine, monkeypatch):
     bad = None
     monkeypatch.setattr(RetroRetriever, "trace", failing)
     expected = [Asked(engine, text).result() for text in texts]
-    (bad,) = seen[4]  # what the second answer begins with, after two of three lookups of the first, one of the prompt's
+    (bad,) = seen[
+        4
+    ]  # what the second answer begins with, after two of three lookups of the first, one of the prompt's
     seen.clear()
     engine.call(lambda: time.sleep(0.3))
     found = [asked.result() for asked in [Asked(engine, text) for text in texts]]
