@@ -22,6 +22,7 @@ _LAYERS = {
     "DynamicLayer",
     "RetroDynamicLayer",
     "DynamicSlidingWindowLayer",
+    "DummyLayer",
     "LinearAttentionLayer",
     "LinearAttentionAndFullAttentionLayer",
     "LinearAttentionAndSlidingWindowAttentionLayer",
@@ -50,7 +51,7 @@ def joined(parts: Sequence[tuple[Any, list[int]]], num_columns: int) -> Any:
     for layers in zip(*(cache.layers for cache in caches), strict=True):
         first = layers[0]
         for name in ("keys", "values"):
-            tensors = [getattr(layer, name, None) for layer in layers]
+            tensors: list[Any] = [getattr(layer, name, None) for layer in layers]
             if tensors[0] is not None:
                 setattr(first, name, _columns(tensors, rows, num_columns, getattr(first, "sliding_window", None)))
         if hasattr(first, "cumulative_length"):
@@ -58,7 +59,7 @@ def joined(parts: Sequence[tuple[Any, list[int]]], num_columns: int) -> Any:
         for name in ("conv_states", "recurrent_states"):
             if hasattr(first, name):
                 setattr(first, name, _rows([getattr(layer, name) for layer in layers], rows))
-    states = [getattr(cache, "retro", None) for cache in caches]
+    states: list[Any] = [getattr(cache, "retro", None) for cache in caches]
     if states[0] is not None:
         for state, taken in zip(states, rows, strict=True):
             state.select(taken)

@@ -10,7 +10,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -223,7 +223,7 @@ class RowLookup(RetroLookup):
     """
 
     def __init__(self, readers: Sequence[Reader], vocab_size: int) -> None:
-        super().__init__(self, vocab_size)
+        super().__init__(cast("Any", self), vocab_size)  # it is its own retriever
         self._readers = readers
 
     def __call__(

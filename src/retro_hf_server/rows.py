@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import LogitsProcessorList
@@ -41,7 +41,8 @@ class Row:
     def draw(self, scores: torch.Tensor) -> torch.Tensor:
         """Scores (float, `(vocab_size,)`); the largest is that of a token drawn with the request's settings."""
         if self.processors:
-            scores = self.processors(torch.tensor([self.tokens], device=scores.device), scores.unsqueeze(0))[0]
+            tokens: Any = torch.tensor([self.tokens], device=scores.device)
+            scores = self.processors(tokens, cast("Any", scores).unsqueeze(0))[0]
         sampling = self.job.sampling
         if sampling.temperature == 0:
             return scores

@@ -205,15 +205,24 @@ class RetrievalState:
         new.neighbors = [row for state in states for row in state.neighbors]
         new.num_columns, new.neighbor_size, new.features = num_columns, first.neighbor_size, first.features
 
-        def joined(tensors: list[torch.Tensor], dim: int) -> torch.Tensor:
-            return torch.cat([pad_to(tensor, max(one.shape[dim] for one in tensors), dim) for tensor in tensors])
+        def joined(parts: list[torch.Tensor | None], dim: int) -> torch.Tensor | None:
+            like = max((part for part in parts if part is not None), key=lambda part: part.shape[dim], default=None)
+            if like is None:
+                return None
+            # Rows that have read nothing yet may lack a part, which is then empty.
+            rows = [like.new_zeros(len(state.lengths), *like.shape[1:]) for state in states]
+            return torch.cat(
+                [
+                    row if part is None else pad_to(part, like.shape[dim], dim)
+                    for row, part in zip(rows, parts, strict=True)
+                ]
+            )
 
         for name, dim in (("input_ids", 1), ("hidden_states", 1), ("neighbor_mask", 2)):
-            if getattr(first, name) is not None:
-                setattr(new, name, joined([getattr(state, name) for state in states], dim))
-        for layer in first.key_values:
-            pairs = [state.key_values[layer] for state in states]
-            new.key_values[layer] = joined([key for key, _ in pairs], -2), joined([value for _, value in pairs], -2)
+            setattr(new, name, joined([getattr(state, name) for state in states], dim))
+        for layer in sorted({layer for state in states for layer in state.key_values}):
+            pairs = [state.key_values.get(layer, (None, None)) for state in states]
+            new.key_values[layer] = tuple(joined([pair[kind] for pair in pairs], -2) for kind in (0, 1))
         return new
 
     def crop(self, num_tokens: int) -> None:
