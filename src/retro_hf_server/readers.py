@@ -119,6 +119,7 @@ class TextReader(Reader):
         super().__init__(source)
         self.retriever = source.snapshot()
         self.neighbor_size = self.retriever.neighbor_size
+        # With chunks of 8 tokens, a prompt of 13 counts as 3 + 13: its last chunk is complete.
         self.chunk_offset = -len(prompt.tokens) % self.retriever.chunk_size
         self._last_of_prompt = (self.chunk_offset + len(prompt.tokens)) // self.retriever.chunk_size - 1
         self._tokenizer = tokenizer
