@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicCache
 
-from retro_hf.model.cache_retro import RetrievalState
+from retro_hf.model.cache_retro import RetrievalState, RetroCacheMixin
 
 
 # Layers whose tensors have rows first, and columns last but one or none. Other layers, such as those of fixed size, may not.
@@ -59,11 +59,11 @@ def joined(parts: Sequence[tuple[Any, list[int]]], num_columns: int) -> Any:
         for name in ("conv_states", "recurrent_states"):
             if hasattr(first, name):
                 setattr(first, name, _rows([getattr(layer, name) for layer in layers], rows))
-    states: list[Any] = [getattr(cache, "retro", None) for cache in caches]
-    if states[0] is not None:
+    if isinstance(caches[0], RetroCacheMixin):
+        states: list[Any] = [cache.retrieval_state for cache in caches]
         for state, taken in zip(states, rows, strict=True):
             state.select(taken)
-        caches[0].retro = RetrievalState.join(states, num_columns)
+        caches[0].retrieval_state = RetrievalState.join(states, num_columns)
     return caches[0]
 
 

@@ -201,7 +201,7 @@ class RetrievalState:
         """The rows of several states of one model, whose neighbors are of one size, as one state."""
         first = states[0]
         new = cls([offset for state in states for offset in state.offsets], first.chunk_size)
-        new.lengths = [length for state in states for length in state.lengths]
+        new.next_positions = [position for state in states for position in state.next_positions]
         new.neighbors = [row for state in states for row in state.neighbors]
         new.num_columns, new.neighbor_size, new.features = num_columns, first.neighbor_size, first.features
 
@@ -210,7 +210,7 @@ class RetrievalState:
             if like is None:
                 return None
             # Rows that have read nothing yet may lack a part, which is then empty.
-            rows = [like.new_zeros(len(state.lengths), *like.shape[1:]) for state in states]
+            rows = [like.new_zeros(len(state.next_positions), *like.shape[1:]) for state in states]
             return torch.cat(
                 [
                     row if part is None else pad_to(part, like.shape[dim], dim)
