@@ -271,7 +271,7 @@ class RowLookup(RetroLookup):
         chunk_ids = np.full((len(asked), retriever.num_neighbors), -1, dtype=np.int64)
         for row, neighbors in zip(chunk_ids, found, strict=True):
             row[: len(neighbors)] = [neighbor.chunk_id for neighbor in neighbors]
-        ids, mask = map(torch.from_numpy, retriever.datastore.gather(chunk_ids))
+        ids, mask = map(torch.from_numpy, retriever.gather(chunk_ids))
         return found, check_neighbors(ids, mask, (len(asked),), self.vocab_size, "What the store holds")
 
 
