@@ -109,6 +109,8 @@ def evaluate(
     started = datetime.now(UTC).isoformat(timespec="seconds")
     check_integers(batch_size=(batch_size, 1), num_resamples=(num_resamples, 1), seed=(seed, 0))
     names = _checked_modes(model, retriever, modes)
+    if output is not None and not isinstance(output, (str, os.PathLike)):
+        raise ValueError(f"output is of type {type(output).__name__}. Pass the folder as a `str` or `Path`.")
     num_neighbors_sweep, fractions = _checked_sweeps(retriever, num_neighbors_sweep, fractions)
     datastore = None if retriever is None else retriever.datastore
     chunk_size = chunk_size_of(model)

@@ -112,6 +112,10 @@ def profile(model: RetroPreTrainedModel) -> Iterator[Profile]:
     Yields:
         [`Profile`], which is complete when the block has ended. Printing it shows a table.
     """
+    if not hasattr(getattr(model, "base_model", None), "backbone"):
+        raise ValueError(
+            f"The model is of type {type(model).__name__}. Pass a RETRO model, such as a RetroForCausalLM."
+        )
     result = Profile()
     clock = _Clock(result, cuda=model.device.type == "cuda")
     backbone: Any = model.base_model.backbone
