@@ -124,8 +124,9 @@ def main() -> None:
             "bits_per_byte": result["results"]["bible_text"]["bits_per_byte,none"],
             "accuracy": result["results"]["bible_next"]["acc,none"],
         }
-    texts = [tokenizer.bos_token + passage["text"] for passage in passages]
-    ours = bits_per_byte(model, texts, tokenizer, retriever=retriever, modes=("on", "off"), window=2048)
+    texts = [passage["text"] for passage in passages]
+    modes = ("on", "off")
+    ours = bits_per_byte(model, texts, tokenizer, retriever=retriever, modes=modes, window=2048, add_bos=True)
     print("| | bits per byte, harness | bits per byte, ours | right ending of four |\n|---|---|---|---|")
     for mode, row in found.items():
         row["ours"] = ours.bits_per_byte[mode]

@@ -1,5 +1,6 @@
 """RetroLM in the lm-evaluation-harness: its numbers are the model's own, and ours where both score the same."""
 
+import copy
 import json
 import sys
 from functools import partialmethod
@@ -51,13 +52,20 @@ def log_likelihood(model, ids: list[int], first: int, retriever) -> float:
     return float(sum(logits[place - 1, ids[place]] for place in range(first, len(ids))))
 
 
+def our_bits_per_byte(world, model, texts, retriever):
+    """Ours, with the harness's separator before each text: the end-of-text token, where there is no begin-of-text token."""
+    tokenizer = copy.deepcopy(world.tokenizer)
+    tokenizer.bos_token = tokenizer.eos_token
+    modes = ("off",) if retriever is None else ("on",)
+    return bits_per_byte(model, texts, tokenizer, retriever=retriever, modes=modes, window=256, add_bos=True)
+
+
 def test_rolling_log_likelihood_equals_bits_per_byte(world, model, texts, retriever):
     """The harness reads a separator before the text, and scores the text's first token, too: so told, so do we."""
     lm = harness(model, world, retriever=retriever)
     scores = lm.loglikelihood_rolling(requests("loglikelihood_rolling", [(text,) for text in texts]))
-    documents = [world.tokenizer.eos_token + text for text in texts]
     mode = "off" if retriever is None else "on"
-    ours = bits_per_byte(model, documents, world.tokenizer, retriever=retriever, modes=(mode,), window=256)
+    ours = our_bits_per_byte(world, model, texts, retriever)
     np.testing.assert_allclose(scores, -ours.nats[mode], rtol=1e-5)
     assert ours.num_bytes.tolist() == [len(text.encode()) for text in texts]
 
@@ -85,9 +93,8 @@ def test_task_from_a_local_file_reports_the_same_bits_per_byte(world, model, tex
     lm = harness(model, world, retriever=retriever)
     tasks = TaskManager(include_path=tmp_path, include_defaults=False)
     found = simple_evaluate(lm, tasks=["local_texts"], task_manager=tasks, bootstrap_iters=0)
-    documents = [world.tokenizer.eos_token + text for text in texts]
     mode = "off" if retriever is None else "on"
-    ours = bits_per_byte(model, documents, world.tokenizer, retriever=retriever, modes=(mode,), window=256)
+    ours = our_bits_per_byte(world, model, texts, retriever)
     assert found["results"]["local_texts"]["bits_per_byte,none"] == pytest.approx(ours.bits_per_byte[mode], rel=1e-5)
 
 
@@ -105,14 +112,7 @@ def test_the_command_knows_the_model_and_its_datastore(world, model, texts, tmp_
     monkeypatch.setattr(sys, "argv", command.split())
     lm_eval.main()
     (row,) = (line for line in capsys.readouterr().out.splitlines() if "local_texts" in line)
-    mine = bits_per_byte(
-        model,
-        [world.tokenizer.eos_token + text for text in texts],
-        world.tokenizer,
-        retriever=world.retriever,
-        modes=("on",),
-        window=256,
-    )
+    mine = our_bits_per_byte(world, model, texts, world.retriever)
     assert float(row.split("|")[7]) == pytest.approx(mine.bits_per_byte["on"], abs=1e-3)
 
 
