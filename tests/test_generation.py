@@ -649,6 +649,21 @@ class TestTrace:
         whole = self.expected(second.sequences[0].tolist(), 3)
         assert first.retrieval_trace[0] + second.retrieval_trace[0] == whole
 
+    @pytest.mark.parametrize("length", [1, 2, 3, 6])
+    def test_of_a_second_turn_without_the_first(self, llama, length):
+        """A prompt may leave out what the cache holds; its mask covers both. Chunks keep their numbers and their tokens."""
+        options = dict(retriever=hash_retriever(), max_new_tokens=6, return_dict_in_generate=True, **GREEDY)
+        first = llama.generate(random_ids(1, 6), chunk_offset=3, **options)
+        turn = random_ids(1, length, seed=1)
+        prompt = torch.cat([first.sequences, turn], dim=1)
+        cache = copy.deepcopy(first[CACHE_NAME])
+        whole = llama.generate(prompt, **{CACHE_NAME: first[CACHE_NAME]}, **options)
+        new = torch.cat([first.sequences[:, -1:], turn], dim=1)  # the last token is not in the cache yet
+        found = llama.generate(new, attention_mask=torch.ones_like(prompt), **{CACHE_NAME: cache}, **options)
+        assert torch.equal(found.sequences[:, 1:], whole.sequences[:, first.sequences.shape[1] :])
+        assert found.retrieval_trace == whole.retrieval_trace
+        assert found.retrieval_trace[0]
+
 
 class TextRetriever:
     """`hash_retriever` that also looks up texts, as sums of their letters, and knows the user turn in token 5."""

@@ -90,6 +90,16 @@ class RetrievalState:
         """Whether every row has had a token other than padding."""
         return all(length > offset for length, offset in zip(self.next_positions, self.offsets, strict=True))
 
+    def unfinished_chunks(self) -> list[tuple[int, list[int]]]:
+        """For each row its unfinished chunk, and the tokens of that; -1 in cells before the row's first token."""
+        ring, chunks = self.read("input_ids"), []
+        for row, (position, offset) in enumerate(zip(self.next_positions, self.offsets, strict=True)):
+            chunk, count = divmod(position, self.chunk_size)
+            cells = [-1] * count if ring is None else ring[row, chunk % 2, :count].tolist()
+            empty = max(offset - chunk * self.chunk_size, 0)
+            chunks.append((chunk, [-1] * empty + cells[empty:]))
+        return chunks
+
     # ── encoded neighbors ─────────────────────────────────────────────────────────────────────────────────────────────
 
     def make_room(self, neighbor_input_ids: torch.Tensor) -> None:

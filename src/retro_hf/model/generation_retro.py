@@ -88,6 +88,10 @@ class RetroGenerationMixin(GenerationMixin):
         elif retriever is not None:
             lookup = RetroLookup(retriever, self.config.vocab_size, self.config.chunk_size)
             lookup.query, lookup.aligns = query, not given
+            prompt, mask = kwargs.get("input_ids") if inputs is None else inputs, kwargs.get("attention_mask")
+            if isinstance(prompt, torch.Tensor) and isinstance(mask, torch.Tensor) and mask.dim() == 2:
+                # A mask that is longer than the prompt covers tokens of a cache that the prompt leaves out.
+                lookup.num_before = max(mask.shape[1] - prompt.shape[1], 0)
         outputs = super().generate(inputs, generation_config, *args, retriever=lookup, **kwargs)
         if lookup is None and isinstance(outputs, ModelOutput):
             outputs["retrieval_trace"] = [[] for _ in outputs["sequences"]]
@@ -131,6 +135,9 @@ class RetroGenerationMixin(GenerationMixin):
         if aligns:
             offset = torch.tensor([-read % size for read in reads], device=prompt.device)
         lookup.offsets = chunk_offsets(offset, len(lengths), size)
+        state = getattr(cache, "retrieval_state", None)
+        if lookup.num_before > 0 and state is not None:
+            lookup.begins = state.unfinished_chunks()
         if lookup.query is not None and not (aligns or self._ends_chunk(lookup.offsets, lengths, has_history)):
             why = "the cache holds tokens already" if has_history else f"`chunk_offset` is {offset}"
             raise ValueError(
@@ -168,12 +175,13 @@ class RetroGenerationMixin(GenerationMixin):
             tail = torch.isin(sequences, ends.to(sequences.device))
             real &= ~tail.long().flip(1).cumprod(1).flip(1).bool()
         if lookup.padding_mask is not None:
-            mask = lookup.padding_mask.bool().to(real.device)
+            mask = lookup.padding_mask[:, lookup.num_before :].bool().to(real.device)
             real[:, : mask.shape[1]] &= mask[_prompt_rows(len(mask), len(sequences))]
         state = getattr(outputs.get(CACHE_NAME), "retrieval_state", None)
         offsets = lookup.offsets if state is None else state.offsets
-        offsets = [offsets[row] for row in _prompt_rows(len(offsets), len(sequences))]
-        return lookup.trace(sequences, real, offsets, self.config.chunk_size)
+        begins = lookup.begins or [(0, [-1] * offset) for offset in offsets]
+        begins = [begins[row] for row in _prompt_rows(len(begins), len(sequences))]
+        return lookup.trace(sequences, real, begins, self.config.chunk_size)
 
     def prepare_inputs_for_generation(
         self,

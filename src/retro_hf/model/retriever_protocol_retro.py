@@ -123,6 +123,8 @@ class RetroLookup:
         self.query: str | list[str] | None = None
         self.aligns = False
         self.offsets: list[int] = [0]
+        self.num_before = 0
+        self.begins: list[tuple[int, list[int]]] = []
         self.repeats = 1
         self.queries: list[str | None] = []
         self.chunks: list[range] = []
@@ -221,13 +223,14 @@ class RetroLookup:
         return check_neighbors(*answer, (count,), self.vocab_size, "What the retriever returned")
 
     def trace(
-        self, sequences: torch.Tensor, real: torch.Tensor, offsets: list[int], chunk_size: int
+        self, sequences: torch.Tensor, real: torch.Tensor, begins: list[tuple[int, list[int]]], chunk_size: int
     ) -> list[list[dict[str, Any]]]:
         """What was retrieved for every sequence, chunk by chunk.
 
         Args:
             sequences, real (`torch.Tensor` of shape `(B, T)`): tokens, and which of them count.
-            offsets (`list[int]`): chunk position of each row's first token.
+            begins (`list[tuple[int, list[int]]]`): the chunk in which each row begins, and what comes before the row in it: tokens
+                of a cache, or -1 for an empty cell.
             chunk_size (`int`): tokens per chunk.
         Returns:
             For each row a list of dicts with `chunk` (index), `chunk_input_ids` (`list[int]`), `neighbor_input_ids`
@@ -235,12 +238,12 @@ class RetroLookup:
             has the methods `trace` and `find`, `neighbors`: ids, scores, document ids and text.
         """
         rows = []
-        for row, (tokens, mask, offset) in enumerate(zip(sequences, real, offsets, strict=True)):
+        for row, (tokens, mask, (first, before)) in enumerate(zip(sequences, real, begins, strict=True)):
             prompt = row * len(self.queries) // len(sequences)
-            cells = [-1] * offset + tokens[mask].tolist()
+            cells = before + tokens[mask].tolist()
             entries = []
-            for index in range(len(cells) // chunk_size):
-                chunk = tuple(cells[index * chunk_size : (index + 1) * chunk_size])
+            for place in range(len(cells) // chunk_size):
+                index, chunk = first + place, tuple(cells[place * chunk_size : (place + 1) * chunk_size])
                 key = self._key(prompt, index, chunk)
                 if key not in self.found:
                     continue
