@@ -221,8 +221,9 @@ def test_helper_ends_if_the_first_rank_gives_up(tmp_path, tokenizer, embedder, m
     monkeypatch.setattr(
         executors_module.time, "sleep", lambda _: shutil.rmtree(tmp_path / ".store.building", ignore_errors=True)
     )
+    monkeypatch.setattr(build_module, "_SLOW_FOLDER_SECONDS", 0.3)
     options = {"tokenizer": tokenizer, "embedder": embedder, "chunk_size": 8, "neighbor_size": 20}
-    with pytest.raises(RetroError, match="given up"):
+    with pytest.raises(RetroError, match="first rank did not put"):
         RetroDatastore.build(corpus(30), tmp_path / "store", executor=RankExecutor(1, 2, timeout=1e6), **options)
 
 

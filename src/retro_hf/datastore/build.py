@@ -8,7 +8,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -27,7 +27,7 @@ from .chunks import token_dtype
 from .compatibility import tokenizer_identity, vocabulary_size
 from .documents import Document, DocumentReader
 from .embedder import ChunkEmbedder
-from .executors import Call, Executor, run_stage
+from .executors import Call, Executor, WorkRemovedError, run_stage
 from .index_plan import IndexOptions, check_factory, plan_index, tell_plan
 from .key_coverage import check_coverage, coverage_of, looked_at
 from .manifest import (
@@ -166,7 +166,9 @@ def build_datastore(
     path = Path(os.path.abspath(new_path(path)))
     check_free(path)
     with work_folder(path, helps=not executor.is_main) as work:
-        built = build_shards(documents, work, options, executor)
+        built = None
+        with suppress(WorkRemovedError):  # below, a helper sees whether the store is there
+            built = build_shards(documents, work, options, executor)
         if built is not None:
             _finish(path, work, built, options)
     # A helping rank is done before the first rank has put the store together.

@@ -166,6 +166,10 @@ def as_executor(executor: Executor | int) -> Executor:
     return executor
 
 
+class WorkRemovedError(RetroError):
+    """The first rank has removed the unfinished work: the store is complete, or the first rank has failed."""
+
+
 class RankExecutor:
     """One of `world_size` processes that run the same build over a shared folder; each does its share of the calls.
 
@@ -203,20 +207,16 @@ class RankExecutor:
                     yield call.units
                 else:
                     others.append((output, call.units))
-            yield from self._wait_for(others, is_last=task == len(tasks) - 1)
+            yield from self._wait_for(others)
 
         yield run
 
-    def _wait_for(self, outputs: list[tuple[Path, int]], *, is_last: bool) -> Iterator[int]:
+    def _wait_for(self, outputs: list[tuple[Path, int]]) -> Iterator[int]:
         waited = 0.0
         while outputs:
-            # The first rank removes the folder of unfinished work once the store is complete, or if it has failed.
-            done = [output.exists() or not output.parent.exists() for output, _ in outputs]
-            if not is_last and not outputs[0][0].parent.exists():
-                raise RetroError(
-                    f"The first rank has given up: the unfinished work in {str(outputs[0][0].parent)!r} is gone. See what it reports, "
-                    "and start the build again."
-                )
+            done = [output.exists() for output, _ in outputs]
+            if not all(done) and not outputs[0][0].parent.exists():
+                raise WorkRemovedError("The first rank has removed the unfinished work.")
             yield from (units for (_, units), is_done in zip(outputs, done, strict=True) if is_done)
             outputs = [one for one, is_done in zip(outputs, done, strict=True) if not is_done]
             waited = 0.0 if any(done) else waited + _POLL_SECONDS
