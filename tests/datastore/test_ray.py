@@ -114,7 +114,7 @@ def ray():
         patch.setenv("RAY_AUTH_MODE", "token")
         patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        yield pytest.importorskip("ray")
+        yield pytest.importorskip("ray", reason="the extra `ray` is not installed; `make install` does it")
 
 
 @pytest.fixture
