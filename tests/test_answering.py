@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+from datasets import Dataset
 from tiny import tiny_backbone, tiny_retro
 from tiny_training import make_world
 
 from retro_hf import RetroRetriever, answer, retrofit
 from retro_hf.answering import prepare_question
 from retro_hf.errors import RetrieverError
-from retro_hf.training import QuestionCollator, retrieve_passages, tokenize_questions
+from retro_hf.training import QuestionCollator, generate_answers, retrieve_passages, tokenize_questions
 
 
 CHUNK_SIZE = 8
@@ -118,26 +119,57 @@ def test_question_without_a_template_reads_from_its_beginning(model, retriever):
     assert all(reading_tokens(asked))
 
 
-def test_papers_reader_is_asked_as_it_was_trained(trained, retriever):
-    """The prompt, the passages and the chunk borders are those of the collator."""
-    from datasets import Dataset
-
+@pytest.mark.parametrize(
+    ("reader", "template"),
+    [("trained", None), ("model", None), ("model", TEMPLATE)],
+    ids=["paper", "parallel", "chat"],
+)
+def test_question_is_asked_as_it_was_trained(reader, template, retriever, request, monkeypatch):
+    """The prompt, the passages and the chunk borders are those of the collator, and so is the answer."""
+    model, tokenizer = request.getfixturevalue(reader), retriever.tokenizer
+    monkeypatch.setattr(tokenizer, "chat_template", template)
     question = "who reads a letter under the bridge"
-    dataset = Dataset.from_list([{"question": question, "answers": ["the queen"]}])
+    dataset = Dataset.from_list([{"question": question, "answers": ["the queen reads it in the garden " * 3]}])
     dataset = retrieve_passages(dataset, retriever, num_passages=2)
-    rows = tokenize_questions(dataset, retriever.tokenizer, neighbor_size=NEIGHBOR_SIZE)
-    batch = QuestionCollator(retriever.tokenizer, chunk_size=CHUNK_SIZE)([rows[0]])
-    asked = prepare_question(trained, retriever, question, num_passages=2)
+    rows = tokenize_questions(dataset, tokenizer, neighbor_size=NEIGHBOR_SIZE, reader=model.config.reader)
+    batch = QuestionCollator(tokenizer, chunk_size=CHUNK_SIZE)([rows[0]])
+    asked = prepare_question(model, retriever, question, num_passages=2, max_new_tokens=2 * CHUNK_SIZE)
     assert torch.equal(asked.inputs["input_ids"], batch["input_ids"][:, : asked.num_tokens])
     assert torch.equal(asked.inputs["chunk_offset"], batch["chunk_offset"])
-    first = (asked.inputs["chunk_offset"] + asked.num_tokens) // CHUNK_SIZE - 1
-    mine, theirs = (
-        values["neighbor_attention_mask"].any(-1).any(-1)[0].nonzero()[0] for values in (asked.inputs, batch)
+    given, made = asked.inputs["neighbor_input_ids"], batch["neighbor_input_ids"]
+    size, count = made.shape[-1], min(given.shape[1], made.shape[1])
+    assert count > (int(batch["chunk_offset"]) + asked.num_tokens) // CHUNK_SIZE
+    assert torch.equal(given[:, :count, :, :size], made[:, :count]) and not given[..., size:].any()
+    masks = [values["neighbor_attention_mask"][:, :count, :, :size] for values in (asked.inputs, batch)]
+    assert torch.equal(*masks) and masks[0].any()
+    written = answer(model, retriever, question, num_passages=2, max_new_tokens=2 * CHUNK_SIZE).text
+    (generated,) = generate_answers(model, batch, tokenizer, max_new_tokens=2 * CHUNK_SIZE)
+    assert generated == written.partition("\n")[0].strip()
+
+
+def test_questions_for_parallel_context_learn_only_their_answers(model, chat):
+    """What stands before the question does not read the passages; the question and the answer do."""
+    rows = [
+        {"question": "who reads a letter", "answers": ["the queen"], "passages": ["the queen reads"]},
+        {"question": "who opens it", "answers": ["the baker"], "passages": ["a", "the baker opens it"]},
+    ]
+    made = tokenize_questions(
+        Dataset.from_list(rows), chat.tokenizer, neighbor_size=NEIGHBOR_SIZE, reader="parallel_context"
     )
-    assert mine == theirs == first
-    size = batch["neighbor_input_ids"].shape[-1]
-    assert torch.equal(asked.inputs["neighbor_input_ids"][0, first, :, :size], batch["neighbor_input_ids"][0, first])
-    assert not asked.inputs["neighbor_attention_mask"][..., size:].any()
+    batch = QuestionCollator(chat.tokenizer, chunk_size=CHUNK_SIZE)(list(made))
+    for labels, row, ids in zip(batch["labels"], made, batch["input_ids"], strict=True):
+        assert labels[labels != -100].tolist() == row["answer_input_ids"]
+        assert ids[labels != -100].tolist() == row["answer_input_ids"]
+        text = chat.tokenizer.decode(row["prompt_input_ids"][row["question_start"] :])
+        assert text == f"{row['question']}<assistant>"
+        assert chat.tokenizer.decode(row["answer_input_ids"]) == f"{row['answers'][0]}{chat.tokenizer.eos_token}"
+    other = {**batch, "neighbor_input_ids": (batch["neighbor_input_ids"] + 7) % 300 + 3}
+    with torch.no_grad():
+        on, changed = (model(**inputs).logits for inputs in (batch, other))
+    padding = batch["attention_mask"].argmax(dim=1)
+    for row, start in enumerate(made["question_start"]):
+        differs = (on[row] != changed[row]).any(dim=-1)[padding[row] :]
+        assert not differs[: start - 1].any() and differs[start - 1 :].all()
 
 
 @pytest.mark.parametrize("reader", ["model", "trained"])

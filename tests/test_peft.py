@@ -1,10 +1,12 @@
 """LoRA on the backbone, trained together with what RETRO adds: `get_peft_model(..., modules_to_save=["retro"])`."""
 
+import copy
 from pathlib import Path
 
 import peft
 import pytest
 import torch
+from datasets import Dataset
 from packaging.version import Version
 from peft import (
     AutoPeftModelForCausalLM,
@@ -14,11 +16,14 @@ from peft import (
     PromptTuningConfig,
     get_peft_model,
 )
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from retro_hf import RetroForCausalLM, retrofit
+from retro_hf.evaluation import answer_questions
+from retro_hf.training import QuestionCollator, tokenize_questions
 
+from .datastore.fixtures import make_tokenizer
 from .hub_cache import put_on_hub
 from .tiny import ENCODER, hash_retriever, random_ids, random_neighbors, randomize, tiny_backbone
 
@@ -208,3 +213,40 @@ def test_virtual_tokens_with_given_neighbors_are_refused(base, config):
         with pytest.raises(ValueError, match="virtual tokens"):
             model(input_ids=ids, labels=ids, **neighbors, **more)
     assert model(input_ids=ids, labels=ids).loss.isfinite()
+
+
+def test_lora_learns_to_answer_in_parallel_context(tmp_path):
+    """Three questions alike, whose answers are only in the passages; saved, loaded and merged, the model answers as before."""
+    tokenizer = make_tokenizer()
+    model = retrofit(
+        tiny_backbone("llama", vocab_size=len(tokenizer)), reader="parallel_context", chunk_size=8, neighbor_size=16
+    )
+    rows = [
+        {"question": "which", "answers": [word], "passages": [f"{word} is it"]}
+        for word in ("sailor", "garden", "queen")
+    ]
+    sizes = {"neighbor_size": 16, "reader": model.config.reader}
+    questions = tokenize_questions(Dataset.from_list(rows), tokenizer, **sizes)
+    torch.manual_seed(0)
+    names = r".*backbone.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+    tuned = get_peft_model(copy.deepcopy(model), LoraConfig(r=8, lora_alpha=16, target_modules=names))
+    arguments = TrainingArguments(
+        str(tmp_path / "run"),
+        max_steps=40,
+        learning_rate=2e-2,
+        per_device_train_batch_size=3,
+        remove_unused_columns=False,
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    collator = QuestionCollator(tokenizer, chunk_size=8)
+    Trainer(model=tuned, args=arguments, train_dataset=questions, data_collator=collator).train()
+    options = {"modes": ("on", "off"), "max_new_tokens": 4}
+    result = answer_questions(tuned, questions, tokenizer, **options)
+    assert result.exact_match["on"].tolist() == [100.0] * 3 and result.exact_match["off"].sum() <= 100.0
+    tuned.save_pretrained(tmp_path / "lora")
+    merged = PeftModel.from_pretrained(model, tmp_path / "lora").merge_and_unload()
+    assert isinstance(merged, RetroForCausalLM)
+    assert answer_questions(merged, questions, tokenizer, **options).predictions == result.predictions

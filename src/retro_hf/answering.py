@@ -16,15 +16,21 @@ from .errors import RetrieverError
 from .model.configuration_retro import RetroConfig
 from .model.modeling_retro import RetroForCausalLM
 from .model.readers_retro import traits_of
-from .passages import PROMPT, Passage, find_passages, passage_text
+from .passages import Passage, find_passages
+from .prompts import (
+    checked_prompt,
+    is_chat,
+    reading_start,
+    write_passage,
+    write_question,
+    write_question_as_chat,
+)
 from .retriever import RetroRetriever
 
 
 __all__ = ["Answer", "Question", "answer", "passage_inputs", "prepare_question"]
 
 Message = Mapping[str, str]
-INSTRUCTION = "Answer the question in one short sentence."
-"""The system message of a chat that has none."""
 _MOST_TOKENS = 1 << 20
 
 
@@ -140,27 +146,27 @@ def prepare_question(
             "`retrofit(model, reader='parallel_context')`."
         )
     max_new_tokens = arguments.whole("max_new_tokens", max_new_tokens, RetrieverError, most=_MOST_TOKENS)
-    for name, text in (("query", query), ("prompt", prompt)):
-        if text is not None and not isinstance(text, str):
-            raise RetrieverError(f"{name} is of type {type(text).__name__}. Pass a text, or None.")
+    if query is not None and not isinstance(query, str):
+        raise RetrieverError(f"query is of type {type(query).__name__}. Pass a text, or None.")
+    prompt = checked_prompt(prompt, RetrieverError)
     messages = _checked_messages(question)
     asked = messages[-1]["content"].strip()
     config, tokenizer = model.config, retriever.tokenizer
-    reads_question = traits_of(config.reader).reads_question
-    if prompt is None and reads_question and is_copy(tokenizer, retriever.datastore):
+    if prompt is None and traits_of(config.reader).reads_question and is_copy(tokenizer, retriever.datastore):
         raise RetrieverError(
             "The tokenizer is the datastore's copy, whose chat template is not used, since whoever made the datastore wrote "
             "it. Give the retriever the model's own: `RetroRetriever(..., tokenizer=)`. Or say how to ask: `prompt=`."
         )
-    if prompt is None and reads_question and tokenizer.chat_template:
-        if messages[0]["role"] != "system":
-            messages = [{"role": "system", "content": INSTRUCTION}, *messages]
-        tokens, before = special_tokens.write_chat(tokenizer, messages, asked)
+    if is_chat(tokenizer, config.reader, prompt):
+        tokens, question_start = write_question_as_chat(tokenizer, messages)
     else:
-        text = _one_question(prompt or PROMPT, messages, special_tokens.mark(tokenizer, asked))
-        if reads_question:  # a question that was trained on begins without it
-            text = (tokenizer.bos_token or "") + text
-        tokens, before = special_tokens.tokenize_prompt(tokenizer, text, asked)
+        if len(messages) > 1:
+            raise RetrieverError(
+                f"The chat has {len(messages)} messages, but this model is asked one question without a chat template. Pass "
+                "the question as a text."
+            )
+        text = write_question(tokenizer, config.reader, prompt, asked)
+        tokens, question_start = special_tokens.tokenize_prompt(tokenizer, text, asked)
     input_ids = torch.tensor([tokens])
     length = len(tokens)
     limit = config.max_position_embeddings
@@ -172,7 +178,7 @@ def prepare_question(
 
     (sources,) = find_passages(retriever, [query or asked], num_passages)
     inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)} | passage_inputs(
-        config, tokenizer, sources, num_tokens=length, question_start=before, max_new_tokens=max_new_tokens
+        config, tokenizer, sources, num_tokens=length, question_start=question_start, max_new_tokens=max_new_tokens
     )
     inputs = {name: values.to(model.device) for name, values in inputs.items()}
     return Question(inputs | {"retriever": None}, sources, length)
@@ -200,13 +206,11 @@ def passage_inputs(
         `neighbor_input_ids` and `neighbor_attention_mask` of shape `(1, num_chunks, num_passages, neighbor_size)`, and
         `chunk_offset` of shape `(1,)`; all int64.
     """
-    reads_question = traits_of(config.reader).reads_question
-    write = _plain_passage if reads_question else passage_text
-    texts = [write(source.title, source.text) for source in sources]
+    texts = [write_passage(config.reader, source.title, source.text) for source in sources]
     ids, mask = _encoded(texts, tokenizer, config.neighbor_size)  # type: ignore[arg-type]  # a config has it
     # The chunk that ends right before `start` is the first one with neighbors; its last token reads them, too. With chunks
     # of 8 and a question that starts at token 13, the offset is 3: chunk 0 has tokens 0 to 4, chunk 1 has tokens 5 to 12.
-    start = max(question_start, 1) if reads_question else num_tokens
+    start = reading_start(config.reader, question_start, num_tokens)
     offset = -start % config.chunk_size
     chunks = torch.arange((offset + num_tokens + max_new_tokens) // config.chunk_size + 1)
     reads = (chunks >= (offset + start) // config.chunk_size - 1)[None, :, None, None]
@@ -231,23 +235,6 @@ def _checked_messages(question: str | Sequence[Message]) -> list[dict[str, str]]
     if not messages or messages[-1]["role"] != "user" or not messages[-1]["content"].strip():
         raise RetrieverError("There is no question. The last message must be the user's, with at least one word.")
     return [dict(one) | {"content": without_lone_surrogates(one["content"])} for one in messages]
-
-
-def _one_question(prompt: str, messages: list[dict[str, str]], question: str) -> str:
-    """A question that is asked without a chat."""
-    if "{question}" not in prompt:
-        raise ValueError(f"The prompt {prompt!r} has no place for the question. Write it as {{question}}.")
-    if len(messages) > 1:
-        raise RetrieverError(
-            f"The chat has {len(messages)} messages, but this model is asked one question without a chat template. Pass the "
-            "question as a text."
-        )
-    return prompt.replace("{question}", question)
-
-
-def _plain_passage(title: str, text: str) -> str:
-    """A passage as the base reads it best: as text that begins with its title."""
-    return f"{title}: {text}" if title else text
 
 
 def _encoded(texts: list[str], tokenizer: Any, neighbor_size: int) -> tuple[torch.Tensor, torch.Tensor]:

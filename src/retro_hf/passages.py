@@ -14,16 +14,6 @@ from .errors import RetrieverError
 from .retriever import RetroRetriever
 
 
-PROMPT = "question: {question} \n answer:"
-"""What the paper writes before an answer (section 4.3)."""
-_PASSAGE = "title: {title}, source: {text}"
-
-
-def passage_text(title: str, text: str) -> str:
-    """A passage as the paper writes it (section 4.3), on one line."""
-    return " ".join(_PASSAGE.format(title=title, text=text).split())
-
-
 @dataclass(frozen=True)
 class Passage:
     """A part of a stored document.

@@ -95,11 +95,12 @@ def generate_ids(
         # The collator's neighbors are those of all chunks that prompt and answer complete. While generating, the answer is not
         # known yet, so the passages are given for every chunk that an answer of any length can complete.
         lengths = inputs["attention_mask"].sum(dim=1) + batch["chunk_offset"]
-        last = lengths // model.config.chunk_size - 1  # the chunk that ends with the prompt
+        last = lengths // model.config.chunk_size - 1  # the last chunk that the prompt completes
         rows = torch.arange(len(last), device=last.device)
-        # An answer longer than a chunk reads the same passages in its later chunks.
-        chunks = torch.arange(int(last.max()) + 1 + max_new_tokens // model.config.chunk_size, device=last.device)
-        reads = (chunks >= last[:, None])[:, :, None, None]
+        # All chunks that have passages have the same ones, and so have those that the answer will complete.
+        chunks = torch.arange(int(last.max()) + 2 + max_new_tokens // model.config.chunk_size, device=last.device)
+        first = batch["neighbor_attention_mask"].flatten(2).any(dim=2).long().argmax(dim=1)
+        reads = (chunks >= first[:, None])[:, :, None, None]
         inputs |= {name: batch[name] for name in ("chunk_offset", "neighbor_chunk_size") if name in batch}
         inputs["neighbor_input_ids"] = batch["neighbor_input_ids"][rows, last][:, None].expand(-1, len(chunks), -1, -1)
         inputs["neighbor_attention_mask"] = batch["neighbor_attention_mask"][rows, last][:, None] * reads

@@ -14,8 +14,9 @@ from transformers.utils import logging
 from .. import extras
 from ..arguments import flag, whole
 from ..errors import DatasetError, check_integers
-from ..passages import PROMPT, passage_text
-from ..special_tokens import mark, tokenize_marked, tokenize_texts
+from ..model.readers_retro import traits_of
+from ..prompts import checked_prompt, is_chat, write_passage, write_question, write_question_as_chat
+from ..special_tokens import mark, tokenize_marked, tokenize_prompt, tokenize_texts
 from .collator import IGNORED_LABEL, checked_shares, generator_for, padding_id
 from .columns import (
     check_columns,
@@ -37,6 +38,7 @@ logger = logging.get_logger(__name__)
 _PROMPT_COLUMN = "prompt_input_ids"
 _ANSWER_COLUMN = "answer_input_ids"
 _PASSAGES_COLUMN = "passage_input_ids"
+_START_COLUMN = "question_start"
 
 
 def tokenize_questions(
@@ -44,8 +46,9 @@ def tokenize_questions(
     tokenizer: PreTrainedTokenizerBase,
     *,
     neighbor_size: int,
+    reader: str = "cross_attention",
     num_passages: int | None = None,
-    prompt: str = PROMPT,
+    prompt: str | None = None,
     with_answers: bool = True,
     max_length: int | None = None,
 ) -> Dataset:
@@ -55,22 +58,28 @@ def tokenize_questions(
     neighbor is `"title: {title}, source: {text}"`. Passages are tokenized here, from text, so they may come from a
     datastore with another tokenizer than the model's, or from no datastore at all.
 
+    With `reader="parallel_context"` a question is asked as [`answer`] asks it: through the chat template of the tokenizer, if
+    there is one, and a passage is its text with its title before it.
+
     Args:
         dataset (`datasets.Dataset`): one question per row. `question`: a text. `answers`: a list of texts that count as
             right; the first one is learned. `passages`: a list, best first, of dicts with `text` and optionally `title`, or
             of texts; it may be empty. [`retrieve_passages`] makes that column.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): the language model's tokenizer.
         neighbor_size (`int`): longest passage, in tokens, `model.config.neighbor_size`; longer passages are cut.
+        reader (`str`, defaults to `"cross_attention"`): of the model, `model.config.reader`.
         num_passages (`int`, *optional*): passages to keep per question; all by default. With 0 (closed book) the dataset
             needs no passages.
-        prompt (`str`): another format of the question; the answer follows after a space.
+        prompt (`str`, *optional*): another format of the question, with `{question}` in it; the answer follows after a space.
         with_answers (`bool`, defaults to `True`): `False` for questions without known answers.
         max_length (`int`, *optional*): longest question with its answer, in tokens; a longer one is an error. Leave room
             for `neighbor_size` more per passage that goes into the prompt.
     Returns:
         `datasets.Dataset`: the same rows, without `passages`, and with `prompt_input_ids`, `answer_input_ids` (with the end
-        token) and `passage_input_ids` (a list per passage).
+        token) and `passage_input_ids` (a list per passage). With `reader="parallel_context"` also `question_start`: the
+        prompt's token that the question begins with, and from which on the passages are read.
     Raises:
+        ValueError: if there is no such reader.
         DatasetError: for missing columns, a tokenizer without an end token, and, naming the row, for empty questions,
             questions without an answer, and questions that are too long.
     *Disk*: 4 bytes per token, at most `4 * num_passages * neighbor_size` per question.
@@ -83,8 +92,8 @@ def tokenize_questions(
     with_answers = flag("with_answers", with_answers, ValueError)
     needed = ["question", *(["answers"] if with_answers else []), *(["passages"] if num_passages != 0 else [])]
     check_columns(dataset, needed)
-    if not isinstance(prompt, str) or "{question}" not in prompt:
-        raise DatasetError(f"The prompt {prompt!r} has no place for the question. Write it as {{question}}.")
+    prompt = checked_prompt(prompt, DatasetError)
+    reads_question = traits_of(reader).reads_question
     if tokenizer.eos_token_id is None:
         raise DatasetError(
             "The tokenizer has no end token, which ends an answer. Set one: `tokenizer.eos_token = ...`."
@@ -94,20 +103,16 @@ def tokenize_questions(
         questions = [
             checked_text(text, "question", number) for text, number in zip(batch["question"], numbers, strict=True)
         ]
-        prompts = [prompt.replace("{question}", mark(tokenizer, question)) for question in questions]
-        columns: dict[str, list[Any]] = {_PROMPT_COLUMN: tokenize_marked(tokenizer, prompts)}
-        lengths = [len(ids) for ids in columns[_PROMPT_COLUMN]]
+        targets = None
         if with_answers:
             targets = [_first_answer(given, number) for given, number in zip(batch["answers"], numbers, strict=True)]
-            # Together with the prompt, so that the answer is tokenized as text that follows it.
-            both = tokenize_marked(
-                tokenizer,
-                [f"{start} {mark(tokenizer, target)}" for start, target in zip(prompts, targets, strict=True)],
-            )
-            columns[_ANSWER_COLUMN] = [
-                [*_rest(whole, start, number), tokenizer.eos_token_id]
-                for whole, start, number in zip(both, columns[_PROMPT_COLUMN], numbers, strict=True)
-            ]
+        prompts, starts, answers = _written(tokenizer, reader, prompt, questions, targets, numbers)
+        columns: dict[str, list[Any]] = {_PROMPT_COLUMN: prompts}
+        if reads_question:
+            columns[_START_COLUMN] = starts
+        lengths = [len(ids) for ids in prompts]
+        if answers is not None:
+            columns[_ANSWER_COLUMN] = [[*ids, tokenizer.eos_token_id] for ids in answers]
             lengths = [length + len(ids) for length, ids in zip(lengths, columns[_ANSWER_COLUMN], strict=True)]
         for length, number in zip(lengths, numbers, strict=True):
             if max_length is not None and length > max_length:
@@ -116,7 +121,7 @@ def tokenize_questions(
                     "leave it out with `dataset.filter`."
                 )
         given = batch["passages"] if num_passages != 0 else [[] for _ in prompts]
-        texts = [_passages(row, number)[:num_passages] for row, number in zip(given, numbers, strict=True)]
+        texts = [_passages(row, number, reader)[:num_passages] for row, number in zip(given, numbers, strict=True)]
         tokens = iter(tokenize_texts(tokenizer, [text for row in texts for text in row])[0])
         columns[_PASSAGES_COLUMN] = [[next(tokens)[:neighbor_size] for _ in row] for row in texts]
         return columns
@@ -127,6 +132,8 @@ def tokenize_questions(
     features.update({_PROMPT_COLUMN: token_ids, _PASSAGES_COLUMN: datasets.List(token_ids)})
     if with_answers:
         features[_ANSWER_COLUMN] = token_ids
+    if reads_question:
+        features[_START_COLUMN] = datasets.Value("int32")
     result = dataset.map(
         convert,
         batched=True,
@@ -144,6 +151,31 @@ def tokenize_questions(
     return result
 
 
+def _written(
+    tokenizer: PreTrainedTokenizerBase,
+    reader: str,
+    prompt: str | None,
+    questions: list[str],
+    targets: list[str] | None,
+    numbers: list[int],
+) -> tuple[list[list[int]], list[int], list[list[int]] | None]:
+    """Tokens of prompts, where in them the questions begin, and the tokens of the answers if there are any."""
+    if is_chat(tokenizer, reader, prompt):
+        chats = [write_question_as_chat(tokenizer, [{"role": "user", "content": question}]) for question in questions]
+        prompts, starts = [ids for ids, _ in chats], [start for _, start in chats]
+        # The template ends with what stands before an answer.
+        return prompts, starts, None if targets is None else tokenize_texts(tokenizer, targets)[0]
+    texts = [write_question(tokenizer, reader, prompt, question) for question in questions]
+    pairs = [tokenize_prompt(tokenizer, *pair) for pair in zip(texts, questions, strict=True)]
+    prompts, starts = [ids for ids, _ in pairs], [start for _, start in pairs]
+    if targets is None:
+        return prompts, starts, None
+    # Together with the prompt, so that the answer is tokenized as text that follows it.
+    both = [f"{text} {mark(tokenizer, target)}" for text, target in zip(texts, targets, strict=True)]
+    whole = tokenize_marked(tokenizer, both)
+    return prompts, starts, [_rest(*row) for row in zip(whole, prompts, numbers, strict=True)]
+
+
 def _optional(name: str, value: int | None, least: int) -> int | None:
     return None if value is None else whole(name, value, ValueError, least)
 
@@ -155,6 +187,8 @@ class QuestionCollator:
     left-padded batch that `generate` needs. `chunk_offset` moves the chunk grid of each row so that its prompt ends a chunk.
     That chunk has the passages as its neighbors, which its last token (of "answer:") and the answer read. An answer that is
     longer than a chunk reads the same passages in its later chunks. Earlier chunks of a long question read nothing.
+    Questions for `reader="parallel_context"` read the passages from their own first token on; there, the grid is moved so that
+    the chunk before the question ends where the question begins.
 
     A model that has only seen good passages trusts bad ones. Two probabilities randomly replace or drop the passages of
     some questions during training; [`QuestionTrainer`] switches both off when it evaluates.
@@ -229,10 +263,17 @@ class QuestionCollator:
         needs_passages = self.num_passages != 0 or self.passages_in_prompt > 0
         check_example(examples[0], [_PROMPT_COLUMN, *([_PASSAGES_COLUMN] if needs_passages else [])])
         passages = self._drawn(examples) if needs_passages else [[] for _ in examples]
-        prompts = []
+        prompts, starts = [], []
         for example, read in zip(examples, passages, strict=True):
             first = [token for passage in read[: self.passages_in_prompt] for token in [*passage, *self._separator]]
             prompts.append([*first, *token_ids(example, _PROMPT_COLUMN)])
+            # Where passages are read from: the question, or the answer, which is how the paper's reader is trained.
+            question = example.get(_START_COLUMN)
+            starts.append(
+                len(prompts[-1])
+                if question is None
+                else max(len(first) + whole(_START_COLUMN, question, DatasetError, 0), 1)
+            )
         has_answers = _ANSWER_COLUMN in examples[0]
         answers = [list(token_ids(example, _ANSWER_COLUMN)) if has_answers else [] for example in examples]
         start = max(map(len, prompts))
@@ -254,12 +295,12 @@ class QuestionCollator:
         if self.num_passages != 0:
             lengths = np.array([len(prompt) for prompt in prompts])
             ends = lengths + np.array([len(answer) for answer in answers])
-            # With chunks of 8 and a prompt of 13 tokens the offset is 3: the prompt fills the places 3 to 15.
-            offsets = -lengths % self.chunk_size
+            # With chunks of 8, if passages are read from token 13 on, the offset is 3: the tokens before it fill the places 3 to 15.
+            offsets = -np.array(starts) % self.chunk_size
             ids, mask = _padded([read[: self.num_passages] for read in passages])
-            # The chunk that the prompt ends reads the passages, and so do those that the answer completes.
+            # The chunk that ends there has the passages, and so do all later ones.
             chunks = np.arange(((offsets + ends) // self.chunk_size).max())
-            reads = (chunks >= ((offsets + lengths) // self.chunk_size - 1)[:, None])[:, :, None, None]
+            reads = (chunks >= ((offsets + np.array(starts)) // self.chunk_size - 1)[:, None])[:, :, None, None]
             batch["neighbor_input_ids"] = np.where(reads, ids[:, None], 0)
             batch["neighbor_attention_mask"] = np.where(reads, mask[:, None], 0)
             batch["chunk_offset"] = offsets
@@ -340,8 +381,8 @@ def _rest(whole: list[int], start: list[int], row: int) -> list[int]:
     return whole[len(start) :]
 
 
-def _passages(value: Any, row: int) -> list[str]:
-    """The passages of a row as the encoder reads them, without empty ones."""
+def _passages(value: Any, row: int, reader: str) -> list[str]:
+    """The passages of a row as the reader reads them, without empty ones."""
     given = [] if value is None else value if isinstance(value, (list, tuple)) else [value]
     parts = [passage if isinstance(passage, Mapping) else {"text": passage} for passage in given]
     if isinstance(value, (str, Mapping)) or not all(
@@ -351,4 +392,4 @@ def _passages(value: Any, row: int) -> list[str]:
             f"The passages in row {row} are {textwrap.shorten(repr(value), 100)}, but they must be a list of texts, or of dicts "
             "with `text` and optionally `title`."
         )
-    return [passage_text(part.get("title") or "", part["text"]) for part in parts if part["text"].strip()]
+    return [write_passage(reader, part.get("title") or "", part["text"]) for part in parts if part["text"].strip()]
