@@ -290,9 +290,9 @@ def test_weight_map_of_a_hub_repository_names_its_own_files(tmp_path, load):
     outside = Path(HF_HUB_CACHE) / "outside.safetensors"
     outside.parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(tmp_path / "model" / own, outside)
-    for name in (str(outside), "../../../outside.safetensors", "..\\..\\outside.safetensors"):
+    for name in (str(outside), "../../../outside.safetensors", "..\\..\\outside.safetensors", 5, None, ["a"]):
         file.write_text(json.dumps(content | {"weight_map": content["weight_map"] | {weight: name}}))
-        with pytest.raises((ValueError, OSError)):
+        with pytest.raises((ValueError, OSError), match="weight map"):
             load(put_on_hub("org/shards", tmp_path / "model"))
     file.write_text(json.dumps(content))
     load(put_on_hub("org/shards", tmp_path / "model"))

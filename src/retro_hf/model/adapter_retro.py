@@ -19,15 +19,12 @@ from .backbone_retro import fingerprint, placement
 from .card_retro import read_evaluation, write_card
 from .configuration_retro import RetroConfig
 from .inputs_retro import check_names
-from .names_retro import check_files, check_peft_base
+from .names_retro import HUB_ARGUMENTS, check_peft_base, check_weights
 from .retriever_protocol_retro import Retriever
 
 
 logger = logging.get_logger(__name__)
 
-# Arguments of `from_pretrained` that say where a checkpoint is. `revision` and `subfolder` belong to the adapter; the others
-# also apply to its backbone.
-_HUB_ARGUMENTS = ("revision", "subfolder", "cache_dir", "force_download", "local_files_only", "proxies", "token")
 # Arguments for the file of the adapter's weights, and for every file of weights.
 _ADAPTER_ARGUMENTS = ("variant", "ignore_mismatched_sizes", "key_mapping")
 _FILE_ARGUMENTS = ("use_safetensors", "weights_only", "disable_mmap")
@@ -189,10 +186,10 @@ class RetroAdapterMixin(PreTrainedModel):
         Returns:
             The model in evaluation mode; with `output_loading_info=True` also the `dict` of what was missing or unexpected.
         """
-        path, hub = pretrained_model_name_or_path, {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+        path, hub = pretrained_model_name_or_path, {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
         check_names({name: kwargs[name] for name in kwargs if name not in cls.config_class.__dataclass_fields__})
-        if path is not None and os.path.isdir(path):
-            check_files(os.path.join(path, hub.get("subfolder") or ""))
+        if path is not None:
+            check_weights(path, kwargs)
         asked = kwargs.pop("reader", getattr(config, "reader", None))
         if asked is not None and path is not None:
             _check_reader(path, asked, cls.config_class, hub)
@@ -320,7 +317,8 @@ def _load_backbone(path: str | os.PathLike, config: RetroConfig, kwargs: dict[st
     # A base that is stored quantized stays as it is stored; one that was quantized on loading is quantized again.
     quantization = text_config.__dict__.pop("quantization_config", None)
     try:
-        where = {key: theirs[key] for key in _HUB_ARGUMENTS if key in theirs}
+        where = {key: theirs[key] for key in HUB_ARGUMENTS if key in theirs}
+        check_weights(name, theirs)
         adapter, base, _ = maybe_load_adapters(name, where)  # if the name is that of a PEFT adapter
         check_peft_base(adapter, base)
         stored = AutoConfig.from_pretrained(base, trust_remote_code=theirs["trust_remote_code"], **where)

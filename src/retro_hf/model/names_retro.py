@@ -18,11 +18,16 @@ import os
 import re
 import stat
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME, cached_file
 
 
+HUB_ARGUMENTS = ("revision", "subfolder", "cache_dir", "force_download", "local_files_only", "proxies", "token")
+"""Arguments of `from_pretrained` that say where a checkpoint is. `revision` and `subfolder` belong to an adapter; the others also
+apply to its backbone."""
 _MAX_WEIGHT_MAP_BYTES = 64 << 20
 _FILE = re.compile(r"\w[\w.-]*", re.ASCII)
 _REVISION = re.compile(r"\w[\w.-]*(/[\w.-]+)*", re.ASCII)
@@ -85,36 +90,52 @@ def check_peft_base(folder: Any, base: Any) -> None:
     )
 
 
-def check_files(folder: str) -> None:
-    """Check a local folder before its weights are read: files, no pipes or devices, and weight maps that stay inside.
+def check_weights(name: str | os.PathLike[str], arguments: Mapping[str, Any]) -> None:
+    """Check where weights will be read from: regular files, and weight maps that name files of their own folder.
 
+    Args:
+        name (`str` or `os.PathLike`): a folder, or a name on the Hub. Of the latter, the weight map is downloaded.
+        arguments (`Mapping`): those of [`~transformers.PreTrainedModel.from_pretrained`], such as `revision` and `variant`.
     Raises:
         ValueError: for anything else, with its name.
     """
+    if os.path.isdir(name):
+        _check_files(os.path.join(name, arguments.get("subfolder") or ""))
+        return
+    where = {key: arguments[key] for key in HUB_ARGUMENTS if key in arguments}
+    variant = arguments.get("variant")
+    quiet = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors", "gated_repo")}
+    for index in (SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME):
+        stem, end = os.path.splitext(index)
+        with suppress(OSError):  # without the repository, loading the weights fails, and says why
+            file = cached_file(name, f"{stem}.{variant}{end}" if variant else index, **where, **quiet)
+            if file is not None:
+                _check_weight_map(file)
+
+
+def _check_files(folder: str) -> None:
     for entry in os.scandir(folder):
         mode = os.stat(entry.path).st_mode if os.path.exists(entry.path) else stat.S_IFREG
         if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
             raise ValueError(f"{entry.name!r} in '{folder}' is a pipe or a device, not a file. Remove it.")
         if entry.name.endswith(".index.json") and entry.is_file():
-            _check_weight_map(entry)
+            _check_weight_map(entry.path)
 
 
-def _check_weight_map(file: os.DirEntry[str]) -> None:
-    size = file.stat().st_size
+def _check_weight_map(file: str) -> None:
+    size = os.path.getsize(file)
     if size > _MAX_WEIGHT_MAP_BYTES:
-        raise ValueError(f"'{file.path}' has {size:,} bytes, more than {_MAX_WEIGHT_MAP_BYTES:,}.")
+        raise ValueError(f"'{file}' has {size:,} bytes, more than {_MAX_WEIGHT_MAP_BYTES:,}.")
     try:
-        with open(file.path, encoding="utf-8") as opened:
+        with open(file, encoding="utf-8") as opened:
             names = set(json.load(opened)["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(
-            f"'{file.path}' is no weight map ({type(error).__name__}). Copy or download it again."
-        ) from error
+        raise ValueError(f"'{file}' is no weight map ({type(error).__name__}). Copy or download it again.") from error
     if strange := [name for name in names if not isinstance(name, str) or not _FILE.fullmatch(name)]:
         raise ValueError(
-            f"'{file.path}' names the file {strange[0]!r:.200}; a weight map names files of its own folder only. Copy or "
+            f"'{file}' names the file {strange[0]!r:.200}; a weight map names files of its own folder only. Copy or "
             "download the model again."
         )
 
 
-__all__ = ["check_files", "check_peft_base", "check_saved_names", "is_hub_name", "is_local"]
+__all__ = ["HUB_ARGUMENTS", "check_peft_base", "check_saved_names", "check_weights", "is_hub_name", "is_local"]
