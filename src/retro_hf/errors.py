@@ -101,8 +101,8 @@ class PretrainedNotFoundError(RetroError, FileNotFoundError):
                 f"There is no folder '{name}'. Check the path of the {what}, or pass a name on the Hub ('org/name')."
             )
         return cls(
-            f"There is no folder '{name}', and no {what} of that name could be loaded from the Hub: {said}. Check the "
-            "path or the Hub name ('org/name'); without a network, pass a folder."
+            f"There is no folder '{name}', and no {what} of that name could be loaded from the Hub. Check the path or the Hub "
+            f"name ('org/name'); without a network, pass a folder. The reason: {said}."
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,10 @@ from .datastore import RetroDatastore
 from .datastore.documents import without_lone_surrogates
 from .errors import RetrieverError
 from .retriever import RetroRetriever
+
+
+# The beginning of a word that goes on in the next chunk; not more, because some scripts write no spaces.
+_END_OF_WORD = re.compile(r"\w{1,32}\Z")
 
 
 @dataclass(frozen=True)
@@ -37,8 +42,9 @@ def find_passages(
     """Look questions up, and return what to read for each.
 
     A passage is a chunk that was found and what follows it in its document, `neighbor_size` tokens of the datastore. If the
-    document ends sooner, the passage begins earlier, so that a short document is read whole. A chunk that an earlier
-    passage of the same question contains is skipped; for this, twice as many chunks as wanted are looked up.
+    document ends sooner, the passage begins earlier, so that a short document is read whole. A chunk may begin inside a word or
+    a number; a passage begins with the whole word. A chunk that an earlier passage of the same question contains is skipped;
+    for this, twice as many chunks as wanted are looked up.
 
     Args:
         retriever ([`RetroRetriever`]): where to look.
@@ -58,13 +64,14 @@ def find_passages(
         raise RetrieverError("A question is empty. Pass texts with at least one word each.")
     datastore = retriever.datastore
     readable = [without_lone_surrogates(question) for question in questions]
-    found = retriever.search_texts(readable, 2 * num_passages)
+    # Not twice as many where the store has not so many chunks: the error names the caller's number if even that is too large.
+    found = retriever.search_texts(readable, max(num_passages, min(2 * num_passages, datastore.num_chunks)))
     scores, chunk_ids = found.scores, found.chunk_ids
     starts, found_at = _starts(datastore, chunk_ids, num_passages)
     numbers = datastore.document_of(starts)
     # In order, so that each group of the documents' file is read once.
     documents = {number: datastore.document(number) for number in np.unique(numbers).tolist() if number >= 0}
-    texts = iter(datastore.texts_of(starts[starts >= 0]))
+    texts = iter(_texts(datastore, starts[starts >= 0]))
     passages: list[list[Passage]] = []
     for row in range(len(readable)):
         passages.append([])
@@ -74,13 +81,24 @@ def find_passages(
             document = documents[number]
             passages[row].append(
                 Passage(
-                    text="".join(next(texts)).strip(),
+                    text=next(texts),
                     title=document["title"],
                     source=document["source"],
                     document_id=document["id"],
                     score=float(scores[row, place]),
                 )
             )
+    return passages
+
+
+def _texts(datastore: RetroDatastore, starts: np.ndarray) -> list[str]:
+    """The text of the passages that begin with given chunks (int64, `(n,)`)."""
+    is_first = starts == datastore.first_chunks(datastore.document_of(starts))
+    texts = datastore.texts_of(np.concatenate([starts, np.where(is_first, -1, starts - 1)]))
+    passages = []
+    for (chunk, rest), (before, _) in zip(texts[: len(starts)], texts[len(starts) :], strict=True):
+        word = _END_OF_WORD.search(before) if chunk[:1].isalnum() else None
+        passages.append(((word.group() if word else "") + chunk + rest).strip())
     return passages
 
 

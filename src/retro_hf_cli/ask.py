@@ -68,5 +68,10 @@ def ask(
         say_json(dataclasses.asdict(result))
         return
     say(result.text)
+    if not result.sources:
+        say(
+            "  No passage was found, so the model answered without any."
+            + ("" if min_score is None else " Lower --min-score?")
+        )
     for source in result.sources:
         say_passage(source.score, source.document_id, source.title, source.text)

@@ -136,7 +136,7 @@ def sync(
     elif dry_run:
         say("Nothing was changed (--dry-run).")
     else:
-        say(f"{_size_of(opened)} in {store}, of which deleted: {opened.num_deleted_documents:,}")
+        say(f"{_size_of(opened)} in {store}")
 
 
 @commands.command(rich_help_panel="Datastore", epilog="retro delete store doc-7 doc-9")
@@ -251,8 +251,9 @@ def _size_of(datastore: Any) -> str:
     from retro_hf.errors import counted
 
     kept = datastore.num_documents - datastore.num_deleted_documents
-    deleted = "" if kept == datastore.num_documents else f" and {datastore.num_documents - kept:,} deleted"
-    return f"{counted(kept, 'document')}{deleted}, {counted(datastore.num_chunks, 'chunk')}"
+    gone = datastore.num_documents - kept
+    deleted = f", with those of {counted(gone, 'deleted document')}, which `retro compact` removes" if gone else ""
+    return f"{counted(kept, 'document')}, {counted(datastore.num_chunks, 'chunk')}{deleted}"
 
 
 def _index_of(shard: Any) -> str:

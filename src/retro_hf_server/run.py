@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import signal
 import socket
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
+
+from retro_hf.errors import counted
 
 from .app import make_app
 from .connections import connections
@@ -17,7 +21,11 @@ from .source import Source
 
 
 if TYPE_CHECKING:
+    from types import FrameType
+
     from retro_hf import RetroRetriever
+
+logger = logging.getLogger(__name__)
 
 _LOOPBACK = {"127.0.0.1", "::1", "localhost"}
 
@@ -70,6 +78,28 @@ def settings(gate: Gate, limits: Limits) -> uvicorn.Config:
     )
 
 
+class _Server(uvicorn.Server):
+    """
+    A server that finishes what runs after a first signal, and ends at once after a second one.
+
+    Args:
+        config (`uvicorn.Config`): of [`settings`].
+        engine ([`Engine`]): that makes the answers.
+    """
+
+    def __init__(self, config: uvicorn.Config, engine: Engine) -> None:
+        super().__init__(config)
+        self._engine = engine
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Act on a signal."""
+        if self.should_exit:
+            os._exit(128 + sig)  # what is in the middle of an answer cannot be ended in an orderly way
+        if remaining := self._engine.num_running + self._engine.num_waiting:
+            logger.warning("Finishing %s. A second signal, or Ctrl-C, ends at once.", counted(remaining, "answer"))
+        super().handle_exit(sig, frame)
+
+
 def serve(
     model: Any,
     tokenizer: Any,
@@ -83,7 +113,7 @@ def serve(
     allow_store_changes: bool = False,
 ) -> None:
     """
-    Serve a model until the process gets SIGTERM or SIGINT; then finish what runs.
+    Serve a model until the process gets SIGTERM or SIGINT; then finish what runs. A second signal ends the process at once.
 
     Args:
         model ([`RetroForCausalLM`]): in evaluation mode.
@@ -110,4 +140,4 @@ def serve(
     # After an orderly end uvicorn raises the signal again, which must not count as an error.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
-    uvicorn.Server(settings(gate, limits)).run(sockets=[listening])
+    _Server(settings(gate, limits), engine).run(sockets=[listening])

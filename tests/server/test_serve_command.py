@@ -63,6 +63,25 @@ def test_a_server_finishes_what_runs_when_it_is_told_to_end(world):
         process.stdout.close()
 
 
+def test_a_second_signal_ends_a_server_at_once(world):
+    """An answer may take minutes; whoever does not want to wait need not kill the process."""
+    process, url = started(world / "model", "--store", world / "store", "--embedder", world / "encoder")
+    try:
+        body = {"prompt": "a king", "max_tokens": 240, "stream": True}
+        with (
+            httpx.Client(timeout=120, trust_env=False) as client,
+            client.stream("POST", f"{url}/v1/completions", json=body) as answer,
+        ):
+            next(answer.iter_lines())
+            process.send_signal(signal.SIGTERM)
+            assert "1 answer" in process.stdout.readline()
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(30) == 128 + signal.SIGTERM
+    finally:
+        process.kill()
+        process.stdout.close()
+
+
 def test_a_base_without_retrieval_is_served_and_ends_while_clients_keep_their_connections(world):
     """By the reader that needs no training, with the sizes of the store; an idle connection does not hold the process."""
     process, url = started(world / "base", "--store", world / "store", "--embedder", world / "encoder")

@@ -7,6 +7,7 @@ from datasets import Dataset
 from retro_hf import RetroRetriever
 from retro_hf.datastore import LexicalSearcher, RetroDatastore, chunk_texts
 from retro_hf.errors import DatasetError
+from retro_hf.passages import find_passages
 from retro_hf.training import retrieve_passages
 
 
@@ -75,6 +76,37 @@ def test_passages_of_a_question_do_not_overlap(store):
     assert found(store, 0, 1, 4, 5, num_passages=2) == [("T4", 16), ("T2", 16)]
     assert found(store, 0, 1, 4, 5, num_passages=1) == [("T4", 16)]
     assert found(store) == []
+
+
+def test_passage_begins_with_a_whole_word(world, tmp_path):
+    """Chunks end where tokens end, also inside a number; what a model reads must not begin with half of it."""
+    text = "The number of the first house is 64011 and that of the second is 98765. " * 4
+    store = RetroDatastore.build(
+        [{"id": "a", "text": text}, {"id": "b", "text": text[::-1]}],
+        tmp_path / "store",
+        tokenizer=world.tokenizer,
+        embedder=world.embedder,
+        chunk_size=8,
+        neighbor_size=16,
+    )
+    begins = [parts[0] for parts in store.texts_of(np.arange(store.num_chunks))]
+    inside = [
+        chunk for chunk in range(1, store.num_chunks) if begins[chunk][0].isalnum() and begins[chunk - 1][-1].isalnum()
+    ]
+    assert len(inside) > 4
+    for chunk in range(store.num_chunks):
+        ((passage,),) = find_passages(RetroRetriever(store, searcher=Fixed(chunk)), ["which"], 1)
+        whole = text if passage.document_id == "a" else text[::-1]
+        assert passage.text in whole and len(passage.text) >= 8
+        place = whole.index(passage.text)
+        assert place == 0 or not (whole[place - 1].isalnum() and passage.text[0].isalnum())
+
+
+def test_number_of_passages_is_that_of_the_error(store):
+    retriever = RetroRetriever(store, searcher=Fixed(0))
+    assert len(find_passages(retriever, ["which"], store.num_chunks)[0]) == 1
+    with pytest.raises(ValueError, match="100,000"):
+        find_passages(retriever, ["which"], 100_000)
 
 
 def test_questions_find_their_documents(world):

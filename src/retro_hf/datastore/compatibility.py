@@ -221,7 +221,8 @@ def _check_tokenizer(path: str, known: dict[str, Any], max_id: int, tokenizer: P
     raise DatastoreMismatchError(
         f"The datastore {path!r} has token ids of the tokenizer {known['name']!r} (fingerprint {known['fingerprint'][:12]}), "
         f"but the tokenizer given is {tokenizer.name_or_path!r} (fingerprint {found[:12]}{lacking}). Use its own tokenizer, or "
-        "make a copy for this one with `datastore.retokenize('<new folder>', tokenizer)`."
+        "make a copy for this one with `datastore.retokenize('<new folder>', tokenizer)`, or build it again with `retro build "
+        "--tokenizer`."
     )
 
 

@@ -200,7 +200,7 @@ def delete(datastore: RetroDatastore, ids: str | Iterable[str]) -> None:
         unknown = [id for id, number in zip(ids, numbers, strict=True) if number < 0]
         if unknown:
             raise DatastoreInputError(
-                f"{len(unknown):,} of {counted(len(ids), 'id')} are not in {str(datastore.path)!r}, such as {unknown[0]!r}, so nothing "
+                f"{str(datastore.path)!r} lacks {len(unknown):,} of {counted(len(ids), 'id')}, such as {unknown[0]!r}, so nothing "
                 f"was deleted. {similar_ids(datastore, unknown[0])}Leave them out. If the same call was interrupted before, it may have succeeded."
             )
         if not ids:

@@ -74,10 +74,14 @@ class Coverage:
     def __str__(self) -> str:
         looked = f"{counted(self.num_chunks, 'chunk')} looked at"
         parts = [
-            f"{number:,} ({number / self.num_chunks:.0%}) {what}, such as {self.examples[kind]!r}"
+            f"{number:,} ({_percent(number / self.num_chunks)}) {what}, such as {self.examples[kind]!r}"
             for kind, number, what in self.findings()
         ]
         return f"of {looked}, {'; '.join(parts)}" if parts else f"nothing missed in {looked}"
+
+
+def _percent(share: float) -> str:
+    return "under 1%" if share < 0.005 else f"{share:.0%}"
 
 
 def looked_at(num_chunks: int) -> np.ndarray:
@@ -131,7 +135,8 @@ def check_coverage(coverage: Coverage, chunk_size: int, *, is_final: bool = True
         return
     worst, number, _ = max(found, key=lambda one: one[1])
     share = number / coverage.num_chunks
-    message = f"The keys do not see their whole chunks: {coverage}."
+    which = "The" if share > _LOUD_SHARE else "A few"
+    message = f"{which} keys do not see their whole chunks: {coverage}."
     fitting = 1 << max(int(chunk_size * coverage.reached).bit_length() - 1, 0)
     remedy = {
         "cut": f"Use chunk_size={fitting} or less, or an encoder that reads more than {coverage.max_length} tokens.",
