@@ -1,5 +1,6 @@
 """Every kind of input becomes the same documents, and what is no document is named with its place."""
 
+import errno
 import gzip
 import json
 import math
@@ -17,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from retro_hf.datastore.documents import DocumentReader, document_ids
-from retro_hf.errors import DatastoreInputError, DatastoreNotFoundError, MissingExtraError
+from retro_hf.errors import DatastoreInputError, DatastoreNotFoundError, DatastoreReadError, MissingExtraError
 
 
 ROWS = [
@@ -116,6 +117,30 @@ def test_links_to_files_of_the_folder_are_read_and_other_links_are_logged(tmp_pa
     assert caplog.messages[0] == (
         "Left out 3 links to folders, or to nothing, such as 'folder'. Pass a linked folder itself, or copy it."
     )
+
+
+def test_a_folder_that_cannot_be_read_is_not_an_empty_one(tmp_path, monkeypatch):
+    """`sync` would delete its documents from the datastore."""
+    (tmp_path / "closed").mkdir()
+    for name in ("a.txt", "closed/b.txt"):
+        (tmp_path / name).write_text("text")
+    scandir = os.scandir
+
+    def refusing(path):
+        if os.fspath(path).endswith("closed"):
+            raise PermissionError(errno.EACCES, "Permission denied", os.fspath(path))
+        return scandir(path)
+
+    monkeypatch.setattr("os.scandir", refusing)
+    with pytest.raises(DatastoreReadError, match="closed"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("length", [300, 5000])
+def test_a_path_that_is_too_long_is_explained(length):
+    """Most likely it is the text itself."""
+    with pytest.raises(DatastoreReadError, match="too long"):
+        read("x" * length)
 
 
 def test_line_that_unpacks_to_more_than_a_document_is_refused_before_it_is_read(tmp_path, monkeypatch):

@@ -13,9 +13,9 @@ from typing import Any
 
 from transformers.utils import logging
 
-from ..errors import DatastoreInputError, DatastoreNotFoundError, counted
+from ..errors import DatastoreInputError, DatastoreNotFoundError, RetroError, counted
 from ..outside import is_inside
-from .atomic_files import MANIFEST_NAME
+from .atomic_files import MANIFEST_NAME, not_readable
 from .document_files import SUFFIXES, FileReader, Record, suffix_of
 from .document_splitting import check_split, split_text
 
@@ -91,7 +91,7 @@ class DocumentReader:
         if isinstance(documents, (str, os.PathLike)):
             if documents == "":  # the current folder to Python, but usually a variable that was not set
                 raise DatastoreInputError("The path of the documents is empty. Pass a folder or file, such as '.'.")
-            files = _files_of(Path(documents))
+            files = _files_of(documents)
             self._records: Iterator[Record] = chain.from_iterable(self._read_file(file, name) for file, name in files)
             return
         if remedy := _unsuitable(documents):
@@ -149,7 +149,7 @@ class DocumentReader:
     def _read_iterable(self, documents: Iterable[Any]) -> Iterator[Record]:
         for number, record in enumerate(documents):
             if isinstance(record, os.PathLike):
-                for file, name in _files_of(Path(record)):
+                for file, name in _files_of(record):
                     yield from self._read_file(file, name)
                 continue
             # Most likely a list of file names, which would become documents of one word each.
@@ -228,8 +228,23 @@ def _unsuitable(documents: Any) -> str:
     return ""
 
 
-def _files_of(path: Path) -> list[tuple[Path, str]]:
-    """The files under a path in a fixed order, each with its name relative to the path."""
+def _files_of(given: str | os.PathLike[str]) -> list[tuple[Path, str]]:
+    """The files under a path in a fixed order, each with its name relative to the path.
+
+    Raises:
+        DatastoreInputError, DatastoreNotFoundError: if there are none.
+        DatastoreReadError: for a folder that cannot be read: without its files, `sync` would delete them from the datastore.
+    """
+    path = Path(given)
+    try:
+        return _found_in(path)
+    except OSError as error:
+        if isinstance(error, RetroError):
+            raise
+        raise not_readable(Path(error.filename or path), error) from error
+
+
+def _found_in(path: Path) -> list[tuple[Path, str]]:
     if path.is_file():
         if not suffix_of(path.name):
             raise DatastoreInputError(
@@ -245,16 +260,13 @@ def _files_of(path: Path) -> list[tuple[Path, str]]:
             f"There is no file or folder {str(path)!r} with documents. Check the path, or pass texts as a list."
         )
     # The files of a datastore are not documents, even if the store is inside the folder of texts.
-    stores = {file.parent for file in path.rglob(MANIFEST_NAME)}
+    below = _below(path)
+    stores = {file.parent for file in below if file.name == MANIFEST_NAME}
     if path in stores:
         raise DatastoreInputError(f"{str(path)!r} is a datastore. Pass a folder or file of texts.")
     if stores:
         logger.warning(f"Left out {counted(len(stores), 'datastore')} among the texts, such as {str(min(stores))!r}.")
-    found = [
-        (file, file.relative_to(path).as_posix())
-        for file in path.rglob("*")
-        if stores.isdisjoint(file.parents) and not any(part.startswith(".") for part in file.relative_to(path).parts)
-    ]
+    found = [(file, file.relative_to(path).as_posix()) for file in below if stores.isdisjoint(file.parents)]
     # A link to a folder may lead in a circle; a broken link may be a disk that is not mounted.
     if links := sorted(name for file, name in found if file.is_symlink() and not file.is_file()):
         logger.warning(
@@ -279,6 +291,19 @@ def _files_of(path: Path) -> list[tuple[Path, str]]:
             f"Skipped {counted(len(others), 'file')} of other kinds: {', '.join(others[:_NAMED_OTHERS])}{more}"
         )
     return files
+
+
+def _below(path: Path) -> list[Path]:
+    """Everything below a folder that is not hidden. Links to folders are not followed."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    found = []
+    for folder, folders, files in os.walk(path, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(folder, name) for name in (*folders, *files) if not name.startswith(".")]
+    return found
 
 
 def _no_text(names: list[str]) -> str:
@@ -323,6 +348,11 @@ def _in_digits(value: Any) -> str | None:
     # pandas turns whole numbers into floats where a row is empty. Above 2**53 a float stands for several numbers.
     number = float(value)
     return str(int(number)) if number.is_integer() and abs(number) <= 2**53 else None
+
+
+def known_id(id: Any) -> str | None:
+    """One id as a text, as when a datastore is built; None for an id that is missing. Raises as [`document_ids`]."""
+    return None if is_missing(id) else document_ids([id])[0]
 
 
 def document_ids(ids: Any) -> list[str]:
