@@ -945,3 +945,11 @@ class TestCost:
             return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
         assert size(10) == size(40)
+
+
+@pytest.mark.parametrize("query", [5, True, b"text", object(), {"a": 1}, ["a", None], ["a", "b", "c"]])
+def test_a_query_is_a_text_or_one_for_each_prompt(query):
+    model = tiny_retro("llama")
+    retriever = hash_retriever()
+    with pytest.raises(ValueError, match="query"):
+        model.generate(random_ids(2, 6), retriever=retriever, query=query, max_new_tokens=2, do_sample=False)

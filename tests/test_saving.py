@@ -534,3 +534,17 @@ def test_a_model_goes_to_the_hub_and_comes_back(tmp_path):
         command = [sys.executable, "-c", PUSH_AND_PULL + TRAIN_AND_PUSH]
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_model_is_not_saved_into_a_file(tmp_path):
+    """Transformers would save nothing, and only log it."""
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(FileExistsError, match="file"):
+        tiny_retro("llama").save_pretrained(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
+    for nothing in (None, 3, "", []):
+        with pytest.raises(ValueError, match="folder of the model"):
+            tiny_retro("llama").save_pretrained(nothing)
+    for nothing in (3, 2**70, 1.5, "", []):
+        with pytest.raises(ValueError, match="folder of the model"):
+            RetroForCausalLM.from_pretrained(nothing)

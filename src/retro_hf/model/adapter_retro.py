@@ -19,7 +19,7 @@ from .backbone_retro import fingerprint, placement
 from .card_retro import read_evaluation, write_card
 from .configuration_retro import RetroConfig
 from .inputs_retro import check_names
-from .names_retro import HUB_ARGUMENTS, check_peft_base, check_weights
+from .names_retro import HUB_ARGUMENTS, check_folder_name, check_peft_base, check_weights
 from .retriever_protocol_retro import Retriever
 
 
@@ -75,9 +75,11 @@ class RetroAdapterMixin(PreTrainedModel):
             args, kwargs: as in [`~transformers.PreTrainedModel.save_pretrained`].
             save_backbone (`bool`, *optional*, defaults to `config.save_backbone`): whether to write the backbone's weights.
         Raises:
+            FileExistsError: if `save_directory` is a file.
             ValueError: for `save_backbone=False` if the config names no checkpoint to load the backbone from again, or
                 its weights have changed since; for `save_backbone=True` if the backbone is quantized.
         """
+        check_folder_name(save_directory, saves=True)
         if self._hf_peft_config_loaded:  # PEFT's folder holds what it trains, and names this model
             return super().save_pretrained(save_directory, *args, **kwargs)
         before = self.config.save_backbone
@@ -186,6 +188,7 @@ class RetroAdapterMixin(PreTrainedModel):
         Returns:
             The model in evaluation mode; with `output_loading_info=True` also the `dict` of what was missing or unexpected.
         """
+        check_folder_name(pretrained_model_name_or_path)
         path, hub = pretrained_model_name_or_path, {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
         check_names({name: kwargs[name] for name in kwargs if name not in cls.config_class.__dataclass_fields__})
         if path is not None:

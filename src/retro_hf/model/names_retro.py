@@ -90,6 +90,21 @@ def check_peft_base(folder: Any, base: Any) -> None:
     )
 
 
+def check_folder_name(folder: Any, saves: bool = False) -> None:
+    """Check what a caller names as the folder of a model: a text or a path and, to save there, no file.
+
+    Raises:
+        FileExistsError: for a file, since transformers would save nothing, and only log it.
+        ValueError: for anything else than a text or a path, and for an empty text.
+    """
+    if folder is None and not saves:  # a state dict is loaded
+        return
+    if not isinstance(folder, (str, os.PathLike)) or not os.fspath(folder):
+        raise ValueError(f"The folder of the model is {folder!r:.100}. Pass a text or a path.")
+    if saves and os.path.lexists(folder) and not os.path.isdir(folder):
+        raise FileExistsError(f"'{folder}' is a file, so no model can be saved there. Choose a folder.")
+
+
 def check_weights(name: str | os.PathLike[str], arguments: Mapping[str, Any]) -> None:
     """Check where weights will be read from: regular files, and weight maps that name files of their own folder.
 
@@ -138,4 +153,12 @@ def _check_weight_map(file: str) -> None:
         )
 
 
-__all__ = ["HUB_ARGUMENTS", "check_peft_base", "check_saved_names", "check_weights", "is_hub_name", "is_local"]
+__all__ = [
+    "HUB_ARGUMENTS",
+    "check_folder_name",
+    "check_peft_base",
+    "check_saved_names",
+    "check_weights",
+    "is_hub_name",
+    "is_local",
+]

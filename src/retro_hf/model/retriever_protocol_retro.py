@@ -147,10 +147,11 @@ class RetroLookup:
         """
         queries = list(turns)
         if self.query is not None:
-            queries = [self.query] * len(turns) if isinstance(self.query, str) else list(self.query)
+            given: list[str | None] = list(self.query) if isinstance(self.query, (list, tuple)) else [self.query]
+            queries = given * len(turns) if isinstance(self.query, str) else given
             if len(queries) != len(turns) or not all(isinstance(text, str) and text.strip() for text in queries):
                 raise ValueError(
-                    f"`query` must be a text, or one for each of {len(turns)} prompts, got {self.query!r}."
+                    f"`query` must be a text, or one for each of {len(turns)} prompts, got {self.query!r:.100}."
                 )
             if not hasattr(self.retriever, "look_up"):
                 raise ValueError(
