@@ -9,11 +9,19 @@ from datasets import Dataset
 from transformers import EvalPrediction
 
 from retro_hf import RetroRetriever
-from retro_hf.arguments import flag, numbers, real, texts, whole
-from retro_hf.datastore import ChunkEmbedder, EmbeddingSearcher, HybridSearcher, LexicalSearcher, chunk_texts
+from retro_hf.arguments import flag, numbers, optional_text, path, real, shown, texts, whole
+from retro_hf.datastore import (
+    ChunkEmbedder,
+    EmbeddingSearcher,
+    HybridSearcher,
+    LexicalSearcher,
+    RayExecutor,
+    RetroDatastore,
+    chunk_texts,
+)
 from retro_hf.datastore.executors import RankExecutor, as_executor
 from retro_hf.errors import RetroError
-from retro_hf.evaluation import answer_metrics, score_answers
+from retro_hf.evaluation import Evaluation, answer_metrics, bits_per_byte, evaluate, score_answers, trace, write_report
 from retro_hf.passages import find_passages
 from retro_hf.training import (
     QuestionCollator,
@@ -24,12 +32,15 @@ from retro_hf.training import (
     tokenize_questions,
 )
 
-from .tiny_training import make_world
+from .tiny_training import make_model, make_world
 
 
 # Arrays have no truth value, and those without dimensions cannot be iterated over.
 ARRAYS = [np.array(3), np.array([[1, 2]]), torch.tensor(3), torch.tensor([1, 2]), torch.tensor([[1.5]])]
 _COMPARED = ("embedder", "dtype", "lexical", "retriever, num_neighbors", "executor")
+NESTED: list = []
+for _ in range(3000):
+    NESTED = [NESTED]
 
 
 class Wrong(Exception):
@@ -97,6 +108,35 @@ def test_numbers_in_a_range(value):
     with pytest.raises(Wrong, match="Ids"):
         numbers("Ids", value, Wrong, -1, 5)
     assert numbers("Ids", [[0, np.int32(5)]], Wrong, -1, 5).dtype == np.int64
+
+
+def test_numbers_do_not_wrap_around():
+    """2**64 - 1 would be -1 as int64: no neighbor at all."""
+    with pytest.raises(Wrong, match="18446744073709551615"):
+        numbers("Ids", np.array([2**64 - 1], dtype=np.uint64), Wrong, -1, 5)
+
+
+@pytest.mark.parametrize("value", [*STRANGE, *ARRAYS, NESTED, "", "\udc80", "a\0b", b"store", "ab/\udcff"])
+def test_a_path_is_one_that_every_library_can_open(value):
+    value = 5 if isinstance(value, str) and value == "x" else value  # which is a path
+    with pytest.raises(Wrong, match="output"):
+        path("output", value, Wrong)
+
+
+@pytest.mark.parametrize("value", [*STRANGE[2:], *ARRAYS, NESTED, "\udc80", b"main"])
+def test_a_text_that_may_be_left_out(value):
+    with pytest.raises(Wrong, match="revision"):
+        optional_text("revision", value, Wrong)
+    assert optional_text("revision", None, Wrong) is None
+    assert optional_text("revision", "größer", Wrong) == "größer"
+
+
+def test_messages_quote_whatever_was_given():
+    """Quoting it must neither fail nor fill the screen."""
+    itself: list = []
+    itself.append(itself)
+    for value in (NESTED, itself, "x" * 10_000, b"x" * 10_000, list(range(10_000)), 10**5000):
+        assert len(shown(value)) <= 200
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +219,66 @@ def calls(world, lexical):
             EvalPrediction(predictions=value, label_ids=value)
         ),
         "score_answers": lambda value: score_answers(["a"], value),
+    } | calls_of_later_checks(world)  # fmt: skip
+
+
+def calls_of_later_checks(world):
+    """The same for arguments that may be left out: there None stands for a text."""
+    store, retriever, tokenizer = world.datastore, world.retriever, world.tokenizer
+    model = make_model()
+    ids, keys = torch.zeros(1, 8, dtype=torch.long), store.keys_of([0])
+    documents = ["the river falls over the bridge and opens near the old castle again"]
+    later = RetroDataCollator(tokenizer, retriever)
+
+    def given(value):
+        return "x" if value is None else value
+
+    def unless_text(value, other):
+        return other if value is None or isinstance(value, (str, float)) else value
+
+    def scored(**options):
+        return bits_per_byte(model, documents, tokenizer, retriever=retriever, **options)
+
+    def evaluated(**options):
+        return evaluate(model, documents, tokenizer, retriever=retriever, **options)
+
+    return {
+        "exclude_documents": lambda value: store.search(keys, 1, exclude_documents=given(value)),
+        "retriever, exclude_documents": lambda value: retriever.search(ids, exclude_documents=given(value)),
+        "verify": lambda value: RetroDatastore.load(store.path, verify=value),
+        "replace": lambda value: store.append(documents, embedder=world.embedder, replace=value),
+        "private": lambda value: store.push_to_hub("a/b", private=given(value)),
+        "token": lambda value: store.push_to_hub("a/b", token=unless_text(value, 5)),
+        "revision": lambda value: RetroDatastore.from_pretrained("a/b", revision=unless_text(value, 5)),
+        "exclude_near_duplicates": lambda value: precompute_neighbors(
+            world.windows, retriever, exclude_near_duplicates=value
+        ),
+        "cache_dir": lambda value: precompute_neighbors(
+            world.windows, retriever, cache_dir=unless_text(value, b"")
+        ),
+        "seed of a collator": lambda value: RetroDataCollator(tokenizer, store, seed=value),
+        "seed of questions": lambda value: QuestionCollator(tokenizer, chunk_size=8, seed=value),
+        "num_workers": lambda value: RayExecutor(given(value)),
+        "num_cpus_per_worker": lambda value: RayExecutor(num_cpus_per_worker=value),
+        "num_gpus_per_worker": lambda value: RayExecutor(num_gpus_per_worker=value),
+        "prompt": lambda value: ChunkEmbedder(world.embedder.name_or_path, prompt=unless_text(value, 5)),
+        "window_start": lambda value: later([world.dataset[0] | {"window_start": value}]),
+        "document_id": lambda value: later([world.dataset[0] | {"document_id": unless_text(value, 1.5)}]),
+        "chunk ids": lambda value: scored(neighbor_chunk_ids=given(value)),
+        "chunk ids of a document": lambda value: scored(neighbor_chunk_ids=[value]),
+        "chunk ids of a chunk": lambda value: scored(neighbor_chunk_ids=[[value]]),
+        "num_resamples": lambda value: scored(num_resamples=10**12 if value is None else value),
+        "num_neighbors_sweep": lambda value: evaluated(num_neighbors_sweep=[10**12 if value is None else value]),
+        "output": lambda value: evaluated(output=unless_text(value, "\udc80")),
+        "text of a trace": lambda value: trace(model, {"text": unless_text(value, 5)}, tokenizer, retriever=retriever),
+        "title of a trace": lambda value: trace(
+            model, {"text": documents[0], "title": unless_text(value, 5)}, tokenizer, retriever=retriever
+        ),
+        "id of a trace": lambda value: trace(
+            model, {"text": documents[0], "id": unless_text(value, 1.5)}, tokenizer, retriever=retriever
+        ),
+        "report": lambda value: write_report(value, "never"),
+        "evaluation": lambda value: Evaluation.load(unless_text(value, 5)),
     }  # fmt: skip
 
 
@@ -187,12 +287,12 @@ def test_public_functions_explain_strange_arguments(world):
     lexical = LexicalSearcher.build(world.datastore)
     raw = []
     for name, call in calls(world, lexical).items():
-        for value in [*STRANGE, *([] if name in _COMPARED else ARRAYS)]:
+        for value in [*STRANGE, NESTED, *([] if name in _COMPARED else ARRAYS)]:
             try:
                 call(value)
             except Exception as error:
                 raised_by = traceback.extract_tb(error.__traceback__)[-1].filename
                 is_ours = isinstance(error, ValueError) and "/retro_hf/" in raised_by
                 if not isinstance(error, RetroError) and not is_ours:
-                    raw.append((name, repr(value), repr(error)))
+                    raw.append((name, shown(value), repr(error)))
     assert raw == []

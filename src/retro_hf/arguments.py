@@ -3,10 +3,28 @@
 from __future__ import annotations
 
 import math
+import os
+import reprlib
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from .outside import can_be_a_file, is_utf8
+
+
+# What was given may be nested a thousand times, or be text of a whole book.
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, 100, 100
+
+
+def shown(value: Any) -> str:
+    """How a message quotes what a caller gave: short, and without an error of its own."""
+    try:
+        return _SHORT.repr(value)
+    except ValueError:  # Python writes out no integer of more than 4,300 digits
+        return f"{type(value).__name__} of many digits"
 
 
 def whole(name: str, value: Any, error: type[Exception], least: int = 1, most: int | None = None) -> int:
@@ -14,7 +32,7 @@ def whole(name: str, value: Any, error: type[Exception], least: int = 1, most: i
     number = int(value) if isinstance(value, Integral) and not isinstance(value, bool) else least - 1
     if number < least or (most is not None and number > most):
         upper = "" if most is None else f" and at most {most:,}"
-        raise error(f"{name} is {value!r:.100}, but it must be an integer of at least {least:,}{upper}.")
+        raise error(f"{name} is {shown(value)}, but it must be an integer of at least {least:,}{upper}.")
     return number
 
 
@@ -27,7 +45,7 @@ def real(name: str, value: Any, error: type[Exception], least: float = -math.inf
     if not least <= number <= most:
         bounds = [f"at {word} {end:g}" for word, end in (("least", least), ("most", most)) if math.isfinite(end)]
         raise error(
-            f"{name} is {value!r:.100}, but it must be a number{' of ' if bounds else ''}{' and '.join(bounds)}."
+            f"{name} is {shown(value)}, but it must be a number{' of ' if bounds else ''}{' and '.join(bounds)}."
         )
     return number
 
@@ -35,7 +53,7 @@ def real(name: str, value: Any, error: type[Exception], least: float = -math.inf
 def flag(name: str, value: Any, error: type[Exception]) -> bool:
     """True or False, of Python or numpy, as `bool`; `error` for anything else, such as a tensor or a text."""
     if not isinstance(value, (bool, np.bool_)):
-        raise error(f"{name} is {value!r:.100}, but it must be True or False.")
+        raise error(f"{name} is {shown(value)}, but it must be True or False.")
     return bool(value)
 
 
@@ -55,11 +73,31 @@ def numbers(name: str, values: Any, error: type[Exception], least: int, most: in
     """Whole numbers in a range as an array of int64, of any shape; `error` for another type or a number out of range."""
     try:
         found = np.asarray(values)
-    except ValueError as problem:
-        raise error(f"{name} are no array: {problem}. Pass rows of the same length.") from problem
+    # Rows of several lengths; a tensor on a GPU or with gradients; lists that are nested too deeply.
+    except (ValueError, TypeError, RuntimeError) as problem:
+        raise error(
+            f"{name} are no array: {problem}. Pass rows of the same length, in memory of the CPU."
+        ) from problem
     if found.size and not np.issubdtype(found.dtype, np.integer):
         raise error(f"{name} are of type {found.dtype}. Pass integers.")
-    found = found.astype(np.int64, copy=False)
     if found.size and (found.min() < least or found.max() > most):
         raise error(f"{name} run from {found.min()} to {found.max()}, but there are those from {least} to {most}.")
-    return found
+    return found.astype(np.int64, copy=False)
+
+
+def optional_text(name: str, value: str | None, error: type[Exception]) -> str | None:
+    """A text that UTF-8 can encode, or None; `error` for anything else."""
+    if value is not None and not (isinstance(value, str) and is_utf8(value)):
+        raise error(f"{name} is {shown(value)}. Pass a text without half characters, or None.")
+    return value
+
+
+def path(name: str, value: Any, error: type[Exception]) -> Path:
+    """The path of a file or folder, there or not; `error` for anything else.
+
+    Files of Arrow, FAISS and safetensors are opened by names in UTF-8, so any other name is an error, too. An empty text would
+    be the current folder, but is usually a variable that was not set.
+    """
+    if not isinstance(value, (str, os.PathLike)) or not can_be_a_file(os.fspath(value)):
+        raise error(f"{name} is {shown(value)}. Pass a `str` or `Path` in UTF-8 that is not empty.")
+    return Path(value)

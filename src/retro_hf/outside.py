@@ -38,11 +38,17 @@ def is_file_name(name: Any) -> bool:
 
 
 def can_be_a_file(name: str | bytes) -> bool:
-    """Whether the system can have a file of this name: without NUL, and without half a character that stands for no byte."""
+    """Whether every library can open a file of this name: text in UTF-8, which is not empty and has no NUL."""
+    return isinstance(name, str) and is_utf8(name) and "\0" not in name and name != ""
+
+
+def is_utf8(text: str) -> bool:
+    """Whether UTF-8 can encode a text: not if it has half a character, as the names of files in other encodings have."""
     try:
-        return b"\0" not in os.fsencode(name)
+        text.encode()
     except UnicodeError:
         return False
+    return True
 
 
 def is_hub_name(name: Any) -> bool:
@@ -152,6 +158,13 @@ def parse_json(content: str | bytes) -> Any:
     return value
 
 
+def read_json_value(path: Path, limit: int = MAX_JSON_BYTES) -> Any:
+    """A JSON value from a file, whose size is looked at first; OSError and ValueError as for [`read_json`]."""
+    if (size := path.stat().st_size) > limit:
+        raise ValueError(f"it has {size:,} bytes, more than {limit:,}")
+    return parse_json(path.read_bytes())
+
+
 def read_json(folder: str | os.PathLike[str], name: str, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """A JSON object from a file of a folder.
 
@@ -159,9 +172,8 @@ def read_json(folder: str | os.PathLike[str], name: str, limit: int = MAX_JSON_B
         OSError: if the file cannot be read.
         ValueError: if it is not a regular file of at most `limit` bytes with a JSON object.
     """
-    if (size := file_inside(folder, name).st_size) > limit:
-        raise ValueError(f"it has {size:,} bytes, more than {limit:,}")
-    content = parse_json((Path(folder) / name).read_bytes())
+    file_inside(folder, name)
+    content = read_json_value(Path(folder) / name, limit)
     if not isinstance(content, dict):
         raise ValueError(f"it holds a {type(content).__name__} instead of an object")
     return content
@@ -252,11 +264,10 @@ def check_pretrained_folder(folder: str | os.PathLike[str]) -> None:
 
     def read(name: str) -> Any:
         path = Path(folder) / name
-        if not path.is_file():
-            return None
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise ValueError(f"{name} has {path.stat().st_size:,} bytes, more than {MAX_JSON_BYTES:,}")
-        return parse_json(path.read_bytes())
+        try:
+            return read_json_value(path) if path.is_file() else None
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
 
     check_pretrained(read)
     for index in Path(folder).glob("*.index.json"):

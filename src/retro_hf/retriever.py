@@ -21,7 +21,7 @@ from .datastore.compatibility import is_copy, load_tokenizer
 from .datastore.documents import without_lone_surrogates
 from .datastore.hub import local_folder, push
 from .datastore.result_filter import select
-from .datastore.search_excluding import check_num_neighbors
+from .datastore.search_excluding import check_num_neighbors, checked_exclusion
 from .errors import RetrieverError
 from .locks import Lock
 from .retrieved import SETTINGS_NAME, RetrievalResult, RetrievedNeighbor, saved_settings, token_rows
@@ -304,11 +304,7 @@ class RetroRetriever:
         chunk_ids = np.full((len(rows), wanted), -1, dtype=np.int64)
         filled = np.flatnonzero(mask.any(axis=1))
         if exclude_documents is not None:
-            excluded = np.asarray(exclude_documents)
-            if excluded.shape[:1] != (len(rows),):
-                raise RetrieverError(
-                    f"exclude_documents has shape {excluded.shape}. Pass a row for each of {len(rows)} chunks."
-                )
+            excluded = checked_exclusion(exclude_documents, len(rows), self.datastore.num_documents)
             if len(filled):
                 texts = chunk_texts(self.tokenizer, rows[filled], mask[filled])
                 scores[filled], chunk_ids[filled] = self._ask(texts, wanted, exclude_documents=excluded[filled])

@@ -141,6 +141,28 @@ def test_precomputed_neighbors_need_no_embedder(world, model, held_out):
     np.testing.assert_allclose(nothing.nats["on"], live.nats["off"], rtol=1e-5)
 
 
+def test_given_neighbors_are_chunk_ids(world, model, held_out):
+    """Of the right type and shape, for every document, and not fewer than are reported."""
+    counts = [len(world.tokenizer(text)["input_ids"]) // CHUNK_SIZE for text in held_out]
+    right = [np.zeros((count, 2), dtype=int) for count in counts]
+    assert measure(model, held_out, world, neighbor_chunk_ids=right).num_neighbors == 2
+    wrong = {
+        "floats": [rows + 0.5 for rows in right],
+        "texts": [rows.astype(str) for rows in right],
+        "beyond the last": [rows + world.datastore.num_chunks for rows in right],
+        "one number a chunk": [rows[:, 0] for rows in right],
+        "a number": 3,
+        "one document": right[:1],
+    }
+    for ids in wrong.values():
+        with pytest.raises(DatasetError):
+            measure(model, held_out, world, neighbor_chunk_ids=ids)
+    with pytest.raises(DatasetError, match="3 neighbors"):
+        measure(model, held_out, world, neighbor_chunk_ids=right, num_neighbors=3)
+    with pytest.raises(DatasetError, match="retriever="):
+        measure(model, held_out, world, neighbor_chunk_ids=right, retriever=None)
+
+
 def test_model_without_retrieval_is_measured_the_same_way(world, model, held_out):
     """Any causal language model has an OFF: RETRO's is its backbone's."""
     plain = bits_per_byte(tiny_backbone("gpt2", vocab_size=400), held_out, world.tokenizer, window=32)

@@ -32,6 +32,14 @@ def tracing(model, document, world, **options):
     return trace(model, document, world.tokenizer, retriever=world.retriever, **options)
 
 
+def test_half_characters_are_replaced_as_in_a_datastore(world, model, text):
+    """In the text as in the id, whose document is left out; a title is kept as it is."""
+    broken = {"id": "\udc80", "title": "\udc80", "text": f"{text} \udc80"}
+    seen = tracing(model, broken, world)
+    assert "".join(seen.tokens) == f"{text} \ufffd" and seen.document_id == "\ufffd"
+    assert seen.nats_on == tracing(model, f"{text} \ufffd", world).nats_on
+
+
 def test_losses_equal_those_of_bits_per_byte(world, model, text):
     """On and off, over the same tokens."""
     seen = tracing(model, text, world)

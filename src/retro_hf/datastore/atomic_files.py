@@ -195,6 +195,12 @@ def link_or_copy(source: Path, target: Path) -> None:
             shutil.copyfile(source, partial)
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it, unless it is there."""
+    with writing(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
 def building_folder(path: Path) -> Path:
     """The folder that keeps the unfinished work on the datastore at `path`."""
     return path.parent / f".{path.name}.building"

@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .. import extras
+from ..arguments import shown
 from ..errors import DatastoreInputError, RetroError
 from ..outside import parse_json
 from .atomic_files import bytes_of, group_bytes, open_parquet
@@ -76,7 +77,7 @@ class FileReader:
         self._encoding = encoding
         if encoding is not None and not _is_encoding(encoding):
             raise DatastoreInputError(
-                f"There is no encoding {encoding!r}. Pass one that Python knows, such as 'cp1252', 'utf-16-le' or 'shift_jis'."
+                f"There is no encoding {shown(encoding)}. Pass one that Python knows, such as 'cp1252', 'utf-16-le' or 'shift_jis'."
             )
 
     def read(self, file: Path, name: str) -> Iterator[Record]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from ..arguments import shown
 from ..errors import DatastoreInputError
 
 
@@ -16,8 +17,8 @@ _FENCE = re.compile(r" {0,3}(```|~~~)")
 
 def check_split(split: str | None) -> None:
     """Raise DatastoreInputError unless it is None or one of `SPLITS`."""
-    if split is not None and split not in SPLITS:
-        raise DatastoreInputError(f"split is {split!r}. Pass one of {', '.join(map(repr, SPLITS))}, or None.")
+    if split is not None and not (isinstance(split, str) and split in SPLITS):
+        raise DatastoreInputError(f"split is {shown(split)}. Pass one of {', '.join(map(repr, SPLITS))}, or None.")
 
 
 def split_text(text: str, split: str) -> Iterator[tuple[int, str, str]]:

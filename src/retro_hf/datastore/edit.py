@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from transformers.utils import logging
 
+from ..arguments import flag
 from ..errors import DatastoreInputError, counted
 from ..progress import progress_bar
 from .atomic_files import MANIFEST_NAME, complete_file, write_npy
@@ -58,6 +59,7 @@ def append(
         DatastoreInputError: for documents that cannot be added; nothing is changed.
         DatastoreMismatchError: for another embedder than the store's.
     """
+    replace = flag("replace", replace, DatastoreInputError)
     return _update(datastore, documents, lambda: Comparison(datastore, replaces=replace), embedder, **options)
 
 

@@ -237,19 +237,17 @@ class ChunkEmbedder:
         query_encoder: ChunkEmbedder | str | Path | None = None,
     ) -> None:
         given = {"name": os.fspath(name_or_path) if isinstance(name_or_path, os.PathLike) else name_or_path}
-        given |= {
-            key: value or ""
-            for key, value in (("revision", revision), ("prompt", prompt), ("query_prompt", query_prompt))
-        }
-        if strange := next((key for key, value in given.items() if not isinstance(value, str)), None):
-            raise DatastoreInputError(f"The {strange} of the embedder is {given[strange]!r:.100}. Pass a text.")
+        if not isinstance(given["name"], str):
+            raise DatastoreInputError(f"The embedder is {arguments.shown(name_or_path)}. Pass a text or a path.")
+        for key, value in (given | {"revision": revision, "prompt": prompt, "query_prompt": query_prompt}).items():
+            arguments.optional_text(f"The {key} of the embedder", value, DatastoreInputError)
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise DatastoreInputError(f"The dtype of the embedder is {dtype!r:.100}. Pass one such as torch.float32.")
+            raise DatastoreInputError(f"The dtype is {arguments.shown(dtype)}. Pass one such as torch.float32.")
         try:
             device = None if device is None else torch.device(device)
-        except (RuntimeError, TypeError) as error:
+        except (RuntimeError, TypeError, ValueError) as error:
             raise DatastoreInputError(
-                f"The device of the embedder is {device!r:.100}. Pass 'cpu', 'cuda' or a torch.device."
+                f"The device of the embedder is {arguments.shown(device)}. Pass 'cpu', 'cuda' or a torch.device."
             ) from error
         self.name_or_path = str(name_or_path)
         self.revision = revision

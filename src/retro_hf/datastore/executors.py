@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
-from ..arguments import real, whole
+from ..arguments import real, shown, whole
 from ..errors import DatastoreInputError, RetroError, counted
 from .atomic_files import hash_of
 
@@ -161,7 +161,7 @@ def as_executor(executor: Executor | int) -> Executor:
         return LocalExecutor(int(executor) if not isinstance(executor, bool) else executor)
     if not hasattr(executor, "start") or not hasattr(executor, "is_main"):
         raise DatastoreInputError(
-            f"executor is {executor!r}. Pass a number of processes, such as 2, a RankExecutor or a RayExecutor."
+            f"executor is {shown(executor)}. Pass a number of processes, such as 2, a RankExecutor or a RayExecutor."
         )
     return executor
 

@@ -24,6 +24,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError,
 from huggingface_hub.hf_api import RepoFile
 from transformers.utils import logging
 
+from .. import arguments
+from ..arguments import flag, optional_text, shown
 from ..errors import DatastoreCorruptError, DatastoreInputError, DatastoreNotFoundError
 from ..outside import MAX_JSON_BYTES, is_path, parse_json, printable
 from .atomic_files import MANIFEST_NAME, building_folder
@@ -74,7 +76,10 @@ def push(
         DatastoreInputError: if the token may not write there, the Hub cannot be reached, or `repo_id` is not a valid name.
     """
     if not isinstance(repo_id, str):
-        raise DatastoreInputError(f"repo_id is {repo_id!r:.100}. Pass a repository name such as 'organization/name'.")
+        raise DatastoreInputError(f"repo_id is {shown(repo_id)}. Pass a repository name such as 'organization/name'.")
+    private = None if private is None else flag("private", private, DatastoreInputError)
+    for name, value in (("token", token), ("revision", revision)):
+        optional_text(name, value, DatastoreInputError)
     datastore.refresh()
     datastore.verify()
     api = HfApi(token=token)
@@ -180,7 +185,11 @@ def local_folder(
         DatastoreCorruptError: if the download is not what its manifest says.
     """
     path = checked_path(name_or_path)
-    if path.exists() or building_folder(path).exists():
+    for name, value in (("token", token), ("revision", revision)):
+        optional_text(name, value, DatastoreInputError)
+    cache_dir = None if cache_dir is None else arguments.path("cache_dir", cache_dir, DatastoreInputError)
+    verify = flag("verify", verify, DatastoreInputError)
+    if os.path.exists(path) or os.path.exists(building_folder(path)):
         if revision is not None and path.is_dir():
             raise DatastoreInputError(
                 f"'{name_or_path}' is a local folder, which has no revision {revision!r}. Leave `revision` out, or rename the folder "

@@ -164,7 +164,8 @@ class LexicalSearcher:
         """
         check_datastore(datastore)
         path = Path(os.path.abspath(checked_path(path)))
-        if not (path / _NAME).is_file():
+        verify = arguments.flag("verify", verify, DatastoreInputError)
+        if not os.path.isfile(path / _NAME):
             raise DatastoreNotFoundError(
                 f"There is no index of words at {str(path)!r}. Check the path, or build one with "
                 "`LexicalSearcher.build(datastore, path)`."

@@ -15,8 +15,9 @@ from typing import Any, Literal
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedTokenizerBase
 
+from .. import arguments
 from ..errors import DatastoreInputError, DatastoreNotFoundError
-from ..outside import can_be_a_file, file_inside, is_file_name, read_json
+from ..outside import file_inside, is_file_name, read_json
 from .atomic_files import (
     MANIFEST_NAME,
     RESTORE,
@@ -426,9 +427,7 @@ def check_num_shards(number: int) -> None:
 
 def checked_path(path: Any) -> Path:
     """A path that a user gave; DatastoreInputError for something else."""
-    if not isinstance(path, (str, os.PathLike)) or not can_be_a_file(os.fspath(path)):
-        raise DatastoreInputError(f"The path of the datastore is {path!r}. Pass its folder as a `str` or `Path`.")
-    return Path(path)
+    return arguments.path("The path of the datastore", path, DatastoreInputError)
 
 
 def new_path(path: Any) -> Path:

@@ -22,6 +22,7 @@ import torch
 from transformers.utils import logging
 
 from .. import extras
+from ..arguments import real, whole
 from ..errors import DatastoreCorruptError, DatastoreInputError, DatastoreNotFoundError, RetroError
 from .executors import Call, Run, Task
 from .manifest import DatastoreManifest
@@ -134,9 +135,11 @@ class RayExecutor:
         num_gpus_per_worker: float = 0,
         address: str | None = None,
     ) -> None:
-        if num_workers is not None and (isinstance(num_workers, bool) or num_workers < 1):
-            raise DatastoreInputError(f"num_workers is {num_workers!r}. Pass an integer of at least 1.")
-        if min(num_cpus_per_worker, num_gpus_per_worker) < 0 or num_cpus_per_worker + num_gpus_per_worker == 0:
+        if num_workers is not None:
+            num_workers = whole("num_workers", num_workers, DatastoreInputError)
+        num_cpus_per_worker = real("num_cpus_per_worker", num_cpus_per_worker, DatastoreInputError, least=0)
+        num_gpus_per_worker = real("num_gpus_per_worker", num_gpus_per_worker, DatastoreInputError, least=0)
+        if num_cpus_per_worker + num_gpus_per_worker == 0:
             raise DatastoreInputError(
                 f"A worker is given {num_cpus_per_worker} CPUs and {num_gpus_per_worker} GPUs. Give it some of either."
             )

@@ -68,21 +68,17 @@ def checked_exclusion(documents: Any, num_queries: int, num_documents: int) -> n
     Raises:
         DatastoreInputError: for another shape or type, or for documents that the store does not have.
     """
-    excluded = np.asarray(documents)
+    excluded = arguments.numbers(
+        "The numbers in exclude_documents", documents, DatastoreInputError, -1, num_documents - 1
+    )
     shape = excluded.shape
     if excluded.ndim == 1:
         excluded = excluded[:, None]
-    if excluded.ndim != 2 or len(excluded) != num_queries or not np.issubdtype(excluded.dtype, np.integer):
+    if excluded.ndim != 2 or len(excluded) != num_queries:
         raise DatastoreInputError(
-            f"exclude_documents is of type {excluded.dtype} and shape {shape}. Pass integers of shape ({num_queries},) or "
-            f"({num_queries}, any)."
+            f"exclude_documents has the shape {shape}. Pass integers of shape ({num_queries},) or ({num_queries}, any)."
         )
-    if excluded.size and (excluded.min() < -1 or excluded.max() >= num_documents):
-        raise DatastoreInputError(
-            f"exclude_documents runs from {excluded.min()} to {excluded.max()}, but the store has documents 0 to "
-            f"{num_documents - 1}. Pass these numbers, or -1 for none."
-        )
-    return excluded.astype(np.int64)
+    return excluded
 
 
 def search_excluding(

@@ -65,10 +65,10 @@ class RestrictedIndex:
     """
 
     def __init__(self, datastore: RetroDatastore, documents: np.ndarray) -> None:
-        documents = np.asarray(documents)
-        if documents.dtype != bool or documents.shape != (datastore.num_documents,):
+        shape = documents.shape if isinstance(documents, np.ndarray) and documents.dtype.kind == "b" else None
+        if shape != (datastore.num_documents,):
             raise DatastoreInputError(
-                f"The documents are {documents.dtype} of shape {documents.shape}. Pass bools of shape ({datastore.num_documents},)."
+                f"The documents are {arguments.shown(documents)}. Pass an array of bools of shape ({datastore.num_documents},)."
             )
         self._opened = datastore._opened.without(np.flatnonzero(~documents))
         found = np.setdiff1d(np.arange(datastore.num_documents), self._opened.deleted)

@@ -166,7 +166,7 @@ class RetroDatastore:
                 manifest says.
         """
         datastore = cls(path)
-        if verify:
+        if arguments.flag("verify", verify, DatastoreInputError):
             datastore.verify()
         return datastore
 

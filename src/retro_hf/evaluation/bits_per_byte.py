@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..arguments import numbers
 from ..datastore import RetroDatastore
 from ..datastore.bos_eos import Borders
 from ..errors import DatasetError, check_integers, counted
 from ..retriever import RetroRetriever
 from ..training.search import datastore_of, wanted_neighbors
-from .interval import Bootstrap
+from .interval import Bootstrap, checked_resamples
 from .neighbors import Chunks, NeighborIds, NeighborSearch, Run, check_modes, random_neighbors
 from .scoring import ScoringOptions, chunk_size_of, read_documents, score_runs
 
@@ -138,7 +139,8 @@ def bits_per_byte(
         ValueError: for unknown modes, or settings out of range.
     *Determinism*: the same arguments give the same numbers; `batch_size` moves only the last bits.
     """
-    check_integers(batch_size=(batch_size, 1), num_resamples=(num_resamples, 1), seed=(seed, 0))
+    check_integers(batch_size=(batch_size, 1))
+    num_resamples, seed = checked_resamples(num_resamples, seed)
     datastore = None if retriever is None else datastore_of(retriever)
     modes = (("off",) if retriever is None else _MODES) if modes is None else modes
     modes = check_modes(modes, _MODES, has_neighbors=retriever is not None)
@@ -148,8 +150,9 @@ def bits_per_byte(
     options = ScoringOptions.checked(
         model, chunk_size, window, stride, batch_size=batch_size, show_progress=show_progress
     )
-    if neighbor_chunk_ids is not None and num_neighbors is None:
-        num_neighbors = max((len(row) for rows in neighbor_chunk_ids for row in rows), default=None)
+    ids = None if neighbor_chunk_ids is None else _checked_ids(neighbor_chunk_ids, datastore)
+    if ids and num_neighbors is None:
+        num_neighbors = max((rows.shape[1] for rows in ids if len(rows)), default=None)
     count = wanted_neighbors(retriever, num_neighbors)
 
     borders = Borders.of(tokenizer, add_bos, add_eos)
@@ -163,15 +166,10 @@ def bits_per_byte(
         chunks = Chunks.of(scored, chunk_size)
         # Without ON there is nothing to search, and RANDOM fills every place.
         found = [np.zeros((num_chunks, count), dtype=np.int64) for num_chunks in chunks.complete]
-        if neighbor_chunk_ids is not None:
-            if len(neighbor_chunk_ids) != len(read):
-                raise DatasetError(
-                    f"There are {len(read)} documents, but neighbor_chunk_ids has {len(neighbor_chunk_ids)}."
-                )
-            found = [
-                _checked(neighbor_chunk_ids[number], len(rows), count)
-                for number, rows in zip(kept, found, strict=True)
-            ]
+        if ids is not None:
+            if len(ids) != len(read):
+                raise DatasetError(f"There are {len(read)} documents, but neighbor_chunk_ids has {len(ids)}.")
+            found = [_first_columns(ids[number], rows.shape) for number, rows in zip(kept, found, strict=True)]
         elif "on" in modes:
             if not isinstance(retriever, RetroRetriever):
                 raise DatasetError(
@@ -201,13 +199,31 @@ def bits_per_byte(
     )
 
 
-def _checked(rows: Any, num_chunks: int, num_neighbors: int) -> np.ndarray:
-    """Given chunk ids of a document as int64 of shape `(num_chunks, num_neighbors)`."""
-    if len(rows) != num_chunks:
+def _checked_ids(given: Any, datastore: RetroDatastore | None) -> NeighborIds:
+    """Given chunk ids as one int64 array of two dimensions per document."""
+    if datastore is None:
+        raise DatasetError("neighbor_chunk_ids are chunks of a datastore. Pass it, too: `retriever=`.")
+    try:
+        documents = list(given)
+    except TypeError:  # nothing that can be iterated over, such as a number
+        documents = [given]
+    found = []
+    for number, rows in enumerate(documents):
+        ids = numbers(f"neighbor_chunk_ids of document {number}", rows, DatasetError, -1, datastore.num_chunks - 1)
+        if ids.ndim != 2 and ids.size:
+            raise DatasetError(
+                f"neighbor_chunk_ids of document {number} are of shape {ids.shape}. Pass for each document integers of shape "
+                "(num_chunks, num_neighbors)."
+            )
+        found.append(ids if ids.ndim == 2 else np.empty((0, 0), dtype=np.int64))  # an empty list has lost an axis
+    return found
+
+
+def _first_columns(ids: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Given chunk ids of a document, of the shape `(num_chunks, num_neighbors)` that it needs."""
+    if len(ids) != shape[0] or (len(ids) and ids.shape[1] < shape[1]):
         raise DatasetError(
-            f"A document has {num_chunks} complete chunks, but neighbor_chunk_ids has {len(rows)} rows for it."
+            f"A document has {shape[0]} complete chunks with {shape[1]} neighbors each, but neighbor_chunk_ids are of shape "
+            f"{ids.shape} for it."
         )
-    # An empty list has lost its second axis.
-    return (
-        np.asarray(rows, dtype=np.int64)[:, :num_neighbors] if num_chunks else np.empty((0, num_neighbors), np.int64)
-    )
+    return ids[:, : shape[1]] if len(ids) else np.empty(shape, dtype=np.int64)

@@ -8,21 +8,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..arguments import real, whole
+from ..arguments import path, real, whole
 from ..datastore import RetroDatastore
 from ..datastore.bos_eos import Borders
 from ..datastore.derive import drawn_documents
 from ..errors import DatasetError, check_integers, counted
 from ..retriever import RetroRetriever
-from ..training.search import wanted_neighbors
+from ..training.search import MOST_NEIGHBORS, wanted_neighbors
 from .cache import ArrayCache
 from .in_context import score_in_context
-from .interval import Bootstrap
+from .interval import Bootstrap, checked_resamples
 from .leakage import copied_documents, leaked_documents
 from .neighbors import MODES, Chunks, NeighborSearch, Run, check_modes, neighbors_by_mode
 from .provenance import claim_folder, provenance, score_identity
@@ -107,10 +106,10 @@ def evaluate(
     """
     begin = time.perf_counter()
     started = datetime.now(UTC).isoformat(timespec="seconds")
-    check_integers(batch_size=(batch_size, 1), num_resamples=(num_resamples, 1), seed=(seed, 0))
+    check_integers(batch_size=(batch_size, 1))
+    num_resamples, seed = checked_resamples(num_resamples, seed)
     names = _checked_modes(model, retriever, modes)
-    if output is not None and not isinstance(output, (str, os.PathLike)):
-        raise ValueError(f"output is of type {type(output).__name__}. Pass the folder as a `str` or `Path`.")
+    output = None if output is None else path("output", output, ValueError)
     num_neighbors_sweep, fractions = _checked_sweeps(retriever, num_neighbors_sweep, fractions)
     datastore = None if retriever is None else retriever.datastore
     chunk_size = chunk_size_of(model)
@@ -128,8 +127,8 @@ def evaluate(
     # The folder is claimed before anything is searched or scored. It is claimed with the fingerprint of the documents.
     cache = ArrayCache()
     if output is not None:
-        claim_folder(Path(output), origin)
-        cache = ArrayCache(Path(output) / "blocks")
+        claim_folder(output, origin)
+        cache = ArrayCache(output / "blocks")
     scored, copies, leaked = _scorable(read, datastore, show_progress)
     chunks = Chunks.of(scored, chunk_size)
     # One search serves every mode and the sweep over neighbors: its best `k` are the first `k` columns. Only a part of the
@@ -177,8 +176,8 @@ def evaluate(
     measured = Measured(table, runs, scored, chunks, datastore, read_by_each, num_read, prompted)
     result = summarize(measured, tokenizer, inputs, origin)
     if output is not None:
-        table.write(Path(output), scored)
-        result.save(Path(output))
+        table.write(output, scored)
+        result.save(output)
     return result
 
 
@@ -227,7 +226,8 @@ def _checked_sweeps(
 ) -> tuple[tuple[int, ...], tuple[float, ...]]:
     """The numbers of neighbors and the fractions to score with."""
     numbers = tuple(
-        whole("num_neighbors_sweep", one, ValueError) for one in _listed("num_neighbors_sweep", num_neighbors)
+        whole("num_neighbors_sweep", one, ValueError, most=MOST_NEIGHBORS)
+        for one in _listed("num_neighbors_sweep", num_neighbors)
     )
     shares = tuple(real("fractions", one, ValueError, least=0, most=1) for one in _listed("fractions", fractions))
     if retriever is None and (numbers or shares):

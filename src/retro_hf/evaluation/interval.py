@@ -7,8 +7,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..arguments import whole
 
+
+MOST_RESAMPLES = 10_000_000
 _DRAWN_DOCUMENTS = 1 << 20
+
+
+def checked_resamples(num_resamples: int, seed: int) -> tuple[int, int]:
+    """Draws of the bootstrap and its seed, checked before hours of scoring; ValueError for what cannot be drawn."""
+    return whole("num_resamples", num_resamples, ValueError, most=MOST_RESAMPLES), whole(
+        "seed", seed, ValueError, least=0
+    )
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,10 @@ import torch
 import xxhash
 
 from ..datastore import RetroDatastore
-from ..datastore.atomic_files import digest_of
+from ..datastore.atomic_files import digest_of, make_folder
 from ..datastore.bos_eos import Borders
 from ..datastore.manifest import MANIFEST_NAME
+from ..outside import read_json_value
 from ..training.search import neighbor_source
 from .scoring import Document
 
@@ -115,9 +116,10 @@ def claim_folder(folder: Path, origin: Mapping[str, Any]) -> None:
     Other settings are allowed: a call that asks for more resumes with what is there. `origin` is from [`provenance`].
 
     Raises:
+        DatastoreWriteError: if the folder cannot be made.
         FileExistsError: if the folder has results of something else.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     if (folder / MANIFEST_NAME).exists():
         raise FileExistsError(f"The output folder {str(folder)!r} is a datastore. Choose another folder.")
     found = [name for name in _RESULTS if (folder / name).exists()]
@@ -143,7 +145,7 @@ def claim_folder(folder: Path, origin: Mapping[str, Any]) -> None:
 def _provenance(file: Path) -> dict[str, Any] | None:
     """The provenance of an evaluation of any version, or None if the file is not one."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json_value(file)
         return content["provenance"] if "format_version" in content else None
     except (OSError, ValueError, KeyError, TypeError):
         return None

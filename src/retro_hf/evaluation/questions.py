@@ -15,7 +15,7 @@ from ..progress import progress_bar
 from ..training.columns import check_columns, list_lengths
 from ..training.question_trainer import decode_answers, generate_answers
 from ..training.questions import QuestionCollator, check_same_tokenizer
-from .interval import Bootstrap
+from .interval import Bootstrap, checked_resamples
 from .neighbors import check_modes
 from .scoring import check_model, evaluating
 
@@ -125,7 +125,7 @@ def answer_questions(
     """
     check_columns(dataset, ["answers", "prompt_input_ids", "passage_input_ids"])
     check_integers(batch_size=(batch_size, 1), max_new_tokens=(max_new_tokens, 1))
-    check_integers(num_resamples=(num_resamples, 1), seed=(seed, 0))
+    num_resamples, seed = checked_resamples(num_resamples, seed)
     if num_passages is not None:
         check_integers(num_passages=(num_passages, 0))
     if not len(dataset):
@@ -286,7 +286,7 @@ def _scorer() -> Callable[[Sequence[str], Sequence[Sequence[str]]], tuple[np.nda
                 or not all(isinstance(one, str) for one in right)
             ):
                 raise DatasetError(
-                    f"The right answers of question {number} are {right!r}, but must be a list of texts."
+                    f"The right answers of question {number} are {arguments.shown(right)}, but must be a list of texts."
                 )
             found = squad(
                 {"id": "", "prediction_text": prediction},

@@ -5,14 +5,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
 
-from ..datastore.atomic_files import write_file
+from .. import arguments
+from ..datastore.atomic_files import make_folder, write_file
 from ..errors import DatasetError
+from ..outside import read_json_value
 from .interval import Interval
 
 
@@ -258,7 +261,10 @@ class Evaluation:
 
     def mode(self, name: str) -> Mode:
         """The totals of a mode; raises `KeyError` if it was not measured."""
-        return {mode.name: mode for mode in self.modes}[name]
+        measured = [mode.name for mode in self.modes]
+        if name not in measured:
+            raise KeyError(f"The mode {arguments.shown(name)} was not measured, only {', '.join(measured)}.")
+        return self.modes[measured.index(name)]
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain values for JSON; numbers that are not finite become `None`."""
@@ -266,9 +272,10 @@ class Evaluation:
 
     def save(self, folder: str | Path) -> None:
         """Write `evaluation.json` into a folder, atomically."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
+        folder = arguments.path("folder", folder, ValueError)
+        make_folder(folder)
         content = json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)
-        write_file(Path(folder) / _FILE, (content + "\n").encode("utf-8", "replace"))
+        write_file(folder / _FILE, (content + "\n").encode("utf-8", "replace"))
 
     @classmethod
     def load(cls, path: str | Path) -> Evaluation:
@@ -278,13 +285,14 @@ class Evaluation:
             FileNotFoundError: if there is none.
             DatasetError: if it is damaged, or has another format.
         """
-        file = Path(path) / _FILE if Path(path).is_dir() else Path(path)
-        if not file.is_file():
+        file = arguments.path("path", path, ValueError)
+        file = file / _FILE if os.path.isdir(file) else file
+        if not os.path.isfile(file):
             raise FileNotFoundError(
                 f"There is no evaluation at {str(file)!r}. Make one with `evaluate(..., output=folder)`."
             )
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
+            content = read_json_value(file)
             if content["format_version"] != _FORMAT_VERSION:
                 raise ValueError(
                     f"format_version={content['format_version']}, but this version reads {_FORMAT_VERSION}"

@@ -15,7 +15,7 @@ import torch
 from ..datastore import RetroDatastore
 from ..datastore.atomic_files import digest_of
 from ..datastore.bos_eos import Borders
-from ..datastore.documents import document_ids, is_missing
+from ..datastore.documents import is_missing, known_id, without_lone_surrogates
 from ..errors import DatasetError, check_integers
 from ..progress import progress_bar
 from ..special_tokens import tokenize_texts
@@ -181,17 +181,16 @@ def read_documents(
             text = ""
         if not isinstance(text, str):
             raise DatasetError(f"Document {number} has no text. Pass texts, or dicts with a 'text'.")
+        text = without_lone_surrogates(text)  # as in a datastore
         (tokens,), spans = tokenize_texts(tokenizer, [text])
         # With the largest end so far every byte counts once, also where several tokens are parts of one character.
         ends = np.maximum.accumulate([0, *(end for _, end in (spans or [[]])[0])])[1:]
-        sizes = np.cumsum([0, *(len(letter.encode("utf-8", "surrogatepass")) for letter in text)])
+        sizes = np.cumsum([0, *(len(letter.encode()) for letter in text)])
         around = borders if tokens else _NO_BORDERS
         input_ids = np.array(around.around(tokens), dtype=np.int64)
         last = ends[-1:] if len(around.end) else ends[:0]
         ends = np.concatenate([np.zeros(len(around.begin), dtype=np.int64), ends, last])
-        yield Document(
-            None if is_missing(id) else document_ids([id])[0], text, input_ids, ends, sizes[ends], bool(around.begin)
-        )
+        yield Document(known_id(id), text, input_ids, ends, sizes[ends], bool(around.begin))
 
 
 def accepts(model: PreTrainedModel, argument: str) -> bool:

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from ..arguments import shown
 from ..datastore.bos_eos import Borders
+from ..datastore.documents import is_missing
 from ..errors import DatasetError, check_integers
 from ..retriever import RetrievedNeighbor, RetroRetriever
 from ..training.exclusion import documents_by_row
@@ -182,6 +184,9 @@ def trace(
     if num_neighbors is not None:
         check_integers(num_neighbors=(num_neighbors, 1))
     fields = document if isinstance(document, Mapping) else {"text": document}
+    title = None if is_missing(fields.get("title")) else fields["title"]
+    if title is not None and not isinstance(title, str):
+        raise DatasetError(f"The title is {shown(title)}. Pass a text, or none.")
     size, datastore = model.config.chunk_size, retriever.datastore
     datastore.check_compatible(tokenizer=tokenizer, chunk_size=size)
     (read,) = read_documents([fields], tokenizer, Borders.of(tokenizer, None, False))
@@ -194,7 +199,7 @@ def trace(
     found = retriever.trace(
         torch.from_numpy(rows),
         num_neighbors=num_neighbors,
-        exclude_documents=np.repeat(documents_by_row(datastore, [fields.get("id")]), len(rows), axis=0),
+        exclude_documents=np.repeat(documents_by_row(datastore, [read.id]), len(rows), axis=0),
     )
     chunk_ids = np.full((len(rows), max([1, *map(len, found)])), -1, dtype=np.int64)
     for row, neighbors in zip(chunk_ids, found, strict=True):
@@ -222,8 +227,8 @@ def trace(
             traced.append(TracedNeighbor(**vars(neighbor), **parts))
         chunks.append(TracedChunk(start, min(start + size, length), traced))
     return Trace(
-        document_id=str(fields.get("id") or ""),
-        title=str(fields.get("title") or ""),
+        document_id=read.id or "",
+        title=title or "",
         tokens=read.token_texts[:length],
         nats_off=[None, *nats[0].tolist()],
         nats_on=[None, *nats[1].tolist()],

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
-from ..arguments import numbers, real
+from ..arguments import numbers, real, whole
 from ..datastore import RetroDatastore
 from ..errors import DatasetError, DatastoreMismatchError
 from ..retriever import RetroRetriever
@@ -96,7 +96,7 @@ class RetroDataCollator:
         self.random_neighbor_probability, self.no_neighbor_probability = checked_shares(
             random_neighbor_probability=random_neighbor_probability, no_neighbor_probability=no_neighbor_probability
         )
-        self.seed = seed
+        self.seed = whole("seed", seed, ValueError, least=0)
         self._computed: dict[str, int] = {}
         self._lookups = Lookups()
 
@@ -152,7 +152,12 @@ class RetroDataCollator:
         if all(ID_COLUMN in example for example in examples):
             documents = documents_by_row(self.datastore, [example[ID_COLUMN] for example in examples])
             if all(START_COLUMN in example for example in examples):
-                starts = np.array([example[START_COLUMN] for example in examples], dtype=np.int64)
+                given = [example[START_COLUMN] for example in examples]
+                starts = numbers(f"The values of {START_COLUMN!r}", given, DatasetError, 0, 1 << 48)
+                if starts.ndim != 1:
+                    raise DatasetError(
+                        f"The values of {START_COLUMN!r} are of shape {starts.shape}. Pass one per example."
+                    )
         else:
             logger.warning_once(
                 f"The examples have no column {ID_COLUMN!r}, so their own documents in the datastore are known by their text alone. "

@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 
 from ..datastore import RetroDatastore, near_duplicates
 from ..datastore.chunks import ranges
+from ..datastore.documents import known_id
 from ..datastore.duplicates import document_tokens
 from ..errors import DatasetError
 from .columns import flattened
@@ -68,7 +69,7 @@ def _has_lists(column: pa.ChunkedArray) -> bool:
 
 def documents_by_row(datastore: RetroDatastore, ids: Sequence[Any]) -> np.ndarray:
     """Document numbers for each row, which has one id or a list of ids: int64 of shape `(len(ids), any)`, -1 for unknown ids."""
-    rows = [[None if id is None else str(id) for id in (row if isinstance(row, list) else [row])] for row in ids]
+    rows = [[known_id(id) for id in (row if isinstance(row, list) else [row])] for row in ids]
     return excluded_documents(datastore, pa.chunked_array([pa.array(rows, type=pa.list_(pa.string()))]))
 
 

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from transformers.utils import logging
 
 from .. import extras
-from ..arguments import whole
+from ..arguments import flag, path, whole
 from ..datastore import RetroDatastore
 from ..errors import DatasetError
 from ..progress import progress_bar
@@ -88,8 +88,8 @@ def precompute_neighbors(
     datastore.check_compatible(tokenizer=tokenizer)
     wanted = wanted_neighbors(retriever, num_neighbors)
     batch_size = whole("batch_size", batch_size, ValueError, most=_MOST_ROWS)
-    if cache_dir is not None:
-        _make_folder(cache_dir)
+    folder = None if cache_dir is None else _make_folder(cache_dir)
+    exclude_near_duplicates = flag("exclude_near_duplicates", exclude_near_duplicates, DatasetError)
     source = neighbor_source(datastore, wanted)
     has_ids, duplicates = ID_COLUMN in dataset.column_names, None
     if exclude_near_duplicates:
@@ -133,7 +133,7 @@ def precompute_neighbors(
             # The fingerprint that `datasets` would make hashes the pickled retriever, which only knows paths.
             settings = dataset._fingerprint, source, batch_size, exclude_near_duplicates, start
             fingerprint = search_digest(retriever, *settings)
-            file = None if cache_dir is None else str(Path(cache_dir) / f"neighbors-{fingerprint}.arrow")
+            file = None if folder is None else str(folder / f"neighbors-{fingerprint}.arrow")
             parts.append(
                 block.map(
                     find,
@@ -152,15 +152,13 @@ def precompute_neighbors(
     return _in_format_of(dataset, result)
 
 
-def _make_folder(cache_dir: str | os.PathLike[str]) -> None:
-    if not isinstance(cache_dir, (str, os.PathLike)) or not os.fspath(cache_dir):
-        raise DatasetError(f"cache_dir is {cache_dir!r:.100}. Pass the path of a folder.")
+def _make_folder(cache_dir: str | os.PathLike[str]) -> Path:
+    folder = path("cache_dir", cache_dir, DatasetError)
     try:
-        Path(cache_dir).mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as error:
-        raise DatasetError(
-            f"cache_dir {str(cache_dir)!r} cannot be created: {error}. Choose another folder."
-        ) from error
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DatasetError(f"cache_dir {str(folder)!r} cannot be created: {error}. Choose another folder.") from error
+    return folder
 
 
 def _with_columns(batch: pa.Table, found: np.ndarray, counts: np.ndarray, source: str) -> pa.Table:

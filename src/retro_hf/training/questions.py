@@ -247,7 +247,7 @@ class QuestionCollator:
         self.passages_in_prompt = passages_in_prompt
         self.random_passage_probability, self.no_passage_probability = shares
         self.random_passages = random_passages
-        self.seed = seed
+        self.seed = whole("seed", seed, ValueError, least=0)
         self.pad_token_id = padding_id(tokenizer)
         self._separator = tokenizer("\n", add_special_tokens=False)["input_ids"]
 

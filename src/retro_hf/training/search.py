@@ -19,7 +19,7 @@ from .own_text import Text, search_without_copies
 
 
 # Far above what a model can read; each takes eight bytes for every chunk of a dataset.
-_MOST_NEIGHBORS = 1 << 16
+MOST_NEIGHBORS = 1 << 16
 
 
 def datastore_of(retriever: RetroRetriever | RetroDatastore) -> RetroDatastore:
@@ -35,7 +35,7 @@ def wanted_neighbors(retriever: RetroRetriever | RetroDatastore | None, num_neig
     """The number of neighbors asked for, else the retriever's, else the paper's 2."""
     if num_neighbors is None:
         return retriever.num_neighbors if isinstance(retriever, RetroRetriever) else 2
-    return whole("num_neighbors", num_neighbors, RetrieverError, most=_MOST_NEIGHBORS)
+    return whole("num_neighbors", num_neighbors, RetrieverError, most=MOST_NEIGHBORS)
 
 
 def neighbor_source(datastore: RetroDatastore, num_neighbors: int) -> str:

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from ...datastore.atomic_files import write_file
+from ...arguments import path, shown
+from ...datastore.atomic_files import make_folder, write_file
 from ...outside import printable
 from ..neighbors import MODES
 from ..text import number
@@ -46,8 +47,10 @@ def write_report(result: Evaluation, folder: str | os.PathLike[str], *, traces: 
     Raises:
         MissingExtraError: without matplotlib.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = path("folder", folder, ValueError)
+    if not hasattr(result, "verdict"):
+        raise ValueError(f"The result is {shown(result)}. Pass what `evaluate` returned.")
+    make_folder(folder)
     charts = charts_of(result)
     if charts:
         write_file(folder / "report.png", to_png(charts, heading=result.verdict.text))
