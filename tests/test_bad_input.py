@@ -393,3 +393,22 @@ def test_early_exit_is_refused(model):
     """The layers left out could not read what the pass retrieved."""
     with pytest.raises(NotImplementedError):
         model.generate(random_ids(1, 5), assistant_early_exit=1, max_new_tokens=2, do_sample=False)
+
+
+@pytest.mark.parametrize("way", ["given", "retriever"])
+def test_longer_neighbors_than_the_model_is_made_for_are_told(way, caplog):
+    """They are read, and nothing else says that the datastore and the model have other sizes."""
+    from retro_hf.model import retriever_protocol_retro
+
+    model, ids = tiny_retro("llama", chunk_size=4, neighbor_size=8).eval(), random_ids(1, 9)
+    retriever_protocol_retro.logger.warning_once.cache_clear()
+    with caplog.at_level("WARNING", logger="retro_hf.model.retriever_protocol_retro"):
+        for size in (8, 12):
+            if way == "given":
+                model(ids, neighbor_input_ids=torch.randint(1, 90, (1, 2, 2, size)))
+            else:
+                retriever = hash_retriever()
+                retriever.neighbor_size = size
+                model.set_retriever(retriever)
+            told = [record for record in caplog.records if "neighbor_size" in record.getMessage()]
+            assert len(told) == (size == 12)

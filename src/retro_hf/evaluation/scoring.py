@@ -114,7 +114,7 @@ class ScoringOptions:
                 )
         if limit and window > limit:
             raise ValueError(
-                f"window is {window}, but the model has only {limit} positions (max_position_embeddings). Use at most "
+                f"window is {window}, but the model is made for {limit} tokens (`max_position_embeddings`). Use at most "
                 f"{limit // chunk_size * chunk_size}."
             )
         if stride >= window:

@@ -86,7 +86,7 @@ class RetroGenerationMixin(GenerationMixin):
         if isinstance(retriever, RetroLookup):
             lookup = retriever
         elif retriever is not None:
-            lookup = RetroLookup(retriever, self.config.vocab_size, self.config.chunk_size)
+            lookup = RetroLookup(retriever, self.config.vocab_size, self.config.chunk_size, self.config.neighbor_size)
             lookup.query, lookup.aligns = query, not given
             prompt, mask = kwargs.get("input_ids") if inputs is None else inputs, kwargs.get("attention_mask")
             if isinstance(prompt, torch.Tensor) and isinstance(mask, torch.Tensor) and mask.dim() == 2:

@@ -20,7 +20,7 @@ from .cache_retro import pad_to
 from .compatibility_retro import CACHE_NAME, CACHE_NAMES
 from .configuration_retro import RetroConfig
 from .readers_retro import traits_of
-from .retriever_protocol_retro import RetroLookup, check_neighbors
+from .retriever_protocol_retro import RetroLookup, check_neighbors, warn_of_longer_neighbors
 
 
 logger = logging.get_logger(__name__)
@@ -240,6 +240,8 @@ def given_neighbors(
     if not is_step:
         source = "`neighbor_input_ids` (batch, chunks, …)"
         input_ids, mask = check_neighbors(input_ids, mask, (batch_size, -1), config.vocab_size, source)
+        if not torch.compiler.is_compiling():
+            warn_of_longer_neighbors(input_ids.shape[-1], config.neighbor_size)
         # An exported program also runs on shorter texts; neighbors of chunks beyond the text are never read.
         if is_whole and not is_torchdynamo_exporting() and input_ids.shape[1] > num_tokens // size + 1:
             raise ValueError(

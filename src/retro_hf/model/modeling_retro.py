@@ -599,7 +599,7 @@ class RetroModel(RetroPreTrainedModel):
     def set_retriever(self, retriever: Retriever | None) -> None:
         """Attach a retriever that every forward pass and `generate` will use; None detaches it."""
         if retriever is not None:
-            check_retriever(retriever, self.config.chunk_size)
+            check_retriever(retriever, self.config.chunk_size, self.config.neighbor_size)
         self._retriever = SharedRetriever(retriever)
 
     @property
@@ -679,7 +679,7 @@ class RetroModel(RetroPreTrainedModel):
         retriever = self.retriever if retriever is ATTACHED else retriever
         if retriever is None or isinstance(retriever, RetroLookup):
             return retriever
-        return RetroLookup(retriever, self.config.vocab_size, self.config.chunk_size)
+        return RetroLookup(retriever, self.config.vocab_size, self.config.chunk_size, self.config.neighbor_size)
 
     def _cache_inputs(
         self,

@@ -5,9 +5,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from transformers.utils import logging
 
 from .cache_retro import pad_to
 
+
+logger = logging.get_logger(__name__)
 
 Retriever = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 """`retriever(chunk_input_ids (N, m), chunk_attention_mask (N, m)) -> (neighbor_input_ids (N, K, R), mask (N, K, R))`."""
@@ -29,8 +32,9 @@ class SharedRetriever:
         return self
 
 
-def check_retriever(retriever: Any, chunk_size: int | None = None) -> None:
-    """Check that a retriever is callable, and that its chunk size, if it has one, is the model's.
+def check_retriever(retriever: Any, chunk_size: int | None = None, neighbor_size: int | None = None) -> None:
+    """Check that a retriever is callable, and that its chunk size, if it has one, is the model's. Longer neighbors than the
+    model's are read, with a warning.
 
     Raises:
         ValueError: if one of the two is not true.
@@ -45,6 +49,17 @@ def check_retriever(retriever: Any, chunk_size: int | None = None) -> None:
         raise ValueError(
             f"The retriever looks up chunks of {size} tokens, the model's chunks have {chunk_size}. Build the datastore with "
             f"chunk_size={chunk_size}."
+        )
+    warn_of_longer_neighbors(getattr(retriever, "neighbor_size", None), neighbor_size)
+
+
+def warn_of_longer_neighbors(found: int | None, expected: int | None) -> None:
+    """Say that neighbors are longer than those that a model is made for; it reads them all the same."""
+    if isinstance(found, int) and expected is not None and found > expected:
+        logger.warning_once(
+            f"The neighbors have {found} tokens, but the model was made for {expected} (`config.neighbor_size`). It reads them "
+            f"whole; train it with the same size. The paper's is twice the chunk size: build the datastore with "
+            f"neighbor_size={expected}, or make the model with neighbor_size={found}."
         )
 
 
@@ -109,11 +124,13 @@ class RetroLookup:
     Args:
         retriever (`Callable`): see [`Retriever`].
         vocab_size (`int`): of the model.
-        chunk_size (`int`, *optional*): of the model; the retriever's must be the same, if it has one.
+        chunk_size, neighbor_size (`int`, *optional*): of the model; see [`check_retriever`].
     """
 
-    def __init__(self, retriever: Retriever, vocab_size: int, chunk_size: int | None = None) -> None:
-        check_retriever(retriever, chunk_size)
+    def __init__(
+        self, retriever: Retriever, vocab_size: int, chunk_size: int | None = None, neighbor_size: int | None = None
+    ) -> None:
+        check_retriever(retriever, chunk_size, neighbor_size)
         # All look-ups see the same state of the datastore, even if other threads change it in the meantime.
         self.retriever: Any = retriever.snapshot() if hasattr(retriever, "snapshot") else retriever
         self.vocab_size = vocab_size
