@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from retro_hf.datastore import ChunkEmbedder, EmbeddingSearcher, HybridSearcher, LexicalSearcher, RetroDatastore
-from retro_hf.errors import DatastoreMismatchError, PretrainedNotFoundError, RetrieverError, RetroError
+from retro_hf.errors import DatastoreInputError, DatastoreMismatchError, PretrainedNotFoundError, RetrieverError, RetroError
 from retro_hf.passages import find_passages
 from retro_hf.retriever import RetroRetriever
 
@@ -129,7 +129,7 @@ def test_excluded_documents_are_not_found(retriever, chunks):
     assert (retriever.datastore.document_of(found.chunk_ids) != own[:, None]).all()
     # What was searched with exclusion is not served without it.
     assert (retriever.datastore.document_of(retriever.search(chunks).chunk_ids[:, 0]) == own).all()
-    with pytest.raises(RetrieverError):
+    with pytest.raises(DatastoreInputError):
         retriever.search(chunks, exclude_documents=own[:1])
 
 
