@@ -45,6 +45,8 @@ UNITS = {
     "probes": Unit(64, "lists read per query and shard", "assumed", "16 sufficed for recall@2 0.96 at 4 million"),
     "page_seconds": Unit(160e-6, "s per page not in memory", "measured", "one at a time; 20 per query and shard"),
     "ray_seconds": Unit(10e-3, "s per search through Ray", "measured", "4 to 15 ms, 2 to 4 actors on 2 cores"),
+    "trained_tokens": Unit(419_430_400_000, "tokens of training text", "assumed", "the paper's"),
+    "id_bytes": Unit(16, "bytes per chunk of it", "format", "ids of two neighbors"),
     "node_cores": Unit(32, "cores per machine", "assumed", "256 GB of memory, of which 192 for indexes"),
     "node_memory": Unit(192e9, "bytes for indexes per machine", "assumed", ""),
     "core_price": Unit(0.05, "$ per core-hour", "assumed", ""),
@@ -53,7 +55,7 @@ UNITS = {
 }
 VALUE = {name: unit.value for name, unit in UNITS.items()}
 DIMS = {"minilm": 384, "bert": 768}
-SIZES = (1e5, 1e7, 1e8, 1e10, 28e9)
+SIZES = (1e5, 1e7, 1e8, 1e9, 1e10, 28e9)
 
 
 class Cost(NamedTuple):
@@ -238,6 +240,22 @@ def print_tables(costs: list[Cost], encoder: str) -> None:
                 f"{rounded(1000 * c.latency_cold)} ms",
                 rounded(c.machines * v["node_price"] * 730),
                 rounded(c.query_core * 1e9 / 3600 * v["core_price"]),
+            )
+            for c in costs
+        ],
+    )
+    queries = v["trained_tokens"] / v["chunk_tokens"]
+    print_table(
+        f"{label}: looking up the neighbors of a training text, once: {queries / 1e9:.2f} billion queries",
+        ("chunks", "search", "$ on CPUs", "embed, GPU", "$ for that", "their ids"),
+        [
+            (
+                name_of(c.chunks),
+                duration(queries * c.query_core),
+                rounded(queries * c.query_core / 3600 * v["core_price"]),
+                duration(queries / v[f"{encoder}_gpu"]),
+                rounded(queries / v[f"{encoder}_gpu"] / 3600 * v["gpu_price"]),
+                amount(queries * v["id_bytes"]),
             )
             for c in costs
         ],

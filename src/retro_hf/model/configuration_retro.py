@@ -243,8 +243,9 @@ class RetroConfig(_RetroConfigMixin, PreTrainedConfig):
         may be given at any time.
     neighbor_size (`int`, *optional*, defaults to `2 * chunk_size`): tokens of one neighbor with its continuation,
         *r*.
-    cross_attention_layers (`list[int]`, *optional*): layers with CCA, **counted from 0**; every third from the
-        sixth by default, the paper's P = 6, 9, 12, … written [5, 8, 11, …].
+    cross_attention_layers (`list[int]`, *optional*): layers with CCA, **counted from 0**; by default every
+        third from the sixth, the paper's P = 6, 9, 12, … written [5, 8, 11, …]; in a backbone of fewer than 10 layers from
+        the middle.
     cross_attention_num_heads (`int`, *optional*): heads of CCA; the backbone's by default.
     cross_attention_head_dim (`int`, *optional*): width of a CCA head; the backbone's by default.
     cross_attention_placement (`str`, defaults to `"after_attention"`): `"after_attention"`, the paper's order

@@ -161,7 +161,8 @@ class RetroDataCollator:
         else:
             logger.warning_once(
                 f"The examples have no column {ID_COLUMN!r}, so their own documents in the datastore are known by their text alone. "
-                "If the dataset has it, Trainer dropped it: set `TrainingArguments(remove_unused_columns=False)`."
+                "If the dataset has it, Trainer dropped it: set `TrainingArguments(remove_unused_columns=False)`. If not, add it: for each "
+                "window an id, or a list of the ids of its documents."
             )
         lengths = np.array([len(ids) for ids in tokens])
         wanted = wanted_neighbors(retriever, self.num_neighbors)

@@ -97,8 +97,9 @@ def precompute_neighbors(
         duplicates = duplicates_in(dataset, datastore)
     elif not has_ids:
         logger.warning(
-            f"The dataset has no column {ID_COLUMN!r}, so its own documents in the datastore are known by their text alone. Rename "
-            f"the column of ids: `dataset.rename_column(..., {ID_COLUMN!r})`."
+            f"The dataset has no column {ID_COLUMN!r}, so its own documents in the datastore are known by their text alone. If "
+            f"another column has their ids, rename it: `dataset.rename_column(..., {ID_COLUMN!r})`. If none has, add one: for each window "
+            "an id, or a list of the ids of its documents."
         )
     num_copied = 0
 
