@@ -161,3 +161,21 @@ def test_the_fingerprint_tells_how_added_tokens_match():
 
 def test_fingerprint_distinguishes_vocabularies(tokenizer):
     assert tokenizer_fingerprint(make_tokenizer(vocab_size=380)) != tokenizer_fingerprint(tokenizer)
+
+
+@pytest.mark.parametrize("starts", [None, np.array([0, 8, 16, 24])])
+def test_neighbors_of_a_million_tokens_cost_what_they_have(starts, monkeypatch):
+    """A stranger's store may say that neighbors have a million tokens: what is no token of a document is not computed."""
+    taken = []
+    take = np.take
+    monkeypatch.setattr(np, "take", lambda *args, **options: taken.append(take(*args, **options)) or taken[-1])
+    tokens, layout = np.arange(1, 33, dtype=np.uint16), (np.array([0, 3, 4]), np.array([20, 5]))
+    ids = np.array([[0, 2], [3, -1]])
+    options = {"chunk_size": 8, "chunk_starts": starts}
+    short = gather_tokens(ids, tokens, *layout, neighbor_size=24, **options)
+    long = gather_tokens(ids, tokens, *layout, neighbor_size=1 << 20, **options)
+    for few, many in zip(short, long, strict=True):
+        assert many.shape == (2, 2, 1 << 20) and many.dtype == np.int64
+        assert np.array_equal(few, many[..., :24]) and not many[..., 24:].any()
+    assert short[1].sum(axis=-1).tolist() == [[20, 4], [5, 0]]
+    assert max(part.size for part in taken) <= 4 * 24

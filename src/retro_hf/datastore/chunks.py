@@ -88,20 +88,30 @@ def gather_tokens(
     else:
         left = doc_lengths[documents] - (chunk_starts[chunks] - chunk_starts[first])
     left = np.where(known, np.minimum(left, neighbor_size), 0).astype(np.int32)
-    mask = np.arange(neighbor_size, dtype=np.int32) < left[:, None]
+    # What is longer than the longest neighbor is not made: a store may say that neighbors have a million tokens.
+    longest = max(int(left.max(initial=0)), 1)
+    mask = np.arange(longest, dtype=np.int32) < left[:, None]
     if chunk_starts is None:
         # Copy whole chunks, also those behind the end of the document, and mask them: cheaper than selecting tokens. The
         # last chunk of the stream stands in for chunks behind its end.
-        width, rows = num_chunks_of(neighbor_size, chunk_size), tokens.reshape(-1, chunk_size)
+        width, rows = num_chunks_of(longest, chunk_size), tokens.reshape(-1, chunk_size)
         following = np.minimum(chunks[:, None] + np.arange(width), len(rows) - 1)
-        found = np.take(rows, following, axis=0).reshape(len(flat), width * chunk_size)[:, :neighbor_size]
+        found = np.take(rows, following, axis=0).reshape(len(flat), width * chunk_size)[:, :longest]
     else:
-        following = np.minimum(chunk_starts[chunks][:, None] + np.arange(neighbor_size), len(tokens) - 1)
+        following = np.minimum(chunk_starts[chunks][:, None] + np.arange(longest), len(tokens) - 1)
         found = np.take(tokens, following)
     # Masked in the narrow dtype of the stream, which is twice as fast as after the conversion.
     np.multiply(found, mask, out=found)
-    shape = (*chunk_ids.shape, neighbor_size)
-    return found.astype(np.int64).reshape(shape), mask.astype(np.int64).reshape(shape)
+    return _widened(found, chunk_ids.shape, neighbor_size), _widened(mask, chunk_ids.shape, neighbor_size)
+
+
+def _widened(rows: np.ndarray, shape: tuple[int, ...], width: int) -> np.ndarray:
+    """Rows as int64 of shape `(*shape, width)`, filled up with zeros."""
+    if rows.shape[1] == width:
+        return rows.astype(np.int64).reshape(*shape, width)
+    wide = np.zeros((len(rows), width), dtype=np.int64)
+    wide[:, : rows.shape[1]] = rows
+    return wide.reshape(*shape, width)
 
 
 def text_starts(spans: list[tuple[int, int]], first_tokens: np.ndarray) -> np.ndarray:
