@@ -548,3 +548,43 @@ def test_a_model_is_not_saved_into_a_file(tmp_path):
     for nothing in (3, 2**70, 1.5, "", []):
         with pytest.raises(ValueError, match="folder of the model"):
             RetroForCausalLM.from_pretrained(nothing)
+
+
+NO_CONFIGS = ["[]", "5", "null", '"x"', "", "NaN", "\x00", "[" * 100_000, '{"a":' * 100_000 + "1" + "}" * 100_000]
+
+
+@pytest.mark.parametrize("where", ["folder", "hub", "retrofit"])
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_configs_that_are_none(tmp_path, name, where):
+    """Transformers raises anything for JSON that is no object, or reads ten gigabytes of zeros first."""
+    model = tiny_retro("llama") if where != "retrofit" else tiny_backbone("llama")
+    model.save_pretrained(tmp_path / "model")
+    load = retrofit if where == "retrofit" else RetroForCausalLM.from_pretrained
+    for content in NO_CONFIGS:
+        (tmp_path / "model" / name).write_text(content)
+        with pytest.raises(ValueError, match="configuration"):
+            load(put_on_hub("org/configs", tmp_path / "model") if where == "hub" else tmp_path / "model")
+    if where != "hub":
+        os.truncate(tmp_path / "model" / name, 10 << 30)
+        with pytest.raises(ValueError, match="10,737,418,240 bytes"):
+            load(tmp_path / "model")
+
+
+@pytest.mark.parametrize("dtype", [5, "x", [], [None], True])
+def test_values_that_a_config_cannot_have(tmp_path, dtype):
+    """A dtype that is none raised from deep inside; in a config of ours as in that of a base."""
+    for load, model in ((RetroForCausalLM.from_pretrained, tiny_retro("llama")), (retrofit, tiny_backbone("llama"))):
+        model.save_pretrained(tmp_path / "model")
+        file = tmp_path / "model" / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"dtype": dtype}))
+        with pytest.raises(ValueError, match="dtype|cannot be loaded"):
+            load(tmp_path / "model")
+
+
+@pytest.mark.parametrize("change", [{"weight_map": {}}, {"metadata": None}, {"metadata": 5}, {"metadata": []}])
+def test_weight_maps_that_are_none(tmp_path, change):
+    tiny_retro("llama").save_pretrained(tmp_path, max_shard_size="16KB")
+    file = tmp_path / "model.safetensors.index.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(ValueError, match="weight map"):
+        RetroForCausalLM.from_pretrained(tmp_path)

@@ -17,6 +17,8 @@ from typing import Any
 MAX_JSON_BYTES = 16 << 20
 _MAX_WEIGHT_MAP_BYTES = 64 << 20
 _MAX_NESTING = 256
+# Files that libraries read as a whole; the largest vocabularies have a quarter of these bytes.
+_PARSED, _MAX_PARSED_BYTES = (".json", ".jinja", ".model", ".txt"), 128 << 20
 
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 # Names that Windows takes for devices, whatever their suffix.
@@ -258,6 +260,9 @@ def _check_values(name: str, content: Any) -> None:
 def check_pretrained_folder(folder: str | os.PathLike[str]) -> None:
     """Check a local folder before transformers opens it: its files, what they name, and their weight maps."""
     check_folder(folder)
+    for entry in os.scandir(folder):
+        if entry.name.endswith(_PARSED) and (size := entry.stat().st_size) > _MAX_PARSED_BYTES:
+            raise ValueError(f"{entry.name!r} has {size:,} bytes, more than {_MAX_PARSED_BYTES:,}")
     templates = Path(folder) / "additional_chat_templates"
     if templates.is_dir():
         check_folder(templates)

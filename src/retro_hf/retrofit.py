@@ -12,7 +12,7 @@ from .errors import PretrainedNotFoundError, UnsupportedBackboneError
 from .model.backbone_retro import fingerprint, placement
 from .model.configuration_retro import RetroConfig, RetroEncoderConfig
 from .model.modeling_retro import READER_MODULES, RetroForCausalLM
-from .model.names_retro import check_weights
+from .model.names_retro import check_weights, explaining
 from .model.readers_retro import traits_of
 
 
@@ -128,7 +128,8 @@ def _load_base(name: str, revision: str | None, base_kwargs: dict[str, Any]) -> 
         # No question at the terminal: code of a checkpoint runs only if the caller says so.
         options = {"revision": revision or "main", "trust_remote_code": False, **base_kwargs}
         check_weights(name, options)
-        return AutoModelForCausalLM.from_pretrained(name, **options)
+        with explaining(name):
+            return AutoModelForCausalLM.from_pretrained(name, **options)
     except OSError as error:
         raise PretrainedNotFoundError.for_name("model", name, error) from error
     except ValueError as error:

@@ -19,7 +19,7 @@ from .backbone_retro import fingerprint, placement
 from .card_retro import read_evaluation, write_card
 from .configuration_retro import RetroConfig
 from .inputs_retro import check_names
-from .names_retro import HUB_ARGUMENTS, check_folder_name, check_peft_base, check_weights
+from .names_retro import HUB_ARGUMENTS, check_folder_name, check_peft_base, check_weights, explaining
 from .retriever_protocol_retro import Retriever
 
 
@@ -193,6 +193,20 @@ class RetroAdapterMixin(PreTrainedModel):
         check_names({name: kwargs[name] for name in kwargs if name not in cls.config_class.__dataclass_fields__})
         if path is not None:
             check_weights(path, kwargs)
+        with explaining(path):
+            loaded = cls._load(path, config, hub, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if model.config.freeze_backbone:
+            model.base_model.backbone.requires_grad_(False)  # loading makes new parameters
+        if isinstance(retriever, str):
+            retriever = _open_retriever(retriever, path, model.config)
+        if retriever is not None:
+            model.set_retriever(retriever)
+        return loaded
+
+    @classmethod
+    def _load(cls, path: str | os.PathLike | None, config: Any, hub: dict, *args: Any, **kwargs: Any) -> Any:
+        """The model, with what was missing if `output_loading_info` asks for it."""
         asked = kwargs.pop("reader", getattr(config, "reader", None))
         if asked is not None and path is not None:
             _check_reader(path, asked, cls.config_class, hub)
@@ -209,23 +223,14 @@ class RetroAdapterMixin(PreTrainedModel):
                 config.backbone_name_or_path, config.backbone_revision = os.fspath(where), None
         try:
             if base_path is None or config.save_backbone:
-                loaded = super().from_pretrained(path, *args, config=config, **kwargs)
-                model = loaded[0] if isinstance(loaded, tuple) else loaded
-            else:
-                model, info = cls._from_adapter(base_path, config, hub, **kwargs)
-                loaded = (model, info) if kwargs.get("output_loading_info") else model
-                if peft_path is not None:
-                    model.load_adapter(peft_path, kwargs.get("adapter_name"), adapter_kwargs=hub | peft_hub)
+                return super().from_pretrained(path, *args, config=config, **kwargs)
+            model, info = cls._from_adapter(base_path, config, hub, **kwargs)
+            if peft_path is not None:
+                model.load_adapter(peft_path, kwargs.get("adapter_name"), adapter_kwargs=hub | peft_hub)
+            return (model, info) if kwargs.get("output_loading_info") else model
         except SafetensorError as error:
             message = f"The weights in '{path}' are damaged or not complete: {error}. Copy or download them again."
             raise OSError(message) from error
-        if model.config.freeze_backbone:
-            model.base_model.backbone.requires_grad_(False)  # loading makes new parameters
-        if isinstance(retriever, str):
-            retriever = _open_retriever(retriever, path, model.config)
-        if retriever is not None:
-            model.set_retriever(retriever)
-        return loaded
 
     @classmethod
     def _from_adapter(cls, path: str | os.PathLike, config: RetroConfig, hub: dict, **kwargs: Any) -> tuple[Any, dict]:

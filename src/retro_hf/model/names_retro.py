@@ -17,8 +17,8 @@ import json
 import os
 import re
 import stat
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
@@ -28,7 +28,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME, cach
 HUB_ARGUMENTS = ("revision", "subfolder", "cache_dir", "force_download", "local_files_only", "proxies", "token")
 """Arguments of `from_pretrained` that say where a checkpoint is. `revision` and `subfolder` belong to an adapter; the others also
 apply to its backbone."""
-_MAX_WEIGHT_MAP_BYTES = 64 << 20
+_MAX_WEIGHT_MAP_BYTES, _MAX_CONFIG_BYTES = 64 << 20, 16 << 20
+_CONFIGS = ("config.json", "generation_config.json", "adapter_config.json")
 _FILE = re.compile(r"\w[\w.-]*", re.ASCII)
 _REVISION = re.compile(r"\w[\w.-]*(/[\w.-]+)*", re.ASCII)
 
@@ -106,10 +107,11 @@ def check_folder_name(folder: Any, saves: bool = False) -> None:
 
 
 def check_weights(name: str | os.PathLike[str], arguments: Mapping[str, Any]) -> None:
-    """Check where weights will be read from: regular files, and weight maps that name files of their own folder.
+    """Check where weights will be read from: regular files, configs that are objects, and weight maps that name files of their own
+    folder.
 
     Args:
-        name (`str` or `os.PathLike`): a folder, or a name on the Hub. Of the latter, the weight map is downloaded.
+        name (`str` or `os.PathLike`): a folder, or a name on the Hub. Of the latter, configs and weight map are downloaded.
         arguments (`Mapping`): those of [`~transformers.PreTrainedModel.from_pretrained`], such as `revision` and `variant`.
     Raises:
         ValueError: for anything else, with its name.
@@ -120,12 +122,12 @@ def check_weights(name: str | os.PathLike[str], arguments: Mapping[str, Any]) ->
     where = {key: arguments[key] for key in HUB_ARGUMENTS if key in arguments}
     variant = arguments.get("variant")
     quiet = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors", "gated_repo")}
-    for index in (SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME):
-        stem, end = os.path.splitext(index)
+    maps = [os.path.splitext(index) for index in (SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME)]
+    for file in (*_CONFIGS, *(f"{stem}.{variant}{end}" if variant else stem + end for stem, end in maps)):
         with suppress(OSError):  # without the repository, loading the weights fails, and says why
-            file = cached_file(name, f"{stem}.{variant}{end}" if variant else index, **where, **quiet)
-            if file is not None:
-                _check_weight_map(file)
+            found = cached_file(name, file, **where, **quiet)
+            if found is not None:
+                _check_json(found)
 
 
 def _check_files(folder: str) -> None:
@@ -133,24 +135,45 @@ def _check_files(folder: str) -> None:
         mode = os.stat(entry.path).st_mode if os.path.exists(entry.path) else stat.S_IFREG
         if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
             raise ValueError(f"{entry.name!r} in '{folder}' is a pipe or a device, not a file. Remove it.")
-        if entry.name.endswith(".index.json") and entry.is_file():
-            _check_weight_map(entry.path)
+        if (entry.name.endswith(".index.json") or entry.name in _CONFIGS) and entry.is_file():
+            _check_json(entry.path)
 
 
-def _check_weight_map(file: str) -> None:
-    size = os.path.getsize(file)
-    if size > _MAX_WEIGHT_MAP_BYTES:
-        raise ValueError(f"'{file}' has {size:,} bytes, more than {_MAX_WEIGHT_MAP_BYTES:,}.")
+def _check_json(file: str) -> None:
+    """Check the size and the form of a config or a weight map, and what the latter names."""
+    is_map = file.endswith(".index.json")
+    kind, limit = ("weight map", _MAX_WEIGHT_MAP_BYTES) if is_map else ("configuration", _MAX_CONFIG_BYTES)
+    if (size := os.path.getsize(file)) > limit:
+        raise ValueError(f"'{file}' has {size:,} bytes, more than {limit:,}.")
     try:
         with open(file, encoding="utf-8") as opened:
-            names = set(json.load(opened)["weight_map"].values())
+            content = json.load(opened)
+        names = list(content["weight_map"].values()) if is_map else []
+        if not isinstance(content, dict) or not isinstance(content.get("metadata", {}), dict) or is_map and not names:
+            raise ValueError("it does not hold what it should")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"'{file}' is no weight map ({type(error).__name__}). Copy or download it again.") from error
+        raise ValueError(f"'{file}' is no {kind} ({type(error).__name__}). Copy or download it again.") from error
     if strange := [name for name in names if not isinstance(name, str) or not _FILE.fullmatch(name)]:
         raise ValueError(
             f"'{file}' names the file {strange[0]!r:.200}; a weight map names files of its own folder only. Copy or "
             "download the model again."
         )
+
+
+@contextmanager
+def explaining(name: Any) -> Iterator[None]:
+    """Explain what transformers raises for values that a config cannot have, such as a dtype that is none.
+
+    Raises:
+        ValueError: for errors that name neither the file nor a remedy.
+    """
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, OverflowError, RecursionError) as error:
+        raise ValueError(
+            f"'{name}' cannot be loaded ({type(error).__name__}: {error}). Its config is damaged, or an argument has a value that "
+            "it cannot have: look at these, or copy or download the model again."
+        ) from error
 
 
 __all__ = [
@@ -159,6 +182,7 @@ __all__ = [
     "check_peft_base",
     "check_saved_names",
     "check_weights",
+    "explaining",
     "is_hub_name",
     "is_local",
 ]
