@@ -8,7 +8,13 @@ import pytest
 import torch
 
 from retro_hf.datastore import ChunkEmbedder, EmbeddingSearcher, HybridSearcher, LexicalSearcher, RetroDatastore
-from retro_hf.errors import DatastoreInputError, DatastoreMismatchError, PretrainedNotFoundError, RetrieverError, RetroError
+from retro_hf.errors import (
+    DatastoreInputError,
+    DatastoreMismatchError,
+    PretrainedNotFoundError,
+    RetrieverError,
+    RetroError,
+)
 from retro_hf.passages import find_passages
 from retro_hf.retriever import RetroRetriever
 
