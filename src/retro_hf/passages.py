@@ -110,17 +110,19 @@ def _starts(datastore: RetroDatastore, chunk_ids: np.ndarray, num_passages: int)
     Returns:
         Two `np.ndarray` of int64 and shape `(num_questions, num_passages)`, -1 for none.
     """
-    first = datastore.first_chunks(np.maximum(datastore.document_of(chunk_ids), 0))
+    owners = datastore.document_of(chunk_ids)
+    first = datastore.first_chunks(np.maximum(owners, 0))
     room = datastore.neighbor_size - datastore.gather(chunk_ids)[1].sum(axis=-1)
     begins = np.maximum(first, chunk_ids - room // datastore.chunk_size)
     width = datastore.neighbor_size // datastore.chunk_size
     starts = np.full((len(chunk_ids), num_passages), -1, dtype=np.int64)
     found_at = np.full_like(starts, -1)
-    for row, (found, moved) in enumerate(zip(chunk_ids.tolist(), begins.tolist(), strict=True)):
-        kept: list[tuple[int, int]] = []
-        for place, (chunk, begin) in enumerate(zip(found, moved, strict=True)):
-            if chunk >= 0 and not any(start <= chunk < start + width for start, _ in kept):
-                kept.append((begin, place))
-        for column, (start, place) in enumerate(kept[:num_passages]):
+    for row, found in enumerate(zip(chunk_ids.tolist(), begins.tolist(), owners.tolist(), strict=True)):
+        kept: list[tuple[int, int, int]] = []
+        for place, (chunk, begin, owner) in enumerate(zip(*found, strict=True)):
+            # A passage ends with its document, so the next chunk may be one of another document.
+            if chunk >= 0 and not any(own == owner and start <= chunk < start + width for start, _, own in kept):
+                kept.append((begin, place, owner))
+        for column, (start, place, _) in enumerate(kept[:num_passages]):
             starts[row, column], found_at[row, column] = start, place
     return starts, found_at

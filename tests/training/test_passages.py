@@ -109,6 +109,21 @@ def test_number_of_passages_is_that_of_the_error(store):
         find_passages(retriever, ["which"], 100_000)
 
 
+def test_document_after_a_short_one_is_a_passage_of_its_own(world, tmp_path):
+    """A passage of 16 tokens that begins in a document of one chunk would reach into the next document; it ends before."""
+    documents = [{"id": name, "title": name, "text": f" {name}"} for name in WORDS[:3]]
+    store = RetroDatastore.build(
+        documents,
+        tmp_path / "store",
+        tokenizer=world.tokenizer,
+        embedder=world.embedder,
+        chunk_size=8,
+        neighbor_size=16,
+    )
+    assert found(store, 0, 1, 2) == [("one", 1), ("two", 1), ("three", 1)]
+    assert found(store, 1, 2, 0, num_passages=2) == [("two", 1), ("three", 1)]
+
+
 def test_questions_find_their_documents(world):
     """By embeddings and by words; order is that of the search, and rows keep their other columns."""
     numbers = [3, 11, 25]
