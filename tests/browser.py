@@ -37,7 +37,8 @@ _FLAGS = [
 _LAUNCHER = (
     "import os, sys; os.dup2(int(sys.argv[1]), 3); os.dup2(int(sys.argv[2]), 4); os.execv(sys.argv[3], sys.argv[3:])"
 )
-_KEYS = {"Tab": 9, "Enter": 13, "ArrowUp": 38, "ArrowDown": 40}
+_KEYS = {"Tab": 9, "Enter": 13, " ": 32, "ArrowUp": 38, "ArrowDown": 40}
+_TEXTS = {"Enter": {"text": "\r"}, " ": {"text": " "}}
 
 
 class Browser:
@@ -154,7 +155,7 @@ class Browser:
     def press(self, key: str) -> None:
         """Press and release a key."""
         common = {"key": key, "code": key, "windowsVirtualKeyCode": _KEYS[key]}
-        self.call("Input.dispatchKeyEvent", type="keyDown", **common, **({"text": "\r"} if key == "Enter" else {}))
+        self.call("Input.dispatchKeyEvent", type="keyDown", **common, **_TEXTS.get(key, {}))
         self.call("Input.dispatchKeyEvent", type="keyUp", **common)
 
     def screenshot(self, path: Path, selector: str = "html") -> None:

@@ -143,7 +143,10 @@ def sync(
 def delete(
     store: Folder, ids: Annotated[list[str], typer.Argument(help="Ids of documents, as `retro search` shows them.")]
 ) -> None:
-    """Delete documents: they are never found again. `retro compact` removes them from the disk."""
+    """Delete documents: they are not found any more. `retro compact` removes them from the disk.
+
+    `retro sync` adds a deleted document again if its file is still in the folder.
+    """
     _load_datastore(store).delete(ids)
     say(f"documents deleted from {store}: {len(ids):,}; `retro compact {store}` removes them from the disk")
 
@@ -160,7 +163,7 @@ def compact(store: Folder) -> None:
 def search(
     store: Annotated[str, typer.Argument(help=STORE)],
     query: Annotated[str, typer.Argument(help="The text to look up.")],
-    num_neighbors: Annotated[int, typer.Option("-k", min=1, help="Number of neighbors.")] = 2,
+    num_neighbors: Annotated[int, typer.Option("-k", min=1, help="Number of passages to show.")] = 2,
     embedder: Embedder = None,
     min_score: MinScore = None,
     bm25: Annotated[bool, typer.Option("--bm25", help="Search by words instead of vectors.")] = False,

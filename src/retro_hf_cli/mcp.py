@@ -17,7 +17,8 @@ def mcp(
 ) -> None:
     """Let agents search a datastore, through the Model Context Protocol on standard input and output.
 
-    Put the command into the settings of the agent: {"command": "retro", "args": ["mcp", "/path/to/store"]}.
+    Put the command into the settings of the agent: {"command": "/path/to/retro", "args": ["mcp", "/path/to/store"]}. The agent
+    passes few variables on: add "env": {"HF_HOME": "/path"} if you need it, or --embedder FOLDER.
     """
     from retro_hf import extras
 

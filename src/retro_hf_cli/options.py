@@ -25,7 +25,7 @@ Split = Annotated[
 ]
 MinScore = Annotated[
     float | None,
-    typer.Option(help="Leave out passages with a lower score. `retro search` shows scores. Default: none."),
+    typer.Option(help="Leave out passages with a lower score. `retro search` shows scores. Default: all are read."),
 ]
 Workers = Annotated[int, typer.Option(min=1, help="Number of processes that share the work.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -34,7 +34,12 @@ Base = Annotated[
     str | None, typer.Option(help="Folder of the base of an adapter that does not name it, or that has moved.")
 ]
 Dtype = Annotated[str, typer.Option(help="Dtype of the weights: float32, bfloat16, or auto for the checkpoint's.")]
-NumNeighbors = Annotated[int | None, typer.Option("-k", min=1, help="Neighbors per chunk. Default: the store's.")]
+NumNeighbors = Annotated[
+    int | None,
+    typer.Option(
+        "-k", min=1, help="Passages that a question, or each chunk of a text, reads. Default: the store's number."
+    ),
+]
 
 
 def open_retriever(store: str, embedder: str | None, tokenizer: Any = None, min_score: float | None = None) -> Any:

@@ -76,7 +76,7 @@ def test_both_answers_are_those_of_the_server(page, server):
 
 
 def test_a_chunk_shows_its_passages_by_mouse_and_by_keyboard(page):
-    """With document, score and text."""
+    """With document and text."""
     page.click("#on .chunk:nth-of-type(2)")
     assert page.evaluate("document.querySelector('#on .chunk:nth-of-type(2)').getAttribute('aria-expanded')") == "true"
     assert "tokens 9 to 16" in page.evaluate("document.getElementById('passages').textContent")
@@ -84,8 +84,23 @@ def test_a_chunk_shows_its_passages_by_mouse_and_by_keyboard(page):
     page.press("Enter")
     text = page.evaluate("document.getElementById('passages').innerText")
     assert "Looked up: the golden lighthouse" in text
-    assert "score 0." in text
     assert page.evaluate("document.activeElement.id") == "passages"
+
+
+def test_numbers_are_shown_by_the_details_switch_alone(page):
+    """By mouse and by keyboard; colleagues who know nothing of them see none."""
+    text = "document.body.innerText"
+    assert page.evaluate("document.getElementById('details').checked") is False
+    shown = page.evaluate(text)
+    assert "score 0." not in shown and " bits" not in shown and "tokens" not in shown
+    assert page.evaluate("document.getElementById('seed').checkVisibility()") is False
+    page.click("#details")
+    shown = page.evaluate(text)
+    assert "score 0." in shown and " bits on " in shown and "tokens 1 to 8" in shown
+    assert page.evaluate("document.getElementById('seed').checkVisibility()") is True
+    page.evaluate("document.getElementById('details').focus()")
+    page.press(" ")
+    assert "score 0." not in page.evaluate(text)
 
 
 def test_markup_in_the_store_is_shown_and_not_run(page, server):
@@ -136,8 +151,11 @@ def test_nothing_is_wider_than_the_window(page, width):
 
 def test_every_control_has_a_name_for_screen_readers(page):
     """By its text, its label or its `aria-label`."""
+    page.click("#details")
     tree = page.call("Accessibility.getFullAXTree")["nodes"]
-    controls = [node for node in tree if node.get("role", {}).get("value") in ("button", "textbox", "spinbutton")]
+    roles = ("button", "switch", "textbox", "spinbutton")
+    controls = [node for node in tree if node.get("role", {}).get("value") in roles]
+    assert {node["role"]["value"] for node in controls} == set(roles)
     assert len(controls) >= 8
     assert all(node["name"]["value"].strip() for node in controls if not node["ignored"])
 
