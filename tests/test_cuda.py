@@ -12,6 +12,7 @@ from datastore.fixtures import corpus
 from tiny import hash_retriever, neighbors_from, random_ids, random_neighbors, tiny_backbone, tiny_retro
 from tiny_questions import tokenized
 from tiny_training import make_model, make_trainer, make_world
+from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM
 from transformers.cache_utils import StaticCache
 
@@ -132,6 +133,22 @@ def test_generation_is_that_of_the_cpu():
         ]
         full = device(whole, use_cache=False, **neighbors_from(hash_retriever(), whole)).logits
     torch.testing.assert_close(torch.cat(pieces, dim=1), full, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["retro_decoder", "llama"])
+def test_steps_of_a_static_cache_are_one_cuda_graph(family):
+    """Compiled without being asked, from border to border, also in the next call; the tokens are those of eager steps."""
+    _, model = both(family)
+    options = {"retriever": hash_retriever(), "max_new_tokens": 14, "cache_implementation": "static", **GREEDY}
+    inputs = on_gpu(left_padded([3, 9, 6]))
+    for offset in (None, torch.tensor([3, 1, 0])):
+        expected = model.generate(**inputs, chunk_offset=offset, disable_compile=True, **options)
+        torch.compiler.reset()
+        counters.clear()
+        for _ in range(2):
+            assert torch.equal(model.generate(**inputs, chunk_offset=offset, **options), expected)
+        assert counters["stats"]["unique_graphs"] == 1
+        assert counters["inductor"]["cudagraph_skips"] == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -11,7 +11,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.cache_utils import DynamicCache, StaticCache
 from transformers.generation import (
-    CompileConfig,
     LogitsProcessor,
     MaxLengthCriteria,
     StoppingCriteria,
@@ -206,18 +205,6 @@ class TestSameAsAFullForwardPass:
             config = model.config.text_config
             given = {CACHE_NAME: cache(config=config, **({"max_cache_len": 20} if cache is StaticCache else {}))}
         assert torch.equal(model.generate(**inputs, **given, **options), expected)
-
-    def test_steps_are_not_compiled(self, llama, monkeypatch, caplog):
-        """As transformers would with a static cache, of itself on a GPU and on request elsewhere; the request is answered."""
-        caplog.set_level(logging.WARNING, logger="transformers")
-        monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
-        monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: pytest.fail("a step was compiled"))
-        asked = CompileConfig()
-        asked._compile_all_devices = True
-        options = dict(retriever=hash_retriever(), max_new_tokens=5, cache_implementation="static", **GREEDY)
-        found = llama.generate(random_ids(2, 5), compile_config=asked, **options)
-        assert torch.equal(found, llama.generate(random_ids(2, 5), **options))
-        assert "`compile_config` is ignored" in caplog.text
 
     def test_without_a_cache(self, model):
         """`use_cache=False` recomputes everything and finds the same."""

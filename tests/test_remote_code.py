@@ -19,6 +19,7 @@ MODEL_FILES = {
     "backbone_retro.py",
     "cache_retro.py",
     "card_retro.py",
+    "compiled_steps_retro.py",
     "compatibility_retro.py",
     "configuration_retro.py",
     "generation_retro.py",

@@ -108,10 +108,10 @@ def tiny_retro(
     return randomize(RetroForCausalLM(RetroConfig(**fields)), scale, seed).eval()
 
 
-def two_layer_retro(family: str) -> RetroForCausalLM:
+def two_layer_retro(family: str, **config) -> RetroForCausalLM:
     """One layer without cross-attention and one with it, for tests that trace a model: that takes time for each layer."""
     layers = {"n_layer" if family == "gpt2" else "num_hidden_layers": 2}
-    return tiny_retro(family, layers, cross_attention_layers=[1])
+    return tiny_retro(family, layers, cross_attention_layers=[1], **config)
 
 
 def random_ids(*shape: int, seed: int = 0, vocab_size: int = VOCAB_SIZE) -> torch.LongTensor:

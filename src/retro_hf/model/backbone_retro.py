@@ -393,8 +393,8 @@ def attach_hooks(backbone: PreTrainedModel, config: RetroConfig) -> None:
         )
 
 
-def run_within(retro_pass: HookedPass | AttendingPass, module: nn.Module, inputs: dict[str, Any]) -> Any:
-    """Run `module(**inputs)`, the backbone or its body, while `retro_pass` is the active pass."""
+def run_within(retro_pass: HookedPass | AttendingPass | None, module: nn.Module, inputs: dict[str, Any]) -> Any:
+    """Run `module(**inputs)`, the backbone or its body, while `retro_pass` is the active pass; None is none."""
     # If `torch.compile` has given up on the caller, it would still compile the backbone, where it does not see the pass.
     run = _call if torch.compiler.is_compiling() else torch.compiler.disable(_call)
     token = active_pass.set(retro_pass)

@@ -85,8 +85,10 @@ class PassPlan:
         return None if self.state is None else self.state.neighbor_size
 
     @property
-    def places(self) -> list[int] | None:
-        """The place of each row's token in its attending chunk, from 0. None if the plan holds whole attending chunks."""
+    def places(self) -> int | torch.Tensor | None:
+        """The place of each row's token in its attending chunk, from 0: one number if all are equal, else a `torch.LongTensor`
+        of shape `(B,)`. None if the plan holds whole attending chunks.
+        """
         return None
 
     def take_completed(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
@@ -293,9 +295,12 @@ class StepPlan(PassPlan):
         device (`torch.device`): of the tokens.
     """
 
+    state: RetrievalState
+
     def __init__(self, state: RetrievalState, rows: list[int], neighbors: NeighborTokens | None, device: torch.device):
         size, positions = state.chunk_size, state.next_positions
         super().__init__((len(positions), 1), state, neighbors)
+        self.device = device
         self.kept = state.choose_kept([positions[row] // size for row in rows], [1] * len(rows), device, rows)
         if neighbors is not None:
             origins = [max(state.offsets[row] - positions[row] // size * size, 0) for row in rows]
@@ -317,10 +322,11 @@ class StepPlan(PassPlan):
                 self.attended_mask = self.attended_mask & has_chunk.unsqueeze(1)
 
     @property
-    def places(self) -> list[int] | None:
+    def places(self) -> int | torch.Tensor:
         # An attending chunk begins with the last token of a chunk (position m - 1, place 0), so places are one ahead of
         # positions.
-        return [(position + 1) % self.state.chunk_size for position in self.state.next_positions]
+        places = [(position + 1) % self.state.chunk_size for position in self.state.next_positions]
+        return places[0] if len(set(places)) == 1 else torch.tensor(places, device=self.device)
 
     def take_completed(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         self.state.write("hidden_states", self.state.next_positions, hidden_states)

@@ -13,15 +13,18 @@
 # limitations under the License.
 """Generation with retrieval: the `generate` of transformers, which retrieves once per completed chunk, and its trace."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from transformers import GenerationConfig
-from transformers.generation import GenerationMixin
+from transformers.generation import CompileConfig, GenerationMixin
 from transformers.utils import ModelOutput, logging
 
 from .cache_retro import chunk_offsets
 from .compatibility_retro import CACHE_NAME
+from .compiled_steps_retro import CompiledSteps
 from .configuration_retro import RetroConfig
 from .inputs_retro import check_prompt, vocabulary_of
 from .modeling_retro_decoder import RetroDecoderForCausalLM
@@ -221,10 +224,24 @@ class RetroGenerationMixin(GenerationMixin):
         return inputs | of_retrieval
 
     def _valid_auto_compile_criteria(self, model_kwargs: dict[str, Any], generation_config: GenerationConfig) -> bool:
-        # On a GPU transformers compiles the steps of a static cache, but with retrieval the host decides when a chunk completes.
+        # As in transformers: a static cache, and a GPU or a `compile_config` that asks for other devices.
+        if not super()._valid_auto_compile_criteria(model_kwargs, generation_config):
+            return False
+        reads = any(model_kwargs.get(name) is not None for name in ("retriever", "neighbor_input_ids"))
+        if traits_of(self.config.reader).compiles or not reads:
+            return True
         if generation_config.compile_config is not None:
-            logger.warning_once("`compile_config` is ignored: generation with retrieval is not compiled.")
+            logger.warning_once(
+                f"`compile_config` is ignored: with reader='{self.config.reader}' each chunk reads neighbors of other lengths, "
+                "and its steps are not compiled."
+            )
         return False
+
+    def get_compiled_call(self, compile_config: CompileConfig | None) -> Callable:
+        """The forward pass for `generate`, which compiles its steps from one chunk border to the next; see [`CompiledSteps`]."""
+        # A function of the model and not a method of this one: a copy of the model must not run with the weights of the first.
+        compiled = torch.compile(type(self.model)._run, **(compile_config or CompileConfig()).to_dict())
+        return partial(self, compiled_steps=CompiledSteps(compiled))
 
     def _get_candidate_generator(self, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any):
         if kwargs["generation_config"].assistant_early_exit is not None:

@@ -68,6 +68,7 @@ from .backbone_retro import (
 from .cache_retro import state_of
 from .chunking_retro import PassPlan
 from .compatibility_retro import CACHE_NAME, CACHE_NAMES, CHECKPOINTING, accept_cache_by_any_name
+from .compiled_steps_retro import CompiledSteps
 from .configuration_retro import RetroConfig, RetroDecoderConfig, RetroEncoderConfig
 from .generation_retro import RetroGenerationMixin
 from .inputs_retro import (
@@ -425,14 +426,13 @@ class RetroPass:
             table = position_features(table, like.shape[-1], like.dtype)
             if plan.state is not None:
                 plan.state.features = table
-        if plan.places is None:
+        places = plan.places
+        if places is None:
             return table
         # A step has one query per row. Its R distances lie next to each other in the table; those of a query one place later in
         # its chunk begin one entry earlier.
-        first = [size - 1 - place for place in plan.places]
         windows = table.unfold(0, plan.neighbor_size, 1)
-        window = windows[first[0] if len(set(first)) == 1 else torch.tensor(first, device=like.device)]
-        return window.transpose(-1, -2)
+        return windows[size - 1 - places].transpose(-1, -2)
 
     def _check_shape(self, layer_idx: int, hidden_states: torch.Tensor) -> None:
         shape = self.plan.shape
@@ -461,8 +461,6 @@ class RetroPass:
             )
         if self.output_attentions and isinstance(outputs, ModelOutput):
             outputs["cross_attentions"] = tuple(self.cross_attentions.values())
-        if self.plan.state is not None:
-            self.plan.commit()
 
 
 READER_MODULES: dict[str, type[RetroReader] | type[ParallelContextReader]] = {
@@ -627,8 +625,9 @@ class RetroModel(RetroPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
         # `generate` gives the 2-D padding mask where `attention_mask` is another one (static caches), and the tokens of a
-        # prompt whose embeddings are given.
+        # prompt whose embeddings are given. Where it compiles steps, it gives them, too.
         token_mask, token_ids = kwargs.pop("token_mask", None), kwargs.pop("token_ids", None)
+        steps = kwargs.pop("compiled_steps", None)
         text = (input_ids, inputs_embeds, attention_mask, position_ids)
         tokens = self._checked_tokens(text, past_key_values, kwargs)
         check_chunk_size(neighbor_chunk_size, self.config.chunk_size)
@@ -649,7 +648,8 @@ class RetroModel(RetroPreTrainedModel):
         if is_off or not reader.has_weights:
             warn_of_nothing_to_train(self.backbone, kwargs.get("labels"), self.config.reader)
         if is_off:
-            return module(**inputs, **{CACHE_NAME: past_key_values}, use_cache=use_cache)
+            run = RetroModel._run if steps is None else steps.run
+            return run(self, module, inputs | {CACHE_NAME: past_key_values, "use_cache": use_cache})
 
         if input_ids is None:
             unclear = state is None and (chunk_offset is None or neighbor_chunk_size is not None)
@@ -662,7 +662,7 @@ class RetroModel(RetroPreTrainedModel):
             read = torch.compiler.disable(read)
         mask = attention_mask if token_mask is None else token_mask
         sources = {"given": given, "retriever": retriever, "chunk_offset": chunk_offset}
-        return read(module, inputs, tokens, mask, position_ids, sources)
+        return read(module, inputs, tokens, mask, position_ids, sources, steps)
 
     def _checked_tokens(
         self, text: tuple[Any, Any, Any, Any], cache: Cache | None, others: dict[str, Any]
@@ -712,8 +712,9 @@ class RetroModel(RetroPreTrainedModel):
         mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
         sources: dict[str, Any],
+        steps: CompiledSteps | None,
     ) -> ModelOutput:
-        """Plan the pass, and run `module(**inputs)` within it; `sources` are arguments of `plan_pass`."""
+        """Plan the pass, run it, and count its tokens; `sources` are arguments of `plan_pass`."""
         size, cache = self.config.chunk_size, inputs[CACHE_NAME]
         state = None if cache is None else state_of(cache, len(tokens), sources["chunk_offset"], size)
         real = real_tokens(mask, position_ids, state, *tokens.shape[:2])
@@ -721,9 +722,23 @@ class RetroModel(RetroPreTrainedModel):
         if sources["retriever"] is not None or not torch.compiler.is_compiling():
             plan = torch.compiler.disable(plan)  # a retriever works on the host; the pass itself compiles
         planned = plan(tokens, real, size, state=state, **sources)
+        run = RetroModel._run
+        if steps is not None:
+            planned, run = steps.choose(planned, run)
+        outputs = run(self, module, inputs, planned, mask)
+        if state is not None:
+            planned.commit()
+        return outputs
+
+    def _run(
+        self, module: nn.Module, inputs: dict[str, Any], plan: PassPlan | None = None, mask: torch.Tensor | None = None
+    ) -> ModelOutput:
+        """Run `module(**inputs)` within a planned pass; without a plan, by itself. `generate` may compile this function."""
+        if plan is None:  # the hooks ask for the pass, but a graph cannot read a context variable that it has not set
+            return run_within(None, module, inputs) if torch.compiler.is_compiling() else module(**inputs)
         asked = inputs.get("output_attentions")
         attentions = self.config.output_attentions if asked is None else asked
-        retro_pass = self.retro.begin(self.backbone, planned, inputs, mask, attentions)
+        retro_pass = self.retro.begin(self.backbone, plan, inputs, mask, attentions)
         outputs = run_within(retro_pass, module, inputs)
         retro_pass.finish(outputs)
         return outputs
@@ -745,6 +760,8 @@ class RetroForCausalLM(RetroPreTrainedModel, RetroGenerationMixin):
         # Tokens cannot be removed from a recurrent state. With this flag `generate` refuses assisted decoding by name.
         self._is_stateful = self.model.backbone._is_stateful
         self.post_init()
+
+    get_compiled_call = RetroGenerationMixin.get_compiled_call  # PreTrainedModel has one, too
 
     def get_decoder(self) -> nn.Module:
         return self.model

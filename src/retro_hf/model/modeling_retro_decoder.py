@@ -98,13 +98,15 @@ class RetroDecoderPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
 
 
-def _distance_features(largest: int, num_distances: int, like: torch.Tensor, cache: Any) -> torch.Tensor:
-    """Features `(num_distances, hidden_size)` of `largest` and the distances below it.
+def _distance_features(
+    largest: int | torch.Tensor, num_distances: int, like: torch.Tensor, cache: Any
+) -> torch.Tensor:
+    """Features `(num_distances, hidden_size)` of `largest` and the distances below it. A static cache counts on the device.
 
     A step of generation needs all distances down to 0, one more than the step before. It takes them from the end of a
     table that is kept on the cache and made again every `FEATURE_BLOCK` steps.
     """
-    if cache is None or num_distances != largest + 1:
+    if cache is None or isinstance(largest, torch.Tensor) or num_distances != largest + 1:
         return position_features(largest - torch.arange(num_distances, device=like.device), like.shape[-1], like.dtype)
     table = getattr(cache, "position_features", None)
     if table is None or len(table) < num_distances:
@@ -144,7 +146,7 @@ class RetroDecoderModel(RetroDecoderPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         num_queries = inputs_embeds.shape[1]
-        num_past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        num_past = 0 if past_key_values is None else past_key_values.get_seq_length()
         num_keys = num_queries if past_key_values is None else past_key_values.get_mask_sizes(num_queries, 0)[0]
         causal_mask = create_causal_mask(
             config=self.config,

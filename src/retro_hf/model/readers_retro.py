@@ -11,7 +11,7 @@ class ReaderTraits(NamedTuple):
         has_weights (`bool`): whether it adds weights, which are trained. Without any, the base itself reads, as it is.
         reads_question (`bool`): whether all tokens of a question read its passages; if not, its last token is the first one
             that does. A base without training must see the passages when it reads the question: it then answers far better.
-        compiles (`bool`): whether `torch.compile` can compile a pass that reads.
+        compiles (`bool`): whether `torch.compile` can compile a pass that reads, and `generate` its steps.
         sentence (`str`): what a model card says of it; `{layers}` are the layers that read.
     """
 
