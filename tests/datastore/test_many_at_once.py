@@ -19,7 +19,7 @@ from retro_hf.datastore import EmbeddingSearcher, RetroDatastore
 from retro_hf.datastore.atomic_files import new_folder, partial_folder, write_file
 from retro_hf.datastore.store_generation import Generation
 from retro_hf.errors import DatastoreReadError
-from retro_hf.locks import Lock
+from retro_hf.locks import Lock, lazy
 from retro_hf.outside import check_folder
 from retro_hf.retriever import RetroRetriever
 
@@ -247,6 +247,31 @@ def test_forked_child_looks_up_whatever_the_parents_threads_hold(store, embedder
         done.set()
         thread.join()
     assert found[0] == expected.tolist()
+
+
+def test_forked_child_reads_a_property_that_a_thread_of_the_parent_was_computing():
+    """The one of `functools` has a lock for all objects, which the child would find taken for ever."""
+    entered, done = threading.Event(), threading.Event()
+
+    class Kept:
+        @lazy
+        def value(self) -> list[int]:
+            if threading.current_thread() is thread:
+                entered.set()
+                done.wait()
+            return [5]
+
+    first, others = Kept(), Kept()
+    thread = threading.Thread(target=lambda: first.value)
+    thread.start()
+    entered.wait()
+    try:
+        assert in_child(lambda: [others.value, first.value]) == [[5], [5]]
+        kept = first.value
+    finally:
+        done.set()
+        thread.join()
+    assert first.value is kept
 
 
 def _index_locks() -> list[Lock]:

@@ -1,5 +1,6 @@
 """Neighbors of a training set: windows on the chunk grid, own documents left out, stored keys used again."""
 
+import errno
 import logging
 
 import numpy as np
@@ -9,7 +10,7 @@ from datasets import Dataset
 from datastore.fixtures import corpus, make_tokenizer
 
 from retro_hf.datastore import ChunkEmbedder, EmbeddingSearcher, HybridSearcher, LexicalSearcher, RetroDatastore
-from retro_hf.errors import DatasetError, DatastoreMismatchError, RetrieverError
+from retro_hf.errors import DatasetError, DatastoreMismatchError, DatastoreWriteError, RetrieverError
 from retro_hf.retriever import RetroRetriever
 from retro_hf.training import precompute_neighbors, tokenize_documents
 
@@ -211,6 +212,15 @@ def test_cache_folder_that_is_a_file_is_an_error(world, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DatasetError, match="cache_dir"):
         precompute_neighbors(world.windows, world.retriever, cache_dir=tmp_path / "file")
+
+
+def test_full_disk_is_explained(world, tmp_path, monkeypatch):
+    def full(*args, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("datasets.arrow_writer.ArrowWriter.write_table", full)
+    with pytest.raises(DatastoreWriteError, match="No space left"):
+        precompute_neighbors(world.windows, world.retriever, cache_dir=tmp_path)
 
 
 @pytest.mark.parametrize("hybrid", [False, True])

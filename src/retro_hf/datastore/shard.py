@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..locks import Lock
+from ..locks import Lock, lazy
 from ..outside import parse_json
 from .atomic_files import (
     INT64,
@@ -341,19 +341,19 @@ class Shard:
         if starts is not None and (starts[0] != 0 or (np.diff(starts) < 0).any() or starts[-1] >= len(self.tokens)):
             raise damaged(self._files["chunk_starts"], "its chunks are not in order")
 
-    @cached_property
+    @lazy
     def index(self) -> Any:
         """The FAISS index over the keys, made on first use; its vectors stay in the memory map."""
         return open_index(
             self._files["index"], self._index_file, self.entry.index["factory"], self.num_chunks, self.dim
         )
 
-    @cached_property
+    @lazy
     def documents(self) -> DocumentTable:
         """The documents as they were given."""
         return DocumentTable(self._files["documents"], self._documents_file, self.num_documents)
 
-    @cached_property
+    @lazy
     def _max_effort(self) -> int:
         return max_effort(self.index, self.entry.index["search"])
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ import numpy as np
 
 from .. import arguments
 from ..errors import DatastoreCorruptError, DatastoreInputError, RetroError
+from ..locks import lazy
 from .atomic_files import INT64, damaged, map_npy
 from .manifest import DatastoreManifest, check_sizes
 from .search_excluding import Deleted, merge_results
@@ -132,7 +132,7 @@ class Generation:
         """The same with more documents (numbers, int64) that are not found, as if they were deleted."""
         return replace(self, deleted=np.union1d(self.deleted, documents))
 
-    @cached_property
+    @lazy
     def deleted_by_shard(self) -> tuple[Deleted | None, ...]:
         """The deleted documents under the numbers of each shard."""
         parts = []

@@ -16,6 +16,7 @@ from transformers.utils import logging
 from .. import extras
 from ..arguments import flag, path, whole
 from ..datastore import RetroDatastore
+from ..datastore.atomic_files import writing
 from ..errors import DatasetError
 from ..progress import progress_bar
 from ..retriever import RetroRetriever
@@ -80,6 +81,7 @@ def precompute_neighbors(
     Raises:
         DatasetError: if the dataset is not tokenized or is padded, or a datastore alone lacks a chunk.
         DatastoreMismatchError: if the tokenizer is not that of the datastore.
+        DatastoreWriteError: if the disk is full.
     *Determinism*: the same dataset, datastore and batch size give the same column.
     *Disk*: `8 * num_neighbors` bytes per chunk.
     """
@@ -135,16 +137,17 @@ def precompute_neighbors(
             settings = dataset._fingerprint, source, batch_size, exclude_near_duplicates, start
             fingerprint = search_digest(retriever, *settings)
             file = None if folder is None else str(folder / f"neighbors-{fingerprint}.arrow")
-            parts.append(
-                block.map(
-                    find,
-                    batched=True,
-                    batch_size=batch_size,
-                    features=features,
-                    new_fingerprint=fingerprint,
-                    cache_file_name=file,
+            with writing(folder or Path(datasets.config.HF_DATASETS_CACHE)):
+                parts.append(
+                    block.map(
+                        find,
+                        batched=True,
+                        batch_size=batch_size,
+                        features=features,
+                        new_fingerprint=fingerprint,
+                        cache_file_name=file,
+                    )
                 )
-            )
             progress.update(len(block))
     result = datasets.concatenate_datasets(parts)
     rows, per_row = flattened(result.select_columns([NEIGHBORS_COLUMN]).with_format("arrow")[:][NEIGHBORS_COLUMN])
