@@ -19,11 +19,11 @@ from peft import (
 from transformers import AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
-from retro_hf import RetroForCausalLM, retrofit
-from retro_hf.evaluation import answer_questions
+from retro_hf import ChunkEmbedder, RetroForCausalLM, RetroRetriever, answer, retrofit
+from retro_hf.evaluation import answer_questions, bits_per_byte, profile
 from retro_hf.training import QuestionCollator, tokenize_questions
 
-from .datastore.fixtures import make_tokenizer
+from .datastore.fixtures import make_encoder, make_tokenizer
 from .hub_cache import put_on_hub
 from .tiny import ENCODER, hash_retriever, random_ids, random_neighbors, randomize, tiny_backbone
 
@@ -246,6 +246,17 @@ def test_lora_learns_to_answer_in_parallel_context(tmp_path):
     options = {"modes": ("on", "off"), "max_new_tokens": 4}
     result = answer_questions(tuned, questions, tokenizer, **options)
     assert result.exact_match["on"].tolist() == [100.0] * 3 and result.exact_match["off"].sum() <= 100.0
+    # Also before it is merged: the layers of LoRA are in the model that PEFT has wrapped.
+    retriever = RetroRetriever.from_texts(
+        ["sailor is it"],
+        tokenizer,
+        embedder=ChunkEmbedder.from_pretrained(make_encoder(tmp_path / "encoder")),
+        chunk_size=8,
+    )
+    assert answer(tuned, retriever, "which", num_passages=1, max_new_tokens=1).text == "sailor"
+    with profile(tuned) as spent:
+        bits_per_byte(tuned, ["the sailor crosses the harbor"], tokenizer)
+    assert sum(spent.seconds.values()) > 0
     tuned.save_pretrained(tmp_path / "lora")
     merged = PeftModel.from_pretrained(model, tmp_path / "lora").merge_and_unload()
     assert isinstance(merged, RetroForCausalLM)

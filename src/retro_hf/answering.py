@@ -26,6 +26,7 @@ from .prompts import (
     write_question_as_chat,
 )
 from .retriever import RetroRetriever
+from .unwrapped import unwrapped
 
 
 __all__ = ["Answer", "Question", "answer", "passage_inputs", "prepare_question"]
@@ -86,7 +87,7 @@ def answer(
     [`QuestionCollator`] trains it: the question ends a chunk, and the answer reads the passages.
 
     Args:
-        model ([`RetroForCausalLM`]): with either reader.
+        model ([`RetroForCausalLM`]): with either reader; PEFT may have wrapped it with LoRA.
         retriever ([`RetroRetriever`]): where to look. Its tokenizer must be the model's.
         question (`str` or a list of messages): a text, or a chat as `[{"role": "user", "content": ...}]`, whose last message
             is the question.
@@ -102,6 +103,7 @@ def answer(
         RetrieverError: if the question is empty, or the retriever is not a [`RetroRetriever`], or its tokenizer is the
             datastore's copy, whose chat template is not used.
     """
+    model = unwrapped(model)
     asked = prepare_question(
         model,
         retriever,
@@ -140,6 +142,7 @@ def prepare_question(
         raise RetrieverError(
             f"The retriever is of type {type(retriever).__name__}. Questions are looked up as text, which needs a RetroRetriever."
         )
+    model = unwrapped(model)
     if not isinstance(model, RetroForCausalLM):
         raise RetrieverError(
             f"The model is a {type(model).__name__}, which reads no passages. Make it read them: "

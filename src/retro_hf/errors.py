@@ -91,6 +91,11 @@ class PretrainedNotFoundError(RetroError, FileNotFoundError):
     def for_name(cls, what: str, name: str, cause: BaseException) -> PretrainedNotFoundError:
         """The error for a `what` ("model", "tokenizer" …) called `name`, when transformers raised `cause`."""
         said = textwrap.shorten(str(cause), 600, placeholder=" …").rstrip(".")
+        if os.path.exists(os.path.join(name, "adapter_config.json")):
+            return cls(
+                f"The folder '{name}' holds an adapter of PEFT and no whole {what}: {said}. Put it on its model in Python "
+                "(`PeftModel.from_pretrained(model, folder)`), and save what `merge_and_unload()` gives."
+            )
         if os.path.isdir(name):
             return cls(
                 f"The folder '{name}' holds no {what} that can be loaded: {said}. Pass a folder that `save_pretrained` "

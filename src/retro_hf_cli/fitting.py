@@ -43,7 +43,8 @@ def fit(
 ) -> None:
     """Train a reader on your documents, and measure it on documents that it held out.
 
-    Before it starts, it tells how long it will take and how much memory it needs.
+    Before training starts, it times two steps, and tells how long all of it will take and how much memory it needs. Fewer than 60
+    steps are refused.
     """
     tell_progress()
 

@@ -215,6 +215,18 @@ def test_questions_that_a_mode_cannot_use_are_an_error(model, tokenizer, questio
         ask(model, questions.select([]), tokenizer)
 
 
+def test_questions_for_another_reader_are_an_error(model, tokenizer, questions):
+    """They are written otherwise, and read from another token on; without passages any model may answer them."""
+    other = tokenized(tokenizer, reader="parallel_context")
+    for ask_other in (
+        lambda: ask(model, other, tokenizer),
+        lambda: QuestionCollator(tokenizer, chunk_size=8)([questions[0], other[0]]),
+    ):
+        with pytest.raises(DatasetError, match="reader"):
+            ask_other()
+    assert ask(model, other, tokenizer, num_passages=0, modes=("off",)).predictions["off"]
+
+
 def test_dataset_of_another_tokenizer_is_an_error(model, tokenizer, questions):
     """All answers would be silently wrong. A question that the tokenizer cannot spell is accepted."""
     words = ["<end>", "<unk>", *(f"word{number}" for number in range(398))]

@@ -15,6 +15,7 @@ from ..datastore.bos_eos import Borders
 from ..errors import DatasetError, check_integers, counted
 from ..retriever import RetroRetriever
 from ..training.search import datastore_of, wanted_neighbors
+from ..unwrapped import unwrapped
 from .interval import Bootstrap, checked_resamples
 from .neighbors import Chunks, NeighborIds, NeighborSearch, Run, check_modes, random_neighbors
 from .scoring import ScoringOptions, chunk_size_of, read_documents, score_runs
@@ -144,6 +145,7 @@ def bits_per_byte(
     datastore = None if retriever is None else datastore_of(retriever)
     modes = (("off",) if retriever is None else _MODES) if modes is None else modes
     modes = check_modes(modes, _MODES, has_neighbors=retriever is not None)
+    model = unwrapped(model)
     chunk_size = chunk_size_of(model, datastore)
     if datastore is not None:
         datastore.check_compatible(tokenizer=tokenizer, chunk_size=chunk_size)

@@ -19,6 +19,7 @@ from ..datastore.derive import drawn_documents
 from ..errors import DatasetError, check_integers, counted
 from ..retriever import RetroRetriever
 from ..training.search import MOST_NEIGHBORS, wanted_neighbors
+from ..unwrapped import unwrapped
 from .cache import ArrayCache
 from .in_context import score_in_context
 from .interval import Bootstrap, checked_resamples
@@ -108,6 +109,7 @@ def evaluate(
     started = datetime.now(UTC).isoformat(timespec="seconds")
     check_integers(batch_size=(batch_size, 1))
     num_resamples, seed = checked_resamples(num_resamples, seed)
+    model = unwrapped(model)
     names = _checked_modes(model, retriever, modes)
     output = None if output is None else path("output", output, ValueError)
     num_neighbors_sweep, fractions = _checked_sweeps(retriever, num_neighbors_sweep, fractions)

@@ -15,6 +15,7 @@ from ..datastore import ChunkEmbedder, LexicalSearcher, RetroDatastore
 from ..model.modeling_retro import RetroChunkedCrossAttention, RetroNeighborEncoder, RetroPreTrainedModel
 from ..model.parallel_context_retro import ParallelContextReader
 from ..retriever import RetroRetriever
+from ..unwrapped import unwrapped
 
 
 __all__ = ["Profile", "profile"]
@@ -112,6 +113,7 @@ def profile(model: RetroPreTrainedModel) -> Iterator[Profile]:
     Yields:
         [`Profile`], which is complete when the block has ended. Printing it shows a table.
     """
+    model = unwrapped(model)
     if not hasattr(getattr(model, "base_model", None), "backbone"):
         raise ValueError(
             f"The model is of type {type(model).__name__}. Pass a RETRO model, such as a RetroForCausalLM."

@@ -14,7 +14,7 @@ from ..errors import DatasetError, check_integers
 from ..progress import progress_bar
 from ..training.columns import check_columns, list_lengths
 from ..training.question_trainer import decode_answers, generate_answers
-from ..training.questions import QuestionCollator, check_same_tokenizer
+from ..training.questions import QuestionCollator, check_reader, check_same_tokenizer
 from .interval import Bootstrap, checked_resamples
 from .neighbors import check_modes
 from .scoring import check_model, evaluating
@@ -131,6 +131,7 @@ def answer_questions(
     if not len(dataset):
         raise DatasetError("There are no questions: the dataset is empty.")
     check_same_tokenizer(dataset, tokenizer)
+    check_reader(dataset, model, num_passages)
     most = int(list_lengths(dataset, "passage_input_ids").max())
     modes = [mode for mode in _MODES if most or mode == "off"] if modes is None else modes
     modes = check_modes(modes, _MODES, has_neighbors=True)

@@ -17,6 +17,7 @@ from ..datastore.documents import is_missing
 from ..errors import DatasetError, check_integers
 from ..retriever import RetrievedNeighbor, RetroRetriever
 from ..training.exclusion import documents_by_row
+from ..unwrapped import unwrapped
 from .scoring import accepts, evaluating, read_documents, token_nats
 
 
@@ -176,6 +177,7 @@ def trace(
     """
     if not isinstance(retriever, RetroRetriever):
         raise DatasetError(f"A trace needs a RetroRetriever, but the retriever is a {type(retriever).__name__}.")
+    model = unwrapped(model)
     if not accepts(model, "neighbor_input_ids"):
         raise ValueError(
             f"{type(model).__name__} has no retrieval to trace. Make a RETRO model of it with `retrofit`."

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase, Trainer
 
 from ..errors import DatasetError, check_integers
 from .collator import IGNORED_LABEL, padding_id
-from .questions import QuestionCollator
+from .questions import QuestionCollator, check_reader
 
 
 if TYPE_CHECKING:
@@ -137,6 +137,7 @@ class QuestionTrainer(Trainer):
         max_new_tokens (`int`, defaults to 32): longest answer, in tokens.
     Raises:
         ValueError: without a `QuestionCollator`, or without a tokenizer.
+        DatasetError: for questions that were tokenized for another reader than the model's.
     """
 
     def __init__(self, *args: Any, max_new_tokens: int = 32, **kwargs: Any) -> None:
@@ -147,6 +148,9 @@ class QuestionTrainer(Trainer):
                 "QuestionTrainer generates from the batches of a QuestionCollator and needs the end token. Pass "
                 "`data_collator=QuestionCollator(...)` and `processing_class=tokenizer`."
             )
+        for dataset in (self.train_dataset, self.eval_dataset):
+            if hasattr(dataset, "column_names"):
+                check_reader(dataset, self.model, collator.num_passages)
         self._training_collator, self._tokenizer = collator, tokenizer
         self.max_new_tokens = max_new_tokens
 

@@ -85,19 +85,13 @@ def tokenize_questions(
     *Disk*: 4 bytes per token, at most `4 * num_passages * neighbor_size` per question.
     """
     datasets = extras.load("datasets", "Training")
-    if not hasattr(tokenizer, "eos_token_id"):
-        raise DatasetError(f"The tokenizer is of type {type(tokenizer).__name__}. Pass the model's fast tokenizer.")
     num_passages, max_length = _optional("num_passages", num_passages, 0), _optional("max_length", max_length, 1)
     neighbor_size = whole("neighbor_size", neighbor_size, ValueError)
     with_answers = flag("with_answers", with_answers, ValueError)
     needed = ["question", *(["answers"] if with_answers else []), *(["passages"] if num_passages != 0 else [])]
-    check_columns(dataset, needed)
+    _check_table(dataset, tokenizer, needed)
     prompt = checked_prompt(prompt, DatasetError)
     reads_question = traits_of(reader).reads_question
-    if tokenizer.eos_token_id is None:
-        raise DatasetError(
-            "The tokenizer has no end token, which ends an answer. Set one: `tokenizer.eos_token = ...`."
-        )
 
     def convert(batch: dict[str, list[Any]], numbers: list[int]) -> dict[str, list[Any]]:
         questions = [
@@ -149,6 +143,18 @@ def tokenize_questions(
             "`retrieve_passages(dataset, retriever)`, or pass `num_passages=0`."
         )
     return result
+
+
+def _check_table(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, needed: list[str]) -> None:
+    if not hasattr(tokenizer, "eos_token_id"):
+        raise DatasetError(f"The tokenizer is of type {type(tokenizer).__name__}. Pass the model's fast tokenizer.")
+    if isinstance(dataset, extras.load("datasets", "Training").Dataset) and not len(dataset):
+        raise DatasetError("There are no questions: the dataset is empty.")
+    check_columns(dataset, needed)
+    if tokenizer.eos_token_id is None:
+        raise DatasetError(
+            "The tokenizer has no end token, which ends an answer. Set one: `tokenizer.eos_token = ...`."
+        )
 
 
 def _written(
@@ -260,6 +266,10 @@ class QuestionCollator:
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """Make one batch; see the class."""
         examples = checked_examples(examples)
+        if len({_START_COLUMN in example for example in examples}) > 1:
+            raise DatasetError(
+                "The examples are questions for different readers. Tokenize all of them for one: `tokenize_questions(..., reader=)`."
+            )
         needs_passages = self.num_passages != 0 or self.passages_in_prompt > 0
         check_example(examples[0], [_PROMPT_COLUMN, *([_PASSAGES_COLUMN] if needs_passages else [])])
         passages = self._drawn(examples) if needs_passages else [[] for _ in examples]
@@ -358,6 +368,21 @@ def check_same_tokenizer(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -
         f"The questions were not tokenized with {tokenizer.name_or_path!r}. Pass the model's tokenizer here and to "
         "`tokenize_questions`."
     )
+
+
+def check_reader(dataset: Dataset, model: Any, num_passages: int | None) -> None:
+    """Check that tokenized questions were written for the reader of a model, if it is to read `num_passages` with it.
+
+    Raises:
+        DatasetError: if they were written for the other one, which reads them from another token on and in another format.
+    """
+    reader = None if num_passages == 0 else getattr(getattr(model, "config", None), "reader", None)
+    made_for = "parallel_context" if _START_COLUMN in dataset.column_names else "cross_attention"
+    if reader is not None and traits_of(reader).reads_question != traits_of(made_for).reads_question:
+        raise DatasetError(
+            f"The questions were tokenized for reader='{made_for}', but the model has reader='{reader}'. Tokenize them again: "
+            "`tokenize_questions(..., reader=model.config.reader)`."
+        )
 
 
 def _first_answer(answers: Any, row: int) -> str:
