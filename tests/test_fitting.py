@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from retro_hf import RetroDatastore, RetroRetriever, fit, retrofit
 from retro_hf.datastore.duplicates import stored_documents
-from retro_hf.errors import DatasetError
+from retro_hf.errors import DatasetError, DatastoreWriteError
 from retro_hf.fitting import plan, train
 from retro_hf.fitting.recipe import FitCollator
 from retro_hf.fitting.texts import split, with_stored_ids
@@ -222,6 +222,45 @@ def test_bad_input_is_explained(world):
         small_fit(world, world.folder / "none", retriever=None)
     with pytest.raises(ValueError, match="steps is 0"):
         small_fit(world, world.folder / "zero", steps=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("base", [None, 5, "", b"x"]),
+        ("output", [None, 5, "", "a\0b", "\udc80"]),
+        ("backbone", [5, ""]),
+        ("retriever", ["store", 5, object()]),
+        ("minutes", ["x", -1, 0, float("nan"), float("inf"), True, [1]]),
+        ("steps", ["x", -1, 1.5, True, 10**12]),
+        ("num_neighbors", [None, "x", 0, 1.5, 10**12]),
+        ("num_heldout", [None, "x", 0, 1.5]),
+        ("batch_size", ["x", 0, -1, 1.5, [2]]),
+        ("learning_rate", ["x", 0, -1e-3, float("nan")]),
+        ("seed", [None, "x", -1, 1.5, 1 << 32]),
+    ],
+)
+def test_arguments_are_checked_before_anything_is_loaded(world, name, values):
+    for value in values:
+        arguments = {"base": world.base, "output": world.folder / "never", "embedder": world.embedder, name: value}
+        with pytest.raises(ValueError, match=name):
+            fit(texts=DOCUMENTS, **arguments)
+    assert not (world.folder / "never").exists()
+
+
+def test_an_output_that_is_a_file_is_explained(world, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for output in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(DatastoreWriteError, match="file"):
+            small_fit(world, output)
+
+
+@pytest.mark.parametrize("content", ["[]", "", "5", "[" * 100_000])
+def test_a_damaged_state_is_explained(world, tmp_path, content):
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "state.json").write_text(content)
+    with pytest.raises(DatasetError, match=r"state\.json"):
+        small_fit(world, tmp_path)
 
 
 def test_the_command_fits_and_prints_the_verdict(world, tmp_path):

@@ -13,20 +13,22 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
-from .. import extras
+from .. import arguments, extras
 from ..datastore import ChunkEmbedder, RetroDatastore
-from ..datastore.atomic_files import digest_of, write_file
+from ..datastore.atomic_files import digest_of, make_folder, write_file
 from ..datastore.compatibility import load_tokenizer
 from ..datastore.duplicates import stored_documents
 from ..errors import DatasetError, UnsupportedBackboneError, counted
 from ..evaluation import Evaluation, bits_per_byte, evaluate
 from ..evaluation.leakage import holders
 from ..model.modeling_retro import RetroForCausalLM
+from ..outside import read_json
 from ..retriever import RetroRetriever
 from ..retrofit import parameter_report, retrofit
 from ..special_tokens import tokenize_texts
 from ..training import precompute_neighbors, start_by_copying
 from ..training.collator import padding_id
+from ..training.search import MOST_NEIGHBORS
 from .plan import Plan, check_memory, measure
 from .recipe import FitCollator, is_adapter, load_start
 from .result import Fit
@@ -41,7 +43,8 @@ _WINDOW, _LEAST_CHUNKS = 256, 4
 _WATCHED = 6  # held-out documents that are scored on the way
 _COPY_TOKENS = 40_000  # that `start_by_copying` is fitted to
 _MODES = ("off", "on", "random", "in_context")
-_MINUTES = 30.0
+_MINUTES, _MOST_MINUTES = 30.0, 1e6
+_MOST_STEPS, _MOST_SEED = 10_000_000, (1 << 32) - 1  # numpy takes no larger seed
 
 
 def fit(
@@ -97,11 +100,14 @@ def fit(
     *Memory*: logged before the training. *Disk*: the datastore a second time if it has documents that are held out.
     """
     extras.load("accelerate", "Fitting")
-    output = Path(output)
+    output = arguments.path("output", output, ValueError)
+    _check_names(base, backbone, retriever)
     minutes = _MINUTES if minutes is None and steps is None else minutes
-    for name, value, least in (("minutes", minutes, 0), ("steps", steps, 0), ("num_neighbors", num_neighbors, 0)):
-        if value is not None and value <= least:
-            raise ValueError(f"{name} is {value}, but it must be above {least}.")
+    minutes, learning_rate = _above_zero("minutes", minutes), _above_zero("learning_rate", learning_rate)
+    steps, batch_size = _counted("steps", steps), _counted("batch_size", batch_size)
+    num_neighbors = arguments.whole("num_neighbors", num_neighbors, ValueError, most=MOST_NEIGHBORS)
+    num_heldout = arguments.whole("num_heldout", num_heldout, ValueError, least=2)
+    seed = arguments.whole("seed", seed, ValueError, least=0, most=_MOST_SEED)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     goes_on = is_adapter(base)
@@ -203,6 +209,29 @@ def fit(
     return fitted
 
 
+def _check_names(base: Any, backbone: Any, retriever: Any) -> None:
+    """Raise ValueError for what names no model, and for another retriever."""
+    arguments.path("base", base, ValueError)
+    if backbone is not None:
+        arguments.path("backbone", backbone, ValueError)
+    if retriever is not None and not isinstance(retriever, RetroRetriever):
+        raise ValueError(
+            f"The retriever is {arguments.shown(retriever)}. Pass a RetroRetriever, or an `embedder` without one."
+        )
+
+
+def _above_zero(name: str, value: float | None) -> float | None:
+    if value is None:
+        return None
+    if (number := arguments.real(name, value, ValueError, least=0, most=_MOST_MINUTES)) == 0:
+        raise ValueError(f"{name} is {value}, but it must be above 0.")
+    return number
+
+
+def _counted(name: str, value: int | None) -> int | None:
+    return None if value is None else arguments.whole(name, value, ValueError, most=_MOST_STEPS)
+
+
 def _with_neighbors(
     windows: Any, parts: Texts, retriever: RetroRetriever, tokenizer: Any, num_neighbors: int, folder: Path
 ) -> Any:
@@ -232,8 +261,11 @@ def _claim(output: Path, identity: dict[str, Any]) -> dict[str, Any]:
         FileExistsError: if the folder has something else.
     """
     path = output / "work" / "state.json"
-    if path.exists():
-        state: dict[str, Any] = json.loads(path.read_text())
+    if os.path.exists(path):
+        try:
+            state: dict[str, Any] = read_json(path.parent, path.name)
+        except ValueError as error:
+            raise DatasetError(f"'{path}' is damaged: {error}. Remove '{output}', and repeat the call.") from error
         for name, value in identity.items():
             # Without "planned" nothing was trained: the time that was given was too short.
             if state.get(name) != value and (name != "planned" or name in state):
@@ -242,9 +274,9 @@ def _claim(output: Path, identity: dict[str, Any]) -> dict[str, Any]:
                     "remove that one."
                 )
         return state
-    if output.exists() and any(output.iterdir()):
+    if os.path.isdir(output) and any(output.iterdir()):
         raise FileExistsError(f"'{output}' is not empty and has no fit to resume. Choose another folder.")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     write_file(path, json.dumps(identity).encode())
     return identity
 

@@ -15,6 +15,7 @@ from transformers.utils import logging
 from ..datastore.atomic_files import write_file
 from ..evaluation import BitsPerByte
 from ..model.modeling_retro import RetroForCausalLM
+from ..outside import read_json_value
 from .plan import Plan
 
 
@@ -26,6 +27,15 @@ logger = logging.get_logger(__name__)
 _SAVE_SECONDS = 120.0
 _WATCHES = 6  # in a training
 _WARM_UP = 10
+
+
+def _read_log(path: Path) -> list[dict[str, float]]:
+    """What was logged before; nothing if the file is gone or damaged, since it only tells the way."""
+    try:
+        log = read_json_value(path)
+        return [entry for entry in log if {"step", "seconds"} <= set(entry)]
+    except (OSError, ValueError, TypeError):
+        return []
 
 
 class _Clock(TrainerCallback):
@@ -41,8 +51,7 @@ class _Clock(TrainerCallback):
     ) -> None:
         self._watch, self._plan, self._path = watch, plan, path
         # After a crash the log may be ahead of the last checkpoint; those steps are done again.
-        before = json.loads(path.read_text()) if path.exists() else []
-        self.log: list[dict[str, float]] = [entry for entry in before if entry["step"] <= step]
+        self.log: list[dict[str, float]] = [entry for entry in _read_log(path) if entry["step"] <= step]
         self._before = self.log[-1]["seconds"] if self.log else 0.0
         self._begin = self._saved = time.monotonic()
         self._end = math.inf if minutes is None else self._begin + 60 * minutes
