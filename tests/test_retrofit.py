@@ -265,3 +265,13 @@ def test_a_folder_without_a_model(tmp_path):
     """An empty folder is explained, too."""
     with pytest.raises(PretrainedNotFoundError, match=f"The folder '{tmp_path}' holds no model that can be loaded"):
         retrofit(tmp_path)
+
+
+def test_base_of_another_retro_is_refused():
+    """The layers would read twice, and both models fail at their next pass."""
+    base = tiny_backbone("llama")
+    first = retrofit(base, chunk_size=4, cross_attention_layers=[1])
+    for layers in ([1], [2]):
+        with pytest.raises(ValueError, match="another RETRO"):
+            retrofit(base, chunk_size=4, cross_attention_layers=layers)
+    first(random_ids(1, 9), **random_neighbors(1, 2))

@@ -21,6 +21,7 @@ from .configuration_retro import RetroConfig
 
 # The classes that mix tokens in a layer: self-attention, or what replaces it in some layers of a hybrid model.
 _ATTENTION = re.compile(r"Attention\d*$")
+_HOOKS = ("_cross_attend_after_layer", "_cross_attend_after_attention")
 _MIXER = re.compile(r"(Mixer|DeltaNet|ShortConv|MambaLayer)$")
 # Families whose attention is not a child of the layer.
 _ATTENTION_PATHS = {"dbrx": "norm_attn_norm.attn"}
@@ -368,7 +369,18 @@ def attach_hooks(backbone: PreTrainedModel, config: RetroConfig) -> None:
 
     The hooks keep no state. The pass is a context variable, so that threads, recomputation, and several forward passes before
     one backward pass do not mix.
+
+    Raises:
+        ValueError: if a layer is not there, or the backbone has the hooks of another model.
     """
+    for module in backbone.modules():
+        for hook in module._forward_hooks.values():
+            # By name: a model that was loaded with its own code has copies of these functions.
+            if isinstance(hook, partial) and hook.func.__name__ in _HOOKS:
+                raise ValueError(
+                    "The base is part of another RETRO model already, which reads neighbors in its layers. Load the base again, "
+                    "and give that one."
+                )
     layers = find_decoder_layers(backbone, config.backbone_layers)
     if max(config.cross_attention_layers, default=0) >= len(layers):
         raise ValueError(
