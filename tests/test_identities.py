@@ -123,7 +123,8 @@ def test_neighbors_do_change_the_logits(family):
     model, ids = tiny_retro(family), random_ids(2, 14)
     with torch.no_grad():
         off, on = model(ids).logits, model(ids, **random_neighbors(2, 3)).logits
-    assert torch.equal(on[:, :3], off[:, :3])
+    # Experts compute the tokens of all places together, so what other tokens are moves the last bits, with several threads.
+    torch.testing.assert_close(on[:, :3], off[:, :3], rtol=0, atol=1e-5 if family.endswith("moe") else 0)
     assert (on[:, 3:] - off[:, 3:]).abs().amax(-1).min() > 1e-2
 
 
