@@ -141,7 +141,7 @@ class RayExecutor:
         num_gpus_per_worker = real("num_gpus_per_worker", num_gpus_per_worker, DatastoreInputError, least=0)
         if num_cpus_per_worker + num_gpus_per_worker == 0:
             raise DatastoreInputError(
-                f"A worker is given {num_cpus_per_worker} CPUs and {num_gpus_per_worker} GPUs. Give it some of either."
+                f"A worker is given {num_cpus_per_worker:g} CPUs and {num_gpus_per_worker:g} GPUs. Give it some of either."
             )
         self.num_workers = num_workers
         self.num_cpus_per_worker = num_cpus_per_worker

@@ -266,12 +266,13 @@ class QuestionCollator:
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """Make one batch; see the class."""
         examples = checked_examples(examples)
+        needs_passages = self.num_passages != 0 or self.passages_in_prompt > 0
+        for example in examples:
+            check_example(example, [_PROMPT_COLUMN, *([_PASSAGES_COLUMN] if needs_passages else [])])
         if len({_START_COLUMN in example for example in examples}) > 1:
             raise DatasetError(
                 "The examples are questions for different readers. Tokenize all of them for one: `tokenize_questions(..., reader=)`."
             )
-        needs_passages = self.num_passages != 0 or self.passages_in_prompt > 0
-        check_example(examples[0], [_PROMPT_COLUMN, *([_PASSAGES_COLUMN] if needs_passages else [])])
         passages = self._drawn(examples) if needs_passages else [[] for _ in examples]
         prompts, starts = [], []
         for example, read in zip(examples, passages, strict=True):
