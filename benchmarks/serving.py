@@ -2,10 +2,10 @@
 A server under load: 64 clients of which some hang up, send garbage or read slowly, and how fast the others are answered.
 
 The model is SmolLM2-135M's architecture, one third as deep, with random weights, reading in parallel context from a store of
-the demo's texts. Beside it are the same base without retrieval, by the same server, and by `transformers serve`: 16 clients
-that all read to the end ask one after the other, in short rounds, so that the rows share whatever else the machine does. The
-64 clients then load our server alone. Text is drawn at temperature 1 with a fixed seed, so answers have their full length.
-Memory and CPU time are those of the server's process.
+the demo's texts. Beside it are the same base without retrieval, by the same server, and by `transformers serve`, with its
+defaults and with continuous batching: 16 clients that all read to the end ask one after the other, in short rounds, so that the
+rows share whatever else the machine does. The 64 clients then load our server alone. Text is drawn at temperature 1 with a
+fixed seed, so answers have their full length. Memory and CPU time are those of the server's process.
 
     python benchmarks/serving.py --seconds 180   # writes results/serving.json
 """
@@ -279,19 +279,26 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_world(folder)
-        ports = [free_port(), free_port()]
+        ports = [free_port(), free_port(), free_port()]
         retro = [sys.executable, "-m", "retro_hf_cli", "serve", str(folder / "base"), "--port", str(ports[0])]
         retro += ["--store", str(folder / "store"), "--embedder", str(minilm_path())]
         transformers = [str(Path(sys.executable).with_name("transformers")), "serve", str(folder / "base")]
-        transformers += ["--port", str(ports[1]), "--host", "127.0.0.1"]
+        transformers += ["--host", "127.0.0.1", "--port"]
+        continuous = [*transformers, str(ports[2]), "--continuous-batching"]
         usage = {"stream_options": {"include_usage": True}}
         address = f"http://127.0.0.1:{ports[0]}"
         ours = Server(retro, address, {"retrieval": True, **usage})
-        theirs = Server(transformers, f"http://127.0.0.1:{ports[1]}", {})
+        theirs = Server([*transformers, str(ports[1])], f"http://127.0.0.1:{ports[1]}", {})
+        batched = Server(continuous, f"http://127.0.0.1:{ports[2]}", {})
         base, all_clients = copy.copy(ours), copy.copy(ours)
         base.load, base.memory = Load(address, {"retrieval": False, **usage}), []
         all_clients.load, all_clients.memory = Load(address, ours.load.options), []
-        compared = {"with the store": ours, "base": base, "transformers serve, base": theirs}
+        compared = {
+            "with the store": ours,
+            "base": base,
+            "transformers serve, base": theirs,
+            "transformers serve, base, continuous batching": batched,
+        }
         try:
             for server in (*compared.values(), all_clients):
                 server.wait()
@@ -305,14 +312,15 @@ def main() -> None:
             ours.process.send_signal(signal.SIGTERM)
             result["exit_code"] = ours.process.wait(120)
         finally:
-            for server in (ours, theirs):
+            for server in (ours, theirs, batched):
                 server.process.kill()
-    rival = result["transformers serve, base"]
-    result["share_of_transformers_serve"] = {
-        name: round(result["with the store"][name] / rival[name], 2)
-        for name in ("tokens_per_second", "tokens_per_cpu_second")
-    }
-    print(result["share_of_transformers_serve"])
+    for way in ("", ", continuous batching"):
+        rival = result[f"transformers serve, base{way}"]
+        result[f"share_of_transformers_serve{way}"] = {
+            name: round(result["with the store"][name] / rival[name], 2)
+            for name in ("tokens_per_second", "tokens_per_cpu_second")
+        }
+        print(result[f"share_of_transformers_serve{way}"])
     arguments.output.write_text(json.dumps(result, indent=1) + "\n")
 
 
