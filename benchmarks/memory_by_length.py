@@ -74,7 +74,7 @@ def megabytes(value: Any, seen: set[int]) -> float:
         return storage.nbytes() / 1e6 if is_new else 0.0
     if isinstance(value, dict):
         return sum(megabytes(one, seen) for one in value.values())
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, (list, tuple)) and not hasattr(value, "__dict__"):
         return sum(megabytes(one, seen) for one in value)
     return megabytes(vars(value), seen) if hasattr(value, "__dict__") and not callable(value) else 0.0
 
@@ -83,9 +83,11 @@ def megabytes(value: Any, seen: set[int]) -> float:
 def measure_cache(reader: str) -> dict[int, dict[str, float]]:
     """Megabytes after each of the lengths."""
     model = make_model(reader).eval()
-    cache, found = None, {}
+    text, cache, found = random_inputs(model, LENGTHS[-1]), None, {}
     for start in range(0, LENGTHS[-1], BLOCK):
-        output = model(**random_inputs(model, BLOCK), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        # Given neighbors are those of all chunks from the beginning of the text on.
+        inputs = text | {"input_ids": text["input_ids"][:, start : start + BLOCK]}
+        output = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache = output.past_key_values
         if start + BLOCK in LENGTHS:
             seen: set[int] = set()
