@@ -43,8 +43,8 @@ def fit(
 ) -> None:
     """Train a reader on your documents, and measure it on documents that it held out.
 
-    Before training starts, it times two steps, and tells how long all of it will take and how much memory it needs. Fewer than 60
-    steps are refused.
+    Before training starts, it times two steps, and tells how long all of it will take and how much memory it needs. A time
+    that is too short for 60 steps is refused.
     """
     tell_progress()
 
