@@ -40,6 +40,14 @@ KINDS: dict[str, dict[str, Any]] = {
 PROMPT, STEPS, PASSAGES, SIZE, CHUNK = 512, 48, 2, 128, 32
 
 
+def instructions() -> list[str]:
+    """Instructions of the processor for short numbers."""
+    flags = Path("/proc/cpuinfo").read_text().split()
+    return [name for name in ("avx512_bf16", "amx_bf16", "avx512_vnni", "amx_int8") if name in flags] or [
+        "no such instructions"
+    ]
+
+
 def load(reader: str, kind: str) -> RetroForCausalLM:
     if reader == "parallel_context":
         return retrofit(BASE, reader=reader, chunk_size=CHUNK, neighbor_size=SIZE, base_kwargs=KINDS[kind]).eval()
@@ -106,7 +114,7 @@ def main() -> None:
             "seed": 0,
             "versions": {"retro-hf": __version__}
             | {name: version(name) for name in ("torch", "transformers", "torchao")},
-            "machine": f"{platform.machine()} with avx512_bf16 and avx512_vnni, 1 thread, CPU time",
+            "machine": f"{platform.machine()} with {' and '.join(instructions())}, 1 thread, CPU time",
         }
         path = ROOT / "benchmarks" / "results" / "cpu_weights.json"
         path.write_text(json.dumps(record | {"table": table, "nats": losses}, indent=1) + "\n")

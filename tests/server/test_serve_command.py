@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import httpx
 import pytest
@@ -42,17 +43,24 @@ def started(*arguments):
     raise AssertionError("".join(lines))
 
 
+@contextmanager
+def long_answer(url):
+    """The lines of an answer of 240 tokens that has begun."""
+    body = {"prompt": "a king", "max_tokens": 240, "stream": True}
+    with (
+        httpx.Client(timeout=120, trust_env=False) as client,
+        client.stream("POST", f"{url}/v1/completions", json=body) as answer,
+    ):
+        lines = answer.iter_lines()
+        next(lines)
+        yield lines
+
+
 def test_a_server_finishes_what_runs_when_it_is_told_to_end(world):
     """The client gets the whole answer, and the process ends without an error."""
     process, url = started(world / "model", "--store", world / "store", "--embedder", world / "encoder")
     try:
-        body = {"prompt": "a king", "max_tokens": 240, "stream": True}
-        with (
-            httpx.Client(timeout=120, trust_env=False) as client,
-            client.stream("POST", f"{url}/v1/completions", json=body) as answer,
-        ):
-            lines = answer.iter_lines()
-            next(lines)
+        with long_answer(url) as lines:
             process.send_signal(signal.SIGTERM)
             rest = [line for line in lines if line]
         assert rest[-1] == "data: [DONE]"
@@ -67,12 +75,7 @@ def test_a_second_signal_ends_a_server_at_once(world):
     """An answer may take minutes; whoever does not want to wait need not kill the process."""
     process, url = started(world / "model", "--store", world / "store", "--embedder", world / "encoder")
     try:
-        body = {"prompt": "a king", "max_tokens": 240, "stream": True}
-        with (
-            httpx.Client(timeout=120, trust_env=False) as client,
-            client.stream("POST", f"{url}/v1/completions", json=body) as answer,
-        ):
-            next(answer.iter_lines())
+        with long_answer(url):
             process.send_signal(signal.SIGTERM)
             assert "1 answer" in process.stdout.readline()
             process.send_signal(signal.SIGTERM)
