@@ -37,7 +37,9 @@ def serve(
     allow_store_changes: Annotated[
         bool, typer.Option("--allow-store-changes", help="Let clients add, replace and delete documents.")
     ] = False,
-    max_batch: Annotated[int, typer.Option(min=1, help="Largest number of requests that are generated together.")] = 8,
+    max_batch: Annotated[
+        int, typer.Option(min=1, help="Largest number of requests that are generated together.")
+    ] = 16,
     max_queue: Annotated[
         int, typer.Option(min=1, help="Largest number of waiting requests. Others get the status 429.")
     ] = 64,

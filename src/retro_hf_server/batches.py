@@ -1,9 +1,9 @@
 """
 Rows that are generated together, though each begins and ends when it likes.
 
-A prompt is computed by itself: so it has no padding, and what fails there fails for one request alone. Then its row joins
-a batch, as one more row of the batch's cache. A batch runs token by token until one of its rows ends, or until there is
-something else to do. The steps are those of `generate`, which goes on from the cache.
+Prompts that arrive together and are about as long are computed together. Then their rows join a batch, as more rows of the
+batch's cache. A batch runs token by token until one of its rows ends, or until there is something else to do. The steps are
+those of `generate`, which goes on from the cache.
 """
 
 from __future__ import annotations
@@ -23,6 +23,10 @@ from .readers import RowLookup
 from .rows import Row
 
 
+# Of the prompts that are computed together, with their padding. More would be no faster: so many use the processor fully.
+_TOKENS_TOGETHER = 2048
+
+
 class Batch:
     """
     Rows with one cache between them.
@@ -36,10 +40,9 @@ class Batch:
         self.rows, self.cache = rows, cache
 
     @classmethod
-    def of(cls, model: Any, row: Row, ends: set[int]) -> Batch:
-        """Compute the prompt of a row, and its first token, which may be its last."""
-        cache = _generate(model, [row], None, _Turn([row], ends, lambda: True))
-        return cls([row], cache)
+    def of(cls, model: Any, rows: list[Row], ends: set[int]) -> Batch:
+        """Compute the prompts of rows, and the first token of each, which may be its last."""
+        return cls(rows, _generate(model, rows, None, _Turn(rows, ends, lambda: True)))
 
     def run(self, model: Any, ends: set[int], is_over: Callable[[], bool]) -> None:
         """
@@ -53,10 +56,32 @@ class Batch:
         self.cache = _generate(model, self.rows, self.cache, _Turn(self.rows, ends, is_over))
 
     @property
+    def takes_others(self) -> bool:
+        """Whether other prompts of this model could have been computed together with the first of these."""
+        # A processor may count from the end of the prompt, so it is made for one prompt alone.
+        return is_divisible(self.cache) and not self.rows[0].processors
+
+    @property
     def _kind(self) -> Hashable:
         """Batches of the same kind can become one."""
-        reader = self.rows[0].reader
-        return None if reader is None else reader.neighbor_size, None if is_divisible(self.cache) else id(self)
+        return self.rows[0].neighbor_size, None if is_divisible(self.cache) else id(self)
+
+
+def grouped(rows: Iterable[Row]) -> list[list[Row]]:
+    """Rows that have not begun, in groups whose prompts are computed together: none has more padding than tokens."""
+    kinds: dict[Hashable, list[Row]] = defaultdict(list)
+    for row in rows:
+        kinds[row.neighbor_size].append(row)
+    groups: list[list[Row]] = []
+    for alike in kinds.values():
+        alike.sort(key=lambda row: len(row.tokens), reverse=True)
+        group: list[Row] = []
+        for row in alike:
+            longest = len(group[0].tokens) if group else 0
+            if not group or 2 * len(row.tokens) < longest or (len(group) + 1) * longest > _TOKENS_TOGETHER:
+                groups.append(group := [])
+            group.append(row)
+    return groups
 
 
 def regrouped(batches: Iterable[Batch]) -> list[Batch]:
@@ -78,7 +103,7 @@ def _together(batches: list[Batch]) -> Batch:
 
 
 def _generate(model: Any, rows: list[Row], cache: Any, turn: _Turn) -> Any:
-    """Run `generate` for one turn: from the prompt of a single row, or from a cache. Returns the cache."""
+    """Run `generate` for one turn: from the prompts of rows, or from a cache. Returns the cache."""
     width, device = max(len(row.tokens) for row in rows), model.device
     mask = torch.tensor([[0] * (width - len(row.tokens)) + [1] * len(row.tokens) for row in rows], device=device)
     config = copy.deepcopy(model.generation_config)
@@ -92,18 +117,20 @@ def _generate(model: Any, rows: list[Row], cache: Any, turn: _Turn) -> Any:
     if cache is not None:
         inputs[CACHE_NAME] = cache
     elif readers:
-        inputs["chunk_offset"] = readers[0].chunk_offset
+        inputs["chunk_offset"] = torch.tensor([reader.chunk_offset for reader in readers])
 
     def decode(
         model: Any, input_ids: torch.Tensor, logits_processor: Any, stopping_criteria: Any, **kwargs: Any
     ) -> Any:
-        # `generate` has made the processors for these tokens. They hold for the whole answer of a row.
+        # `generate` has made the processors for these prompts. They hold for the whole answer of a row.
         if cache is None:
-            rows[0].processors = logits_processor
+            for row in rows:
+                row.processors = logits_processor
         turns = LogitsProcessorList([_Choose(turn)]), StoppingCriteriaList([_Take(turn)])
         return model._sample(input_ids, *turns, **kwargs)[CACHE_NAME]
 
-    tokens = [row.tokens if cache is None else row.tokens[-1:] for row in rows]
+    padding = config.pad_token_id
+    tokens = [[padding] * (width - len(row.tokens)) + row.tokens if cache is None else row.tokens[-1:] for row in rows]
     return model.generate(
         torch.tensor(tokens, device=device), generation_config=config, custom_generate=decode, **inputs
     )
@@ -152,4 +179,4 @@ class _Take(StoppingCriteria):
         return torch.full((len(input_ids),), is_over, device=input_ids.device)
 
 
-__all__ = ["Batch", "regrouped"]
+__all__ = ["Batch", "grouped", "regrouped"]

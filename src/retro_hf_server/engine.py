@@ -14,12 +14,12 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
-from .batches import Batch, regrouped
+from .batches import Batch, grouped, regrouped
 from .jobs import Failed, Finished, Job, QueueFullError, StoppedError
 from .readers import reader_for
 from .rows import Row
@@ -45,7 +45,7 @@ class Engine:
         model ([`RetroForCausalLM`]): in evaluation mode.
         tokenizer (`PreTrainedTokenizerBase`): of the model.
         source ([`Source`], *optional*): the store that it reads.
-        max_batch (`int`, defaults to 8): requests that are generated together.
+        max_batch (`int`, defaults to 16): requests that are generated together.
         max_queue (`int`, defaults to 64): requests that may wait.
 
     Attributes:
@@ -53,7 +53,7 @@ class Engine:
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, source: Source | None = None, *, max_batch: int = 8, max_queue: int = 64
+        self, model: Any, tokenizer: Any, source: Source | None = None, *, max_batch: int = 16, max_queue: int = 64
     ) -> None:
         self.model = model
         model.generation_config.cache_implementation = None  # rows come and go in a cache that grows
@@ -61,6 +61,7 @@ class Engine:
         self.source = source
         self.max_batch, self.max_queue = max_batch, max_queue
         self.num_running = 0
+        self._takes_others = False
         self._waiting: deque[Job | _Work] = deque()
         self._changed = threading.Condition()
         self._stopping = False
@@ -126,9 +127,9 @@ class Engine:
                     work.result.set_result(work.run())
                 except Exception as error:
                     work.result.set_exception(error)
-            for job in self._admitted():
-                self.num_running += 1
-                batches += self._begun(job)
+            admitted = self._admitted()
+            self.num_running += len(admitted)
+            batches += self._begun(admitted)
             batches = self._continued(batches)
             self.num_running = sum(row.reason is None for batch in batches for row in batch.rows)
 
@@ -168,17 +169,38 @@ class Engine:
                 for item in self._waiting
             )
 
-    def _begun(self, job: Job) -> list[Batch]:
-        """The request as a batch of its own, with its first token; none if that fails."""
+    def _begun(self, jobs: list[Job]) -> list[Batch]:
+        """The requests as batches with their first tokens, without those that fail."""
+        rows = [row for job in jobs if (row := self._row(job)) is not None]
+        if self._takes_others:
+            return [batch for group in grouped(rows) for batch in self._first_tokens(group)]
+        # The first answer shows whether prompts of this model can be computed together.
+        begun = [batch for row in rows for batch in self._first_tokens([row])]
+        self._takes_others = any(batch.takes_others for batch in begun)
+        return begun
+
+    def _row(self, job: Job) -> Row | None:
+        """The request as a row; None if what it reads cannot be prepared."""
         try:
             reader = None
             if job.retrieve and self.source is not None:
                 reader = reader_for(self.source, self.model, job.prompt, self.tokenizer, job.sampling.max_tokens)
-            return [Batch.of(self.model, Row(job, self.tokenizer, reader), self._ends())]
+            return Row(job, self.tokenizer, reader)
         except Exception as error:  # one bad request must not end the server
             logger.exception("A request failed.")
             job.emit(_failure(error))
-            return []
+            return None
+
+    def _first_tokens(self, rows: list[Row]) -> list[Batch]:
+        """The rows as one batch. If that fails, each is tried alone, so that only a row that fails itself gets an error."""
+        try:
+            return [Batch.of(self.model, rows, self._ends())]
+        except Exception as error:
+            if len(rows) == 1 or any(len(row.tokens) > len(row.job.prompt.tokens) for row in rows):
+                self._fail(rows, error)
+                return []
+        again = (Row(row.job, self.tokenizer, row.reader) for row in rows)  # with the first of its random numbers
+        return [batch for row in again for batch in self._first_tokens([row])]
 
     def _continued(self, batches: list[Batch]) -> list[Batch]:
         """Put rows together that can be, and let each batch run until there is something to do in the queue."""
@@ -189,12 +211,16 @@ class Engine:
                 rows = batch.rows
                 batch.run(self.model, self._ends(), self._turn(len(batches)))
         except Exception as error:
-            logger.exception("A batch of %d requests failed.", len(rows))
-            for row in rows:
-                if row.reason is None:
-                    row.reason = "failed"
-                    row.job.emit(_failure(error))
+            self._fail(rows, error)
         return [batch for batch in batches if any(row.reason is None for row in batch.rows)]
+
+    def _fail(self, rows: Sequence[Row], error: Exception) -> None:
+        """End the answers of rows that have not ended."""
+        logger.exception("A batch of %d requests failed.", len(rows))
+        for row in rows:
+            if row.reason is None:
+                row.reason = "failed"
+                row.job.emit(_failure(error))
 
     def _turn(self, num_batches: int) -> Callable[[], bool]:
         """Tells a batch after each token whether others have their turn: what waits, and after a chunk other batches."""

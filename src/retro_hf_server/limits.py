@@ -35,7 +35,7 @@ class Limits:
     body_timeout: float = 20.0
     timeout: float = 300.0
     max_tokens: int = 2048
-    max_batch: int = 8
+    max_batch: int = 16
     max_queue: int = 64
 
 

@@ -38,6 +38,11 @@ class Row:
         self.generator.seed() if seed is None else self.generator.manual_seed(seed)
         self._text = TextStream(tokenizer, job.sampling.stop)
 
+    @property
+    def neighbor_size(self) -> int | None:
+        """Tokens of each neighbor; None without retrieval."""
+        return None if self.reader is None else self.reader.neighbor_size
+
     def draw(self, scores: torch.Tensor) -> torch.Tensor:
         """Scores (float, `(vocab_size,)`); the largest is that of a token drawn with the request's settings."""
         if self.processors:
@@ -53,9 +58,12 @@ class Row:
             ordered, order = scores.sort(descending=True)
             before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
             scores = scores.masked_fill((before >= sampling.top_p)[order.argsort()], float("-inf"))
-        # The largest of the scores plus Gumbel noise is a draw from their softmax.
-        noise = torch.empty_like(scores).exponential_(generator=self.generator)
-        return scores - noise.log()
+        # One random number and a table, because a random number for each token would take longer than a layer of the model.
+        table = scores.softmax(-1).double().cumsum(-1)
+        place = torch.rand(1, generator=self.generator, dtype=torch.double) * table[-1]
+        drawn = torch.full_like(scores, float("-inf"))
+        drawn[torch.searchsorted(table, place, right=True).clamp(max=len(table) - 1)] = 0.0
+        return drawn
 
     def add(self, token: int, ends: set[int]) -> None:
         """Take the next token, send its text and what was read for it, and end the answer if the request says so."""

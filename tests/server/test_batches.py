@@ -1,14 +1,18 @@
 """Rows that come and go: each is written as it would be alone, whatever the model keeps of its past."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from server.serving import make_parts
 from tiny import randomize, tiny_backbone
 from transformers import AutoModelForCausalLM
 
 from retro_hf import RetroRetriever, retrofit
 from retro_hf_server import batches
-from retro_hf_server.batches import Batch, regrouped
+from retro_hf_server.batches import Batch, grouped, regrouped
 from retro_hf_server.jobs import Job, Sampling
 from retro_hf_server.readers import ChunkRead, Prompt, reader_for
 from retro_hf_server.rows import Row
@@ -71,7 +75,7 @@ def run(model, running, num_tokens):
 def alone(model, rows):
     """Each row to its end."""
     for row in rows:
-        running = [Batch.of(model, row, set())]
+        running = [Batch.of(model, [row], set())]
         while running := regrouped(running):
             run(model, running, 100)
 
@@ -83,7 +87,7 @@ def check_come_and_go(world, model, retriever):
     running, entering = [], list(found)
     while entering or running:
         if entering:
-            running.append(Batch.of(model, entering.pop(0), set()))
+            running.append(Batch.of(model, [entering.pop(0)], set()))
         running = regrouped(running)
         assert len(running) <= 1
         for batch in running:  # what has left takes no memory
@@ -132,7 +136,7 @@ def test_rows_whose_cache_cannot_be_divided_run_one_beside_the_other(world, monk
     model = make_model(tiny_backbone("llama", vocab_size=400), "cross_attention")
     expected, found = Written(world, model, None), Written(world, model, None)
     alone(model, expected)
-    running = [Batch.of(model, row, set()) for row in found]
+    running = [Batch.of(model, [row], set()) for row in found]
     while running := regrouped(running):
         assert all(len(batch.rows) == 1 for batch in running)
         run(model, running, 3)
@@ -146,3 +150,53 @@ def test_what_the_generation_config_asks_for_holds_for_each_row_alone(world):
     model.generation_config.no_repeat_ngram_size = 2
     model.generation_config.min_new_tokens = 3
     check_come_and_go(world, model, None)
+
+
+@pytest.mark.parametrize(
+    ("family", "reader"),
+    [
+        ("llama", "cross_attention"),
+        ("llama", "parallel_context"),
+        ("gpt2", "cross_attention"),
+        ("lfm2", "cross_attention"),
+    ],
+)
+def test_prompts_that_are_computed_together_are_answered_as_each_alone(world, family, reader):
+    """With padding before the shorter ones, and chunks that begin at different places."""
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(tiny_config(family, vocab_size=400)).eval()
+    model, retriever = make_model(base, reader), RetroRetriever(world.datastore, embedder=world.embedder)
+    expected, found = Written(world, model, retriever), Written(world, model, retriever)
+    alone(model, expected)
+    running = [Batch.of(model, list(found), set())]
+    assert running[0].takes_others
+    while running := regrouped(running):
+        run(model, running, 100)
+    assert [row.tokens for row in found] == [row.tokens for row in expected]
+    assert found.reads() == expected.reads()
+
+
+@given(
+    lengths=st.lists(st.integers(1, 3000), max_size=20), sizes=st.lists(st.sampled_from([None, 16, 32]), min_size=20)
+)
+def test_groups_of_prompts_have_every_row_once_and_little_padding(lengths, sizes):
+    """Rows with and without retrieval are apart, and so are short prompts and long ones."""
+    rows = [
+        SimpleNamespace(tokens=[0] * length, neighbor_size=size) for length, size in zip(lengths, sizes, strict=False)
+    ]
+    groups = grouped(rows)
+    assert sorted(id(row) for group in groups for row in group) == sorted(map(id, rows))
+    for group in groups:
+        longest, shortest = (f(len(row.tokens) for row in group) for f in (max, min))
+        assert longest <= 2 * shortest
+        assert len(group) == 1 or longest * len(group) <= 2048
+        assert len({row.neighbor_size for row in group}) == 1
+
+
+def test_prompts_are_not_computed_together_if_the_generation_config_counts_from_their_end(world):
+    """Nor if a row could not leave the others' cache."""
+    model = make_model(tiny_backbone("llama", vocab_size=400), "cross_attention")
+    assert Batch.of(model, [Written(world, model, None)[0]], set()).takes_others
+    model.generation_config.min_new_tokens = 3
+    model.generation_config.eos_token_id = 5
+    assert not Batch.of(model, [Written(world, model, None)[0]], set()).takes_others

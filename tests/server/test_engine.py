@@ -1,6 +1,8 @@
 """The engine: batches whose rows do not know each other, stop words, ends, and what was read for which tokens."""
 
+import contextlib
 import queue
+import threading
 import time
 
 import pytest
@@ -11,6 +13,7 @@ from tiny import tiny_backbone
 from retro_hf import RetroDatastore, RetroRetriever, answer, retrofit
 from retro_hf.passages import find_passages
 from retro_hf_server import readers
+from retro_hf_server.batches import Batch
 from retro_hf_server.engine import Engine
 from retro_hf_server.jobs import Delta, Failed, Finished, Job, QueueFullError, Sampling, StoppedError
 from retro_hf_server.prompts import Prompts
@@ -38,15 +41,32 @@ def engine(world):
     running.close()
 
 
+@contextlib.contextmanager
+def held(engine):
+    """While this is open the engine does nothing, so that all that is asked waits together."""
+    go = threading.Event()
+    engine.call(go.wait)
+    yield
+    go.set()
+
+
 class Asked:
     """A request and its events."""
 
-    def __init__(self, engine, text, *, query=None, prompt=None, retrieve=True, deadline=float("inf"), **sampling):
+    def __init__(
+        self, engine, text, *, query=None, prompt=None, retrieve=True, deadline=float("inf"), at_end=None, **sampling
+    ):
         self._events = queue.Queue()
+        self._at_end = at_end
         settings = Sampling(**{"max_tokens": 20, **sampling})
         ids = engine.tokenizer(text).input_ids
-        self.job = Job(prompt or Prompt(ids, query), settings, self._events.put, retrieve, deadline)
+        self.job = Job(prompt or Prompt(ids, query), settings, self._emit, retrieve, deadline)
         engine.submit(self.job)
+
+    def _emit(self, event):
+        self._events.put(event)
+        if self._at_end is not None and isinstance(event, (Finished, Failed)):
+            self._at_end()
 
     def result(self):
         """All events."""
@@ -73,8 +93,8 @@ QUESTIONS = [(text, {**options, "query": text}) for text, options in REQUESTS]
 def test_requests_of_different_settings_in_one_batch_are_answered_as_each_alone(engine, requests):
     """A row's draws come from its own generator, and its neighbors from its own chunks."""
     alone = [Asked(engine, text, **options).text() for text, options in requests]
-    engine.call(lambda: time.sleep(0.3))  # so that all wait when the next batch begins
-    together = [Asked(engine, text, **options) for text, options in requests]
+    with held(engine):
+        together = [Asked(engine, text, **options) for text, options in requests]
     assert [one.text() for one in together] == alone
     assert all(alone)
 
@@ -129,8 +149,8 @@ def test_an_answer_to_a_question_is_that_of_answer(world, engine):
 
 def test_questions_with_the_same_end_in_one_batch_read_their_own_passages(engine):
     """Rows are not told apart by their tokens."""
-    engine.call(lambda: time.sleep(0.3))
-    asked = [Asked(engine, "a king", query=text) for text in ("golden lighthouse", "quiet baker")]
+    with held(engine):
+        asked = [Asked(engine, "a king", query=text) for text in ("golden lighthouse", "quiet baker")]
     found = [next(e for e in one.result() if isinstance(e, ChunkRead)) for one in asked]
     assert [one.query for one in found] == ["golden lighthouse", "quiet baker"]
     assert found[0].passages != found[1].passages
@@ -164,9 +184,9 @@ def test_an_answer_of_an_end_token_ends_there(world, engine):
 
 def test_a_cancelled_answer_ends_and_the_others_go_on(engine):
     """A client that hangs up costs nothing more."""
-    engine.call(lambda: time.sleep(0.3))
-    first, second = Asked(engine, "a king", max_tokens=200), Asked(engine, "the river", max_tokens=12)
-    first.job.canceled = True
+    with held(engine):
+        first, second = Asked(engine, "a king", max_tokens=200), Asked(engine, "the river", max_tokens=12)
+        first.job.canceled = True
     assert second.result()[-1].num_tokens == 12
     assert first.result()[-1].reason == "canceled"
 
@@ -239,13 +259,12 @@ def test_a_row_is_free_as_soon_as_its_answer_ends(world):
     """Short answers and canceled ones make room for what waits, while the long one goes on."""
     engine = Engine(world.model, world.tokenizer, max_batch=2)
     long, canceled = Asked(engine, "a king", max_tokens=200), Asked(engine, "the river", max_tokens=200)
-    short = [Asked(engine, "a baker", max_tokens=5) for _ in range(3)]
+    cancel = lambda: setattr(long.job, "canceled", True)  # noqa: E731
+    short = [Asked(engine, "a baker", max_tokens=5, at_end=end) for end in (None, None, cancel)]
     canceled.job.canceled = True
     assert [one.result()[-1].num_tokens for one in short] == [5, 5, 5]
     assert canceled.result()[-1].reason == "canceled"
-    assert engine.call(lambda: engine.num_running).result(60) == 1  # between two of its tokens
-    long.job.canceled = True
-    assert 5 < long.result()[-1].num_tokens < 200
+    assert long.result()[-1].reason == "canceled"
     engine.close()
 
 
@@ -261,6 +280,41 @@ def test_requests_of_every_kind_share_rows_and_are_answered_as_each_alone(world,
     alone = [Asked(engine, text, **options).result() for text, options in requests]
     together = [Asked(engine, text, **options) for text, options in requests]
     assert [one.result() for one in together] == alone
+    engine.close()
+
+
+def test_requests_that_wait_together_are_begun_in_one_pass(world, monkeypatch):
+    """From the second time on: the first answer shows whether the model allows it."""
+    engine, sizes = Engine(world.model, world.tokenizer), []
+    begin = Batch.of
+    monkeypatch.setattr(Batch, "of", lambda model, rows, ends: sizes.append(len(rows)) or begin(model, rows, ends))
+    for expected in ([1, 1, 1], [3]):
+        with held(engine):
+            asked = [Asked(engine, "a king", max_tokens=3) for _ in range(3)]
+        assert [one.result()[-1].num_tokens for one in asked] == [3, 3, 3]
+        assert sizes == expected
+        sizes.clear()
+    engine.close()
+
+
+def test_a_prompt_that_fails_among_others_hurts_its_own_row_alone(world, monkeypatch):
+    """The others are computed again, with the same random numbers."""
+    engine = Engine(world.model, world.tokenizer)
+    texts = ["a king", "the king", "golden castle"]
+    expected = [Asked(engine, text, temperature=1.0, seed=1).text() for text in texts]
+    begin, bad = Batch.of, engine.tokenizer(texts[1]).input_ids
+
+    def of(model, rows, ends):
+        batch = begin(model, rows[:1], ends) if len(rows) == 1 else None
+        if any(row.job.prompt.tokens == bad for row in rows) or batch is None:
+            raise RuntimeError("no memory")
+        return batch
+
+    monkeypatch.setattr(Batch, "of", of)
+    with held(engine):
+        first, failed, last = [Asked(engine, text, temperature=1.0, seed=1) for text in texts]
+    assert "no memory" in failed.result()[-1].message
+    assert [first.text(), last.text()] == [expected[0], expected[2]]
     engine.close()
 
 
@@ -281,8 +335,9 @@ def test_a_lookup_that_fails_hurts_its_own_row_alone(engine, monkeypatch, place)
     expected = [Asked(engine, text).result() for text in texts]
     (bad,) = seen[3 + place]  # the first answer has three
     seen.clear()
-    engine.call(lambda: time.sleep(0.3))
-    found = [asked.result() for asked in [Asked(engine, text) for text in texts]]
+    with held(engine):
+        asked = [Asked(engine, text) for text in texts]
+    found = [one.result() for one in asked]
     assert [found[0], found[2]] == [expected[0], expected[2]]
     assert found[1][-1].retrieval == "unavailable"
     assert "OSError" in found[1][-1].message
