@@ -36,7 +36,7 @@ from retro_hf.evaluation import evaluate, write_report  # noqa: E402
 
 
 MODEL = ROOT / "hub_configs" / "retro-smollm2-135m"
-CHARACTERS = 1500  # of a held-out licence
+CHARACTERS = 1500  # of a held-out license
 PUBLISHED = ("verdict", "modes", "on_minus_random", "leakage", "runs", "offsets", "num_neighbors_sweep")  # no texts
 TEXTS = ("bible", "wikipedia", "licences")
 DOCUMENTS = {"bible": 100, "licences": 50, "wikipedia": 100}
@@ -54,7 +54,7 @@ def load_licences() -> list[dict]:
             titles = [line.removeprefix("name:").strip() for line in head.splitlines() if line.startswith("name:")]
             key = name.rsplit("/", 1)[-1].removesuffix(".LICENSE")
             if len(text.split()) >= 30:
-                found.append({"id": f"licence/{key}", "title": (titles or [key])[0], "text": " ".join(text.split())})
+                found.append({"id": f"license/{key}", "title": (titles or [key])[0], "text": " ".join(text.split())})
     return found
 
 

@@ -170,7 +170,7 @@ def test_the_adapter_loads_with_a_base_of_its_shape(tmp_path):
 @pytest.mark.weights
 @pytest.mark.parametrize("file", sorted(FOLDER.glob("*/*.safetensors")), ids=lambda file: file.parent.name)
 def test_the_card_of_weights_tells_where_they_come_from(file):
-    """Their sha256, the commit of the code, the data, and why the licence is what it is; pinned wheels as they are fetched."""
+    """Their sha256, the commit of the code, the data, and why the license is what it is; pinned wheels as they are fetched."""
     card = (file.parent / "README.md").read_text(encoding="utf-8")
     recorded = re.search(rf"\| sha256 \| `{file.name}`: ([0-9a-f]{{64}}) \|", card)
     assert recorded[1] == hashlib.sha256(file.read_bytes()).hexdigest()
@@ -178,7 +178,7 @@ def test_the_card_of_weights_tells_where_they_come_from(file):
         line.split("|")[1].strip(): line.split("|")[2].strip() for line in card.splitlines() if line.count("|") == 3
     }
     assert re.search(r"commit [0-9a-f]{7}", rows["code"]) and rows["data"]
-    assert "licence" in rows or "## Licence" in card
+    assert "license" in rows or "## License" in card
     pinned = re.search(r"WHEELS = \{.*?\n\}", (FOLDER.parent / "examples" / "demo_data.py").read_text(), re.DOTALL)[0]
     for wheel, digest in re.findall(r"`([\w.-]+==[\w.-]+)` ([0-9a-f]{64})", rows["data"]):
         assert re.search(rf'"{re.escape(wheel)}",\s+"{digest}"', pinned), wheel

@@ -51,7 +51,7 @@ print({package}.answer(model, retriever, "What does the datastore say?"))
 ## Limits
 
 It reads a datastore of its own tokenizer and of chunks of {chunk_size} tokens only. What it reads, it may repeat: an answer can be as
-wrong as a passage, and texts of the datastore keep their licences. Where the datastore says nothing on the matter, retrieval brings
+wrong as a passage, and texts of the datastore keep their licenses. Where the datastore says nothing on the matter, retrieval brings
 nothing.
 """
 _NAMED = """`from_pretrained("{repo_id}", retriever="config")` opens that datastore by itself, and so does
@@ -175,7 +175,7 @@ def _numbers(evaluation: Mapping[str, Any]) -> str:
         name = os.path.basename(os.path.normpath(store["name"]))  # the folders above it are of this machine
         measured = (
             f"`{_cell(name)}`, {store['num_documents']:,} documents in {store['num_chunks']:,} chunks, keys by "
-            f"`{_cell(store['embedder'])}`; licences of its texts: {licenses}"
+            f"`{_cell(store['embedder'])}`; licenses of its texts: {licenses}"
         )
     inputs = evaluation["inputs"]
     return _NUMBERS.format(
