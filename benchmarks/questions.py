@@ -264,7 +264,8 @@ class FirstToken(BaseStreamer):
 def open_retriever(changed: bool) -> RetroRetriever:
     embedder = ChunkEmbedder.from_pretrained(minilm_path())
     datastore = RetroDatastore.load(WORK / ("changed_store" if changed else "store"))
-    return RetroRetriever(datastore, embedder=embedder, num_neighbors=1, cache_size=0)
+    tokenizer = AutoTokenizer.from_pretrained(BASE)  # that of a datastore has no chat template
+    return RetroRetriever(datastore, embedder=embedder, tokenizer=tokenizer, num_neighbors=1, cache_size=0)
 
 
 def asker(
