@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Iterable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from textwrap import shorten
@@ -78,7 +79,7 @@ def run(family: str, limit: float) -> dict:
 
 
 CHECKS = """\
-This page is about the paper's reader. For the reader without training, see [its own page](readers.md).
+This page is about the paper's reader. The reader without training has [its own page](readers.md).
 
 **Is your family missing?** It works if it follows the conventions of transformers. If it does not, `retrofit` raises an error that
 says what it looked for, and how to name the layers yourself.
@@ -91,16 +92,33 @@ CPU. Families such as BERT, which are causal only on request, were made causal. 
 | off | without neighbors, logits and loss equal those of the base, bit for bit |
 | before training | with neighbors, logits and generated tokens equal those of the base, bit for bit |
 | placement | cross-attention reads the residual stream at the end of the attention branch, and adds to it there and nowhere else. The table says where; *beside* means that another module of the layer reads the same input in parallel |
-| causality | with random weights instead of trained ones, no token changes an earlier one, and no neighbor changes a token before the end of its chunk |
+| causality | no token changes an earlier one, and no neighbor changes a token before the end of its chunk |
 | padding | a row that is padded on the right or on the left has the logits of the row alone |
 | cache | generation with a cache equals full passes, also across chunk borders |
-| taking tokens back | prompt lookup, which takes tokens back across chunk borders, generates the same; or it is refused, as the base refuses it |
+| taking tokens back | prompt lookup, which takes tokens back, generates the same tokens; or it is refused, if the base refuses it, too |
 | training | every parameter of RETRO is trained, and none of the base |
-| saving | the model loads as it was saved, in full and without the backbone |
+| saving | the model loads as it was saved, in full and without the base |
 
-The checks are in [`tests/zoo.py`](../tests/zoo.py), and the results in numbers in
-[`benchmarks/results/backbones.json`](../benchmarks/results/backbones.json). `python benchmarks/backbones.py` makes the results and this page.
+The checks are in [`tests/zoo.py`](../tests/zoo.py), and the results and all messages in
+[`backbones.json`](../benchmarks/results/backbones.json). `python benchmarks/backbones.py` makes the results and this page.
 """
+# What the messages of refused families have in common, and what the page says for all of them.
+REFUSALS = (
+    (
+        "also attend to an encoder",
+        "The layers also attend to an encoder or an image. RETRO needs a decoder-only model.",
+    ),
+    (
+        "Cannot tell the decoder layers",
+        "`retrofit` does not find the layers. The error says how to name them (not tried).",
+    ),
+    ("several residual streams", "The layers have several residual streams. RETRO can add to one only."),
+    ("its own kind of state", "The model does not keep its history in a `DynamicCache`, which RETRO needs."),
+)
+BASE_FAILS = (
+    ("cached generation", "with a cache, the logits differ from those of a full pass"),
+    ("padded at the left", "the logits of a row that is padded on the left differ from those of the row alone"),
+)
 
 
 def page(results: dict) -> str:
@@ -116,33 +134,47 @@ def page(results: dict) -> str:
         f"**{len(works)} work** with `retrofit` ({num_classes} model classes).",
         CHECKS.strip(),
         "## Families that work",
+        "Prompt lookup is refused, as it is for their base, by "
+        f"{named(family for family, row in works if row['rollback'] is not None)}.",
         table(
-            ("Family", "Model class", "Cross-attention enters", "Takes tokens back"),
-            [
-                (
-                    f"`{family}`",
-                    row["class"],
-                    entry(row),
-                    "yes" if row["rollback"] is None else "no, nor does the base",
-                )
-                for family, row in works
-            ],
+            ("Family", "Model class", "Cross-attention enters"),
+            [(f"`{family}`", row["class"], entry(row)) for family, row in works],
         ),
     ]
-    for status, title, text in (
-        ("fails", "Families that fail", "This is a defect of this library. The reason:"),
-        ("refused", "Families that are refused", "`retrofit` raises an `UnsupportedBackboneError`:"),
-        ("base", "Families whose base fails a check", "`retrofit` accepts them, but the base itself fails:"),
-        (
-            "not built",
-            "Families that could not be tried",
-            "We could not make a tiny base that runs on text alone. The reason:",
-        ),
-    ):
-        rows = [(f"`{family}`", row["reason"].replace("|", "\\|")) for family, row in groups.get(status, [])]
-        if rows:
-            parts += [f"## {title}", text, table(("Family", "Reason"), rows)]
+    if failing := groups.get("fails"):
+        rows = [(f"`{family}`", row["reason"].replace("|", "\\|")) for family, row in failing]
+        parts += ["## Families that fail", "This is a defect of this library:", table(("Family", "Reason"), rows)]
+    if refused := groups.get("refused"):
+        reasons: dict[str, list[str]] = {}
+        for family, row in refused:
+            reasons.setdefault(said(row["reason"], REFUSALS), []).append(family)
+        rows = [(reason, named(families)) for reason, families in reasons.items()]
+        parts += [
+            "## Families that are refused",
+            "`retrofit` raises an `UnsupportedBackboneError`.",
+            table(("Reason", "Families"), rows),
+        ]
+    if failing := groups.get("base"):
+        rows = [
+            (f"`{family}`", f"{said(row['reason'], BASE_FAILS)}, by {row['reason'].rpartition(' by ')[2]}")
+            for family, row in failing
+        ]
+        text = "`retrofit` accepts these families, but a check fails for the base alone:"
+        parts += ["## Families whose base fails a check", text, table(("Family", "What the base does"), rows)]
+    if untried := groups.get("not built"):
+        text = "No small base that runs on text alone could be made of "
+        parts += ["## Families that could not be tried", f"{text}{named(family for family, _ in untried)}."]
     return "\n\n".join(parts) + "\n"
+
+
+def said(message: str, known: tuple[tuple[str, str], ...]) -> str:
+    """A message as the page words it, or as it is."""
+    return next((text for part, text in known if part in message), message.replace("|", "\\|"))
+
+
+def named(families: Iterable[str]) -> str:
+    """Names in a row."""
+    return ", ".join(f"`{family}`" for family in families)
 
 
 def entry(row: dict) -> str:

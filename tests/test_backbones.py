@@ -153,7 +153,7 @@ def test_the_pages_say_what_the_results_say():
     "family", [family if family in QUICK else pytest.param(family, marks=pytest.mark.slow) for family in RESULTS]
 )
 def test_family_is_as_docs_backbones_says(family, tmp_path):
-    """It works, with cross-attention where the page says, or is refused with the error that the page quotes."""
+    """It works, with cross-attention where the page says, or is refused with the error of the results."""
     row = RESULTS[family]
     if row["status"] == "works":
         found = check_family(family, tmp_path, row["placement"])
