@@ -70,7 +70,7 @@ test-versions: $(STAMP) ## Test the lowest, locked and newest versions of all de
 	$(PIP) install -q "uv>=0.9"
 	$(RUN)/python tools/versions.py --workers $(WORKERS) $(VERSIONS)
 
-test-suites: $(STAMP) ## Run transformers' own suites on our classes (3 minutes on 2 cores)
+test-suites: $(STAMP) ## Run transformers' own suites on our classes (3 to 5 minutes on 2 cores)
 	$(RUN)/python -m pytest -m suites -n $(WORKERS) --dist worksteal tests/suites $(PYTEST)
 
 check: $(STAMP) ## Check format, lint, types, imports, spelling, length and the rules for model files
