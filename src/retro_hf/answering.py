@@ -29,8 +29,6 @@ from .retriever import RetroRetriever
 from .unwrapped import unwrapped
 
 
-__all__ = ["Answer", "Question", "answer", "passage_inputs", "prepare_question"]
-
 Message = Mapping[str, str]
 _MOST_TOKENS = 1 << 20
 

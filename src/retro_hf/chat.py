@@ -13,8 +13,6 @@ from .special_tokens import special_ids
 
 logger = logging.get_logger(__name__)
 
-__all__ = ["chat_markers", "last_user_turn", "user_turns"]
-
 _TURNS = ("first question", "first answer", "second question")
 
 

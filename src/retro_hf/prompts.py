@@ -74,15 +74,3 @@ def write_passage(reader: str, title: str, text: str) -> str:
     if traits_of(reader).reads_question:
         return f"{title}: {text}" if title else text
     return " ".join(_PASSAGE.format(title=title, text=text).split())
-
-
-__all__ = [
-    "INSTRUCTION",
-    "PROMPT",
-    "checked_prompt",
-    "is_chat",
-    "reading_start",
-    "write_passage",
-    "write_question",
-    "write_question_as_chat",
-]

@@ -17,6 +17,3 @@ def unwrapped(model: Any) -> Any:
         return model
     inner = model.get_base_model()
     return inner if isinstance(inner, RetroPreTrainedModel) else model
-
-
-__all__ = ["unwrapped"]

@@ -92,6 +92,3 @@ def _rows(values: list[Any], rows: list[torch.Tensor]) -> Any:
     if first is None:
         return None
     return torch.cat([value[taken.to(value.device)] for value, taken in zip(values, rows, strict=True)])
-
-
-__all__ = ["is_divisible", "joined"]

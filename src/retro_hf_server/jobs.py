@@ -95,6 +95,3 @@ class Job:
     retrieve: bool = True
     deadline: float = float("inf")
     canceled: bool = False
-
-
-__all__ = ["Delta", "Event", "Failed", "Finished", "Job", "QueueFullError", "Sampling", "StoppedError"]

@@ -20,8 +20,6 @@ from .stages import batches, metadata_of
 if TYPE_CHECKING:
     from .store import RetroDatastore
 
-__all__ = ["Changes", "Comparison", "similar_ids"]
-
 _COMPARED_IDS = 20_000
 
 

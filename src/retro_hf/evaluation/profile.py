@@ -18,8 +18,6 @@ from ..retriever import RetroRetriever
 from ..unwrapped import unwrapped
 
 
-__all__ = ["Profile", "profile"]
-
 _ENCODING = "encode the neighbors"
 _STAGES: tuple[tuple[str, type, str], ...] = (
     ("embed the queries", ChunkEmbedder, "embed_queries"),

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["QuestionAnswers", "answer_metrics", "answer_questions", "score_answers"]
-
 _MODES = ("on", "off", "random")
 _MeanAndEnds = tuple[float, float, float]
 

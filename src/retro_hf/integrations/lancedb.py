@@ -15,8 +15,6 @@ from .vectors import FilledIndex
 if TYPE_CHECKING:
     from ..datastore.store import RetroDatastore
 
-__all__ = ["LanceIndex"]
-
 
 class LanceIndex(FilledIndex):
     """Lets LanceDB find the nearest chunks of a datastore: a [`VectorIndex`] for [`EmbeddingSearcher`].

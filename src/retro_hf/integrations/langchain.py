@@ -15,8 +15,6 @@ else:
     Document = extras.load("langchain_core.documents", "RetroLangChainRetriever").Document
     BaseRetriever = extras.load("langchain_core.retrievers", "RetroLangChainRetriever").BaseRetriever
 
-__all__ = ["RetroLangChainRetriever"]
-
 
 class RetroLangChainRetriever(BaseRetriever):
     """Finds passages of a datastore for LangChain.

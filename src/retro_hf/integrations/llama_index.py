@@ -16,8 +16,6 @@ else:
     _schema = extras.load("llama_index.core.schema", "RetroLlamaIndexRetriever")
     NodeWithScore, TextNode = _schema.NodeWithScore, _schema.TextNode
 
-__all__ = ["RetroLlamaIndexRetriever"]
-
 
 class RetroLlamaIndexRetriever(BaseRetriever):
     """Finds passages of a datastore for LlamaIndex.

@@ -14,8 +14,6 @@ from .vectors import FilledIndex
 if TYPE_CHECKING:
     from ..datastore.store import RetroDatastore
 
-__all__ = ["QdrantIndex"]
-
 
 class QdrantIndex(FilledIndex):
     """Lets Qdrant find the nearest chunks of a datastore: a [`VectorIndex`] for [`EmbeddingSearcher`].

@@ -372,6 +372,3 @@ def _tell_local_backbone(config: RetroConfig, folder: str | os.PathLike) -> None
             f"`from_pretrained('{folder}', backbone_name_or_path='{name}')`; before it is uploaded, name the backbone's repository: "
             "`model.config.backbone_name_or_path = 'org/name'`."
         )
-
-
-__all__ = ["RetroAdapterMixin"]

@@ -338,14 +338,3 @@ class RetroMLP(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Map `(..., hidden_size)` to the same shape."""
         return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
-
-
-__all__ = [
-    "RetroAttention",
-    "RetroMLP",
-    "RetroPositionProjection",
-    "RetroRMSNorm",
-    "eager_attention_forward",
-    "position_features",
-    "relative_shift",
-]

@@ -46,6 +46,3 @@ def route_attention(backbone: PreTrainedModel) -> None:
             f"reader='parallel_context' attends by 'sdpa' or 'eager', got attn_implementation='{name}'. Set one of the two."
         )
     config._attn_implementation = _PREFIX + name
-
-
-__all__ = ["route_attention"]

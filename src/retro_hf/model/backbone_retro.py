@@ -432,21 +432,3 @@ def checkpoint_within_pass(checkpoint: Callable, function: Callable, *args: Any)
             active_pass.reset(token)
 
     return checkpoint(run, *args)
-
-
-__all__ = [
-    "AttendingPass",
-    "BranchEnd",
-    "HookedPass",
-    "accepted_arguments",
-    "active_pass",
-    "attach_hooks",
-    "check_decoder",
-    "checkpoint_within_pass",
-    "find_branch_end",
-    "find_decoder_layers",
-    "fingerprint",
-    "learned_positions",
-    "placement",
-    "run_within",
-]

@@ -473,16 +473,3 @@ def chunk_offsets(chunk_offset: int | torch.Tensor | None, batch_size: int, chun
             f"got {chunk_offset}."
         )
     return values
-
-
-__all__ = [
-    "Kept",
-    "RetrievalState",
-    "RetroCacheMixin",
-    "RetroDynamicLayer",
-    "attach_state",
-    "chunk_offsets",
-    "pad_to",
-    "per_row",
-    "state_of",
-]

@@ -191,6 +191,3 @@ def _cell(text: Any) -> str:
     """Text on one line that opens no tag, no link and no other cell."""
     shown = "".join(letter if letter.isprintable() else " " for letter in str(text))
     return shown.translate({ord(mark): f"\\{mark}" for mark in "|[]<"}).replace("`", "'")
-
-
-__all__ = ["card_text", "read_evaluation", "write_card"]

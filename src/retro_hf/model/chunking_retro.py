@@ -427,17 +427,3 @@ def gather(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 def cells_from(origins: list[int], chunk_size: int, device: torch.device) -> torch.Tensor:
     """A mask (V, m) that is True from the cell `origins[i]` on, where the tokens of a row begin."""
     return torch.arange(chunk_size, device=device) >= torch.tensor(origins, device=device).unsqueeze(1)
-
-
-__all__ = [
-    "History",
-    "NeighborTokens",
-    "PassPlan",
-    "SequencePlan",
-    "StepPlan",
-    "cells_from",
-    "completing_tokens",
-    "gather",
-    "positions_from",
-    "text_positions",
-]

@@ -129,13 +129,3 @@ def _looks_like_cache(name: str, value: Any) -> bool:
 
 
 warn_if_untested()
-
-
-__all__ = [
-    "CACHE_NAME",
-    "CACHE_NAMES",
-    "CHECKPOINTING",
-    "SubConfigSpec",
-    "accept_cache_by_any_name",
-    "slice_logits_to_keep",
-]

@@ -112,6 +112,3 @@ def _read(plan: StepPlan, source: tuple[torch.Tensor, list[int]]) -> Reading:
 
 def _copy(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.clone(memory_format=torch.contiguous_format)
-
-
-__all__ = ["CompiledSteps", "FixedStepPlan", "Reading"]

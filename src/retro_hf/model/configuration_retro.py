@@ -480,6 +480,3 @@ class RetroConfig(_RetroConfigMixin, PreTrainedConfig):
     def num_attention_heads(self) -> int:
         """Attention heads of the backbone, in its first layer where layers differ."""
         return self.text_config.get_text_config(decoder=True).per_layer_config[0].num_attention_heads
-
-
-__all__ = ["RetroConfig", "RetroDecoderConfig", "RetroEncoderConfig"]

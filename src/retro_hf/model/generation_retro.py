@@ -270,6 +270,3 @@ class RetroGenerationMixin(GenerationMixin):
 def _prompt_rows(num_rows: int, num_sequences: int) -> list[int]:
     """The prompt's row of each generated sequence. Sequences of one prompt (beams or results) follow one another."""
     return [sequence * num_rows // num_sequences for sequence in range(num_sequences)]
-
-
-__all__ = ["RetroGenerationMixin"]

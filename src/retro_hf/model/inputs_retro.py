@@ -428,20 +428,3 @@ def _check_positions(position_ids: Any, rows: int, tokens: int, positions: range
                 f"`position_ids` are from {least} to {most}, but the backbone's position table has those from "
                 f"{positions.start} to {positions.stop - 1}."
             )
-
-
-__all__ = [
-    "RETRIEVAL_ARGUMENTS",
-    "Vocabulary",
-    "check_chunk_size",
-    "check_inputs",
-    "check_labels",
-    "check_names",
-    "check_no_attentions",
-    "check_prompt",
-    "given_neighbors",
-    "text_of",
-    "vocabulary_of",
-    "warn_of_nothing_to_train",
-    "with_arguments_of",
-]

@@ -791,6 +791,3 @@ class RetroForCausalLM(RetroPreTrainedModel, RetroGenerationMixin):
         if "logits_to_keep" in self.model._backbone_arguments:
             kwargs |= {"logits_to_keep": logits_to_keep}
         return self.model(*args, with_head=True, labels=labels, **kwargs)
-
-
-__all__ = ["RetroForCausalLM", "RetroModel", "RetroPreTrainedModel"]

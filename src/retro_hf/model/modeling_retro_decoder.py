@@ -231,6 +231,3 @@ class RetroDecoderForCausalLM(RetroDecoderPreTrainedModel, GenerationMixin):
             "The paper's decoder does not support continuous batching (`generate_batch`, paged caches): its relative positions "
             "cannot tell packed sequences apart. Use `generate` on a left-padded batch."
         )
-
-
-__all__ = ["RetroDecoderForCausalLM", "RetroDecoderModel", "RetroDecoderPreTrainedModel"]

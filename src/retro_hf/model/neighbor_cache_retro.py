@@ -141,14 +141,3 @@ def check_memory(example: EncodedNeighbor, num_tokens: int) -> None:
             f"'{device}' has {memory / 2**30:.1f} GiB. Retrieve fewer neighbors (`num_neighbors`), or give fewer or "
             "shorter rows at a time."
         )
-
-
-__all__ = [
-    "EncodedNeighbor",
-    "NeighborCache",
-    "Neighbors",
-    "PlacedNeighbor",
-    "check_memory",
-    "place_neighbors",
-    "weights_version",
-]

@@ -362,6 +362,3 @@ class ParallelContextPass:
             return None
         layer = self.cache.layers[layer_idx]
         return layer if isinstance(layer, RetroDynamicLayer) and layer.keys is key and layer.values is value else None
-
-
-__all__ = ["ParallelContextPass", "ParallelContextReader", "check_backbone"]

@@ -253,6 +253,3 @@ def real_tokens(
         elif restarts.any():
             raise ValueError(message)
     return real
-
-
-__all__ = ["plan_pass", "real_tokens"]

@@ -43,6 +43,3 @@ def traits_of(reader: str) -> ReaderTraits:
     if not isinstance(reader, str) or reader not in READERS:
         raise ValueError(f"`reader` must be one of {', '.join(map(repr, READERS))}, got {reader!r}.")
     return READERS[reader]
-
-
-__all__ = ["READERS", "ReaderTraits", "traits_of"]

@@ -281,13 +281,3 @@ class RetroLookup:
                 entries.append(entry)
             rows.append(entries)
         return rows
-
-
-__all__ = [
-    "ATTACHED",
-    "Retriever",
-    "RetroLookup",
-    "SharedRetriever",
-    "check_neighbors",
-    "check_retriever",
-]

@@ -151,6 +151,3 @@ def _merged(groups: list[list[int]], known: list[list[Neighbors]]) -> tuple[list
         number.append(len(first) - 1)
     groups = [[number[group] if group >= 0 else -1 for group in row] for row in groups]
     return groups, [[neighbors_at(own, group) for group in first] for own in known]
-
-
-__all__ = ["Segment", "neighbors_at", "plan_segments"]
