@@ -79,7 +79,7 @@ def test_it_leaves_a_measured_adapter(world, fitted):
     card = (fitted.folder / "README.md").read_text()
     for _, value, _ in fitted.rows():
         assert f"{value:.4f}" in card and f"{value:.4f}" in str(fitted)
-    assert fitted.evaluation.verdict.text in card
+    assert fitted.evaluation.verdict.text in card.replace("\\", "")  # which keeps brackets from being a link
     assert json.loads((fitted.folder / "fit.json").read_text())["steps"] == 2
 
 

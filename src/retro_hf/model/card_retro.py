@@ -36,7 +36,7 @@ A language model that looks up passages in a datastore every {chunk_size} tokens
 import {package}  # pip install retro-hf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{repo_id}")
+model = AutoModelForCausalLM.from_pretrained("{repo_id}"{where})
 tokenizer = AutoTokenizer.from_pretrained("{repo_id}")
 retriever = {package}.RetroRetriever.from_pretrained("{store_name}", tokenizer=tokenizer)
 print({package}.answer(model, retriever, "What does the datastore say?"))
@@ -48,7 +48,7 @@ print({package}.answer(model, retriever, "What does the datastore say?"))
 
 {worth}
 
-## Limits
+{more}## Limits
 
 It reads a datastore of its own tokenizer and of chunks of {chunk_size} tokens only. What it reads, it may repeat: an answer can be as
 wrong as a passage, and texts of the datastore keep their licenses. Where the datastore says nothing on the matter, retrieval brings
@@ -89,7 +89,7 @@ def read_evaluation(path: str | os.PathLike, config: RetroConfig) -> dict[str, A
         with open(file, encoding="utf-8") as opened:
             found = json.load(opened)
         sizes = {name: found["provenance"]["model"][name] for name in ("chunk_size", "neighbor_size")}
-        _numbers(found)
+        _numbers(found, {})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"'{file}' holds no evaluation ({type(error).__name__}: {error}). Pass the folder that `retro evaluate -o` wrote."
@@ -123,8 +123,20 @@ def write_card(
         file.write(card_text(repo_id, config, evaluation))
 
 
-def card_text(repo_id: str, config: RetroConfig, evaluation: Mapping[str, Any] | None = None) -> str:
-    """The card of a model."""
+def card_text(
+    repo_id: str,
+    config: RetroConfig,
+    evaluation: Mapping[str, Any] | None = None,
+    rivals: Mapping[str, Mapping[str, Any]] | None = None,
+    more: str = "",
+) -> str:
+    """The card of a model.
+
+    Args:
+        repo_id, config, evaluation: as in [`write_card`].
+        rivals (`Mapping`, *optional*): modes of other models on the same text, by what their rows are called.
+        more (`str`): what else is to be said, after the numbers; a chapter or several.
+    """
     base, store = config.backbone_name_or_path, config.retriever_name_or_path
     revision = f", revision `{config.backbone_revision}`" if base and config.backbone_revision else ""
     data = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["retro", "retrieval"]}
@@ -140,6 +152,7 @@ def card_text(repo_id: str, config: RetroConfig, evaluation: Mapping[str, Any] |
         repo_id=repo_id,
         package="retro_hf",  # which these files never import
         off=frozen,
+        where="" if base or config.save_backbone else ', backbone_name_or_path="path/of/its/base"',
         base=f"`{base}`{revision}"
         if base
         else f"a `{config.get_text_config(decoder=True).model_type}` model without a name on the Hub",
@@ -154,21 +167,23 @@ def card_text(repo_id: str, config: RetroConfig, evaluation: Mapping[str, Any] |
         named=_NAMED.format(repo_id=repo_id) if store else "",
         worth=_NO_NUMBERS.format(repo_id=repo_id, store_name=store or "me/my-store")
         if evaluation is None
-        else _numbers(evaluation),
+        else _numbers(evaluation, rivals or {}),
+        more=more,
         remote=(_WITH_CODE if config.auto_map else _WITHOUT_CODE).format(repo_id=repo_id),
     )
 
 
-def _numbers(evaluation: Mapping[str, Any]) -> str:
+def _numbers(evaluation: Mapping[str, Any], rivals: Mapping[str, Mapping[str, Any]]) -> str:
     """What an evaluation found, as a table."""
     off = next(mode["bits_per_byte"] for mode in evaluation["modes"] if mode["name"] == "off")
+    modes = {_MODES.get(mode["name"], _cell(mode["name"])): mode for mode in evaluation["modes"]}
     rows = []
-    for mode in evaluation["modes"]:
+    for name, mode in {**modes, **rivals}.items():
         change = mode["difference"] or {"value": None, "low": None}
         shown = " | " if change["value"] is None else f"{change['value'] / off:+.1%} | "
         if change["low"] is not None:  # of one document there is no interval
             shown += f"{change['low'] / off:+.1%} to {change['high'] / off:+.1%}"
-        rows.append(f"| {_MODES.get(mode['name'], _cell(mode['name']))} | {mode['bits_per_byte']:.4f} | {shown} |")
+        rows.append(f"| {name} | {mode['bits_per_byte']:.4f} | {shown} |")
     measured, store = "none", evaluation["provenance"]["datastore"]
     if store is not None:
         licenses = ", ".join(map(_cell, store.get("licenses") or [])) or "not recorded"
