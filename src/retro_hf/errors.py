@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import os
 import textwrap
-from typing import Any
 
-from .arguments import whole
 from .outside import is_path, printable
 
 
@@ -34,12 +32,6 @@ __all__ = [
 def counted(count: int, noun: str) -> str:
     """A number of things in words: "1 document", "2,000 documents"."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
-
-
-def check_integers(error: type[Exception] = ValueError, /, **numbers: tuple[Any, int]) -> None:
-    """Raise an error for the first number that is not an integer of at least the second value of its pair."""
-    for name, (value, least) in numbers.items():
-        whole(name, value, error, least)
 
 
 class RetroError(Exception):

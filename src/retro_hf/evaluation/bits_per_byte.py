@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..arguments import numbers
+from ..arguments import numbers, whole
 from ..datastore import RetroDatastore
 from ..datastore.bos_eos import Borders
-from ..errors import DatasetError, check_integers, counted
+from ..errors import DatasetError, counted
 from ..retriever import RetroRetriever
 from ..training.search import datastore_of, wanted_neighbors
 from ..unwrapped import unwrapped
@@ -140,7 +140,7 @@ def bits_per_byte(
         ValueError: for unknown modes, or settings out of range.
     *Determinism*: the same arguments give the same numbers; `batch_size` moves only the last bits.
     """
-    check_integers(batch_size=(batch_size, 1))
+    batch_size = whole("batch_size", batch_size, ValueError)
     num_resamples, seed = checked_resamples(num_resamples, seed)
     datastore = None if retriever is None else datastore_of(retriever)
     modes = (("off",) if retriever is None else _MODES) if modes is None else modes

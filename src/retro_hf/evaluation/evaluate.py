@@ -16,7 +16,7 @@ from ..arguments import path, real, whole
 from ..datastore import RetroDatastore
 from ..datastore.bos_eos import Borders
 from ..datastore.derive import drawn_documents
-from ..errors import DatasetError, check_integers, counted
+from ..errors import DatasetError, counted
 from ..retriever import RetroRetriever
 from ..training.search import MOST_NEIGHBORS, wanted_neighbors
 from ..unwrapped import unwrapped
@@ -107,7 +107,7 @@ def evaluate(
     """
     begin = time.perf_counter()
     started = datetime.now(UTC).isoformat(timespec="seconds")
-    check_integers(batch_size=(batch_size, 1))
+    batch_size = whole("batch_size", batch_size, ValueError)
     num_resamples, seed = checked_resamples(num_resamples, seed)
     model = unwrapped(model)
     names = _checked_modes(model, retriever, modes)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .. import arguments, extras
-from ..errors import DatasetError, check_integers
+from ..errors import DatasetError
 from ..progress import progress_bar
 from ..training.columns import check_columns, list_lengths
 from ..training.question_trainer import decode_answers, generate_answers
@@ -122,10 +122,11 @@ def answer_questions(
     *Determinism*: the same arguments give the same answers; `batch_size` moves only the last bits of the logits.
     """
     check_columns(dataset, ["answers", "prompt_input_ids", "passage_input_ids"])
-    check_integers(batch_size=(batch_size, 1), max_new_tokens=(max_new_tokens, 1))
+    batch_size = arguments.whole("batch_size", batch_size, ValueError)
+    max_new_tokens = arguments.whole("max_new_tokens", max_new_tokens, ValueError)
     num_resamples, seed = checked_resamples(num_resamples, seed)
     if num_passages is not None:
-        check_integers(num_passages=(num_passages, 0))
+        num_passages = arguments.whole("num_passages", num_passages, ValueError, least=0)
     if not len(dataset):
         raise DatasetError("There are no questions: the dataset is empty.")
     check_same_tokenizer(dataset, tokenizer)

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
+from ..arguments import whole
 from ..datastore import RetroDatastore
 from ..datastore.atomic_files import digest_of
 from ..datastore.bos_eos import Borders
 from ..datastore.documents import is_missing, known_id, without_lone_surrogates
-from ..errors import DatasetError, check_integers
+from ..errors import DatasetError
 from ..progress import progress_bar
 from ..special_tokens import tokenize_texts
 from .cache import ArrayCache
@@ -102,10 +103,10 @@ class ScoringOptions:
         limit = getattr(model.config, "max_position_embeddings", None)
         if window is None:
             window = max(1, min(limit or _DEFAULT_WINDOW, _DEFAULT_WINDOW) // chunk_size) * chunk_size
-        check_integers(window=(window, 1))
+        window = whole("window", window, ValueError)
         if stride is None:
             stride = max(1, window // 2 // chunk_size) * chunk_size
-        check_integers(stride=(stride, 1))
+        stride = whole("stride", stride, ValueError)
         for name, value, least in (("window", window, 2 * chunk_size), ("stride", stride, chunk_size)):
             if value % chunk_size or value < least:
                 raise ValueError(

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ..arguments import shown
+from ..arguments import shown, whole
 from ..datastore.bos_eos import Borders
 from ..datastore.documents import is_missing
-from ..errors import DatasetError, check_integers
+from ..errors import DatasetError
 from ..retriever import RetrievedNeighbor, RetroRetriever
 from ..training.exclusion import documents_by_row
 from ..unwrapped import unwrapped
@@ -182,9 +182,10 @@ def trace(
         raise ValueError(
             f"{type(model).__name__} has no retrieval to trace. Make a RETRO model of it with `retrofit`."
         )
-    check_integers(max_tokens=(max_tokens, 2), batch_size=(batch_size, 1))
+    max_tokens = whole("max_tokens", max_tokens, ValueError, least=2)
+    batch_size = whole("batch_size", batch_size, ValueError)
     if num_neighbors is not None:
-        check_integers(num_neighbors=(num_neighbors, 1))
+        num_neighbors = whole("num_neighbors", num_neighbors, ValueError)
     fields = document if isinstance(document, Mapping) else {"text": document}
     title = None if is_missing(fields.get("title")) else fields["title"]
     if title is not None and not isinstance(title, str):

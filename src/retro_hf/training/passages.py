@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .. import extras
-from ..errors import DatasetError, check_integers
+from ..arguments import whole
+from ..errors import DatasetError
 from ..passages import find_passages
 from ..retriever import RetroRetriever
 from .columns import check_columns, checked_text
@@ -44,7 +45,8 @@ def retrieve_passages(
         )
     if not isinstance(retriever, RetroRetriever):
         raise DatasetError(f"retrieve_passages needs a RetroRetriever, but got a {type(retriever).__name__}.")
-    check_integers(num_passages=(num_passages, 1), batch_size=(batch_size, 1))
+    num_passages = whole("num_passages", num_passages, ValueError)
+    batch_size = whole("batch_size", batch_size, ValueError)
 
     def find(batch: dict[str, list[Any]], numbers: list[int]) -> dict[str, list[Any]]:
         questions = [

@@ -12,7 +12,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, Trainer
 
-from ..errors import DatasetError, check_integers
+from ..arguments import whole
+from ..errors import DatasetError
 from .collator import IGNORED_LABEL, padding_id
 from .questions import QuestionCollator, check_reader
 
@@ -66,7 +67,7 @@ def generate_ids(
         raise DatasetError(
             f"The model is of type {type(model).__name__}. Pass a causal language model of transformers."
         )
-    check_integers(DatasetError, max_new_tokens=(max_new_tokens, 1))
+    max_new_tokens = whole("max_new_tokens", max_new_tokens, DatasetError)
     pad_token_id = padding_id(tokenizer)
     if strange := [name for name, value in batch.items() if not isinstance(value, torch.Tensor) or not value.ndim]:
         raise DatasetError(

@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from .. import extras
 from ..arguments import flag, whole
-from ..errors import DatasetError, check_integers
+from ..errors import DatasetError
 from ..model.readers_retro import traits_of
 from ..prompts import checked_prompt, is_chat, write_passage, write_question, write_question_as_chat
 from ..special_tokens import mark, tokenize_marked, tokenize_prompt, tokenize_texts
@@ -235,9 +235,6 @@ class QuestionCollator:
         random_passages: Dataset | None = None,
         seed: int = 0,
     ) -> None:
-        check_integers(chunk_size=(chunk_size, 1), passages_in_prompt=(passages_in_prompt, 0))
-        if num_passages is not None:
-            check_integers(num_passages=(num_passages, 0))
         shares = checked_shares(
             random_passage_probability=random_passage_probability, no_passage_probability=no_passage_probability
         )
@@ -248,9 +245,9 @@ class QuestionCollator:
                 f"random_passage_probability={random_passage_probability} needs questions to take passages from. Pass "
                 "`random_passages=`, such as the tokenized training set."
             )
-        self.chunk_size = chunk_size
-        self.num_passages = num_passages
-        self.passages_in_prompt = passages_in_prompt
+        self.chunk_size = whole("chunk_size", chunk_size, ValueError)
+        self.num_passages = _optional("num_passages", num_passages, least=0)
+        self.passages_in_prompt = whole("passages_in_prompt", passages_in_prompt, ValueError, least=0)
         self.random_passage_probability, self.no_passage_probability = shares
         self.random_passages = random_passages
         self.seed = whole("seed", seed, ValueError, least=0)
