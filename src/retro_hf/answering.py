@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from . import arguments, special_tokens
+from .datastore.chunks import padded
 from .datastore.compatibility import is_copy
 from .datastore.documents import without_lone_surrogates
 from .errors import RetrieverError
@@ -208,7 +209,8 @@ def passage_inputs(
         `chunk_offset` of shape `(1,)`; all int64.
     """
     texts = [write_passage(config.reader, source.title, source.text) for source in sources]
-    ids, mask = _encoded(texts, tokenizer, config.neighbor_size)  # type: ignore[arg-type]  # a config has it
+    rows = special_tokens.tokenize_texts(tokenizer, texts)[0] or [[]]  # one masked row without any
+    ids, mask = map(torch.from_numpy, padded(rows, config.neighbor_size))  # type: ignore[arg-type]  # a config has it
     # The chunk that ends right before `start` is the first one with neighbors; its last token reads them, too. With chunks
     # of 8 and a question that starts at token 13, the offset is 3: chunk 0 has tokens 0 to 4, chunk 1 has tokens 5 to 12.
     start = reading_start(config.reader, question_start, num_tokens)
@@ -236,14 +238,3 @@ def _checked_messages(question: str | Sequence[Message]) -> list[dict[str, str]]
     if not messages or messages[-1]["role"] != "user" or not messages[-1]["content"].strip():
         raise RetrieverError("There is no question. The last message must be the user's, with at least one word.")
     return [dict(one) | {"content": without_lone_surrogates(one["content"])} for one in messages]
-
-
-def _encoded(texts: list[str], tokenizer: Any, neighbor_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and mask of passages, both int64 of shape `(num_passages, neighbor_size)`; one masked row without any."""
-    ids = torch.zeros(max(len(texts), 1), neighbor_size, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, tokens in enumerate(special_tokens.tokenize_texts(tokenizer, texts)[0]):
-        kept = tokens[:neighbor_size]
-        ids[row, : len(kept)] = torch.tensor(kept, dtype=torch.long)
-        mask[row, : len(kept)] = 1
-    return ids, mask

@@ -12,6 +12,7 @@ document `d`, and `doc_lengths[d]` is its number of real tokens. With `chunk_siz
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,17 @@ def num_chunks_of(num_tokens: int | np.ndarray, chunk_size: int) -> Any:
 def ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """Several ranges of integers in a row: `starts[i]` to `starts[i] + counts[i] - 1` for each `i`."""
     return np.repeat(starts - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
+
+
+def padded(rows: Sequence[Any], width: int, fill: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of several lengths, filled up or cut on the right, and their mask: both int64 of shape `(len(rows), width)`."""
+    ids = np.full((len(rows), width), fill, dtype=np.int64)
+    mask = np.zeros_like(ids)
+    for row, tokens in enumerate(rows):
+        kept = tokens[:width]
+        ids[row, : len(kept)] = kept
+        mask[row, : len(kept)] = 1
+    return ids, mask
 
 
 def token_dtype(vocab_size: int) -> np.dtype:

@@ -16,6 +16,7 @@ from ..arguments import whole
 from ..datastore import RetroDatastore
 from ..datastore.atomic_files import digest_of
 from ..datastore.bos_eos import Borders
+from ..datastore.chunks import padded
 from ..datastore.documents import is_missing, known_id, without_lone_surrogates
 from ..errors import DatasetError
 from ..progress import progress_bar
@@ -347,11 +348,7 @@ def _score_batch(
 ) -> np.ndarray:
     """Nats of the scored tokens of some rows, one row after another; `name` is that of the run, for error messages."""
     length = max(len(row.input_ids) for row in rows)
-    input_ids = np.zeros((len(rows), length), dtype=np.int64)
-    attention_mask = np.zeros_like(input_ids)
-    for place, row in enumerate(rows):
-        input_ids[place, : len(row.input_ids)] = row.input_ids
-        attention_mask[place, : len(row.input_ids)] = 1
+    input_ids, attention_mask = padded([row.input_ids for row in rows], length)
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
     given = [row.chunk_ids for row in rows if row.chunk_ids is not None]
     if given and datastore is not None and length >= datastore.chunk_size:

@@ -16,6 +16,7 @@ from transformers.utils import logging
 from .. import arguments, extras
 from ..datastore import ChunkEmbedder, RetroDatastore
 from ..datastore.atomic_files import digest_of, make_folder, write_file
+from ..datastore.chunks import padded
 from ..datastore.compatibility import load_tokenizer
 from ..datastore.duplicates import stored_documents
 from ..errors import DatasetError, UnsupportedBackboneError, counted
@@ -335,7 +336,7 @@ def _plan(
 ) -> Plan:
     """Time steps with random neighbors."""
     few = windows_of(parts.train, tokenizer, count=batch_size, **cut)
-    rows = _padded(few["input_ids"], padding_id(tokenizer), cut["window"])
+    rows, _ = padded(few["input_ids"], cut["window"], padding_id(tokenizer))
     shape = (len(rows), cut["window"] // cut["chunk_size"], model.config.num_neighbors)
     ids, mask = store.gather(store.random_chunks(np.random.default_rng(0), shape))
     given = {"input_ids": rows, "labels": rows, "neighbor_input_ids": ids, "neighbor_attention_mask": mask}
@@ -405,10 +406,3 @@ def _rows(windows: list[list[int]]) -> torch.Tensor:
     tokens = [token for ids in windows for token in ids]
     length = min(128, max(8, len(tokens) // 8))
     return torch.tensor(tokens[: len(tokens) // length * length]).view(-1, length)
-
-
-def _padded(windows: list[list[int]], pad: int, length: int) -> np.ndarray:
-    rows = np.full((len(windows), length), pad, dtype=np.int64)
-    for row, ids in enumerate(windows):
-        rows[row, : len(ids)] = ids
-    return rows

@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from ..arguments import numbers, real, whole
 from ..datastore import RetroDatastore
+from ..datastore.chunks import padded
 from ..errors import DatasetError, DatastoreMismatchError
 from ..retriever import RetroRetriever
 from .columns import check_example, checked_examples, token_ids
@@ -110,15 +111,11 @@ class RetroDataCollator:
         self._lookups.count(found)
         size = self.datastore.chunk_size
         length = max(size, *map(len, tokens))  # at least one chunk; see the class
-        input_ids = np.full((len(examples), length), self.pad_token_id, dtype=np.int64)
-        labels = np.full_like(input_ids, IGNORED_LABEL)
-        attention_mask = np.zeros_like(input_ids)
+        input_ids, attention_mask = padded(tokens, length, self.pad_token_id)
+        labels, _ = padded([_labels(*pair) for pair in zip(examples, tokens, strict=True)], length, IGNORED_LABEL)
         chunk_ids = np.full((len(examples), length // size, found[0].shape[1]), -1, dtype=np.int64)
-        for row, (ids, example) in enumerate(zip(tokens, examples, strict=True)):
-            input_ids[row, : len(ids)] = ids
-            attention_mask[row, : len(ids)] = 1
-            labels[row, : len(ids)] = _labels(example, ids)
-            chunk_ids[row, : len(found[row])] = found[row]
+        for row, ids in enumerate(found):
+            chunk_ids[row, : len(ids)] = ids
         if self.random_neighbor_probability or self.no_neighbor_probability:
             chunk_ids = self._dropped(chunk_ids, input_ids, attention_mask.sum(axis=1) // size)
         neighbor_input_ids, neighbor_attention_mask = self.datastore.gather(chunk_ids)

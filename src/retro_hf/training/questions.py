@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from .. import extras
 from ..arguments import flag, whole
+from ..datastore.chunks import padded
 from ..errors import DatasetError
 from ..model.readers_retro import traits_of
 from ..prompts import checked_prompt, is_chat, write_passage, write_question, write_question_as_chat
@@ -305,7 +306,7 @@ class QuestionCollator:
             ends = lengths + np.array([len(answer) for answer in answers])
             # With chunks of 8, if passages are read from token 13 on, the offset is 3: the tokens before it fill the places 3 to 15.
             offsets = -np.array(starts) % self.chunk_size
-            ids, mask = _padded([read[: self.num_passages] for read in passages])
+            ids, mask = _of_one_shape([read[: self.num_passages] for read in passages])
             # The chunk that ends there has the passages, and so do all later ones.
             chunks = np.arange(((offsets + ends) // self.chunk_size).max())
             reads = (chunks >= ((offsets + np.array(starts)) // self.chunk_size - 1)[:, None])[:, :, None, None]
@@ -332,16 +333,12 @@ class QuestionCollator:
         return passages
 
 
-def _padded(passages: Sequence[Sequence[Sequence[int]]]) -> tuple[np.ndarray, np.ndarray]:
+def _of_one_shape(passages: Sequence[Sequence[Sequence[int]]]) -> tuple[np.ndarray, np.ndarray]:
     """Tokens and mask of shape `(batch_size, most passages, longest passage)`, each at least 1."""
     most = max(1, *map(len, passages))
     longest = max(1, *(len(passage) for read in passages for passage in read), 1)
-    ids = np.zeros((len(passages), most, longest), dtype=np.int64)
-    mask = np.zeros_like(ids)
-    for row, read in enumerate(passages):
-        for place, passage in enumerate(read):
-            ids[row, place, : len(passage)] = passage
-            mask[row, place, : len(passage)] = 1
+    rows = [passage for read in passages for passage in [*read, *[[]] * (most - len(read))]]
+    ids, mask = (part.reshape(len(passages), most, longest) for part in padded(rows, longest))
     return ids, mask
 
 
