@@ -57,12 +57,20 @@ def flag(name: str, value: Any, error: type[Exception]) -> bool:
     return bool(value)
 
 
+def listed(values: Any) -> list[Any] | None:
+    """Values as a list; None for one text, for a dict, and for what cannot be iterated over, such as a tensor of no dimension."""
+    if isinstance(values, (str, bytes, dict)):
+        return None
+    try:
+        return list(values)
+    except TypeError:
+        return None
+
+
 def texts(name: str, values: Any, error: type[Exception]) -> list[str]:
     """Texts as a list, one text as a list of it; `error` for what is no text. `name` is what one of them is called."""
-    try:
-        found = [values] if isinstance(values, str) else list(values)
-    except TypeError:  # nothing that can be iterated over, such as None or an array without dimensions
-        found = [values]
+    found = listed(values)
+    found = [values] if found is None else found
     for number, text in enumerate(found):
         if not isinstance(text, str):
             raise error(f"{name} {number} is of type {type(text).__name__}. Pass a text or a list of texts.")

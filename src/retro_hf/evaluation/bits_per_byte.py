@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..arguments import numbers, whole
+from ..arguments import listed, numbers, whole
 from ..datastore import RetroDatastore
 from ..datastore.bos_eos import Borders
 from ..errors import DatasetError, counted
@@ -205,12 +205,8 @@ def _checked_ids(given: Any, datastore: RetroDatastore | None) -> NeighborIds:
     """Given chunk ids as one int64 array of two dimensions per document."""
     if datastore is None:
         raise DatasetError("neighbor_chunk_ids are chunks of a datastore. Pass it, too: `retriever=`.")
-    try:
-        documents = list(given)
-    except TypeError:  # nothing that can be iterated over, such as a number
-        documents = [given]
-    found = []
-    for number, rows in enumerate(documents):
+    documents, found = listed(given), []
+    for number, rows in enumerate([given] if documents is None else documents):
         ids = numbers(f"neighbor_chunk_ids of document {number}", rows, DatasetError, -1, datastore.num_chunks - 1)
         if ids.ndim != 2 and ids.size:
             raise DatasetError(

@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..arguments import path, real, whole
+from ..arguments import listed, path, real, whole
 from ..datastore import RetroDatastore
 from ..datastore.bos_eos import Borders
 from ..datastore.derive import drawn_documents
@@ -240,10 +239,9 @@ def _checked_sweeps(
 
 
 def _listed(name: str, given: Any) -> list[Any]:
-    if not isinstance(given, (str, bytes)):
-        with suppress(TypeError):  # nothing that can be iterated over, such as a tensor without dimensions
-            return list(given)
-    raise ValueError(f"{name} is {given!r:.100}, but it must be a list of numbers.")
+    if (found := listed(given)) is None:
+        raise ValueError(f"{name} is {given!r:.100}, but it must be a list of numbers.")
+    return found
 
 
 def _scorable(

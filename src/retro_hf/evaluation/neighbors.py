@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from ..arguments import listed
 from ..datastore import EmbeddingSearcher, RetroDatastore, chunk_texts
 from ..errors import RetrieverError
 from ..progress import progress_bar
@@ -231,10 +232,7 @@ def check_modes(modes: Iterable[str], known: Sequence[str], *, has_neighbors: bo
     Raises:
         ValueError: for an unknown mode, and for a mode other than `off` without neighbors.
     """
-    try:
-        found = () if isinstance(modes, str) else tuple(modes)
-    except TypeError:  # nothing that can be iterated over, such as a tensor without dimensions
-        found = ()
+    found = tuple(listed(modes) or ())
     if not found:
         raise ValueError(f"modes is {modes!r:.100}, but it must be a list of {list(known)}.")
     if unknown := [mode for mode in found if not isinstance(mode, str) or mode not in known]:

@@ -268,11 +268,7 @@ def _scorer() -> Callable[[Sequence[str], Sequence[Sequence[str]]], tuple[np.nda
 
     def score(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> tuple[np.ndarray, np.ndarray]:
         predictions = arguments.texts("Prediction", predictions, DatasetError)
-        try:
-            rights = None if isinstance(answers, (str, bytes, dict)) else list(answers)
-        except TypeError:  # nothing that can be iterated over, such as an array without dimensions
-            rights = None
-        if rights is None:
+        if (rights := arguments.listed(answers)) is None:
             raise DatasetError(
                 f"The right answers are of type {type(answers).__name__}. Pass a list of lists of texts."
             )

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from .. import extras
-from ..arguments import numbers
+from ..arguments import listed, numbers
 from ..errors import DatasetError
 
 
@@ -65,11 +65,7 @@ def check_example(example: Mapping[str, Any], names: Sequence[str]) -> None:
 
 def checked_examples(examples: Any) -> list[Any]:
     """The examples of a batch as a list; DatasetError if there is none."""
-    try:
-        found = list(examples)
-    except TypeError:  # nothing that can be iterated over, such as a tensor without dimensions
-        found = []
-    if not found:
+    if not (found := listed(examples)):
         raise DatasetError(f"The examples are {examples!r:.100}. Pass a list of at least one row of a dataset.")
     return found
 
