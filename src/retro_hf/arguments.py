@@ -93,6 +93,12 @@ def numbers(name: str, values: Any, error: type[Exception], least: int, most: in
     return found.astype(np.int64, copy=False)
 
 
+def check_tokenizer(value: Any, error: type[Exception]) -> None:
+    """Raise `error` for what is no tokenizer of transformers."""
+    if not hasattr(value, "is_fast") or isinstance(value, type):
+        raise error(f"The tokenizer is of type {type(value).__name__}. Pass the model's fast tokenizer.")
+
+
 def optional_text(name: str, value: str | None, error: type[Exception]) -> str | None:
     """A text that UTF-8 can encode, or None; `error` for anything else."""
     if value is not None and not (isinstance(value, str) and is_utf8(value)):

@@ -16,6 +16,8 @@ from weakref import WeakKeyDictionary
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from .arguments import check_tokenizer
+
 
 logger = logging.get_logger(__name__)
 
@@ -146,8 +148,7 @@ def tokenize_prompt(tokenizer: PreTrainedTokenizerBase, text: str, question: str
 
 
 def _tokenize(tokenizer: Any, texts: Sequence[str]) -> tuple[list[list[int]], list[list[Span]] | None]:
-    if not hasattr(tokenizer, "is_fast"):
-        raise ValueError(f"The tokenizer is of type {type(tokenizer).__name__}. Pass a tokenizer of transformers.")
+    check_tokenizer(tokenizer, ValueError)
     if not texts:
         return [], [] if tokenizer.is_fast else None
     encoded = tokenizer(

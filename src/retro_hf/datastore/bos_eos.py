@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from ..arguments import flag
+from ..arguments import check_tokenizer, flag
 from ..errors import DatasetError
 
 
@@ -27,10 +27,7 @@ class Borders:
         Raises:
             DatasetError: if the tokenizer lacks a token that is asked for, or is not a tokenizer.
         """
-        if not hasattr(tokenizer, "bos_token_id"):
-            raise DatasetError(
-                f"The tokenizer is of type {type(tokenizer).__name__}. Pass the model's fast tokenizer."
-            )
+        check_tokenizer(tokenizer, DatasetError)
         bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
         if add_bos is None:
             add_bos = bos is not None and list(tokenizer("a", verbose=False)["input_ids"])[:1] == [bos]

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from ..arguments import check_tokenizer
 from ..errors import DatastoreInputError
 
 
@@ -156,8 +157,7 @@ def chunk_texts(tokenizer: PreTrainedTokenizerBase, rows: np.ndarray, mask: np.n
         `list[str]`: one text per row.
     """
     shapes = [getattr(part, "shape", ()) for part in (rows, rows if mask is None else mask)]
-    if not hasattr(tokenizer, "batch_decode"):
-        raise DatastoreInputError(f"The tokenizer is of type {type(tokenizer).__name__}. Pass one of transformers.")
+    check_tokenizer(tokenizer, DatastoreInputError)
     if (
         not isinstance(rows, np.ndarray)
         or len(shapes[0]) != 2

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
-from ..arguments import numbers, real, whole
+from ..arguments import check_tokenizer, numbers, real, whole
 from ..datastore import RetroDatastore
 from ..datastore.chunks import padded
 from ..errors import DatasetError, DatastoreMismatchError
@@ -226,8 +226,7 @@ class RetroDataCollator:
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The id to pad with. Any will do, because padding is masked wherever it is read."""
-    if not hasattr(tokenizer, "pad_token_id"):
-        raise DatasetError(f"The tokenizer is of type {type(tokenizer).__name__}. Pass the model's tokenizer.")
+    check_tokenizer(tokenizer, DatasetError)
     known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     return next(token for token in known if token is not None)
 

@@ -12,7 +12,7 @@ import torch
 from transformers.utils import logging
 
 from .. import extras
-from ..arguments import flag, whole
+from ..arguments import check_tokenizer, flag, whole
 from ..datastore.chunks import padded
 from ..errors import DatasetError
 from ..model.readers_retro import traits_of
@@ -147,8 +147,7 @@ def tokenize_questions(
 
 
 def _check_table(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, needed: list[str]) -> None:
-    if not hasattr(tokenizer, "eos_token_id"):
-        raise DatasetError(f"The tokenizer is of type {type(tokenizer).__name__}. Pass the model's fast tokenizer.")
+    check_tokenizer(tokenizer, DatasetError)
     if isinstance(dataset, extras.load("datasets", "Training").Dataset) and not len(dataset):
         raise DatasetError("There are no questions: the dataset is empty.")
     check_columns(dataset, needed)
@@ -348,8 +347,7 @@ def check_same_tokenizer(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -
     Raises:
         DatasetError: if none of the first questions is found in its decoded prompt.
     """
-    if not hasattr(tokenizer, "is_fast"):
-        raise DatasetError(f"The tokenizer is of type {type(tokenizer).__name__}. Pass the model's tokenizer.")
+    check_tokenizer(tokenizer, DatasetError)
     if "question" not in dataset.column_names:
         return
     first = dataset.select_columns(["question", _PROMPT_COLUMN])[:8]
