@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import ast
 import errno
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -452,25 +452,16 @@ def map_npy(path: Path, dtype: np.dtype, length: int) -> np.ndarray:
 
 def _npy_header(data: np.ndarray) -> tuple[int, np.dtype, tuple[int, ...]]:
     """Where the values of a .npy file begin, their type and their shape."""
-    prefix = data[:12].tobytes()
-    major = prefix[6] if len(prefix) == 12 and prefix[:6] == b"\x93NUMPY" else 0
-    if major not in (1, 2, 3):
-        raise ValueError("it is not a .npy file")
-    # Checked before it is read: a header may claim to be as long as the memory, and numpy parses it as Python.
-    begin, layout = (10, "<H") if major == 1 else (12, "<I")
-    size = struct.unpack_from(layout, prefix, 8)[0]
-    if not 2 <= size <= min(_MAX_NPY_HEADER_BYTES, len(data) - begin):
-        raise ValueError(f"its header claims {size:,} bytes in a file of {len(data):,}")
+    # From a copy of what a header may have at most: it may claim to be as long as the memory, and numpy parses it as Python.
+    file = io.BytesIO(data[: 2 * _MAX_NPY_HEADER_BYTES].tobytes())
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    if (version := np.lib.format.read_magic(file)) not in readers:
+        raise ValueError("it is of a newer version of numpy")
     try:
-        header = ast.literal_eval(data[begin : begin + size].tobytes().decode("latin-1").strip())
+        shape, _, dtype = readers[version](file, max_header_size=_MAX_NPY_HEADER_BYTES)
     except MemoryError:  # what Python's parser raises where it is nested too deeply
         raise ValueError("its header is nested too deeply") from None
-    if not isinstance(header, dict) or header.keys() != {"descr", "fortran_order", "shape"}:
-        raise ValueError("its header is not that of an array")
-    found, shape = np.dtype(header["descr"]), header["shape"]
-    if found.hasobject or not isinstance(shape, tuple) or not all(type(size) is int for size in shape):
-        raise ValueError("its header is not that of an array of numbers")
-    return begin + size, found, shape
+    return file.tell(), dtype, shape
 
 
 def map_tensor(path: Path, shape: tuple[int, int]) -> np.ndarray:
