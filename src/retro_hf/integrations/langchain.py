@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from .. import extras
@@ -31,15 +32,5 @@ class RetroLangChainRetriever(BaseRetriever):
 
     def _get_relevant_documents(self, query: str, *, run_manager: Any = None) -> list[Document]:
         (found,) = find_passages(self.retriever, [query], self.num_passages)
-        return [
-            Document(
-                page_content=passage.text,
-                metadata={
-                    "document_id": passage.document_id,
-                    "title": passage.title,
-                    "source": passage.source,
-                    "score": passage.score,
-                },
-            )
-            for passage in found
-        ]
+        rows = [asdict(passage) for passage in found]
+        return [Document(page_content=row.pop("text"), metadata=row) for row in rows]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from .. import extras
@@ -35,17 +36,7 @@ class RetroLlamaIndexRetriever(BaseRetriever):
 
     def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
         (found,) = find_passages(self._passages, [query_bundle.query_str], self._num_passages)
+        rows = [asdict(passage) for passage in found]
         return [
-            NodeWithScore(
-                node=TextNode(
-                    text=passage.text,
-                    metadata={
-                        "document_id": passage.document_id,
-                        "title": passage.title,
-                        "source": passage.source,
-                    },
-                ),
-                score=passage.score,
-            )
-            for passage in found
+            NodeWithScore(score=row.pop("score"), node=TextNode(text=row.pop("text"), metadata=row)) for row in rows
         ]
