@@ -19,7 +19,6 @@ from .. import arguments, extras
 from ..errors import DatastoreInputError, DatastoreMismatchError, PretrainedNotFoundError, UnsupportedEmbedderError
 from ..outside import MAX_JSON_BYTES, check_base, check_hub_name, check_pretrained, parse_json
 from .atomic_files import sha256_of
-from .chunks import padded
 from .compatibility import check_embedder, loading, tokenizer_fingerprint, vocabulary_fingerprint
 from .documents import without_lone_surrogates
 
@@ -124,8 +123,12 @@ class _Encoder:
 
     def _forward(self, ids: list[list[int]]) -> np.ndarray:
         width = max(1, max(len(row) for row in ids))
-        rows = padded(ids, width, self.tokenizer.pad_token_id or 0)
-        input_ids, mask = (torch.from_numpy(part).to(self.model.device) for part in rows)
+        input_ids = torch.full((len(ids), width), self.tokenizer.pad_token_id or 0, dtype=torch.long)
+        mask = torch.zeros_like(input_ids)
+        for row, tokens in enumerate(ids):
+            input_ids[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.long)
+            mask[row, : len(tokens)] = 1
+        input_ids, mask = input_ids.to(self.model.device), mask.to(self.model.device)
         # A text without tokens would attend to nothing and give NaN. It reads one padding token, and its mean is zero.
         readable = mask.clone()
         readable[:, 0] = 1

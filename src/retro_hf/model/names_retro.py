@@ -162,3 +162,15 @@ def explaining(name: Any) -> Iterator[None]:
             f"'{name}' cannot be loaded ({type(error).__name__}: {error}). Its config is damaged, or an argument has a value that "
             "it cannot have: look at these, or copy or download the model again."
         ) from error
+
+
+__all__ = [
+    "HUB_ARGUMENTS",
+    "check_folder_name",
+    "check_peft_base",
+    "check_saved_names",
+    "check_weights",
+    "explaining",
+    "is_hub_name",
+    "is_local",
+]
