@@ -303,24 +303,22 @@ class RetroAttention(nn.Module):
         self,
         hidden_states: torch.Tensor,
         features: torch.Tensor,
-        key_value_states: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attend from `hidden_states` to themselves or to `key_value_states`.
+        """Attend from `hidden_states` to themselves; `attend` serves cross-attention.
 
         Args:
             hidden_states (`torch.FloatTensor` of shape `(B, Q, hidden_size)`): normalized query stream.
             features (`torch.FloatTensor` of shape `(W, hidden_size)`): of the distances, in decreasing order.
-            key_value_states (`torch.FloatTensor` of shape `(B, S, key_value_size)`, *optional*): what is attended to.
             attention_mask (`torch.Tensor` of shape `(B, 1, Q or 1, S)`, *optional*): boolean, True where seen, or
                 additive.
             past_key_values (`Cache`, *optional*): keys and values of earlier tokens, extended in place.
         Returns:
             The output of shape `(B, Q, hidden_size)` and the attention probabilities, None under sdpa.
         """
-        key, value = self.project_key_value(hidden_states if key_value_states is None else key_value_states)
+        key, value = self.project_key_value(hidden_states)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         return self.attend(hidden_states, key, value, features, attention_mask, **kwargs)

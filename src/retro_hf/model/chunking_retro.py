@@ -96,12 +96,15 @@ class PassPlan:
         raise NotImplementedError
 
     def attending(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """The attending chunks (N, Q, d) among the tokens (B, T, d), zero in empty cells (equation 3)."""
-        raise NotImplementedError
+        """The attending chunks (N, Q, d) among the tokens (B, T, d), zero in empty cells (equation 3).
+
+        In a step, each token is an attending chunk of its own.
+        """
+        return hidden_states
 
     def per_token(self, states: torch.Tensor) -> torch.Tensor:
         """The inverse of `attending`: from (N, Q, d) to tokens (B, T, d), zero for tokens that attend to nothing."""
-        raise NotImplementedError
+        return states
 
     def exchange_key_values(
         self, layer_idx: int, key: torch.Tensor | None, value: torch.Tensor | None
@@ -333,12 +336,6 @@ class StepPlan(PassPlan):
         if self.neighbor_input_ids is None:
             return None
         return self.state.read("hidden_states")[self.kept.rows, self.kept.halves]
-
-    def attending(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return hidden_states
-
-    def per_token(self, states: torch.Tensor) -> torch.Tensor:
-        return states
 
     def exchange_key_values(
         self, layer_idx: int, key: torch.Tensor | None, value: torch.Tensor | None

@@ -59,12 +59,6 @@ class FixedStepPlan(PassPlan):
     def take_completed(self, hidden_states: torch.Tensor) -> None:
         self.hidden_states = hidden_states
 
-    def attending(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return hidden_states
-
-    def per_token(self, states: torch.Tensor) -> torch.Tensor:
-        return states
-
     def exchange_key_values(
         self, layer_idx: int, key: torch.Tensor | None, value: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:

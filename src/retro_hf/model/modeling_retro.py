@@ -522,6 +522,18 @@ class RetroPreTrainedModel(RetroAdapterMixin):
                 encoder
             )
 
+    # trf-ignore: TRF033 (a retriever is no hyperparameter)
+    def set_retriever(self, retriever: Retriever | None) -> None:
+        """Attach a retriever that every forward pass and `generate` will use; None detaches it."""
+        if retriever is not None:
+            check_retriever(retriever, self.config.chunk_size, self.config.neighbor_size)
+        self.base_model._retriever = SharedRetriever(retriever)
+
+    @property
+    def retriever(self) -> Retriever | None:
+        """The attached retriever."""
+        return self.base_model._retriever.value
+
     def get_input_embeddings(self) -> nn.Module:
         return self.base_model.backbone.get_input_embeddings()
 
@@ -592,18 +604,6 @@ class RetroModel(RetroPreTrainedModel):
         if config.freeze_backbone:
             backbone.requires_grad_(False)
         self.post_init()
-
-    # trf-ignore: TRF033 (a retriever is no hyperparameter)
-    def set_retriever(self, retriever: Retriever | None) -> None:
-        """Attach a retriever that every forward pass and `generate` will use; None detaches it."""
-        if retriever is not None:
-            check_retriever(retriever, self.config.chunk_size, self.config.neighbor_size)
-        self._retriever = SharedRetriever(retriever)
-
-    @property
-    def retriever(self) -> Retriever | None:
-        """The attached retriever."""
-        return self._retriever.value
 
     @auto_docstring(custom_args=RETRIEVAL_ARGUMENTS)
     @accept_cache_by_any_name
@@ -765,16 +765,6 @@ class RetroForCausalLM(RetroPreTrainedModel, RetroGenerationMixin):
 
     def get_decoder(self) -> nn.Module:
         return self.model
-
-    # trf-ignore: TRF033 (a retriever is no hyperparameter)
-    def set_retriever(self, retriever: Retriever | None) -> None:
-        """Attach a retriever that every forward pass and `generate` will use; None detaches it."""
-        self.model.set_retriever(retriever)
-
-    @property
-    def retriever(self) -> Retriever | None:
-        """The attached retriever."""
-        return self.model.retriever
 
     @auto_docstring(custom_args=RETRIEVAL_ARGUMENTS)
     @accept_cache_by_any_name
