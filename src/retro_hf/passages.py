@@ -10,7 +10,6 @@ import numpy as np
 
 from . import arguments
 from .datastore import RetroDatastore
-from .datastore.documents import without_lone_surrogates
 from .errors import RetrieverError
 from .retriever import RetroRetriever
 
@@ -59,13 +58,9 @@ def find_passages(
         raise RetrieverError(f"The retriever is of type {type(retriever).__name__}. Pass a RetroRetriever.")
     num_passages = retriever.num_neighbors if num_passages is None else num_passages
     num_passages = arguments.whole("num_passages", num_passages, RetrieverError)
-    questions = arguments.texts("Question", questions, RetrieverError)
-    if not all(question.strip() for question in questions):
-        raise RetrieverError("A question is empty. Pass texts with at least one word each.")
     datastore = retriever.datastore
-    readable = [without_lone_surrogates(question) for question in questions]
     # Not twice as many where the store has not so many chunks: the error names the caller's number if even that is too large.
-    found = retriever.search_texts(readable, max(num_passages, min(2 * num_passages, datastore.num_chunks)))
+    found = retriever.search_texts(questions, max(num_passages, min(2 * num_passages, datastore.num_chunks)))
     scores, chunk_ids = found.scores, found.chunk_ids
     starts, found_at = _starts(datastore, chunk_ids, num_passages)
     numbers = datastore.document_of(starts)
@@ -73,7 +68,7 @@ def find_passages(
     documents = {number: datastore.document(number) for number in np.unique(numbers).tolist() if number >= 0}
     texts = iter(_texts(datastore, starts[starts >= 0]))
     passages: list[list[Passage]] = []
-    for row in range(len(readable)):
+    for row in range(len(scores)):
         passages.append([])
         for number, place in zip(numbers[row].tolist(), found_at[row].tolist(), strict=True):
             if number < 0:

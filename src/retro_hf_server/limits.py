@@ -76,7 +76,7 @@ class Gate:
 
         try:
             self._check(scope)
-            body = await self._body(scope, receive)
+            body = await self._body(receive)
             # A client that reads slowly holds its connection no longer than an answer may take. The answer's own limit comes a
             # little earlier, and can still say what happened.
             async with asyncio.timeout(self.limits.timeout + 10):
@@ -132,7 +132,7 @@ class Gate:
         if length.isdigit() and int(length) > self.limits.max_body:
             raise self._too_large()
 
-    async def _body(self, scope: Scope, receive: Receive) -> bytes:
+    async def _body(self, receive: Receive) -> bytes:
         """The whole body, unless it is too large or too slow."""
         parts, size = [], 0
         try:

@@ -87,7 +87,7 @@ def _short(error: Exception) -> str:
 # ── building ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def build_index(keys: np.ndarray, factory: str, path: Path, *, recall: float = 0.95, seed: int = 0) -> dict[str, Any]:
+def build_index(keys: np.ndarray, factory: str, path: Path, *, recall: float = 0.95) -> dict[str, Any]:
     """Build, write, tune and measure an index.
 
     Args:
@@ -105,7 +105,7 @@ def build_index(keys: np.ndarray, factory: str, path: Path, *, recall: float = 0
     num_chunks, dim = keys.shape
     base = factory.removesuffix(_REFINE)
     index = faiss.index_factory(dim, base, faiss.METRIC_INNER_PRODUCT)
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     try:
         if not index.is_trained:
             num_rows = min(num_chunks, max(TRAINING_ROWS_PER_LIST * training_points(factory), BLOCK_ROWS))

@@ -208,8 +208,8 @@ def tell_plan(num_chunks: int, embedder: ChunkEmbedder, plans: list[IndexPlan], 
         embedder.embed(texts, batch_size=batch_size)
         rate = batch_size / (time.perf_counter() - start)
         logger.info(
-            f"Embedding takes about {_duration(num_chunks / rate)} ({rate:,.0f} chunks per second and process), indexing "
-            f"about {_duration(sum(plan.build_seconds for plan in plans))} on one core."
+            f"Embedding takes about {duration(num_chunks / rate)} ({rate:,.0f} chunks per second and process), indexing "
+            f"about {duration(sum(plan.build_seconds for plan in plans))} on one core."
         )
 
 
@@ -219,9 +219,8 @@ def _size(num_bytes: float) -> str:
     return f"{num_bytes / 1000**unit:,.1f} {'B KB MB GB TB'.split()[unit]}"
 
 
-def _duration(seconds: float) -> str:
-    """Seconds in words, such as 3 min."""
-    for name, size in (("h", 3600), ("min", 60)):
-        if seconds >= 1.5 * size:
-            return f"{seconds / size:,.0f} {name}"
-    return f"{max(seconds, 1):.0f} s"
+def duration(seconds: float) -> str:
+    """Seconds in words, such as "3 minutes"."""
+    if seconds < 90:
+        return f"{max(seconds, 1):.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:,.1f} hours"

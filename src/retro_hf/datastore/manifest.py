@@ -447,7 +447,7 @@ def new_path(path: Any) -> Path:
 def describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """The field `tokenizer` of a manifest."""
     return {
-        "name": _portable_name(tokenizer.name_or_path),
+        "name": portable_name(tokenizer.name_or_path),
         "revision": getattr(tokenizer, "init_kwargs", {}).get("revision"),
         "fingerprint": tokenizer_fingerprint(tokenizer),
         "vocab_size": vocabulary_size(tokenizer),
@@ -457,7 +457,7 @@ def describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 def describe_embedder(embedder: Any) -> dict[str, Any]:
     """The field `embedder` of a manifest, for a [`ChunkEmbedder`]."""
     content: dict[str, Any] = {
-        "name": _portable_name(embedder.name_or_path),
+        "name": portable_name(embedder.name_or_path),
         "revision": embedder.revision,
         "fingerprint": embedder.fingerprint,
         "dim": embedder.dim,
@@ -469,7 +469,7 @@ def describe_embedder(embedder: Any) -> dict[str, Any]:
     if not embedder.symmetric:
         other = embedder.query_encoder
         content["query"] = {
-            "name": _portable_name(other.name_or_path) if other else None,
+            "name": portable_name(other.name_or_path) if other else None,
             "revision": other.revision if other else None,
             "fingerprint": embedder.query_fingerprint,
             "prompt": embedder.query_prompt,
@@ -477,10 +477,10 @@ def describe_embedder(embedder: Any) -> dict[str, Any]:
     return content
 
 
-def _portable_name(name_or_path: str) -> str:
-    """A Hub name, or only the last part of a local folder: a datastore must not depend on one machine's paths."""
+def portable_name(name_or_path: str) -> str:
+    """A Hub name, or only the last part of a local folder: what is uploaded must not tell one machine's paths."""
     if os.path.isabs(name_or_path) or os.path.exists(name_or_path):
-        name_or_path = os.path.basename(os.path.normpath(name_or_path))
+        name_or_path = os.path.basename(os.path.abspath(name_or_path))
     return without_lone_surrogates(name_or_path)
 
 

@@ -134,9 +134,9 @@ def _style(gain: float) -> str:
     return _STYLES[2 + steps if gain > 0 else 2 - steps]
 
 
-def _strongest(tokens: list[str], gains: list[float], count: int = 3) -> str:
-    """The tokens with the largest gains in bits, for terminals without colors."""
-    order = sorted(range(len(gains)), key=lambda place: -gains[place])[:count]
+def _strongest(tokens: list[str], gains: list[float]) -> str:
+    """The three tokens with the largest gains in bits, for terminals without colors."""
+    order = sorted(range(len(gains)), key=lambda place: -gains[place])[:3]
     named = [f"{tokens[place].strip()} {gains[place]:+.1f}" for place in order if gains[place] > 0.1 * FULL_BITS]
     return f"({', '.join(named)})" if named else ""
 

@@ -14,6 +14,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from .. import extras
+from ..datastore.index_plan import duration
 from ..model.modeling_retro import RetroForCausalLM
 
 
@@ -45,8 +46,8 @@ class Plan:
 
     def __str__(self) -> str:
         return (
-            f"{self.steps:,} steps of {self.seconds_per_step:.2g} seconds are {_duration(self.steps * self.seconds_per_step)}, and "
-            f"measuring afterwards takes about {_duration(self.seconds_afterwards)}. Memory: {self.memory / _GB:.1f} GB."
+            f"{self.steps:,} steps of {self.seconds_per_step:.2g} seconds are {duration(self.steps * self.seconds_per_step)}, and "
+            f"measuring afterwards takes about {duration(self.seconds_afterwards)}. Memory: {self.memory / _GB:.1f} GB."
         )
 
 
@@ -127,9 +128,3 @@ def _memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return int(extras.load("psutil", "Fitting").Process().memory_info().rss)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} seconds"
-    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"

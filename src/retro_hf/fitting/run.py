@@ -19,6 +19,7 @@ from ..datastore.atomic_files import digest_of, make_folder, write_file
 from ..datastore.chunks import padded
 from ..datastore.compatibility import load_tokenizer
 from ..datastore.duplicates import stored_documents
+from ..datastore.manifest import portable_name
 from ..errors import DatasetError, UnsupportedBackboneError, counted
 from ..evaluation import Evaluation, bits_per_byte, evaluate
 from ..evaluation.leakage import holders
@@ -199,8 +200,8 @@ def fit(
         **identity,
         **state,
         **sizes,
-        "base": _portable(base),
-        "backbone": _portable(model.config.backbone_name_or_path),
+        "base": portable_name(str(base)),
+        "backbone": portable_name(str(model.config.backbone_name_or_path)),
         "num_train": len(parts.train),
         "window": window,
         **_environment(device),
@@ -248,11 +249,6 @@ def _environment(device: torch.device) -> dict[str, Any]:
         "device": threads if device.type == "cpu" else torch.cuda.get_device_name(),
         "versions": {name: version(name) for name in ("retro-hf", "torch", "transformers")},
     }
-
-
-def _portable(name: str | os.PathLike[str]) -> str:
-    """A name on the Hub, or only the last part of a folder: cards are uploaded."""
-    return os.path.basename(os.path.abspath(name)) if os.path.isdir(name) else str(name)
 
 
 def _claim(output: Path, identity: dict[str, Any]) -> dict[str, Any]:
