@@ -14,7 +14,6 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from . import arguments
-from .chat import user_turns
 from .datastore import ChunkEmbedder, EmbeddingSearcher, RetroDatastore, Searcher, chunk_texts
 from .datastore.atomic_files import write_file
 from .datastore.compatibility import is_copy, load_tokenizer
@@ -26,6 +25,7 @@ from .errors import RetrieverError
 from .locks import Lock
 from .retrieved import SETTINGS_NAME, RetrievalResult, RetrievedNeighbor, saved_settings, token_rows
 from .special_tokens import special_ids
+from .user_turns import user_turns
 
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoTokenizer
 
 from retro_hf import RetroRetriever
-from retro_hf.chat import chat_markers, last_user_turn
+from retro_hf.user_turns import chat_markers, last_user_turn
 
 
 TOKENIZER = Path(__file__).parents[1] / "hub_configs" / "retro-smollm2-135m"
