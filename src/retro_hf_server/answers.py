@@ -14,7 +14,7 @@ from .requests import Kind
 
 
 @dataclass
-class Answer:
+class PartialAnswer:
     """
     An answer, as far as it is known.
 

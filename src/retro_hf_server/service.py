@@ -16,7 +16,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from retro_hf.errors import RetroError
 
-from .answers import Answer, event_line
+from .answers import PartialAnswer, event_line
 from .compare import compare
 from .engine import Engine
 from .jobs import Delta, Event, Failed, Finished, Job, QueueFullError, StoppedError
@@ -98,7 +98,7 @@ class Service:
 
         job = Job(prompt, sampling, emit, asked.retrieval, time.monotonic() + self.limits.timeout)
         self._accepted(lambda: self.engine.submit(job))
-        answer = Answer(kind, self.name, len(prompt.tokens))
+        answer = PartialAnswer(kind, self.name, len(prompt.tokens))
         self.metrics.prompt_tokens.inc(len(prompt.tokens))
         if asked.stream:
             usage = asked.stream_options is not None and asked.stream_options.include_usage
@@ -141,7 +141,7 @@ class Service:
             job.canceled = True
 
     async def _pieces(
-        self, job: Job, answer: Answer, events: asyncio.Queue[Event], with_usage: bool
+        self, job: Job, answer: PartialAnswer, events: asyncio.Queue[Event], with_usage: bool
     ) -> AsyncIterator[bytes]:
         try:
             yield event_line(answer.opening())

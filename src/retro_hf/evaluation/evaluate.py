@@ -27,8 +27,8 @@ from .neighbors import MODES, Chunks, NeighborSearch, Run, check_modes, neighbor
 from .provenance import claim_folder, provenance, score_identity
 from .result import CopiedDocument, Evaluation, Inputs, LeakedDocument
 from .scoring import (
-    Document,
     ScoringOptions,
+    TokenizedDocument,
     accepts,
     chunk_size_of,
     cut_windows,
@@ -245,8 +245,8 @@ def _listed(name: str, given: Any) -> list[Any]:
 
 
 def _scorable(
-    read: Sequence[Document], datastore: RetroDatastore | None, show_progress: bool | None
-) -> tuple[list[Document], list[CopiedDocument], list[LeakedDocument]]:
+    read: Sequence[TokenizedDocument], datastore: RetroDatastore | None, show_progress: bool | None
+) -> tuple[list[TokenizedDocument], list[CopiedDocument], list[LeakedDocument]]:
     """The documents to score, those that are copies of others, and those that are in the datastore."""
     numbers = [number for number, document in enumerate(read) if document.num_bytes]
     if not numbers:

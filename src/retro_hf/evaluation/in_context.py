@@ -14,7 +14,7 @@ import numpy as np
 
 from ..datastore import RetroDatastore
 from .neighbors import NeighborIds
-from .scoring import Document, Row, ScoringOptions, cut_windows, score_rows
+from .scoring import Row, ScoringOptions, TokenizedDocument, cut_windows, score_rows
 
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class Prompted:
 
 def score_in_context(
     model: PreTrainedModel,
-    documents: Sequence[Document],
+    documents: Sequence[TokenizedDocument],
     neighbors: tuple[RetroDatastore, NeighborIds],
     off: np.ndarray,
     separator: Sequence[int],
@@ -65,7 +65,7 @@ def score_in_context(
 
 
 def _prompts(
-    documents: Sequence[Document],
+    documents: Sequence[TokenizedDocument],
     neighbors: tuple[RetroDatastore, NeighborIds],
     separator: Sequence[int],
     options: ScoringOptions,

@@ -12,7 +12,7 @@ from ..datastore.duplicates import shingles_of, stored_documents
 from ..progress import progress_bar
 from .neighbors import Chunks, NeighborIds
 from .result import CopiedDocument, LeakedDocument
-from .scoring import Document
+from .scoring import TokenizedDocument
 
 
 # Documents are compared by their sets of 13-grams of tokens, as in section 2.6 of the paper.
@@ -103,7 +103,7 @@ class _Shingles:
         return np.bincount(found, minlength=len(self.members))
 
 
-def copied_documents(documents: Sequence[Document], names: Sequence[str]) -> dict[int, CopiedDocument]:
+def copied_documents(documents: Sequence[TokenizedDocument], names: Sequence[str]) -> dict[int, CopiedDocument]:
     """Documents of whose 13-grams another, kept document has at least 80 %.
 
     Intervals assume independent documents, so only one copy is kept: the longest, and of equal ones the first.
@@ -137,7 +137,7 @@ def holders(documents: Sequence[np.ndarray], others: Iterable[Block]) -> list[li
 
 
 def leaked_documents(
-    documents: Sequence[Document], datastore: RetroDatastore, show_progress: bool | None = None
+    documents: Sequence[TokenizedDocument], datastore: RetroDatastore, show_progress: bool | None = None
 ) -> dict[int, LeakedDocument]:
     """Documents of whose 13-grams one document of the datastore has at least 80 %.
 

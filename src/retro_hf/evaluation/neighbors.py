@@ -18,7 +18,7 @@ from ..retriever import RetroRetriever
 from ..training.exclusion import documents_by_row
 from ..training.own_text import Text, search_without_copies, tell_lookups
 from .cache import ArrayCache
-from .scoring import Document
+from .scoring import TokenizedDocument
 
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class Chunks:
     complete: np.ndarray
 
     @classmethod
-    def of(cls, documents: Sequence[Document], chunk_size: int) -> Chunks:
+    def of(cls, documents: Sequence[TokenizedDocument], chunk_size: int) -> Chunks:
         """Cut documents into chunks."""
         lengths = np.array([len(document.input_ids) for document in documents], dtype=np.int64)
         counts = -(-lengths // chunk_size)
@@ -122,7 +122,7 @@ class NeighborSearch:
 
     Args:
         retriever ([`RetroRetriever`]): finds the neighbors.
-        documents (`Sequence[Document]`): the documents.
+        documents (`Sequence[TokenizedDocument]`): the documents.
         chunks ([`Chunks`]): the chunks of these documents.
         cache ([`ArrayCache`], *optional*): keeps the vectors, so that a resumed run does not embed again.
         show_progress (`bool`, *optional*): whether to show a progress bar; by default only on a terminal.
@@ -131,7 +131,7 @@ class NeighborSearch:
     def __init__(
         self,
         retriever: RetroRetriever,
-        documents: Sequence[Document],
+        documents: Sequence[TokenizedDocument],
         chunks: Chunks,
         *,
         cache: ArrayCache | None = None,

@@ -63,7 +63,7 @@ class Profile:
         return "\n".join(lines)
 
 
-class _Clock:
+class _Stopwatch:
     """Adds the time of nested calls up, each without the calls inside of it."""
 
     def __init__(self, result: Profile, cuda: bool) -> None:
@@ -117,7 +117,7 @@ def profile(model: RetroPreTrainedModel) -> Iterator[Profile]:
             f"The model is of type {type(model).__name__}. Pass a RETRO model, such as a RetroForCausalLM."
         )
     result = Profile()
-    clock = _Clock(result, cuda=model.device.type == "cuda")
+    stopwatch = _Stopwatch(result, cuda=model.device.type == "cuda")
     backbone: Any = model.base_model.backbone
     stages: list[tuple[str, Any, str]] = [*_STAGES, (_BACKBONE, backbone, "forward")]
     with ExitStack() as stack:
@@ -127,9 +127,9 @@ def profile(model: RetroPreTrainedModel) -> Iterator[Profile]:
                 stack.callback(setattr, owner, function, original)
             else:  # a module has the function of its class
                 stack.callback(delattr, owner, function)
-            setattr(owner, function, clock.timed(name, original))
-        begin = clock.now()
+            setattr(owner, function, stopwatch.timed(name, original))
+        begin = stopwatch.now()
         try:
             yield result
         finally:
-            result.total = clock.now() - begin
+            result.total = stopwatch.now() - begin

@@ -21,7 +21,7 @@ from ..datastore.bos_eos import Borders
 from ..datastore.manifest import MANIFEST_NAME
 from ..outside import read_json_value
 from ..training.search import neighbor_source
-from .scoring import Document
+from .scoring import TokenizedDocument
 
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def provenance(
     model: PreTrainedModel,
     identity: str,
     datastore: RetroDatastore | None,
-    documents: Sequence[Document],
+    documents: Sequence[TokenizedDocument],
     borders: Borders,
 ) -> dict[str, Any]:
     """Where a result comes from, for its JSON. `identity` is what [`score_identity`] returned."""

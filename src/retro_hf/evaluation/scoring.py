@@ -34,7 +34,7 @@ _NO_BORDERS = Borders()
 
 
 @dataclass(frozen=True)
-class Document:
+class TokenizedDocument:
     """A document to score.
 
     Attributes:
@@ -156,7 +156,7 @@ class _Window:
 
 def read_documents(
     documents: Iterable[str | Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, borders: Borders = _NO_BORDERS
-) -> Iterator[Document]:
+) -> Iterator[TokenizedDocument]:
     """Tokenize documents and find the text of each token.
 
     Args:
@@ -192,7 +192,7 @@ def read_documents(
         input_ids = np.array(around.around(tokens), dtype=np.int64)
         last = ends[-1:] if len(around.end) else ends[:0]
         ends = np.concatenate([np.zeros(len(around.begin), dtype=np.int64), ends, last])
-        yield Document(known_id(id), text, input_ids, ends, sizes[ends], bool(around.begin))
+        yield TokenizedDocument(known_id(id), text, input_ids, ends, sizes[ends], bool(around.begin))
 
 
 def accepts(model: PreTrainedModel, argument: str) -> bool:
@@ -255,7 +255,7 @@ def token_nats(
 
 def score_runs(
     model: PreTrainedModel,
-    documents: Sequence[Document],
+    documents: Sequence[TokenizedDocument],
     runs: Sequence[Run],
     datastore: RetroDatastore | None,
     options: ScoringOptions,
@@ -325,7 +325,7 @@ def score_rows(
                 bar.update(len(batch))
 
 
-def cut_windows(documents: Sequence[Document], window: int, stride: int) -> list[_Window]:
+def cut_windows(documents: Sequence[TokenizedDocument], window: int, stride: int) -> list[_Window]:
     """Windows that score every token of every document, except its first, exactly once.
 
     Sorted by length, because rows of one length need no padding; the longest first, so that running out of memory shows

@@ -15,7 +15,7 @@ from .in_context import Prompted
 from .leakage import shared_tokens
 from .neighbors import MODES, Chunks, Run
 from .result import Evaluation, Example, ExampleNeighbor, InContext, Inputs, Mode, Similarity, SweepPoint
-from .scoring import Document
+from .scoring import TokenizedDocument
 from .token_table import TokenTable
 from .verdict import give_verdict, in_context_note, not_measured, nothing_found, oracle_notes, sweep_warnings
 
@@ -33,7 +33,7 @@ class Measured:
     Attributes:
         table ([`TokenTable`]): the scored tokens.
         runs (`dict[str, Run]`): modes and points of sweeps, by name.
-        documents (`list[Document]`), chunks ([`Chunks`]): what was scored.
+        documents (`list[TokenizedDocument]`), chunks ([`Chunks`]): what was scored.
         datastore ([`RetroDatastore`], *optional*): where neighbors come from.
         read (`np.ndarray` of int64 and shape `(num_chunks, num_neighbors)`, *optional*): what the tokens of each chunk
             read in the mode `on`.
@@ -43,7 +43,7 @@ class Measured:
 
     table: TokenTable
     runs: Mapping[str, Run]
-    documents: Sequence[Document]
+    documents: Sequence[TokenizedDocument]
     chunks: Chunks
     datastore: RetroDatastore | None
     read: np.ndarray | None

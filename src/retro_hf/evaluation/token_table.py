@@ -17,7 +17,7 @@ from .interval import Bootstrap, Interval
 from .leakage import common_runs, overlaps
 from .neighbors import Chunks
 from .result import Bucket, LeakageLevel, Offsets
-from .scoring import Document
+from .scoring import TokenizedDocument
 
 
 # Of the leakage filter, section 2.6 of the paper.
@@ -57,7 +57,7 @@ class TokenTable:
     @classmethod
     def of(
         cls,
-        documents: Sequence[Document],
+        documents: Sequence[TokenizedDocument],
         chunks: Chunks,
         nats: dict[str, np.ndarray],
         bootstrap: Bootstrap,
@@ -176,7 +176,7 @@ class TokenTable:
             bits[name] = [total / count if count else None for total, count in zip(sums.tolist(), counts, strict=True)]
         return Offsets(counts, bits)
 
-    def write(self, folder: Path, documents: Sequence[Document]) -> None:
+    def write(self, folder: Path, documents: Sequence[TokenizedDocument]) -> None:
         """Write `tokens.parquet` and `documents.parquet`."""
         names = ("document", "position", "token_id", "num_bytes", "overlap", "run")
         per_token = {name: getattr(self, name) for name in names}

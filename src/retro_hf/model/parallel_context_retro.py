@@ -103,7 +103,7 @@ def check_backbone(backbone: PreTrainedModel) -> None:
     input_ids = torch.arange(3, 9, device=device).unsqueeze(0)
     states = []
     for start in (0, -128):
-        recorder = _Recorder(layers)
+        recorder = _KeyValueRecorder(layers)
         try:
             positions = torch.arange(start, start + 6, device=device).unsqueeze(0)
             states.append(recorder.run(backbone, input_ids, None, positions).float())
@@ -129,7 +129,7 @@ def check_backbone(backbone: PreTrainedModel) -> None:
 # ── encoding neighbors ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class _Recorder:
+class _KeyValueRecorder:
     """A pass of the base over neighbors that keeps the keys and values `(N, H, r, D)` of the layers that read, in `states`."""
 
     def __init__(self, layers: Sequence[int]):
@@ -218,7 +218,7 @@ class ParallelContextReader(nn.Module):
         input_ids = torch.tensor([tokens + (0,) * (width - len(tokens)) for tokens, _ in batch], device=device)
         steps = torch.arange(width, device=device)
         mask = (steps < lengths).long() if len(batch[0].tokens) < width else None
-        recorder = _Recorder(list(self.layers))
+        recorder = _KeyValueRecorder(list(self.layers))
         recorder.run(backbone, input_ids, mask, starts + steps)
         neighbors = []
         for row, (tokens, _) in enumerate(batch):

@@ -214,7 +214,7 @@ def _fit_queries(
     cross = {layer: torch.zeros(width, targets.shape[1]) for layer in layers}
     norms = dict.fromkeys(layers, 0.0)
     for ids in input_ids.split(_BATCH):
-        recorded = _Recorder()
+        recorded = _StateRecorder()
         run_within(recorded, model.model.backbone.base_model, {"input_ids": ids, "use_cache": False})
         now, past, following = (part.flatten().cpu() for part in (ids[:, 1:-1], ids[:, :-2], ids[:, 2:]))
         known = torch.cat(
@@ -237,7 +237,7 @@ def _fit_queries(
     return maps, {layer: norms[layer] / count for layer in layers}
 
 
-class _Recorder:
+class _StateRecorder:
     """In the place of a `RetroPass`: keeps the states that cross-attention would read, and adds nothing."""
 
     def __init__(self) -> None:
