@@ -132,15 +132,18 @@ class FitCollator(RetroDataCollator):
                 mask[row, chunk, place] = np.arange(mask.shape[-1]) < len(copy)
         return batch
 
-    def _dropped(self, chunk_ids: np.ndarray, input_ids: np.ndarray, num_chunks: np.ndarray) -> np.ndarray:
-        """Of the neighbors that were found those that are read, before some are replaced by random ones."""
+    def _drawn(self, chunk_ids: np.ndarray, input_ids: np.ndarray, num_chunks: np.ndarray) -> np.ndarray:
+        """As in [`RetroDataCollator`], but of fewer neighbors than were found: their number is drawn for the batch.
+
+        Most windows read the best of them, some any of the best twice as many.
+        """
         generator = generator_for(self.seed + 2, input_ids)
         most = min(self.wanted + 1, chunk_ids.shape[2] // 2)
         count = int(generator.choice([generator.integers(1, most + 1), *[min(self.wanted, most)] * 6, most]))
         ranks = np.tile(np.arange(count), (len(chunk_ids), 1))
         for row in np.flatnonzero(generator.random(len(chunk_ids)) < _NOT_THE_BEST):
             ranks[row] = np.sort(generator.permutation(2 * count)[:count])
-        return super()._dropped(np.take_along_axis(chunk_ids, ranks[:, None], axis=2), input_ids, num_chunks)
+        return super()._drawn(np.take_along_axis(chunk_ids, ranks[:, None], axis=2), input_ids, num_chunks)
 
     def _copy_with_errors(self, text: np.ndarray, chunk: int, generator: np.random.Generator) -> np.ndarray:
         """What a window says around the end of a chunk, with some tokens left out and some replaced by others of it."""

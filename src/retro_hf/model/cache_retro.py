@@ -342,10 +342,10 @@ def _append(seen: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
 class RetroDynamicLayer(DynamicLayer):
     """A layer of a `DynamicCache` that appends new tokens in place; its parent copies all tokens at every step.
 
-    Its buffer may also hold keys and values of neighbors, before those of the text. `before` names them for each row.
+    Its buffer may also hold keys and values of neighbors, before those of the text. `neighbors_before` names them for each row.
     """
 
-    before: list[Any]
+    neighbors_before: list[Any]
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -364,7 +364,7 @@ class RetroDynamicLayer(DynamicLayer):
             self.keys, self.values = (
                 _move(tensor, max(size, room), tensor.shape[-2]) for tensor in (self.keys, self.values)
             )
-            self.before = [None] * len(self.keys)
+            self.neighbors_before = [None] * len(self.keys)
         return self.keys, self.values
 
 

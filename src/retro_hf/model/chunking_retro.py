@@ -127,13 +127,16 @@ class PassPlan:
 class History(NamedTuple):
     """How far each row of a cached pass has come. Positions are counted from the start of the row's unfinished chunk.
 
+    With m = 4, a row that has five tokens goes on in chunk 1, which began with its last token. If four tokens follow, they have the
+    positions 1 to 4, and chunk 1 completes: `first_chunk` is 1, `num_completed` 1, `num_tokens` 4, `start` 1 and `origin` 0.
+
     Args:
         first_chunk (`list[int]`): the unfinished chunk of each row.
         num_completed (`list[int]`): how many chunks of each row complete in the pass.
         num_tokens (`list[int]`): how many new tokens each row has, without padding.
         start (`torch.LongTensor` of shape `(B,)`): position of the first new token.
-        origin (`torch.LongTensor` of shape `(B,)`): position of the very first token of the row, if it is in the unfinished
-            chunk, else 0.
+        origin (`torch.LongTensor` of shape `(B,)`): position of the row's very first token, if the unfinished chunk has it, as in
+            a row that begins with a `chunk_offset`; else 0.
     """
 
     first_chunk: list[int]
@@ -152,7 +155,7 @@ class SequencePlan(PassPlan):
         positions_in_pass (`torch.LongTensor` of shape `(B, T)`): chunk positions, but counted from the start of the row's
             first chunk in the pass; -1 at padding.
         completing (pair of tensors of shape `(V, m)`): the tokens of the chunks that complete, and a mask of the cells that
-            are not empty. With a state, the m cells of the unfinished chunk come before the T new tokens of each row.
+            are not empty. With a state, a row has m + T columns: first what earlier passes put into its unfinished chunk.
         num_chunks (`int`): the largest number of chunks that complete in a row.
         neighbors (pair of tensors of shape `(V, K, R)`, *optional*): of these chunks.
         selected (`torch.LongTensor`, *optional*): the numbers of the chunks that have neighbors, if others have none.
@@ -178,9 +181,10 @@ class SequencePlan(PassPlan):
         self.selected = selected
         num_tokens, size = positions_in_pass.shape[1], chunk_mask.shape[-1]
 
-        # Number the cells of the attending chunks of a row. Attending chunks are shifted by m - 1 against chunks, so position
-        # p is in cell p + 1 - m. With a history there is one attending chunk more, that of the chunk completed before; its
-        # tokens have the positions -1 to m - 2, so cells begin m earlier. All other tokens go to `num_cells`, for "none".
+        # First, the cell of each token. The cells of a row's attending chunks are numbered one after another; a token in none of
+        # them gets `num_cells`, for "none". Attending chunks are shifted by m - 1 against chunks, so position p is in the cell
+        # p + 1 - m. With a history, cells begin m earlier: before the others comes the attending chunk that reads what was
+        # retrieved before this pass, with the positions -1 to m - 2.
         num_new = 0 if neighbors is None else num_chunks
         num_attending = num_new if history is None else num_new + 1
         num_cells = num_attending * size
@@ -192,15 +196,16 @@ class SequencePlan(PassPlan):
         cells = torch.where((positions_in_pass >= 0) & (cells >= 0) & (cells < num_cells), cells, num_cells)
         attending_tokens = _flat(_invert(cells, num_cells), num_tokens).view(-1, size)
         token_cells = _flat(cells, num_cells)
+        # Second, which attending chunks there are, and in which order: all, unless some have no neighbors or the batch has a history.
         order = selected
         if selected is not None:
             self.completed_tokens, self.chunk_mask = completed_tokens[selected], chunk_mask[selected]
             self.neighbor_input_ids, self.neighbor_mask = neighbors[0][selected], neighbors[1][selected]
         if history is not None and num_new:
             # First the attending chunk of every row that reads what an earlier pass retrieved, then those of this pass.
-            before = torch.arange(len(positions_in_pass), device=positions_in_pass.device) * num_attending
+            first = torch.arange(len(positions_in_pass), device=positions_in_pass.device) * num_attending
             new = torch.arange(len(chunk_mask), device=positions_in_pass.device) if selected is None else selected
-            order = torch.cat([before, new // num_new * num_attending + new % num_new + 1])
+            order = torch.cat([first, new // num_new * num_attending + new % num_new + 1])
         if order is not None:
             # `rank` maps an attending chunk to its place in the order, and one that is left out, like the cell for "none",
             # to the place after the last one.
@@ -221,16 +226,16 @@ class SequencePlan(PassPlan):
         self.state_mask = state.neighbor_mask
         # The first attending chunk reads the neighbors of the chunk that was completed before this pass. They are in the
         # other half of the state than the unfinished chunk. A row without such a chunk (-1) is masked below.
-        before = [chunk - 1 for chunk in history.first_chunk]
-        self.before = per_row([chunk % 2 for chunk in before], self.positions_in_pass.device)
+        chunks = [chunk - 1 for chunk in history.first_chunk]
+        self.attended = per_row([chunk % 2 for chunk in chunks], self.positions_in_pass.device)
         self.kept = state.choose_kept(history.first_chunk, history.num_completed, self.positions_in_pass.device)
         if self.kept is not None and self.selected is not None:
             self.kept = self.kept.among(self.selected)
         if self.state_mask is None:
             return
-        old = self.state_mask[self.before]
-        if min(before) < 0:
-            old = old & torch.tensor([chunk >= 0 for chunk in before], device=old.device).unsqueeze(1)
+        old = self.state_mask[self.attended]
+        if min(chunks) < 0:
+            old = old & torch.tensor([chunk >= 0 for chunk in chunks], device=old.device).unsqueeze(1)
         new = pad_to(self.neighbor_mask.flatten(1), old.shape[-1], dim=-1) if num_new else None
         self.attended_mask = old if new is None else torch.cat([old, new])
         if self.kept is not None:
@@ -270,7 +275,7 @@ class SequencePlan(PassPlan):
             return key, value
         # First, because the new ones may overwrite them: when two chunks complete in one pass, the second goes to the half
         # of the chunk that was completed before the pass.
-        old = self.state.recall_key_values(layer_idx, self.before, key, value)
+        old = self.state.recall_key_values(layer_idx, self.attended, key, value)
         if key is None:
             return old
         self.state.keep_key_values(layer_idx, key, value, self.kept)

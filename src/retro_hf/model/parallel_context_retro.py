@@ -164,7 +164,7 @@ class ParallelContextReader(nn.Module):
     def __init__(self, config: RetroConfig, backbone: PreTrainedModel):
         super().__init__()
         self.config = config
-        self.layers = {idx: place for place, idx in enumerate(reading_layers(backbone))}
+        self.layers = {idx: number for number, idx in enumerate(reading_layers(backbone))}
         self.cache = NeighborCache()
         route_attention(backbone)
 
@@ -276,8 +276,8 @@ class ParallelContextReader(nn.Module):
                         halves[(first + chunk) % 2] = neighbors_at(known[row], 1 + chunk)
             groups = [[(p + 1) // size if p >= 0 else -1 for p in row] for row in plan.positions_in_pass.tolist()]
         elif isinstance(plan, StepPlan):
-            for place, row in enumerate([] if plan.kept is None else plan.kept.rows.tolist()):
-                state.neighbors[row][state.next_positions[row] // size % 2] = neighbors_at(found, place)
+            for number, row in enumerate([] if plan.kept is None else plan.kept.rows.tolist()):
+                state.neighbors[row][state.next_positions[row] // size % 2] = neighbors_at(found, number)
             last = [(position + 1) // size - 1 for position in state.next_positions]
             known = [
                 [halves[chunk % 2] if chunk >= 0 else ()] for chunk, halves in zip(last, state.neighbors, strict=True)
@@ -332,14 +332,14 @@ class ParallelContextPass:
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
         """Attention of one layer: `query` (B, H, T, D) over `key` and `value` of the text (B, H, L, D) and the neighbors'."""
-        place = self.layers[module.layer_idx]
+        number = self.layers[module.layer_idx]
         outputs = []
         for segment, mask in zip(self.segments, self._masks_of(attention_mask, query, function), strict=True):
             layer = self._layer_with_room(module.layer_idx, key, value)
             if segment.size and layer is not None:
-                joined = segment.exchange(place, layer, self.room)
+                joined = segment.exchange(number, layer, self.room)
             else:
-                joined = segment.before(place, key, value)
+                joined = segment.join(number, key, value)
             outputs.append(function(module, segment.take(query), *joined, mask, *args, **kwargs)[0])
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
         if self.order is not None:

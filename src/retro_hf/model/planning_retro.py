@@ -59,7 +59,10 @@ def _plan_given(
     given: NeighborTokens,
     chunk_offset: int | torch.Tensor | None,
 ) -> SequencePlan:
-    """The plan of training. Only shapes decide, so that the host reads no value of a tensor and the pass compiles."""
+    """The plan where all neighbors are given and nothing is cached, as in training and scoring.
+
+    Only shapes decide, so that the host reads no value of a tensor and the pass compiles.
+    """
     batch_size, num_tokens = tokens.shape[:2]
     compiling = torch.compiler.is_compiling()
     ids, mask = given

@@ -76,8 +76,13 @@ class Segment:
         seen = seen if text.dtype == torch.bool else _additive(seen, text.dtype)
         return torch.cat([seen.expand(-1, *text.shape[1:3], -1), text.expand(len(seen), -1, -1, -1)], dim=-1)
 
-    def before(self, place: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Keys and values of the neighbors followed by those of the text, `(B, H, S + length, D)`, as a copy."""
+    def join(self, number: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Keys and values of the neighbors followed by those of the text, `(B, H, S + length, D)`, as a copy.
+
+        Args:
+            number (`int`): of the layer, among those that read.
+            key, value (`torch.Tensor` of shape `(B, H, L, D)`): of the text.
+        """
         joined = []
         for kind, text in enumerate((key, value)):
             text = text[:, :, : self.length]
@@ -85,22 +90,22 @@ class Segment:
                 rows = []
                 for row, length in zip(self.neighbors, self.lengths, strict=True):
                     padding = text.new_zeros(text.shape[1], self.size - length, text.shape[-1])
-                    rows.append(torch.cat([padding, *(neighbor[kind][place] for neighbor in row)], dim=-2))
+                    rows.append(torch.cat([padding, *(neighbor[kind][number] for neighbor in row)], dim=-2))
                 text = torch.cat([torch.stack(rows), text], dim=-2)
             joined.append(text)
         return tuple(joined)
 
-    def exchange(self, place: int, layer: RetroDynamicLayer, room: int) -> tuple[torch.Tensor, ...]:
-        """As `before`, without copying the text: neighbors are written into the cache, before the text, unless they are there."""
+    def exchange(self, number: int, layer: RetroDynamicLayer, room: int) -> tuple[torch.Tensor, ...]:
+        """As `join`, without copying the text: neighbors are written into the cache, before the text, unless they are there."""
         joined = []
         for kind, text in enumerate(layer.make_room_before(self.size, room)):
             shape = (*text.shape[:2], self.size + self.length, text.shape[-1])
             joined.append(text.as_strided(shape, text.stride(), text.storage_offset() - self.size * text.stride(2)))
             for row, neighbors in enumerate(self.neighbors):
-                if neighbors and layer.before[row] is not neighbors:
-                    states = torch.cat([neighbor[kind][place] for neighbor in neighbors], dim=-2)
+                if neighbors and layer.neighbors_before[row] is not neighbors:
+                    states = torch.cat([neighbor[kind][number] for neighbor in neighbors], dim=-2)
                     joined[kind][row, :, self.size - states.shape[-2] : self.size] = states
-        layer.before = list(self.neighbors)
+        layer.neighbors_before = list(self.neighbors)
         return tuple(joined)
 
 

@@ -117,7 +117,7 @@ class RetroDataCollator:
         for row, ids in enumerate(found):
             chunk_ids[row, : len(ids)] = ids
         if self.random_neighbor_probability or self.no_neighbor_probability:
-            chunk_ids = self._dropped(chunk_ids, input_ids, attention_mask.sum(axis=1) // size)
+            chunk_ids = self._drawn(chunk_ids, input_ids, attention_mask.sum(axis=1) // size)
         neighbor_input_ids, neighbor_attention_mask = self.datastore.gather(chunk_ids)
         batch = {
             "input_ids": input_ids,
@@ -130,8 +130,16 @@ class RetroDataCollator:
         }
         return {name: torch.from_numpy(values) for name, values in batch.items()}
 
-    def _dropped(self, chunk_ids: np.ndarray, input_ids: np.ndarray, num_chunks: np.ndarray) -> np.ndarray:
-        """Chunk ids in which those of some complete chunks are replaced by random ones, and those of others by -1."""
+    def _drawn(self, chunk_ids: np.ndarray, input_ids: np.ndarray, num_chunks: np.ndarray) -> np.ndarray:
+        """What is read instead of what was found: some complete chunks get random neighbors, and others none.
+
+        Args:
+            chunk_ids (`np.ndarray` of int64 and shape `(batch_size, chunks, found)`): what was found, best first.
+            input_ids (`np.ndarray` of int64 and shape `(batch_size, sequence_length)`): decide what is drawn.
+            num_chunks (`np.ndarray` of int64 and shape `(batch_size,)`): complete chunks of each example.
+        Returns:
+            `np.ndarray` of int64: as `chunk_ids`, -1 for none.
+        """
         generator = generator_for(self.seed, input_ids)
         # One draw decides both events, from either end of [0, 1), so that they exclude each other. The random chunks are drawn
         # whether they are used or not: so the draws of one probability do not move those of the other.
