@@ -198,7 +198,7 @@ def test_new_keys_are_written_behind_the_old_ones(model):
 def test_keys_and_distances_outgrow_their_buffers(family, monkeypatch):
     """The next buffer continues where the full one ended, also after tokens were taken back."""
     monkeypatch.setattr(cache_retro, "ROOM", 4)
-    monkeypatch.setattr(modeling_retro_decoder, "FEATURE_BLOCK", 4)
+    monkeypatch.setattr(modeling_retro_decoder, "SINUSOID_BLOCK", 4)
     model, ids = tiny_retro(family, scale=0.3), random_ids(2, 3)
     cache = feed(model, ids)[CACHE_NAME]
     assert_continues(model, cache, ids)

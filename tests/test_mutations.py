@@ -54,10 +54,10 @@ def attend_to_the_next_chunk(model, monkeypatch):
 
 
 def change_encoder_layer(**change):
-    """Encoder layers that get other masks or features; each value maps an argument to what is passed instead."""
+    """Encoder layers that get other masks or sinusoids; each value maps an argument to what is passed instead."""
 
     def mutate(model, monkeypatch):
-        names = ("hidden_states", "chunk_states", "neighbor_mask", "chunk_mask", "self_features", "cross_features")
+        names = ("hidden_states", "chunk_states", "neighbor_mask", "chunk_mask", "self_sinusoids", "cross_sinusoids")
         for layer in model.model.retro.encoder.layers:
             original = layer.forward
 
@@ -76,22 +76,22 @@ attend_causally_in_the_encoder = change_encoder_layer(
     neighbor_mask=lambda mask: mask & torch.ones(mask.shape[-1], mask.shape[-1], dtype=torch.bool).tril()
 )
 mix_neighbors_in_the_encoder = change_encoder_layer(hidden_states=lambda x: x + x.roll(1, dims=0))
-forget_distances_in_the_encoder = change_encoder_layer(self_features=lambda x: x[:1].expand_as(x))
+forget_distances_in_the_encoder = change_encoder_layer(self_sinusoids=lambda x: x[:1].expand_as(x))
 cut_the_gradient_of_chunk_states = change_encoder_layer(chunk_states=torch.Tensor.detach)
 
 
-def mirrored(features: torch.Tensor) -> torch.Tensor:
-    """The features of the opposite distances: sines change sign, cosines do not."""
-    sines, cosines = features.chunk(2, dim=-1)
+def mirrored(sinusoids: torch.Tensor) -> torch.Tensor:
+    """The sinusoids of the opposite distances: sines change sign, cosines do not."""
+    sines, cosines = sinusoids.chunk(2, dim=-1)
     return torch.cat([-sines, cosines], dim=-1)
 
 
-mirror_distances_in_the_encoder = change_encoder_layer(self_features=mirrored)
-mirror_distances_to_the_chunk = change_encoder_layer(cross_features=mirrored)
+mirror_distances_in_the_encoder = change_encoder_layer(self_sinusoids=mirrored)
+mirror_distances_to_the_chunk = change_encoder_layer(cross_sinusoids=mirrored)
 
 
 def change_cca(change):
-    """CCA whose `forward` is `change(module, original, hidden_states, neighbor_states, features, plan)`."""
+    """CCA whose `forward` is `change(module, original, hidden_states, neighbor_states, sinusoids, plan)`."""
 
     def mutate(model, monkeypatch):
         for module in model.model.retro.cross_attention.values():
@@ -105,13 +105,13 @@ def change_cca(change):
 
 
 def cca_distances(function):
-    """CCA with features of `function(distances, chunk_size)` in the place of equation 6."""
+    """CCA with sinusoids of `function(distances, chunk_size)` in the place of equation 6."""
 
-    def change(module, original, hidden_states, neighbor_states, features, plan):
-        size = features.shape[0] - plan.neighbor_size + 1
-        distances = function(2 * size - 2 - torch.arange(len(features)), size)
-        features = modeling_retro.position_features(distances, features.shape[-1], features.dtype)
-        return original(hidden_states, neighbor_states, features, plan)
+    def change(module, original, hidden_states, neighbor_states, sinusoids, plan):
+        size = sinusoids.shape[0] - plan.neighbor_size + 1
+        distances = function(2 * size - 2 - torch.arange(len(sinusoids)), size)
+        sinusoids = modeling_retro.sinusoids_of(distances, sinusoids.shape[-1], sinusoids.dtype)
+        return original(hidden_states, neighbor_states, sinusoids, plan)
 
     return change_cca(change)
 
@@ -126,34 +126,34 @@ no_distances_in_cca = cca_distances(lambda distances, size: 0 * distances)
 def place_neighbors_one_after_the_other(model, monkeypatch):
     """Distances in CCA over the concatenated neighbors, as if they were one text."""
 
-    def change(module, original, hidden_states, neighbor_states, features, plan):
-        size = features.shape[0] - plan.neighbor_size + 1
+    def change(module, original, hidden_states, neighbor_states, sinusoids, plan):
+        size = sinusoids.shape[0] - plan.neighbor_size + 1
         num_tokens = neighbor_states.shape[1]
         distances = 2 * size - 2 - torch.arange(size + num_tokens - 1)
-        features = modeling_retro.position_features(distances, features.shape[-1], features.dtype)
+        sinusoids = modeling_retro.sinusoids_of(distances, sinusoids.shape[-1], sinusoids.dtype)
         plan = copy.copy(plan)
         plan.neighbor_input_ids = plan.neighbor_input_ids.flatten(1)  # one long neighbor
-        return original(hidden_states, neighbor_states, features, plan)
+        return original(hidden_states, neighbor_states, sinusoids, plan)
 
     change_cca(change)(model, monkeypatch)
 
 
-def _attend_unguarded(module, norm, hidden_states, neighbor_states, features, plan):
+def _attend_unguarded(module, norm, hidden_states, neighbor_states, sinusoids, plan):
     queries = norm(plan.attending(hidden_states))
     key, value = plan.exchange_key_values(module.layer_idx, *module.attention.project_key_value(neighbor_states))
     mask = plan.attended_mask
     repeats = mask.shape[1] // plan.neighbor_size
-    update, _ = module.attention.attend(queries, key, value, features, mask[:, None, None], num_repeats=repeats)
+    update, _ = module.attention.attend(queries, key, value, sinusoids, mask[:, None, None], num_repeats=repeats)
     return mask, update
 
 
 def ignore_the_neighbor_mask_in_cca(model, monkeypatch):
     """CCA over padding, too."""
 
-    def change(module, original, hidden_states, neighbor_states, features, plan):
+    def change(module, original, hidden_states, neighbor_states, sinusoids, plan):
         plan = copy.copy(plan)
         plan.attended_mask = torch.ones_like(plan.attended_mask)
-        return original(hidden_states, neighbor_states, features, plan)
+        return original(hidden_states, neighbor_states, sinusoids, plan)
 
     change_cca(change)(model, monkeypatch)
 
@@ -167,8 +167,8 @@ def ignore_the_neighbor_mask(model, monkeypatch):
 def update_chunks_without_neighbors(model, monkeypatch):
     """CCA that lets the softmax over nothing but padding through."""
 
-    def change(module, original, hidden_states, neighbor_states, features, plan):
-        _, update = _attend_unguarded(module, module.norm, hidden_states, neighbor_states, features, plan)
+    def change(module, original, hidden_states, neighbor_states, sinusoids, plan):
+        _, update = _attend_unguarded(module, module.norm, hidden_states, neighbor_states, sinusoids, plan)
         return plan.per_token(update), None
 
     change_cca(change)(model, monkeypatch)
@@ -177,8 +177,8 @@ def update_chunks_without_neighbors(model, monkeypatch):
 def norm_after_cca(model, monkeypatch):
     """The norm of CCA on its output rather than on its queries."""
 
-    def change(module, original, hidden_states, neighbor_states, features, plan):
-        mask, update = _attend_unguarded(module, lambda x: x, hidden_states, neighbor_states, features, plan)
+    def change(module, original, hidden_states, neighbor_states, sinusoids, plan):
+        mask, update = _attend_unguarded(module, lambda x: x, hidden_states, neighbor_states, sinusoids, plan)
         return plan.per_token(torch.where(mask.any(dim=-1)[:, None, None], module.norm(update), 0.0)), None
 
     change_cca(change)(model, monkeypatch)

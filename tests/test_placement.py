@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from retro_hf import RetroConfig, RetroForCausalLM
-from retro_hf.model.attention_retro import position_features
+from retro_hf.model.attention_retro import sinusoids_of
 from retro_hf.model.backbone_retro import find_decoder_layers
 
 from .tiny import CHUNK_SIZE, ENCODER, FAMILIES, random_ids, random_neighbors, randomize, tiny_retro
@@ -251,7 +251,7 @@ def cross_attention_by_hand(model, layer_idx, ids, neighbors):
     def cca(stream):
         update = torch.zeros_like(stream)
         steps = torch.arange(m + size - 1)
-        features = position_features(2 * m - 2 - steps, stream.shape[-1], stream.dtype)
+        sinusoids = sinusoids_of(2 * m - 2 - steps, stream.shape[-1], stream.dtype)
         for row in range(batch_size):
             for u in range(num_chunks):
                 encoded = model.model.retro.encoder(
@@ -269,7 +269,7 @@ def cross_attention_by_hand(model, layer_idx, ids, neighbors):
                 out, _ = cross.attention.attend(
                     cross.norm(padded),
                     *keys,
-                    features,
+                    sinusoids,
                     mask[row, u].flatten()[None, None, None],
                     num_repeats=num_neighbors,
                 )

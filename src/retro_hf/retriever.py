@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -353,7 +353,7 @@ class RetroRetriever:
         now = self.snapshot()
         return now._describe(now.search_texts(texts, num_neighbors))
 
-    def search_texts(self, texts: str | list[str], num_neighbors: int | None = None) -> RetrievalResult:
+    def search_texts(self, texts: str | Sequence[str], num_neighbors: int | None = None) -> RetrievalResult:
         """As [`RetroRetriever.find`], without reading what was found."""
         wanted = self.num_neighbors if num_neighbors is None else num_neighbors
         check_num_neighbors(wanted, self.datastore.num_chunks)

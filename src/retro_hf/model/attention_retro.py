@@ -25,12 +25,12 @@ class RetroRMSNorm(nn.RMSNorm):
     """Root mean square norm: x / sqrt(mean(x²) + eps) · weight (section 2.5)."""
 
 
-def position_features(distances: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
+def sinusoids_of(distances: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
     """Sines and cosines of relative distances, as in Transformer-XL (B.1.2).
 
     Args:
         distances (`torch.LongTensor` of shape `(...,)`): distances in tokens, of any sign.
-        width (`int`): number of features, even.
+        width (`int`): number of sinusoids, even.
         dtype (`torch.dtype`): of the result; the angles are computed in float32.
     Returns:
         `torch.FloatTensor` of shape `(..., width)`: `width / 2` sines, then as many cosines, of d / 10000^(2t / width).
@@ -111,7 +111,7 @@ class RetroPositionProjection(nn.Module):
     """The matrix A of the positional logits q · A s(d): "a linear transform of a cosine vector computed from d" (B.1.2).
 
     Args:
-        width (`int`): features per distance, the width of the query stream.
+        width (`int`): sinusoids per distance, the width of the query stream.
         num_heads (`int`), head_dim (`int`): of the attention it belongs to.
     """
 
@@ -121,21 +121,21 @@ class RetroPositionProjection(nn.Module):
         self.head_dim = head_dim
         self.weight = nn.Parameter(torch.empty(num_heads * head_dim, width))
 
-    def forward(self, features: torch.Tensor, query: torch.Tensor | None = None) -> torch.Tensor:
-        """Project the features of distances, or multiply them with a few queries without projecting them first.
+    def forward(self, sinusoids: torch.Tensor, query: torch.Tensor | None = None) -> torch.Tensor:
+        """Project the sinusoids of distances, or multiply them with a few queries without projecting them first.
 
         Args:
-            features (`torch.FloatTensor` of shape `(W, width)`, or `(B, W, width)` with `query`): s(d) of the distances, in
+            sinusoids (`torch.FloatTensor` of shape `(W, width)`, or `(B, W, width)` with `query`): s(d) of the distances, in
                 decreasing order (see `relative_shift`).
             query (`torch.FloatTensor` of shape `(B, heads, Q, D)`, *optional*): scaled queries.
         Returns:
             A s(d) of shape `(heads, D, W)`; with `query` the logits q · A s(d), of shape `(B, heads, Q, W)`.
         """
         weight = self.weight.view(self.num_heads, self.head_dim, -1)
-        by_distance = features.transpose(-1, -2)
+        by_distance = sinusoids.transpose(-1, -2)
         if query is None:
             return torch.matmul(weight, by_distance.unsqueeze(-3))
-        # With the heads side by side in one matrix, every feature is read once, and not once per head.
+        # With the heads side by side in one matrix, every sinusoid is read once, and not once per head.
         scores = torch.matmul(torch.matmul(query, weight).flatten(1, 2), by_distance)
         return scores.unflatten(1, query.shape[1:3])
 
@@ -182,7 +182,7 @@ class RetroAttention(nn.Module):
         self.k_proj = nn.Linear(key_value_size, num_heads * head_dim, bias=False)
         self.v_proj = nn.Linear(key_value_size, num_heads * head_dim, bias=False)
         self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=False)
-        # Weights of saved models have this name. What it computes are the features of distances, projected.
+        # Weights of saved models have this name. What it computes are the sinusoids of distances, projected.
         self.position_bias = RetroPositionProjection(hidden_size, num_heads, head_dim)
 
     def _split_heads(self, states: torch.Tensor) -> torch.Tensor:
@@ -197,7 +197,7 @@ class RetroAttention(nn.Module):
         hidden_states: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        features: torch.Tensor,
+        sinusoids: torch.Tensor,
         attention_mask: torch.Tensor | None,
         num_repeats: int = 1,
         null_logits: torch.Tensor | None = None,
@@ -208,7 +208,7 @@ class RetroAttention(nn.Module):
         Args:
             hidden_states (`torch.FloatTensor` of shape `(B, Q, hidden_size)`): normalized query stream.
             key, value (`torch.FloatTensor` of shape `(B, heads, S, D)`): as `project_key_value` makes them.
-            features (`torch.FloatTensor` of shape `(W, hidden_size)` or `(B, W, hidden_size)`): of the distances to one of
+            sinusoids (`torch.FloatTensor` of shape `(W, hidden_size)` or `(B, W, hidden_size)`): of the distances to one of
                 the neighbors, in decreasing order.
             attention_mask (`torch.Tensor` of shape `(B, 1, Q or 1, S)`, *optional*): boolean, True where seen, or
                 additive.
@@ -223,11 +223,11 @@ class RetroAttention(nn.Module):
         in_blocks = self.is_causal and num_queries == key.shape[-2] and num_queries > self._block_size(query)
         # trf-ignore: TRF051 (eager returns whole probabilities)
         if in_blocks and self.config._attn_implementation != "eager":
-            return self.o_proj(self._attend_in_blocks(query, key, value, features, attention_mask, **kwargs)), None
+            return self.o_proj(self._attend_in_blocks(query, key, value, sinusoids, attention_mask, **kwargs)), None
         if batch_size * num_queries <= self.head_dim:  # for few queries this costs less than projecting every distance
-            scores = self.position_bias(features, query * self.scaling)
+            scores = self.position_bias(sinusoids, query * self.scaling)
         else:
-            scores = torch.matmul(query * self.scaling, self.position_bias(features))
+            scores = torch.matmul(query * self.scaling, self.position_bias(sinusoids))
         bias = relative_shift(scores, key.shape[-2] // num_repeats)
         bias = bias.unsqueeze(-2).expand(-1, -1, -1, num_repeats, -1).flatten(-2)  # a view for one run
         if null_logits is not None:
@@ -265,7 +265,7 @@ class RetroAttention(nn.Module):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        features: torch.Tensor,
+        sinusoids: torch.Tensor,
         attention_mask: torch.Tensor | None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
@@ -273,7 +273,7 @@ class RetroAttention(nn.Module):
 
         The backward pass computes the probabilities again, one block at a time, so that none are kept.
         """
-        table = self.position_bias(features)
+        table = self.position_bias(sinusoids)
         interface = self._interface(query)
 
         def attend(
@@ -302,7 +302,7 @@ class RetroAttention(nn.Module):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        features: torch.Tensor,
+        sinusoids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -311,7 +311,7 @@ class RetroAttention(nn.Module):
 
         Args:
             hidden_states (`torch.FloatTensor` of shape `(B, Q, hidden_size)`): normalized query stream.
-            features (`torch.FloatTensor` of shape `(W, hidden_size)`): of the distances, in decreasing order.
+            sinusoids (`torch.FloatTensor` of shape `(W, hidden_size)`): of the distances, in decreasing order.
             attention_mask (`torch.Tensor` of shape `(B, 1, Q or 1, S)`, *optional*): boolean, True where seen, or
                 additive.
             past_key_values (`Cache`, *optional*): keys and values of earlier tokens, extended in place.
@@ -321,7 +321,7 @@ class RetroAttention(nn.Module):
         key, value = self.project_key_value(hidden_states)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        return self.attend(hidden_states, key, value, features, attention_mask, **kwargs)
+        return self.attend(hidden_states, key, value, sinusoids, attention_mask, **kwargs)
 
 
 class RetroMLP(nn.Module):

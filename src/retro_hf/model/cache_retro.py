@@ -66,7 +66,7 @@ class RetrievalState:
         input_ids (`torch.LongTensor` of shape `(B, 2 m + 1)`): tokens; what must not be kept is written to the last cell.
         hidden_states (`torch.FloatTensor` of shape `(B, 2 m + 1, hidden_size)`): the residual stream at the first layer with
             cross-attention.
-        features (`torch.FloatTensor` of shape `(m + R - 1, hidden_size)`): the distances in cross-attention, as features.
+        sinusoids (`torch.FloatTensor` of shape `(m + R - 1, hidden_size)`): the distances in cross-attention, as sinusoids.
         key_values (`dict[int, tuple]`): per layer, keys and values of shape `(B, 2, heads, S, D)` of the encoded neighbors.
         neighbors (`list` of B lists of two tuples): encoded neighbors, where the reader is `parallel_context`.
         neighbor_mask (`torch.BoolTensor` of shape `(B, 2, S)`): which of the S = K · R neighbor tokens are real.
@@ -82,7 +82,7 @@ class RetrievalState:
         self.input_ids: torch.Tensor | None = None
         self.hidden_states: torch.Tensor | None = None
         self.neighbor_mask: torch.Tensor | None = None
-        self.features: torch.Tensor | None = None
+        self.sinusoids: torch.Tensor | None = None
         self.key_values: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     @property
@@ -213,7 +213,7 @@ class RetrievalState:
         new = cls([offset for state in states for offset in state.offsets], first.chunk_size)
         new.next_positions = [position for state in states for position in state.next_positions]
         new.neighbors = [row for state in states for row in state.neighbors]
-        new.num_columns, new.neighbor_size, new.features = num_columns, first.neighbor_size, first.features
+        new.num_columns, new.neighbor_size, new.sinusoids = num_columns, first.neighbor_size, first.sinusoids
 
         def joined(parts: list[torch.Tensor | None], dim: int) -> torch.Tensor | None:
             like = max((part for part in parts if part is not None), key=lambda part: part.shape[dim], default=None)

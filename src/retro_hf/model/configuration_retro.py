@@ -75,7 +75,7 @@ def _require_range(config: PreTrainedConfig, *names: str, least: float = 1, belo
 
 def _require_even(config: PreTrainedConfig, name: str) -> None:
     value = getattr(config, name)
-    if value % 2:  # half of the features are sines, half cosines
+    if value % 2:  # half of the sinusoids are sines, half cosines
         raise ValueError(f"`{name}` must be even for relative positions, got {value} in {type(config).__name__}.")
 
 

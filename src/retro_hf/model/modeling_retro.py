@@ -55,7 +55,7 @@ from .attention_retro import (
     RetroMLP,
     RetroPositionProjection,
     RetroRMSNorm,
-    position_features,
+    sinusoids_of,
 )
 from .backbone_retro import (
     accepted_arguments,
@@ -143,8 +143,8 @@ class RetroEncoderLayer(GradientCheckpointingLayer):
         chunk_states: torch.Tensor,
         neighbor_mask: torch.Tensor,
         chunk_mask: torch.Tensor,
-        self_features: torch.Tensor,
-        cross_features: torch.Tensor,
+        self_sinusoids: torch.Tensor,
+        cross_sinusoids: torch.Tensor,
     ) -> torch.Tensor:
         """Encode neighbors.
 
@@ -153,11 +153,11 @@ class RetroEncoderLayer(GradientCheckpointingLayer):
             chunk_states (`torch.FloatTensor` of shape `(V, m, hidden_size)`): normalized H_u of their chunks.
             neighbor_mask (`torch.BoolTensor` of shape `(V * K, 1, 1, R)`): True at real tokens.
             chunk_mask (`torch.BoolTensor` of shape `(V, 1, 1, m)`): True at real tokens.
-            self_features, cross_features (`torch.FloatTensor` of shape `(W, encoder_hidden_size)`): of the distances.
+            self_sinusoids, cross_sinusoids (`torch.FloatTensor` of shape `(W, encoder_hidden_size)`): of the distances.
         Returns:
             `torch.FloatTensor` of the shape of `hidden_states`.
         """
-        update, _ = self.self_attn(self.self_attn_norm(hidden_states), self_features, attention_mask=neighbor_mask)
+        update, _ = self.self_attn(self.self_attn_norm(hidden_states), self_sinusoids, attention_mask=neighbor_mask)
         hidden_states = hidden_states + update
         if self.has_cross_attention:
             # H_u is projected once per chunk, for all of its neighbors.
@@ -167,7 +167,7 @@ class RetroEncoderLayer(GradientCheckpointingLayer):
                 self.cross_attn_norm(hidden_states),
                 key.repeat_interleave(num_neighbors, dim=0),
                 value.repeat_interleave(num_neighbors, dim=0),
-                cross_features,
+                cross_sinusoids,
                 chunk_mask.repeat_interleave(num_neighbors, dim=0),
             )
             hidden_states = hidden_states + update
@@ -225,8 +225,8 @@ class RetroNeighborEncoder(nn.Module):
             hidden_states = self.embed_proj(hidden_states)
         chunk_size = chunk_states.shape[1]
         device, dtype = chunk_states.device, chunk_states.dtype
-        self_features = position_features(distances(size, size, size - 1, device), self.hidden_size, dtype)
-        cross_features = position_features(encoder_distances(size, chunk_size, device), self.hidden_size, dtype)
+        self_sinusoids = sinusoids_of(distances(size, size, size - 1, device), self.hidden_size, dtype)
+        cross_sinusoids = sinusoids_of(encoder_distances(size, chunk_size, device), self.hidden_size, dtype)
         chunk_states = self.chunk_norm(chunk_states)
         for layer in self.layers:
             hidden_states = layer(
@@ -234,8 +234,8 @@ class RetroNeighborEncoder(nn.Module):
                 chunk_states,
                 neighbor_mask.view(-1, 1, 1, size),
                 chunk_mask.view(-1, 1, 1, chunk_size),
-                self_features,
-                cross_features,
+                self_sinusoids,
+                cross_sinusoids,
             )
         return self.norm(hidden_states).view(num_chunks, num_neighbors * size, -1)
 
@@ -269,7 +269,7 @@ class RetroChunkedCrossAttention(nn.Module):
         self,
         hidden_states: torch.Tensor,
         neighbor_states: torch.Tensor | None,
-        features: torch.Tensor,
+        sinusoids: torch.Tensor,
         plan: PassPlan,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Compute the update CCA(H, E) - H; the residual is added by the caller.
@@ -278,7 +278,7 @@ class RetroChunkedCrossAttention(nn.Module):
             hidden_states (`torch.FloatTensor` of shape `(B, T, hidden_size)`): H, the residual stream.
             neighbor_states (`torch.FloatTensor` of shape `(V, S, encoder_hidden_size)`, *optional*): E of the chunks that
                 complete in this pass. Their keys and values are projected here, once.
-            features (`torch.FloatTensor` of shape `(W, hidden_size)` or `(N, W, hidden_size)`): of the distances from
+            sinusoids (`torch.FloatTensor` of shape `(W, hidden_size)` or `(N, W, hidden_size)`): of the distances from
                 the queries to the tokens of one neighbor (equation 6).
             plan ([`PassPlan`]): which token attends to which chunk.
         Returns:
@@ -296,7 +296,7 @@ class RetroChunkedCrossAttention(nn.Module):
             self.norm(attending),
             key,
             value,
-            features,
+            sinusoids,
             mask[:, None, None, :],
             num_repeats=mask.shape[1] // plan.neighbor_size,
             null_logits=self.null_logits,
@@ -371,7 +371,7 @@ class RetroPass:
         self.layer_inputs: dict[int, torch.Tensor] = {}
         self.layers_read: list[int] = []
         self.neighbor_states: torch.Tensor | None = None
-        self.features: torch.Tensor | None = None
+        self.sinusoids: torch.Tensor | None = None
         self.cross_attentions: dict[int, torch.Tensor] = {}
 
     def __call__(self, layer_idx: int, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -405,10 +405,10 @@ class RetroPass:
         is_known = plan.state is not None and layer_idx in plan.state.key_values
         if neighbor_states is None and not is_known:
             return torch.zeros_like(hidden_states)
-        if self.features is None:
-            self.features = self._features(hidden_states)
+        if self.sinusoids is None:
+            self.sinusoids = self._sinusoids(hidden_states)
         update, weights = self.reader.cross_attention[str(layer_idx)](
-            hidden_states, neighbor_states, self.features, plan
+            hidden_states, neighbor_states, self.sinusoids, plan
         )
         if self.output_attentions and weights is not None:
             by_query = weights.transpose(1, 2).flatten(2) * plan.attended_mask.any(dim=-1)[:, None, None]
@@ -417,15 +417,15 @@ class RetroPass:
             )
         return update
 
-    def _features(self, like: torch.Tensor) -> torch.Tensor:
+    def _sinusoids(self, like: torch.Tensor) -> torch.Tensor:
         """Features of the distances in cross-attention, in decreasing order: `(W, hidden_size)` or `(N, W, hidden_size)`."""
         plan, size = self.plan, self.config.chunk_size
-        table = None if plan.state is None else plan.state.features
+        table = None if plan.state is None else plan.state.sinusoids
         if table is None:
             table = cross_attention_distances(size, plan.neighbor_size, like.device)
-            table = position_features(table, like.shape[-1], like.dtype)
+            table = sinusoids_of(table, like.shape[-1], like.dtype)
             if plan.state is not None:
-                plan.state.features = table
+                plan.state.sinusoids = table
         places = plan.places
         if places is None:
             return table

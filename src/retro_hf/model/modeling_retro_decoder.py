@@ -32,14 +32,14 @@ from transformers.utils import TransformersKwargs, auto_docstring, can_return_tu
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention_retro import RetroAttention, RetroMLP, RetroPositionProjection, RetroRMSNorm, position_features
+from .attention_retro import RetroAttention, RetroMLP, RetroPositionProjection, RetroRMSNorm, sinusoids_of
 from .compatibility_retro import CACHE_NAME, CACHE_NAMES, accept_cache_by_any_name, slice_logits_to_keep
 from .configuration_retro import RetroDecoderConfig
 from .inputs_retro import check_inputs, check_labels, check_prompt, vocabulary_of
 
 
-FEATURE_BLOCK = 256
-"""Distances by which the table of their features grows in generation."""
+SINUSOID_BLOCK = 256
+"""Distances by which the table of their sinusoids grows in generation."""
 
 
 class RetroDecoderLayer(GradientCheckpointingLayer):
@@ -65,14 +65,14 @@ class RetroDecoderLayer(GradientCheckpointingLayer):
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        features: torch.Tensor | None = None,
+        sinusoids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        """Map the residual stream `(B, T, hidden_size)` to the same shape; `features` as in [`RetroAttention`]."""
+        """Map the residual stream `(B, T, hidden_size)` to the same shape; `sinusoids` as in [`RetroAttention`]."""
         attention, _ = self.self_attn(
             self.self_attn_norm(hidden_states),
-            features,
+            sinusoids,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
             **kwargs,
@@ -98,21 +98,21 @@ class RetroDecoderPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
 
 
-def _distance_features(
+def _distance_sinusoids(
     largest: int | torch.Tensor, num_distances: int, like: torch.Tensor, cache: Any
 ) -> torch.Tensor:
-    """Features `(num_distances, hidden_size)` of `largest` and the distances below it. A static cache counts on the device.
+    """Sinusoids `(num_distances, hidden_size)` of `largest` and the distances below it. A static cache counts on the device.
 
     A step of generation needs all distances down to 0, one more than the step before. It takes them from the end of a
-    table that is kept on the cache and made again every `FEATURE_BLOCK` steps.
+    table that is kept on the cache and made again every `SINUSOID_BLOCK` steps.
     """
     if cache is None or isinstance(largest, torch.Tensor) or num_distances != largest + 1:
-        return position_features(largest - torch.arange(num_distances, device=like.device), like.shape[-1], like.dtype)
-    table = getattr(cache, "position_features", None)
+        return sinusoids_of(largest - torch.arange(num_distances, device=like.device), like.shape[-1], like.dtype)
+    table = getattr(cache, "distance_sinusoids", None)
     if table is None or len(table) < num_distances:
-        size = -(-num_distances // FEATURE_BLOCK) * FEATURE_BLOCK
+        size = -(-num_distances // SINUSOID_BLOCK) * SINUSOID_BLOCK
         distances = size - 1 - torch.arange(size, device=like.device)
-        table = cache.position_features = position_features(distances, like.shape[-1], like.dtype)
+        table = cache.distance_sinusoids = sinusoids_of(distances, like.shape[-1], like.dtype)
     return table[-num_distances:]
 
 
@@ -158,12 +158,12 @@ class RetroDecoderModel(RetroDecoderPreTrainedModel):
         # Only differences count, so columns serve as positions: padding shifts a query and its keys alike. One negative
         # distance is enough, keys further ahead are masked.
         num_distances = num_keys + (num_queries > 1)
-        features = _distance_features(num_past + num_queries - 1, num_distances, inputs_embeds, past_key_values)
+        sinusoids = _distance_sinusoids(num_past + num_queries - 1, num_distances, inputs_embeds, past_key_values)
 
         hidden_states = inputs_embeds
         for layer in self.layers[: self.config.num_hidden_layers]:  # fewer while `generate` drafts by early exit
             hidden_states = layer(
-                hidden_states, causal_mask, features, **{CACHE_NAME: past_key_values}, use_cache=use_cache, **kwargs
+                hidden_states, causal_mask, sinusoids, **{CACHE_NAME: past_key_values}, use_cache=use_cache, **kwargs
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE_NAME: past_key_values})
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..model.attention_retro import RetroAttention, position_features
+from ..model.attention_retro import RetroAttention, sinusoids_of
 from ..model.backbone_retro import run_within
 from ..model.modeling_retro import RetroForCausalLM
 
@@ -171,7 +171,7 @@ def _attend_to_distance(
     """Let a head of the encoder attend to the token at a distance before each token."""
     rows = slice(head * attention.head_dim, (head + 1) * attention.head_dim)
     width = attention.q_proj.in_features
-    features = position_features(torch.arange(1 - neighbor_size, neighbor_size), width, torch.float32)
+    sinusoids = sinusoids_of(torch.arange(1 - neighbor_size, neighbor_size), width, torch.float32)
     bias = torch.zeros(width)
     target = torch.tensor([distance + neighbor_size - 1])
     with torch.enable_grad():
@@ -179,7 +179,7 @@ def _attend_to_distance(
         optimizer = torch.optim.Adam([bias], lr=0.05)
         for _ in range(400):
             optimizer.zero_grad()
-            loss = nn.functional.cross_entropy((features @ bias)[None], target) + 1e-4 * bias.pow(2).sum()
+            loss = nn.functional.cross_entropy((sinusoids @ bias)[None], target) + 1e-4 * bias.pow(2).sum()
             loss.backward()
             optimizer.step()
     attention.q_proj.weight[rows] = 0.0
