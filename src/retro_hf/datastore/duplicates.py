@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .store import RetroDatastore
 
 # The paper's 13 consecutive tokens.
-NGRAM = 13
+_NGRAM = 13
 _MAX_ID = (1 << 32) - 1
 _PERMUTATIONS = 128
 _BLOCK_DOCUMENTS = 512
@@ -83,13 +83,13 @@ def near_duplicates(
     with progress_bar(show_progress, total=total, unit="doc", desc="Finding near-duplicates") as progress:
         for start in range(0, len(documents), _BLOCK_DOCUMENTS):
             block = _tokens_of(documents[start : start + _BLOCK_DOCUMENTS], datastore)
-            for shingles in shingles_of(block, NGRAM):
+            for shingles in shingles_of(block):
                 if len(shingles):
                     lsh.insert(len(sets), minhash(shingles))
                 sets.append(shingles)
             progress.update(len(block))
         for ids, tokens in stored_documents(datastore):
-            for document_id, shingles in zip(ids, shingles_of(tokens, NGRAM), strict=True):
+            for document_id, shingles in zip(ids, shingles_of(tokens), strict=True):
                 for row in lsh.query(minhash(shingles)):
                     if _jaccard(sets[row], shingles) >= threshold:
                         found[row].append(document_id)
@@ -138,7 +138,7 @@ def _tokens_of(documents: Sequence[Any], datastore: RetroDatastore) -> list[np.n
     return found
 
 
-def shingles_of(documents: Sequence[np.ndarray], ngram: int) -> list[np.ndarray]:
+def shingles_of(documents: Sequence[np.ndarray], ngram: int = _NGRAM) -> list[np.ndarray]:
     """The set of n-grams of each document, hashed: sorted uint32; empty for a document without tokens."""
     lengths = np.array([len(tokens) for tokens in documents], dtype=np.int64)
     # A short document is padded with zeros to one n-gram; tokens are shifted by one, so that token 0 is not padding.

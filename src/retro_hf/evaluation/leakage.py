@@ -15,8 +15,7 @@ from .result import CopiedDocument, LeakedDocument
 from .scoring import TokenizedDocument
 
 
-# Documents are compared by their sets of 13-grams of tokens, as in section 2.6 of the paper.
-_NGRAM = 13
+# Documents are compared by their sets of 13-grams of tokens: the share of them that another one has.
 _THRESHOLD = 0.8
 # Cells of (chunk, neighbor, token) compared at once.
 _MAX_CELLS = 1 << 20
@@ -86,7 +85,7 @@ class _Shingles:
     def __init__(self, documents: Sequence[np.ndarray]) -> None:
         # An inverted index in three arrays: each distinct 13-gram, where its documents begin in `_owners`, and how many there
         # are. The time to look up a text then depends on the text, and not on the number of documents.
-        self.members = shingles_of(documents, _NGRAM)
+        self.members = shingles_of(documents)
         self.sizes = np.array([len(shingles) for shingles in self.members], dtype=np.int64)
         owners = np.repeat(np.arange(len(self.members)), self.sizes)
         flat = np.concatenate([*self.members, np.empty(0, dtype=np.uint32)])
@@ -167,7 +166,7 @@ def leaked_documents(
 def _holding(sets: _Shingles, others: Iterable[Block]) -> Iterator[tuple[int, str, float]]:
     """Each pair of a document and another one that has at least 80 % of it: place, id of the other, and the share."""
     for ids, tokens in others if sets.sizes.any() else ():
-        for id, shingles in zip(ids, shingles_of(tokens, _NGRAM), strict=True):
+        for id, shingles in zip(ids, shingles_of(tokens), strict=True):
             shared = sets.shared(shingles)
             for row in np.flatnonzero((shared > 0) & (shared >= _THRESHOLD * sets.sizes)).tolist():
                 yield row, id, float(shared[row] / sets.sizes[row])
