@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-import numpy as np
 import torch
 
 from retro_hf.answering import passage_inputs
+from retro_hf.datastore.chunks import padded
 from retro_hf.model.cache_retro import pad_to
 from retro_hf.model.retriever_protocol_retro import RetroLookup, check_neighbors
 from retro_hf.passages import find_passages
@@ -268,9 +268,8 @@ class RowLookup(RetroLookup):
     def _found(self, retriever: Any, asked: list[_Asked]) -> tuple[list[list[Any]], Neighbors]:
         """What is found for each chunk, readable, and as ids and mask of shape `(N, num_neighbors, neighbor_size)`."""
         found = retriever.trace(torch.stack([one.ids for one in asked]), torch.stack([one.mask for one in asked]))
-        chunk_ids = np.full((len(asked), retriever.num_neighbors), -1, dtype=np.int64)
-        for row, neighbors in zip(chunk_ids, found, strict=True):
-            row[: len(neighbors)] = [neighbor.chunk_id for neighbor in neighbors]
+        rows = [[neighbor.chunk_id for neighbor in neighbors] for neighbors in found]
+        chunk_ids, _ = padded(rows, retriever.num_neighbors, fill=-1)
         ids, mask = map(torch.from_numpy, retriever.gather(chunk_ids))
         return found, check_neighbors(ids, mask, (len(asked),), self.vocab_size, "What the store holds")
 

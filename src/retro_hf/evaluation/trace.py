@@ -13,6 +13,7 @@ import torch
 
 from ..arguments import shown, whole
 from ..datastore.bos_eos import Borders
+from ..datastore.chunks import padded
 from ..datastore.documents import is_missing
 from ..errors import DatasetError
 from ..retriever import RetrievedNeighbor, RetroRetriever
@@ -204,9 +205,8 @@ def trace(
         num_neighbors=num_neighbors,
         exclude_documents=np.repeat(documents_by_row(datastore, [read.id]), len(rows), axis=0),
     )
-    chunk_ids = np.full((len(rows), max([1, *map(len, found)])), -1, dtype=np.int64)
-    for row, neighbors in zip(chunk_ids, found, strict=True):
-        row[: len(neighbors)] = [neighbor.chunk_id for neighbor in neighbors]
+    ids = [[neighbor.chunk_id for neighbor in neighbors] for neighbors in found]
+    chunk_ids, _ = padded(ids, max([1, *map(len, ids)]), fill=-1)
     neighbor_ids, mask = datastore.gather(chunk_ids)
     # Neighbors of a chunk that ends the text would be read for a token that is not there.
     places = [(u, k) for u in range(len(rows)) if (u + 1) * size < length for k in range(len(found[u]))]
