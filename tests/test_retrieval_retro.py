@@ -240,7 +240,7 @@ def test_local_embedder_is_asked_for_and_not_looked_up_on_the_hub(retriever, tmp
     """The store keeps the last part of the folder's name; a name that the Hub's cache knows is loaded from there."""
     retriever.save_pretrained(tmp_path / "saved")
     asked = []
-    monkeypatch.setattr("retro_hf.datastore.embedder.cached_file", lambda name, *rest, **options: asked.append(name))
+    monkeypatch.setattr("retro_hf.datastore.encoder.cached_file", lambda name, *rest, **options: asked.append(name))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     with pytest.raises(PretrainedNotFoundError, match="embedder='<folder or Hub name>'"):
         RetroRetriever.from_pretrained(tmp_path / "saved")

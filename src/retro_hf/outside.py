@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from .model.names_retro import check_sizes
+
 
 MAX_JSON_BYTES = 16 << 20
 _MAX_WEIGHT_MAP_BYTES = 64 << 20
@@ -204,19 +206,23 @@ _CODE = re.compile(r"sentence_transformers(?:\.\w+)+")
 
 
 def check_pretrained(read: Callable[[str], Any]) -> None:
-    """Check what the files of a model or tokenizer name: only other files of it, or repositories on the Hub.
+    """Check what the files of a model or tokenizer name, only other files of it or repositories on the Hub, and its sizes.
 
     Args:
         read (`Callable`): the content of a JSON file by name, None if there is none.
     """
     for name in ("config.json", "tokenizer_config.json"):
-        _check_values(name, read(name))
+        content = read(name)
+        _check_values(name, content)
+        check_sizes(content, name)
     modules = read("modules.json")
     for module in modules if isinstance(modules, list) else []:
         path = module.get("path") or "" if isinstance(module, dict) else None
         if not isinstance(path, str) or not (path == "" or is_file_name(path)):
             raise ValueError(f"modules.json names the folder {path!r:.200}")
         settings = [read(f"{path}/{name}") for name in ("config.json", "router_config.json")] if path else []
+        for part in settings:
+            check_sizes(part, f"{path}/config.json")
         routes = [part.get("types") for part in settings if isinstance(part, dict)]
         kinds = [module.get("type"), *(kind for route in routes if isinstance(route, dict) for kind in route.values())]
         for kind in kinds:

@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING, Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from .. import arguments
-from ..errors import DatastoreInputError, DatastoreMismatchError, PretrainedNotFoundError, RetroError
+from ..errors import (
+    DatastoreInputError,
+    DatastoreMismatchError,
+    MissingExtraError,
+    PretrainedNotFoundError,
+    RetroError,
+)
 from ..outside import check_pretrained_folder
 from .atomic_files import digest_of, reading, sha256_of
 
@@ -81,14 +87,17 @@ def loading(what: str, name: str) -> Iterator[None]:
     """Check the folder that a caller named, if it is one, and explain whatever goes wrong while it is loaded.
 
     Raises:
+        MissingExtraError: if a package is missing.
         PretrainedNotFoundError: if it cannot be loaded.
     """
     try:
         if os.path.isdir(name):
             check_pretrained_folder(name)
         yield
-    except (RetroError, ImportError):
+    except RetroError:
         raise
+    except ImportError as error:
+        raise MissingExtraError(f"The {what} {name!r} needs a package that is not installed: {error}") from error
     except Exception as error:  # transformers and tokenizers raise anything for files that are damaged
         raise PretrainedNotFoundError.for_name(what, name, error) from error
     except BaseException as error:

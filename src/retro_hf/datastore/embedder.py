@@ -11,16 +11,15 @@ from typing import Any
 import numpy as np
 import torch
 from huggingface_hub import constants
-from transformers import AutoConfig, AutoModel, AutoTokenizer, DPRContextEncoder, PreTrainedTokenizerBase
-from transformers.utils import logging
-from transformers.utils.hub import cached_file
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from .. import arguments, extras
 from ..errors import DatastoreInputError, DatastoreMismatchError, PretrainedNotFoundError, UnsupportedEmbedderError
-from ..outside import MAX_JSON_BYTES, check_base, check_hub_name, check_pretrained, parse_json
+from ..outside import check_base, check_hub_name, check_pretrained
 from .atomic_files import sha256_of
 from .compatibility import check_embedder, loading, tokenizer_fingerprint, vocabulary_fingerprint
 from .documents import without_lone_surrogates
+from .encoder import Encoder, check_weights, is_mean_pooling, read_json_of
 
 
 def _default_dtype(device: torch.device) -> torch.dtype:
@@ -32,112 +31,6 @@ def _default_dtype(device: torch.device) -> torch.dtype:
         if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"):
             return torch.bfloat16
     return torch.float32
-
-
-def _read_json(name_or_path: str, filename: str, revision: str | None) -> Any:
-    """A JSON file of a model folder or Hub repository, as somebody else made it; None if there is none."""
-    path = cached_file(
-        name_or_path,
-        filename,
-        revision=revision,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-        _raise_exceptions_for_gated_repo=False,
-    )
-    if path is None:
-        return None
-    if (size := os.path.getsize(path)) > MAX_JSON_BYTES:
-        raise ValueError(f"{filename} has {size:,} bytes, more than {MAX_JSON_BYTES:,}")
-    return parse_json(Path(path).read_bytes())
-
-
-def _is_mean_pooling(name_or_path: str, modules: list[dict[str, Any]], revision: str | None) -> bool:
-    """Whether a sentence-transformers model is a transformer, the mean over its tokens, and at most a normalization."""
-    kinds = [str(module.get("type", "")).rsplit(".", 1)[-1] for module in modules]
-    if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]) or modules[0].get("path"):
-        return False
-    settings = _read_json(name_or_path, "config_sentence_transformers.json", revision) or {}
-    pooling = _read_json(name_or_path, f"{modules[1].get('path')}/config.json", revision) or {}
-    if settings.get("default_prompt_name") or pooling.get("include_prompt") is False:
-        return False
-    if "pooling_mode" in pooling:
-        return pooling["pooling_mode"] in ("mean", ["mean"])
-    active = {key for key, value in pooling.items() if key.startswith("pooling_mode_") and value is True}
-    return active == {"pooling_mode_mean_tokens"}
-
-
-class _Encoder:
-    """A transformer with the mean over its real tokens, or DPR's pooler; called as a sentence-transformers model is.
-
-    It gives what that library gives for such models, which are most embedders, and needs transformers alone.
-    """
-
-    def __init__(self, name: str, revision: str | None) -> None:
-        options: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
-        config = AutoConfig.from_pretrained(name, **options)
-        # `AutoModel` takes every DPR checkpoint for a question encoder.
-        kind: Any = DPRContextEncoder if "DPRContextEncoder" in (config.architectures or []) else AutoModel
-        self.pooling = "pooler" if config.model_type == "dpr" else "mean"
-        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, **options)
-        # In float32, whatever the checkpoint has: the same model gets the same fingerprint on every machine.
-        self.model = kind.from_pretrained(name, dtype=torch.float32, **options)
-        settings = _read_json(name, "sentence_bert_config.json", revision) or {}
-        positions = getattr(self.model.config, "max_position_embeddings", None)
-        limits = [settings.get("max_seq_length"), self.tokenizer.model_max_length, positions]
-        self.max_seq_length = min([limit for limit in limits if limit] or [512])
-        self.prompts = (_read_json(name, "config_sentence_transformers.json", revision) or {}).get("prompts")
-
-    @torch.inference_mode()
-    def is_bidirectional(self) -> bool:
-        """Whether the first token sees the second: whether its state depends on that token's mask."""
-        if self.model.config.is_encoder_decoder:
-            return False
-        ids = torch.tensor([[0, 1], [0, 1]], device=self.model.device)
-        mask = torch.tensor([[1, 1], [1, 0]], device=self.model.device)
-        seeing, blind = self.model(input_ids=ids, attention_mask=mask).last_hidden_state[:, 0].float()
-        return bool((seeing - blind).norm() > 0.01 * blind.norm())
-
-    @torch.inference_mode()
-    def encode(self, texts: list[str], prompt: str, batch_size: int, show_progress_bar: bool) -> np.ndarray:
-        """Vectors of texts, float32 of shape `(len(texts), dim)`, in batches of similar length."""
-        encoding = self.tokenizer(
-            [prompt + text for text in texts] if prompt else texts,
-            padding=False,
-            truncation=True,
-            max_length=self.max_seq_length,
-            return_attention_mask=False,
-        )["input_ids"]
-        # Longest first: the largest batch comes first, and if memory runs out, it does so at once.
-        order = np.argsort([-len(ids) for ids in encoding], kind="stable")
-        parts = []
-        bar = logging.tqdm(total=len(texts), unit="chunk", desc="Embedding", disable=not show_progress_bar)
-        for start in range(0, len(texts), batch_size):
-            parts.append(self._forward([encoding[row] for row in order[start : start + batch_size]]))
-            bar.update(len(parts[-1]))
-        bar.close()
-        vectors = np.empty((len(texts), parts[0].shape[1]), dtype=np.float32)
-        vectors[order] = np.concatenate(parts)
-        return vectors
-
-    encode_document = encode_query = encode
-
-    def _forward(self, ids: list[list[int]]) -> np.ndarray:
-        width = max(1, max(len(row) for row in ids))
-        input_ids = torch.full((len(ids), width), self.tokenizer.pad_token_id or 0, dtype=torch.long)
-        mask = torch.zeros_like(input_ids)
-        for row, tokens in enumerate(ids):
-            input_ids[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.long)
-            mask[row, : len(tokens)] = 1
-        input_ids, mask = input_ids.to(self.model.device), mask.to(self.model.device)
-        # A text without tokens would attend to nothing and give NaN. It reads one padding token, and its mean is zero.
-        readable = mask.clone()
-        readable[:, 0] = 1
-        output = self.model(input_ids=input_ids, attention_mask=readable)
-        if self.pooling == "pooler":
-            return output.pooler_output.float().cpu().numpy()
-        weights = mask.unsqueeze(-1)
-        # In float32: a sum of many bfloat16 states loses precision.
-        return ((output.last_hidden_state.float() * weights).sum(1) / weights.sum(1).clamp(min=1)).cpu().numpy()
 
 
 def _readable(texts: Any) -> list[str]:
@@ -324,45 +217,52 @@ class ChunkEmbedder:
         self._process = os.getpid()
         device, dtype, *given = self._requested
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        name, revision = self.name_or_path, self.revision
-        encoder: Any
+        name = self.name_or_path
+        # Some settings are found to be wrong only when a text is read.
         with loading("embedder", name):
-
-            def read(filename: str) -> Any:
-                return _read_json(name, filename, revision)
-
-            check_base(read)
-            if not os.path.isdir(name):
-                check_pretrained(read)
-            modules = _read_json(name, "modules.json", revision)
-            if modules is None or _is_mean_pooling(name, modules, revision):
-                encoder = _Encoder(name, revision)
-                self.pooling, model, default = encoder.pooling, encoder.model, _default_dtype(self.device)
-            else:
-                library = extras.load("sentence_transformers", f"The embedder {name!r}, which is not a plain mean,")
-                encoder = model = library.SentenceTransformer(
-                    name, revision=revision, device=str(self.device), trust_remote_code=False
+            encoder, model, default, is_pipeline = self._open(name, self.revision)
+            self._identify(encoder, model, *given)
+            self.dtype = dtype or default
+            model.to(device=self.device, dtype=self.dtype).eval().requires_grad_(False)
+            if self.pooling == "mean" and not is_pipeline and not encoder.is_bidirectional():
+                raise UnsupportedEmbedderError(
+                    f"The embedder '{name}' is a {type(model).__name__}, in which a token does not see the whole text. Use a "
+                    "bidirectional encoder, such as 'sentence-transformers/all-MiniLM-L6-v2', or a sentence-transformers model made "
+                    "from this one."
                 )
-                # The modules of such a model may expect float32, so it gets another dtype only if the user asks for it.
-                self.pooling, default = "sentence-transformers", torch.float32
-        self._identify(encoder, model, *given)
-        self.dtype = dtype or default
-        model.to(device=self.device, dtype=self.dtype).eval().requires_grad_(False)
-        if modules is None and self.pooling == "mean" and not encoder.is_bidirectional():
-            raise UnsupportedEmbedderError(
-                f"The embedder '{name}' is a {type(model).__name__}, in which a token does not see the whole text. Use a "
-                "bidirectional encoder, such as 'sentence-transformers/all-MiniLM-L6-v2', or a sentence-transformers model made "
-                "from this one."
-            )
-        self._model = encoder
-        self.dim: int = self._encode(["dimension"], 1, False, query=False).shape[1]
-        other = self.query_encoder
-        dim = other.dim if other else self._encode(["dimension"], 1, False, query=True).shape[1]
+            self._model = encoder
+            self.dim: int = self._encode(["dimension"], 1, False, query=False).shape[1]
+            other = self.query_encoder
+            dim = other.dim if other else self._encode(["dimension"], 1, False, query=True).shape[1]
         if dim != self.dim:
             raise DatastoreMismatchError(
                 f"{name!r} makes vectors of length {self.dim} for chunks, but {(other or self).name_or_path!r} makes vectors of "
                 f"length {dim} for queries. Use two encoders that were trained together."
             )
+
+    def _open(self, name: str, revision: str | None) -> tuple[Any, Any, torch.dtype, bool]:
+        """The encoder, its module, the dtype that it has by default, and whether it has modules of sentence-transformers."""
+
+        def read(filename: str) -> Any:
+            return read_json_of(name, filename, revision)
+
+        check_base(read)
+        if not os.path.isdir(name):
+            check_pretrained(read)
+        modules = read("modules.json")
+        if "model_type" in (read("config.json") or {}):
+            check_weights(name, AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False), revision)
+        if modules is None or is_mean_pooling(name, modules, revision):
+            encoder = Encoder(name, revision)
+            self.pooling = encoder.pooling
+            return encoder, encoder.model, _default_dtype(self.device), modules is not None
+        library = extras.load("sentence_transformers", f"The embedder {name!r}, which is not a plain mean,")
+        encoder = library.SentenceTransformer(
+            name, revision=revision, device=str(self.device), trust_remote_code=False
+        )
+        # The modules of such a model may expect float32, so it gets another dtype only if the user asks for it.
+        self.pooling = "sentence-transformers"
+        return encoder, encoder, torch.float32, True
 
     def _identify(self, encoder: Any, model: Any, prompt: str | None, query_prompt: str | None) -> None:
         """Set the prompts and the fingerprints, from the weights before they are cast to another dtype."""

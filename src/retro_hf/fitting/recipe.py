@@ -14,6 +14,7 @@ from ..datastore import RetroDatastore
 from ..errors import PretrainedNotFoundError, UnsupportedBackboneError
 from ..model.configuration_retro import RetroEncoderConfig
 from ..model.modeling_retro import RetroForCausalLM
+from ..model.names_retro import check_weights
 from ..model.readers_retro import traits_of
 from ..retrofit import retrofit
 from ..training import RetroDataCollator
@@ -37,6 +38,7 @@ def is_adapter(base: str | os.PathLike[str]) -> bool:
         ValueError: for a model that has nothing to learn.
     """
     try:
+        check_weights(base, {})
         config = AutoConfig.from_pretrained(base, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise PretrainedNotFoundError.for_name("model", str(base), error) from error

@@ -20,6 +20,17 @@ _MAX_WEIGHT_MAP_BYTES, _MAX_CONFIG_BYTES = 64 << 20, 16 << 20
 _CONFIGS = ("config.json", "generation_config.json", "adapter_config.json")
 _FILE = re.compile(r"\w[\w.-]*", re.ASCII)
 _REVISION = re.compile(r"\w[\w.-]*(/[\w.-]+)*", re.ASCII)
+# Numbers by which layers are made and memory is taken, and the largest of each: several times that of any model.
+_LARGEST = (
+    dict.fromkeys(
+        ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers"), 1 << 9
+    )
+    | dict.fromkeys(("num_attention_heads", "num_key_value_heads", "num_heads", "n_head", "n_heads"), 1 << 12)
+    | dict.fromkeys(("in_features", "out_features"), 1 << 14)
+    | dict.fromkeys(("hidden_size", "d_model", "n_embd", "embedding_size", "head_dim"), 1 << 18)
+    | dict.fromkeys(("intermediate_size", "d_ff", "n_inner", "num_labels", "type_vocab_size"), 1 << 21)
+    | dict.fromkeys(("vocab_size", "max_position_embeddings", "n_positions"), 1 << 28)
+)
 
 
 def is_local(name: str) -> bool:
@@ -146,6 +157,32 @@ def _check_json(file: str) -> None:
             f"'{file}' names the file {strange[0]!r:.200}; a weight map names files of its own folder only. Copy or "
             "download the model again."
         )
+    if os.path.basename(file) == "config.json":
+        check_sizes(content)
+
+
+def check_sizes(config: Any, file: str = "config.json") -> None:
+    """Check the numbers of a config, also of nested ones, before layers are counted and memory is taken by them.
+
+    Raises:
+        ValueError: for the first that no model has, with its field.
+    """
+    todo = [config]
+    while todo:
+        part = todo.pop()
+        if isinstance(part, list):
+            todo += part
+        if not isinstance(part, dict):
+            continue
+        todo += part.values()
+        for field in sorted(part.keys() & _LARGEST.keys()):
+            values = part[field] if isinstance(part[field], list) else [part[field]]  # of each layer, or of all
+            least, most = int(field.endswith("heads")), _LARGEST[field]
+            if not all(value is None or type(value) is int and least <= value <= most for value in values):
+                raise ValueError(
+                    f"{file} has {part[field]!r:.100} in {field!r}, but it must be an integer of at least {least} and at most {most:,}. "
+                    "Copy or download it again."
+                )
 
 
 @contextmanager
@@ -169,6 +206,7 @@ __all__ = [
     "check_folder_name",
     "check_peft_base",
     "check_saved_names",
+    "check_sizes",
     "check_weights",
     "explaining",
     "is_hub_name",
