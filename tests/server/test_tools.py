@@ -6,6 +6,7 @@ from mcp import Client
 from tiny_training import make_world
 
 from retro_hf import RetroDatastore
+from retro_hf.errors import DatastoreReadError
 from retro_hf_server.tools import make_tools
 
 
@@ -45,7 +46,30 @@ def test_an_agent_finds_passages_and_sees_changes_of_other_processes(world):
 
 def test_bad_arguments_are_errors_of_the_call(world):
     """And the server goes on."""
-    bad = [{"query": ""}, {"query": "  "}, {"query": "x", "num_passages": 0}, {}]
+    bad = [{"query": ""}, {"query": "  "}, {"query": "x", "num_passages": 0}, {}, {"query": "x", "num_pasages": 3}]
     *refused, found = call(make_tools(world.retriever, "store"), *bad, {"query": "a king"})
     assert [one.is_error for one in refused] == [True] * len(bad)
     assert not found.is_error
+    assert "at least one word" in refused[1].content[0].text
+    assert "num_pasages" in refused[-1].content[0].text
+
+
+def test_the_schema_names_all_arguments(world):
+    """So that an agent sees before it calls that there are no others."""
+
+    async def schema():
+        async with Client(make_tools(world.retriever, "store")) as client:
+            return (await client.list_tools()).tools[0].input_schema
+
+    assert anyio.run(schema)["additionalProperties"] is False
+
+
+def test_an_agent_is_told_what_is_wrong_with_the_store(world, monkeypatch):
+    """As in the other errors of this package, and no more of any other error."""
+
+    def fail(*_):
+        raise DatastoreReadError("Too many files are open.")
+
+    monkeypatch.setattr("retro_hf_server.tools.find_passages", fail)
+    (refused,) = call(make_tools(world.retriever, "store"), {"query": "a king"})
+    assert refused.is_error and "Too many files are open." in refused.content[0].text
