@@ -9,7 +9,7 @@ from tiny_training import make_world
 
 from retro_hf import RetroDatastore, RetroRetriever
 from retro_hf.datastore import EmbeddingSearcher
-from retro_hf.errors import DatastoreMismatchError
+from retro_hf.errors import DatastoreInputError, DatastoreMismatchError
 from retro_hf.integrations.lancedb import LanceIndex
 from retro_hf.integrations.qdrant import QdrantIndex
 
@@ -102,3 +102,14 @@ def test_keys_of_other_chunks_are_refused(world, own, make):
     with pytest.raises(DatastoreMismatchError):
         make(own)
     assert make(own, table="others").num_chunks == own.num_chunks
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "../x", "a\0b", "a\nb", "C:x", "\udc80", "x" * 300, "a?b", 5, None, b"x"])
+def test_a_name_that_no_table_can_have(world, make, name):
+    with pytest.raises(DatastoreInputError, match="name of the table"):
+        make(world.datastore, table=name)
+
+
+@pytest.mark.parametrize("name", ["a.b", "-a_1", "x" * 200])
+def test_a_name_that_a_table_can_have(world, make, name):
+    assert make(world.datastore, table=name).num_chunks == world.datastore.num_chunks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,8 +27,12 @@ class LanceIndex(FilledIndex):
         connection (`lancedb.DBConnection`): from `lancedb.connect(folder)`.
         datastore, table, batch_size: as in [`FilledIndex`].
     Raises:
+        DatastoreInputError: for a name that no table can have.
         DatastoreMismatchError: if the table has keys of other chunks.
     """
+
+    _name = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9_.-]{1,200}")  # also that of a folder
+    _rule = "1 to 200 letters without accents, digits, '_', '-' and '.'"
 
     def __init__(
         self, connection: Any, datastore: RetroDatastore, table: str = "chunks", *, batch_size: int = 8192

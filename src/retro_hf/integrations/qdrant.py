@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,8 +23,12 @@ class QdrantIndex(FilledIndex):
         client (`qdrant_client.QdrantClient`): a server (`url=...`), a folder (`path=...`), or this process (`":memory:"`).
         datastore, table, batch_size: as in [`FilledIndex`]; Qdrant calls a table a collection.
     Raises:
+        DatastoreInputError: for a name that no collection can have.
         DatastoreMismatchError: if the collection has keys of other chunks.
     """
+
+    _name = re.compile(r"(?!\.{1,2}$)[^\x00-\x1f<>:\"/\\|?*\ud800-\udfff]{1,255}")
+    _rule = "1 to 255 characters without control characters and < > : \" / \\ | ? *"
 
     def __init__(
         self, client: Any, datastore: RetroDatastore, table: str = "chunks", *, batch_size: int = 1024

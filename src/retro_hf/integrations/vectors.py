@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+import re
+from typing import Any, ClassVar
 
 import numpy as np
 from transformers.utils import logging
 
-from ..arguments import whole
+from ..arguments import shown, whole
 from ..datastore.compatibility import check_datastore
 from ..datastore.search_excluding import checked_search
 from ..datastore.store import RetroDatastore
@@ -31,13 +32,17 @@ class FilledIndex:
     Attributes:
         num_chunks (`int`): chunks in the table.
     Raises:
+        DatastoreInputError: for a name that no table of the database can have.
         DatastoreMismatchError: if the table has keys of other chunks, as after `compact`.
     """
 
+    _name: ClassVar[re.Pattern[str]]  # of a table
+    _rule: ClassVar[str]  # the same in words
+
     def __init__(self, datastore: RetroDatastore, table: str, batch_size: int = 1024) -> None:
         check_datastore(datastore)
-        if not isinstance(table, str) or not table:
-            raise DatastoreInputError(f"The name of the table is {table!r:.100}. Pass a text.")
+        if not isinstance(table, str) or not self._name.fullmatch(table):
+            raise DatastoreInputError(f"The name of the table is {shown(table)}. Pass a text of {self._rule}.")
         self.datastore, self.table = datastore, table
         self.batch_size = whole("batch_size", batch_size, DatastoreInputError)
         self.refresh()
