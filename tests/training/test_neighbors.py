@@ -12,7 +12,7 @@ from datastore.fixtures import corpus, make_tokenizer
 from retro_hf.datastore import ChunkEmbedder, EmbeddingSearcher, HybridSearcher, LexicalSearcher, RetroDatastore
 from retro_hf.errors import DatasetError, DatastoreMismatchError, DatastoreWriteError, RetrieverError
 from retro_hf.retriever import RetroRetriever
-from retro_hf.training import precompute_neighbors, tokenize_documents
+from retro_hf.training import RetroDataCollator, precompute_neighbors, tokenize_documents
 
 
 SIZE = 8
@@ -335,3 +335,36 @@ def test_near_duplicates_are_excluded_on_demand(world, tmp_path):
     packed = packed.add_column("document_id", [["unknown"]] * len(windows))
     with pytest.raises(DatasetError, match="'unknown'"):
         precompute_neighbors(packed, retriever, exclude_near_duplicates=True)
+
+
+@pytest.mark.parametrize("kind", [Dataset.from_list, list], ids=["dataset", "list"])
+def test_windows_of_another_tokenizer_are_refused_before_the_search(world, monkeypatch, kind):
+    """Without `tokenizer=`, too, since the windows say what made them."""
+    other = make_tokenizer(350)
+    windows = tokenize_documents(kind(corpus(3)), other, max_length=32, chunk_size=SIZE)
+    monkeypatch.setattr(EmbeddingSearcher, "search_vectors", None)  # any search would fail
+    for retriever in (world.retriever, world.datastore):
+        with pytest.raises(DatastoreMismatchError, match="another tokenizer"):
+            precompute_neighbors(windows, retriever)
+    for collator in (
+        RetroDataCollator(world.tokenizer, world.retriever),
+        RetroDataCollator(world.tokenizer, world.datastore),
+    ):
+        with pytest.raises(DatastoreMismatchError, match="another tokenizer"):
+            collator([world.dataset[0] | windows[0]])
+
+
+def test_a_token_for_padding_that_was_added_since_changes_no_window(world):
+    padded = make_tokenizer()
+    padded.add_special_tokens({"pad_token": "<pad>"})
+    windows = tokenize_documents(texts_of(2), padded, max_length=32, chunk_size=SIZE)
+    found = precompute_neighbors(windows, world.retriever)
+    assert found["neighbor_chunk_ids"] == world.dataset.select(range(len(found)))["neighbor_chunk_ids"]
+
+
+@pytest.mark.parametrize("wrong", [400, -1, 2**31])
+def test_ids_that_the_tokenizer_of_the_datastore_lacks(world, wrong):
+    """Of windows that do not say what made them."""
+    windows = Dataset.from_dict({"input_ids": [[1] * 8, [1] * 7 + [wrong]], "document_id": ["a", "b"]})
+    with pytest.raises(DatastoreMismatchError, match="400 tokens"):
+        precompute_neighbors(windows, world.retriever)

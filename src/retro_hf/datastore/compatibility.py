@@ -139,6 +139,28 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase, without: str | Non
     return sha256_of(json.dumps([vocabulary, added, *_pipeline(stages), model], sort_keys=True, default=str))
 
 
+def tokenizer_record(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What token ids that are kept say of their tokenizer: its fingerprint, and that without the token for padding."""
+    kinds = (None, getattr(tokenizer, "pad_token", None))
+    return " ".join(tokenizer_fingerprint(tokenizer, without=kind)[:16] for kind in kinds)
+
+
+def check_record(datastore: RetroDatastore, record: Any) -> None:
+    """Check that token ids with a record are of the tokenizer of a datastore, except for its token for padding.
+
+    Raises:
+        DatastoreMismatchError: if they are of another.
+    """
+    known = datastore.manifest.tokenizer
+    alike = {known["fingerprint"][:16], *tokenizer_record(datastore.tokenizer).split()}
+    if not isinstance(record, str) or alike.isdisjoint(record.split()):
+        raise DatastoreMismatchError(
+            f"The token ids were made by another tokenizer (fingerprint {record!r:.100}) than those of the datastore "
+            f"{str(datastore.path)!r}, which are of {known['name']!r} (fingerprint {known['fingerprint'][:16]}). Tokenize the documents with "
+            "that tokenizer, or make a copy of the datastore for the other one with `datastore.retokenize('<new folder>', tokenizer)`."
+        )
+
+
 def former_fingerprints(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
     """What datastores of earlier versions recorded for the same tokenizer, also before a pad token was added."""
     vocabulary, stages = _content(tokenizer)

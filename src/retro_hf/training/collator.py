@@ -15,6 +15,7 @@ from transformers.utils import logging
 from ..arguments import check_tokenizer, numbers, real, whole
 from ..datastore import RetroDatastore
 from ..datastore.chunks import padded
+from ..datastore.compatibility import check_record
 from ..errors import DatasetError, DatastoreMismatchError
 from ..retriever import RetroRetriever
 from .columns import check_example, checked_examples, token_ids
@@ -22,7 +23,7 @@ from .exclusion import documents_by_row
 from .neighbors import NEIGHBORS_COLUMN, SOURCE_COLUMN
 from .own_text import Lookups
 from .search import neighbor_source, neighbors_of_windows, wanted_neighbors
-from .windows import ID_COLUMN, START_COLUMN
+from .windows import ID_COLUMN, START_COLUMN, TOKENIZER_COLUMN
 
 
 if TYPE_CHECKING:
@@ -99,6 +100,7 @@ class RetroDataCollator:
         )
         self.seed = whole("seed", seed, ValueError, least=0)
         self._computed: dict[str, int] = {}
+        self._records: set[str] = set()
         self._lookups = Lookups()
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
@@ -106,6 +108,11 @@ class RetroDataCollator:
         examples = checked_examples(examples)
         for example in examples:
             check_example(example, ["input_ids"])
+        for record in {
+            str(example[TOKENIZER_COLUMN]) for example in examples if TOKENIZER_COLUMN in example
+        } - self._records:
+            check_record(self.datastore, record)
+            self._records.add(record)
         tokens = [token_ids(example, "input_ids") for example in examples]
         found = self._looked_up(self.retriever, examples, tokens) if self.retriever else self._precomputed(examples)
         self._lookups.count(found)

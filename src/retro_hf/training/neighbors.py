@@ -17,14 +17,15 @@ from .. import extras
 from ..arguments import flag, path, whole
 from ..datastore import RetroDatastore
 from ..datastore.atomic_files import writing
-from ..errors import DatasetError
+from ..datastore.compatibility import check_record, vocabulary_size
+from ..errors import DatasetError, DatastoreMismatchError
 from ..progress import progress_bar
 from ..retriever import RetroRetriever
 from .columns import check_columns, flattened
 from .exclusion import duplicates_in, excluded_documents
 from .own_text import tell_lookups
 from .search import datastore_of, neighbor_source, neighbors_of_windows, search_digest, wanted_neighbors
-from .windows import ID_COLUMN, START_COLUMN
+from .windows import ID_COLUMN, START_COLUMN, TOKENIZER_COLUMN
 
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def precompute_neighbors(
             of the dataset is in it.
         num_neighbors (`int`, *optional*): neighbors per chunk; by default the retriever's number, 2 for a datastore.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): tokenizer of the model to train, to check it
-            against the datastore's.
+            against the datastore's. That of examples by [`tokenize_documents`] is checked without it.
         exclude_near_duplicates (`bool`, defaults to `False`): also exclude the documents that [`near_duplicates`] finds
             for a chunk's document.
         batch_size (`int`, defaults to 256): examples per search.
@@ -80,7 +81,7 @@ def precompute_neighbors(
         size and embedder, so that [`RetroDataCollator`] rejects any other.
     Raises:
         DatasetError: if the dataset is not tokenized or is padded, or a datastore alone lacks a chunk.
-        DatastoreMismatchError: if the tokenizer is not that of the datastore.
+        DatastoreMismatchError: if the tokenizer, or that of the examples, is not that of the datastore.
         DatastoreWriteError: if the disk is full.
     *Determinism*: the same dataset, datastore and batch size give the same column.
     *Disk*: `8 * num_neighbors` bytes per chunk.
@@ -88,6 +89,9 @@ def precompute_neighbors(
     check_columns(dataset, ["input_ids"])
     datastore = datastore_of(retriever)
     datastore.check_compatible(tokenizer=tokenizer)
+    for record in dataset.unique(TOKENIZER_COLUMN) if TOKENIZER_COLUMN in dataset.column_names else []:
+        check_record(datastore, record)
+    num_ids = vocabulary_size(datastore.tokenizer)
     wanted = wanted_neighbors(retriever, num_neighbors)
     batch_size = whole("batch_size", batch_size, ValueError, most=_MOST_ROWS)
     folder = None if cache_dir is None else _make_folder(cache_dir)
@@ -110,6 +114,12 @@ def precompute_neighbors(
             raise DatasetError("The examples are padded (attention_mask has zeros). Tokenize them without padding.")
         nonlocal num_copied
         values, lengths = flattened(batch["input_ids"])
+        if len(values) and not 0 <= pc.min(values).as_py() <= pc.max(values).as_py() < num_ids:
+            raise DatastoreMismatchError(
+                f"The examples have ids from {pc.min(values)} to {pc.max(values)}, but the tokenizer of the datastore, "
+                f"{datastore.manifest.tokenizer['name']!r}, has {num_ids:,} tokens. Tokenize them with that tokenizer, or make a copy of the "
+                "datastore for another one with `datastore.retokenize('<new folder>', tokenizer)`."
+            )
         found, copied = neighbors_of_windows(
             retriever,
             values.to_numpy(zero_copy_only=False),

@@ -11,6 +11,7 @@ import pyarrow as pa
 from .. import extras
 from ..arguments import whole
 from ..datastore.bos_eos import Borders
+from ..datastore.compatibility import tokenizer_record
 from ..datastore.documents import Document, DocumentReader, as_document
 from ..errors import DatasetError
 from ..special_tokens import tokenize_texts
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 ID_COLUMN = "document_id"
 START_COLUMN = "window_start"
+TOKENIZER_COLUMN = "window_tokenizer"
 _BATCH_DOCUMENTS = 256
 
 
@@ -57,8 +59,8 @@ def tokenize_documents(
         add_eos (`bool`, *optional*): whether a document ends with the end-of-text token; by default if there is one.
         encoding, split (`str`, *optional*): as for [`RetroDatastore.build`].
     Returns:
-        With the columns `input_ids`, `document_id` and `window_start` (the position in the document, without the begin token,
-        of the window's first token): a `datasets.Dataset`; a dict of them for a `DatasetDict`; an `IterableDataset`, which
+        With the columns `input_ids`, `document_id`, `window_start` (the position in the document, without the begin token,
+        of the window's first token) and `window_tokenizer` (its fingerprint, by which ids of another are found): a `datasets.Dataset`; a dict of them for a `DatasetDict`; an `IterableDataset`, which
         tokenizes while it is read, for an `IterableDataset`.
     Raises:
         DatasetError: if there is no column `text`, or `max_length` is not a multiple of `chunk_size`, or the tokenizer has no
@@ -106,12 +108,15 @@ class _Cutter:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, borders: Borders) -> None:
         self.tokenizer, self.max_length, self.borders = tokenizer, max_length, borders
+        self.record = tokenizer_record(tokenizer)
 
     def features(self) -> Features:
         """The columns of the windows."""
         datasets = extras.load("datasets", "Training")
         token_ids, text, position = (datasets.Value(kind) for kind in ("int32", "string", "int64"))
-        return datasets.Features({"input_ids": datasets.List(token_ids), ID_COLUMN: text, START_COLUMN: position})
+        return datasets.Features(
+            {"input_ids": datasets.List(token_ids), ID_COLUMN: text, START_COLUMN: position, TOKENIZER_COLUMN: text}
+        )
 
     def __call__(self, batch: dict[str, list[Any]], numbers: list[int]) -> dict[str, list[Any]]:
         """The windows of the documents of a batch."""
@@ -122,7 +127,7 @@ class _Cutter:
             windows["input_ids"].append(tokens)
             windows[ID_COLUMN].append(id)
             windows[START_COLUMN].append(start)
-        return windows
+        return windows | {TOKENIZER_COLUMN: [self.record] * len(windows["input_ids"])}
 
     def table(self, reader: DocumentReader) -> pa.Table:
         """The windows of all documents, in memory."""
@@ -142,7 +147,12 @@ class _Cutter:
         windows = list(self._windows(documents))
         ends = np.cumsum([0, *(len(tokens) for tokens, _, _ in windows)], dtype=np.int32)
         values = np.concatenate([np.empty(0, dtype=np.int32), *(tokens for tokens, _, _ in windows)]).astype(np.int32)
-        columns = [pa.ListArray.from_arrays(ends, values), [id for _, id, _ in windows], [at for _, _, at in windows]]
+        columns = [
+            pa.ListArray.from_arrays(ends, values),
+            [id for _, id, _ in windows],
+            [at for _, _, at in windows],
+            [self.record] * len(windows),
+        ]
         return pa.table(dict(zip(schema.names, columns, strict=True))).cast(schema)
 
     def _windows(self, documents: Iterable[Document]) -> Iterator[tuple[list[int], str, int]]:
