@@ -19,6 +19,7 @@ from .model.names_retro import check_sizes
 MAX_JSON_BYTES = 16 << 20
 _MAX_WEIGHT_MAP_BYTES = 64 << 20
 _MAX_NESTING = 256
+_MAX_VALUES = 1 << 23  # an empty list has 3 bytes in a file and 64 in memory
 # Files that libraries read as a whole; the largest vocabularies have a quarter of these bytes.
 _PARSED, _MAX_PARSED_BYTES = (".json", ".jinja", ".model", ".txt"), 128 << 20
 
@@ -139,7 +140,10 @@ def check_folder(folder: str | os.PathLike[str]) -> None:
 
 
 def parse_json(content: str | bytes) -> Any:
-    """A JSON value; ValueError for whatever is wrong with it, also if it is nested too deeply."""
+    """A JSON value; ValueError for whatever is wrong with it, also if it is nested too deeply or has too many parts."""
+    commas: Any = b"," if isinstance(content, bytes) else ","
+    if content.count(commas) > _MAX_VALUES:
+        raise ValueError(f"it has more than {_MAX_VALUES:,} values")
     try:
         value = json.loads(content)
     except RecursionError:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import sys
+import time
 from datetime import date
 from decimal import Decimal
 from pathlib import Path
@@ -402,10 +403,13 @@ def test_encoding_that_a_page_declares_is_obeyed(tmp_path):
     (tmp_path / "a.html").write_bytes(page.format("iso-8859-1").encode("cp1252"))  # as browsers read it
     (tmp_path / "b.html").write_bytes(page.format("nonsense").encode())
     (tmp_path / "c.html").write_bytes(page.format("windows-1252").encode("utf-8-sig"))
-    assert texts_of(tmp_path) == ["Caf\u00e9 \u2013 Tee"] * 3
+    (tmp_path / "d.html").write_bytes(page.format("punycode").encode())
+    assert texts_of(tmp_path) == ["Caf\u00e9 \u2013 Tee"] * 4
 
 
-@pytest.mark.parametrize("encoding", ["nonsense", "base64", "rot13", "", 7])
+@pytest.mark.parametrize(
+    "encoding", ["nonsense", "base64", "rot13", "", 7, "idna", "punycode", "undefined", "unicode_escape"]
+)
 def test_unknown_encoding_is_refused(encoding, tmp_path):
     with pytest.raises(DatastoreInputError):
         DocumentReader(tmp_path, encoding=encoding)
@@ -551,3 +555,64 @@ def test_file_is_split_into_documents(tmp_path):
     assert texts_of(["a\n\nb", {"id": "x", "text": "c"}], split="paragraph") == ["a", "b", "c"]
     with pytest.raises(DatastoreInputError):
         DocumentReader(tmp_path, split="page")
+
+
+@pytest.mark.parametrize(
+    ("unit", "shown"),
+    [
+        ("<a ", True), ("</a ", True), ('<a x="', True), ("<", True), ("&", True), ("&#", True), ("<!--", False), ("<!", False),
+        ("<![", False), ("<?", False), ("</", False), ("<script>", False), ("<script>x</scrip", False),
+    ],
+)  # fmt: skip
+def test_markup_that_does_not_end_takes_no_square_of_time(tmp_path, unit, shown):
+    """The parser of Python needs minutes for each of these."""
+    (tmp_path / "a.html").write_text("<p>The boats.</p>" + unit * 100_000)
+    started = time.monotonic()
+    (text,) = texts_of(tmp_path)
+    assert text.startswith("The boats.") and (len(text) > 100_000) is shown
+    assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize(
+    ("page", "expected"),
+    [
+        ("1 < 2 and a<b>c", "1 < 2 and ac"),
+        ("<p title=it's>one</p><p title='a > b'>two", "one\ntwo"),
+        ("<!-->one<!-- <p>two</p> -->three", "onethree"),
+        ("<script>if (a<b) { '</p>' }</script ><style>p>a</style>one", "one"),
+        ("<script/>one<noscript>two</noscript><svg><title>three</title></svg>", "one"),
+        ("&lt;p&gt; caf&eacute &#65;&#x42; &zzz; &#" + "9" * 5000 + ";", "<p> caf\u00e9 AB &zzz; \ufffd"),
+        ("<H2>One\ntwo</H2><h2></h2><tr><td>a<td>b</tr>", "## One two\na b"),
+        ("one <b", "one <b"),
+    ],
+)
+def test_what_a_page_shows(tmp_path, page, expected):
+    (tmp_path / "a.html").write_text(page)
+    assert texts_of(tmp_path) == [expected]
+
+
+@pytest.mark.parametrize("name", ["a.txt.gz", "a.jsonl.gz", "a.csv.gz", "a.html.gz", "a.json.gz", "a.parquet.gz"])
+@pytest.mark.parametrize("unit", [b" ", b"\n"])
+def test_file_that_unpacks_to_far_more_is_refused(tmp_path, name, unit):
+    content = (b"text" if name == "a.csv.gz" else b"") + unit * (1 << 25)
+    for level in (1, 9):
+        (tmp_path / name).write_bytes(gzip.compress(content, level))
+        with pytest.raises(DatastoreInputError, match="200 times its size"):
+            read(tmp_path)
+
+
+def test_packed_text_may_be_large_and_repeat_itself(tmp_path):
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b"".join(b'{"text": "Boat %d"}\n' % n for n in range(1000))))
+    assert len(read(tmp_path)) == 1000
+
+
+def test_json_of_countless_values_is_refused_before_it_is_parsed(tmp_path):
+    (tmp_path / "a.json").write_bytes(b"[" + b"[]," * (1 << 23) + b"[],[]]")
+    with pytest.raises(DatastoreInputError, match="more than 8,388,608 values"):
+        read(tmp_path)
+
+
+def test_table_without_names_of_columns_is_refused_before_it_is_parsed(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b"a," * (1 << 20))
+    with pytest.raises(DatastoreInputError, match="names of the columns"):
+        read(tmp_path)

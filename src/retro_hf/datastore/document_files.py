@@ -6,11 +6,11 @@ import codecs
 import csv
 import gzip
 import io
+import os
 import re
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from html.parser import HTMLParser
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any
@@ -23,6 +23,7 @@ from ..arguments import shown
 from ..errors import DatastoreInputError, RetroError
 from ..outside import parse_json
 from .atomic_files import bytes_of, group_bytes, open_parquet
+from .web_page import read_page
 
 
 SUFFIXES = (".txt", ".md", ".html", ".htm", ".csv", ".tsv", ".json", ".jsonl", ".parquet", ".pdf")
@@ -30,6 +31,9 @@ SUFFIXES = (".txt", ".md", ".html", ".htm", ".csv", ".tsv", ".json", ".jsonl", "
 _LONGEST_SUFFIX = max(map(len, SUFFIXES)) + len(".gz")
 _PARQUET_ROWS = 1024
 _BLOCK_BYTES = 1 << 20
+_MAX_HEADER = 1 << 20  # characters in the line with the names of a table's columns
+# A packed file that is larger than this when unpacked, and by this factor, has no text: gzip packs 1,032 equal bytes into one.
+_MAX_UNPACKED, _MAX_FACTOR = 1 << 22, 200
 # A document is in memory as a whole, and tokenized in one piece.
 MAX_DOCUMENT_BYTES = 1 << 28
 # The mark of UTF-32 begins with that of UTF-16.
@@ -40,6 +44,8 @@ _MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
+# Codecs of names and of Python's source, some of which take the square of a text's length.
+_NOT_OF_FILES = ("idna", "punycode", "raw-unicode-escape", "undefined", "unicode-escape")
 _DECLARED = re.compile(rb"<(?:meta\b[^>]*?\bcharset|\?xml\b[^>]*?\bencoding)\s*=\s*[\"']?\s*([\w.:-]+)", re.IGNORECASE)
 # The length of a field is bounded by that of a line, which is checked while it is read.
 csv.field_size_limit(MAX_DOCUMENT_BYTES)
@@ -115,10 +121,8 @@ class FileReader:
         declared = _DECLARED.search(content[:1024]) if self._encoding is None else None
         text = self._text(content, name, _web_encoding(declared[1].decode("ascii")) if declared else None)
         if self._is_text(text, name):
-            page = _Page()
-            page.feed(text)
-            page.close()
-            yield {"text": page.text(), "title": page.title()}, f"File {name!r}", {}
+            shown, title = read_page(text)
+            yield {"text": shown, "title": title}, f"File {name!r}", {}
 
     def _read_pdf(self, stream: IO[bytes], name: str) -> Iterator[Record]:
         pypdf = extras.load("pypdf", f"The file {name!r}")
@@ -169,6 +173,11 @@ class FileReader:
         """Rows below a line with the names of the columns; the character that separates them is the one that finds `text`."""
         lines = self._lines(stream, name)
         first = next(lines, "")
+        if len(first) > _MAX_HEADER:
+            raise DatastoreInputError(
+                f"The first line of {name!r} has {len(first):,} characters, but it should have the names of the columns, in {_MAX_HEADER:,} "
+                "at most. Put a line with these names before the rows."
+            )
         separators = "\t,;|" if suffix_of(name) == ".tsv" else ",;\t|"
         names = {separator: next(csv.reader([first], delimiter=separator), []) for separator in separators}
         separator = next((key for key, found in names.items() if "text" in map(str.strip, found)), separators[0])
@@ -267,7 +276,7 @@ def _own(name: str, number: int) -> dict[str, str]:
 def _opened(file: Path, name: str) -> Iterator[IO[bytes]]:
     """A file, unpacked while it is read."""
     try:
-        with gzip.open(file, "rb") if file.name.lower().endswith(".gz") else file.open("rb") as stream:
+        with _Unpacked(file, "rb") if file.name.lower().endswith(".gz") else file.open("rb") as stream:
             yield stream  # type: ignore[misc]  # both kinds read bytes
     except RetroError:
         raise
@@ -302,11 +311,24 @@ def _parquet_parts(table: pq.ParquetFile, name: str) -> Iterator[pa.RecordBatch]
                     todo += [part.slice(half), part.slice(0, half)]
 
 
+class _Unpacked(gzip.GzipFile):
+    """A packed file, which is not read on once it has unpacked to so much that it cannot be text."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        """The next bytes, or EOFError."""
+        content = super().read(size)
+        if self.tell() > max(_MAX_UNPACKED, _MAX_FACTOR * os.path.getsize(self.name)):
+            raise EOFError(f"it unpacks to {_MAX_FACTOR} times its size and more, as no text does")
+        return content
+
+
 def _whole(stream: IO[bytes], name: str) -> bytes:
-    content = stream.read(MAX_DOCUMENT_BYTES + 1)
-    if len(content) > MAX_DOCUMENT_BYTES:
-        raise _too_long(f"The file {name!r}", len(content))
-    return content
+    content = bytearray()
+    while block := stream.read(_BLOCK_BYTES):
+        content += block
+        if len(content) > MAX_DOCUMENT_BYTES:
+            raise _too_long(f"The file {name!r}", len(content))
+    return bytes(content)
 
 
 def _too_long(what: str, size: int) -> DatastoreInputError:
@@ -321,75 +343,15 @@ def _is_encoding(name: str) -> bool:
         codecs.getincrementaldecoder(name)
     except (LookupError, TypeError, ValueError):
         return False
-    return True
+    return _known_name(name) not in _NOT_OF_FILES
+
+
+def _known_name(encoding: str) -> str:
+    return codecs.lookup(encoding).name
 
 
 def _web_encoding(declared: str) -> str | None:
     """The encoding that browsers take for a declared one, which cannot be UTF-16: its mark would have been there."""
     if not _is_encoding(declared) or declared.lower().startswith(("utf-16", "utf-32")):
         return None
-    return "cp1252" if codecs.lookup(declared).name in ("ascii", "iso8859-1") else declared
-
-
-# ── HTML ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-_UNSEEN = frozenset(("noscript", "script", "style", "svg", "template"))
-_HEADINGS = ("h1", "h2", "h3", "h4", "h5", "h6")
-_BLOCKS = frozenset(
-    "address article aside blockquote body br dd details div dl dt fieldset figcaption figure footer form header hr li main nav "
-    "ol option p pre section summary table title tr ul".split()
-).union(_HEADINGS)
-
-
-class _Page(HTMLParser):
-    """What a browser would show of a page: one line per block, and headings marked with `#` as in Markdown."""
-
-    def __init__(self) -> None:
-        super().__init__(convert_charrefs=True)
-        self._lines: list[list[str]] = [[]]
-        self._title: list[str] = []
-        self._unseen: str | None = None  # the outermost tag whose content is not shown
-        self._in_title = False
-
-    def handle_starttag(self, tag: str, attrs: Any) -> None:
-        """Begin a line, or what is not shown."""
-        self._in_title = tag == "title" and self._unseen != "svg"
-        if tag in _UNSEEN:
-            self._unseen = self._unseen or tag
-        elif tag in _BLOCKS and not self._unseen:
-            self._lines.append(["#" * int(tag[1]) + " "] if tag in _HEADINGS else [])
-        elif tag in ("td", "th"):
-            self.handle_data(" ")
-
-    def handle_startendtag(self, tag: str, attrs: Any) -> None:
-        """Begin a line; nothing is inside of such a tag."""
-        if tag in _BLOCKS and not self._unseen:
-            self._lines.append([])
-
-    def handle_endtag(self, tag: str) -> None:
-        """End a line, or what is not shown."""
-        self._in_title = False
-        if tag == self._unseen:
-            self._unseen = None
-        elif tag in _BLOCKS and not self._unseen:
-            self._lines.append([])
-
-    def handle_data(self, data: str) -> None:
-        """Add text to the line."""
-        if self._in_title:
-            self._title.append(data)
-        elif not self._unseen:
-            self._lines[-1].append(data)
-
-    def parse_marked_section(self, i: int, report: int = 1) -> int:
-        """Take `<![` of any kind for a comment, as browsers do; Python 3.11 raises AssertionError for unknown ones."""
-        return self.parse_bogus_comment(i)
-
-    def title(self) -> str | None:
-        """Its title on one line; None without one."""
-        return " ".join("".join(self._title).split()) or None
-
-    def text(self) -> str:
-        """Its text."""
-        lines = (" ".join("".join(line).split()) for line in self._lines)
-        return "\n".join(line for line in lines if line.strip("# "))
+    return "cp1252" if _known_name(declared) in ("ascii", "iso8859-1") else declared
