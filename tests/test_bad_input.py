@@ -412,3 +412,42 @@ def test_longer_neighbors_than_the_model_is_made_for_are_told(way, caplog):
                 model.set_retriever(retriever)
             told = [record for record in caplog.records if "neighbor_size" in record.getMessage()]
             assert len(told) == (size == 12)
+
+
+def strange(shape):
+    """Tensors whose values cannot be read as they are, by what a message calls them."""
+    ids = torch.zeros(shape, dtype=torch.long)
+    quantized = torch.quantize_per_tensor(torch.zeros(shape), 1.0, 0, torch.quint8)
+    return {
+        "meta": ids.to("meta"),
+        "sparse": ids.to_sparse(),
+        "quantized": quantized,
+        "complex": ids.to(torch.complex64),
+    }
+
+
+@pytest.mark.parametrize("kind", ["meta", "sparse", "quantized", "complex"])
+@pytest.mark.filterwarnings("ignore::UserWarning")  # PyTorch's own, of the kinds
+def test_tensors_whose_values_cannot_be_read(model, kind):
+    """Named, and told what they are."""
+    ids, tensor, neighbors = random_ids(1, 9), strange((1, 9))[kind], strange((1, 2, 2, 8))[kind]
+    real = torch.zeros(1, 2, 2, 8, dtype=torch.long)
+    calls = {
+        "`attention_mask`": lambda: model(ids, attention_mask=tensor),
+        "`position_ids`": lambda: model(ids, position_ids=tensor),
+        "`labels`": lambda: model(ids, labels=tensor),
+        "`input_ids`": lambda: model.generate(tensor, max_new_tokens=2, **GREEDY),
+        "`attention_mask` ": lambda: model.generate(ids, attention_mask=tensor, max_new_tokens=2, **GREEDY),
+        "`neighbor_input_ids`": lambda: model(ids, neighbor_input_ids=neighbors),
+        "`neighbor_input_ids` ": lambda: model(ids, neighbor_input_ids=real, neighbor_attention_mask=neighbors),
+        "(?i)the retriever": lambda: model(ids, retriever=lambda ids, mask: (strange((2, 2, 8))[kind], None)),
+    }
+    for name, call in calls.items():
+        with pytest.raises(ValueError, match=rf"{name.strip()}.* must be a dense tensor .* {kind}|.*'{kind}'"):
+            call()
+
+
+def test_a_model_without_values_takes_text_without_values():
+    """Its shapes can be computed on the device "meta", as those of any model."""
+    model, ids = tiny_retro("llama").to("meta"), random_ids(1, 9).to("meta")
+    assert model(ids, labels=ids).logits.shape == (1, 9, VOCAB_SIZE)

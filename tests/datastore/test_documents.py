@@ -616,3 +616,13 @@ def test_table_without_names_of_columns_is_refused_before_it_is_parsed(tmp_path)
     (tmp_path / "a.csv").write_bytes(b"a," * (1 << 20))
     with pytest.raises(DatastoreInputError, match="names of the columns"):
         read(tmp_path)
+
+
+def test_pipes_in_a_folder_are_left_out_and_told(tmp_path, caplog):
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "folder").mkdir()
+    read(tmp_path)
+    assert "pipes" not in caplog.text
+    os.mkfifo(tmp_path / "pipe.txt")
+    assert texts_of(tmp_path) == ["one"]
+    assert "Left out pipes and devices (1), such as 'pipe.txt'" in caplog.text

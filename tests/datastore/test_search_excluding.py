@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -131,3 +132,10 @@ def test_wrong_exclusion_is_refused(datastore, excluded, named):
 def test_wrong_queries_are_refused(datastore, queries, num_neighbors, named):
     with pytest.raises(DatastoreInputError, match=named):
         datastore.search(queries, num_neighbors)
+
+
+@pytest.mark.parametrize("change", [torch.Tensor.requires_grad_, lambda keys: keys.to("meta"), lambda keys: keys + 1j])
+def test_queries_whose_values_cannot_be_read_are_explained(datastore, change):
+    """And those of complex numbers, of which numpy would leave the imaginary part out."""
+    with pytest.raises(DatastoreInputError, match="no array"):
+        datastore.search(change(torch.tensor(datastore.keys_of([0]))), 1)

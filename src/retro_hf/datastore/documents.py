@@ -273,6 +273,8 @@ def _found_in(path: Path) -> list[tuple[Path, str]]:
             f"Left out {counted(len(links), 'link')} to folders, or to nothing, such as {links[0]!r}. Pass a linked folder "
             "itself, or copy it."
         )
+    if pipes := sorted(name for file, name in found if not (file.is_symlink() or file.is_file() or file.is_dir())):
+        logger.warning(f"Left out pipes and devices ({len(pipes):,}), such as {pipes[0]!r}.")
     files_there = [pair for pair in found if pair[0].is_file()]
     # A folder of somebody else must not bring in files from elsewhere on this machine.
     if outside := sorted(name for file, name in files_there if not is_inside(path, file)):

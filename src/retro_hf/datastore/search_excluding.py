@@ -39,10 +39,16 @@ def checked_search(
     """
     dim = manifest.dim
     try:
+        if np.iscomplexobj(queries):  # numpy would leave the imaginary part out
+            raise TypeError("complex numbers")
         queries = np.ascontiguousarray(queries, dtype=np.float32)
-    except (TypeError, ValueError) as error:
+    except (
+        TypeError,
+        ValueError,
+        RuntimeError,
+    ) as error:  # RuntimeError: a tensor with gradients, or elsewhere than in memory
         raise DatastoreInputError(
-            f"The queries are of type {type(queries).__name__}. Pass vectors of shape (num_queries, {dim}); to look up texts, use "
+            f"The queries are of type {type(queries).__name__}, and no array: {error}. Pass vectors of shape (num_queries, {dim}); to look up texts, use "
             "`RetroRetriever(datastore, embedder=...).find(texts)`."
         ) from error
     if queries.ndim != 2 or queries.shape[1] != dim or not np.isfinite(queries).all():

@@ -20,7 +20,7 @@ from .cache_retro import pad_to
 from .compatibility_retro import CACHE_NAME, CACHE_NAMES
 from .configuration_retro import RetroConfig
 from .readers_retro import traits_of
-from .retriever_protocol_retro import RetroLookup, check_neighbors, warn_of_longer_neighbors
+from .retriever_protocol_retro import RetroLookup, check_neighbors, check_plain, warn_of_longer_neighbors
 
 
 logger = logging.get_logger(__name__)
@@ -109,7 +109,10 @@ def check_inputs(
         _check_embeddings(inputs_embeds, vocabulary)
     if is_torchdynamo_exporting():  # a comparison would fix a size that may be dynamic
         return
-    rows, tokens = (inputs_embeds if input_ids is None else input_ids).shape[:2]
+    text = inputs_embeds if input_ids is None else input_ids
+    for name, tensor in (("attention_mask", attention_mask), ("position_ids", position_ids)):
+        check_plain(f"`{name}`", tensor, has_values=not text.is_meta)
+    rows, tokens = text.shape[:2]
     if 0 in (rows, tokens):
         raise ValueError(f"The input has no tokens: its shape is {(rows, tokens)} (batch, tokens).")
     _check_mask(attention_mask, rows, tokens, is_whole=cache is None)
@@ -138,6 +141,9 @@ def check_prompt(prompt: Any, arguments: dict[str, Any], vocabulary: Vocabulary)
     embeds, position_ids = arguments.get("inputs_embeds"), arguments.get("position_ids")
     cache = next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)
     _check_cache(cache)
+    for name in ("attention_mask", "position_ids", "inputs_embeds"):
+        check_plain(f"`{name}`", arguments.get(name))
+    check_plain("`input_ids`", prompt)
     if prompt is not None:
         _check_ids(prompt, vocabulary)
     if embeds is not None:
@@ -161,12 +167,12 @@ def check_prompt(prompt: Any, arguments: dict[str, Any], vocabulary: Vocabulary)
         _check_positions(position_ids, rows, tokens, None)
 
 
-def check_labels(labels: Any, shape: tuple[int, ...], vocabulary: Vocabulary, ignore_index: int = -100) -> None:
+def check_labels(labels: Any, text: torch.Tensor, vocabulary: Vocabulary, ignore_index: int = -100) -> None:
     """Check the labels of a loss.
 
     Args:
         labels (`torch.LongTensor` of shape `(B, T)`, *optional*): token ids, `ignore_index` where there is no loss.
-        shape (`tuple[int]`): B and T of the input.
+        text (`torch.Tensor` of shape `(B, T, ...)`): the input.
         vocabulary ([`Vocabulary`]): of the model.
         ignore_index (`int`, defaults to -100): label of tokens without a loss.
     Raises:
@@ -176,6 +182,8 @@ def check_labels(labels: Any, shape: tuple[int, ...], vocabulary: Vocabulary, ig
         return
     if not isinstance(labels, torch.Tensor):
         raise ValueError(f"`labels` must be a tensor of token ids, got {type(labels).__name__}.")
+    check_plain("`labels`", labels, has_values=not text.is_meta)
+    shape = text.shape[:2]
     if not is_torchdynamo_exporting() and tuple(labels.shape) != tuple(shape):
         raise ValueError(
             f"`labels` must have the shape of the input {tuple(shape)}, got {tuple(labels.shape)}. The model shifts them "

@@ -672,7 +672,7 @@ class RetroModel(RetroPreTrainedModel):
         check_inputs(*text, cache, vocabulary, self._positions)
         check_names(others)
         tokens = text[1] if text[0] is None else text[0]
-        check_labels(others.get("labels"), tokens.shape[:2], vocabulary, others.get("ignore_index", -100))
+        check_labels(others.get("labels"), tokens, vocabulary, others.get("ignore_index", -100))
         return tokens
 
     def _lookup(self, retriever: Retriever | None) -> RetroLookup | None:

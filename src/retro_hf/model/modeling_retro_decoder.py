@@ -197,7 +197,7 @@ class RetroDecoderForCausalLM(RetroDecoderPreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         tokens = inputs_embeds if input_ids is None else input_ids
         if isinstance(tokens, torch.Tensor):
-            check_labels(labels, tokens.shape[:2], vocabulary_of(self), kwargs.get("ignore_index", -100))
+            check_labels(labels, tokens, vocabulary_of(self), kwargs.get("ignore_index", -100))
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

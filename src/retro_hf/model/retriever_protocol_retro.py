@@ -63,6 +63,25 @@ def warn_of_longer_neighbors(found: int | None, expected: int | None) -> None:
         )
 
 
+def check_plain(name: str, tensor: Any, has_values: bool = True) -> None:
+    """Check that the values of a tensor can be read; anything else is left to other checks.
+
+    Raises:
+        ValueError: for one that is sparse, nested, quantized or complex, or without values on the device "meta".
+    """
+    if not isinstance(tensor, torch.Tensor):
+        return
+    kinds = {
+        "sparse or nested": tensor.layout != torch.strided or tensor.is_nested,
+        "quantized": tensor.is_quantized,
+        "complex": tensor.is_complex(),
+        "on the device 'meta', where it has no values": has_values and tensor.is_meta,
+    }
+    found = next((kind for kind, applies in kinds.items() if applies), None)
+    if found is not None:
+        raise ValueError(f"{name} must be a dense tensor on the device of the model, but it is {found}.")
+
+
 def check_neighbors(
     input_ids: Any, mask: Any, shape: tuple[int, ...], vocab_size: int, source: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -82,6 +101,7 @@ def check_neighbors(
     for tensor in (input_ids, mask):
         if not (isinstance(tensor, torch.Tensor) or tensor is mask is None):
             raise ValueError(f"{source} must be tensors of shape {expected}, got {type(tensor).__name__}.")
+        check_plain(source, tensor)
     leading = input_ids.shape[: len(shape)]
     if input_ids.dim() != len(shape) + 2 or any(n not in (-1, size) for n, size in zip(shape, leading, strict=True)):
         raise ValueError(f"{source} must have shape {expected}, got {tuple(input_ids.shape)}.")
