@@ -561,7 +561,7 @@ def test_file_is_split_into_documents(tmp_path):
     ("unit", "shown"),
     [
         ("<a ", True), ("</a ", True), ('<a x="', True), ("<", True), ("&", True), ("&#", True), ("<!--", False), ("<!", False),
-        ("<![", False), ("<?", False), ("</", False), ("<script>", False), ("<script>x</scrip", False),
+        ("<![", False), ("<?", False), ("</", False), ("<script>", False), ("<script>x</scri", False),
     ],
 )  # fmt: skip
 def test_markup_that_does_not_end_takes_no_square_of_time(tmp_path, unit, shown):
