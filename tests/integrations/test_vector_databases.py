@@ -104,7 +104,9 @@ def test_keys_of_other_chunks_are_refused(world, own, make):
     assert make(own, table="others").num_chunks == own.num_chunks
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "../x", "a\0b", "a\nb", "C:x", "\udc80", "x" * 300, "a?b", 5, None, b"x"])
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "a/b", "../x", "a\0b", "a\nb", "C:x", "\udc80", "x" * 300, "a?b", 5, None, b"x"]
+)
 def test_a_name_that_no_table_can_have(world, make, name):
     with pytest.raises(DatastoreInputError, match="name of the table"):
         make(world.datastore, table=name)

@@ -28,7 +28,7 @@ class QdrantIndex(FilledIndex):
     """
 
     _name = re.compile(r"(?!\.{1,2}$)[^\x00-\x1f<>:\"/\\|?*\ud800-\udfff]{1,255}")
-    _rule = "1 to 255 characters without control characters and < > : \" / \\ | ? *"
+    _rule = '1 to 255 characters without control characters and < > : " / \\ | ? *'
 
     def __init__(
         self, client: Any, datastore: RetroDatastore, table: str = "chunks", *, batch_size: int = 1024
