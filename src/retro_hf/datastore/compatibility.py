@@ -36,7 +36,10 @@ def load_tokenizer(tokenizer: PreTrainedTokenizerBase | str | os.PathLike[str]) 
         PretrainedNotFoundError: if there is no tokenizer of that name, or it has no vocabulary.
     """
     if not isinstance(tokenizer, (str, os.PathLike)):
-        arguments.check_tokenizer(tokenizer, DatastoreInputError)
+        if not hasattr(tokenizer, "get_vocab"):  # that of an embedder need not be one of transformers
+            raise DatastoreInputError(
+                f"The tokenizer is of type {type(tokenizer).__name__}. Pass a tokenizer, or its folder or Hub name."
+            )
         return tokenizer
     with loading("tokenizer", str(tokenizer)):
         loaded = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
