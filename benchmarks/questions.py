@@ -139,8 +139,9 @@ def plain(passage: Passage) -> str:
 
 
 def messages(question: str, passages: list[Passage] = ()) -> list[dict[str, str]]:
-    """A chat turn, with passages before the question, the best one last."""
-    content = "\n\n".join([*map(plain, reversed(passages)), question])
+    """A chat turn, with passages before the question, the best one last, introduced as in parallel context."""
+    introduction = ["Read this text."] if passages else []
+    content = "\n\n".join([*introduction, *map(plain, reversed(passages)), question])
     return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": content}]
 
 

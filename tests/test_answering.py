@@ -80,13 +80,15 @@ def test_sources_are_the_passages_that_were_read(model, retriever):
     assert str(result) == result.text
 
 
-def test_passages_begin_with_their_title(model, retriever):
+def test_passages_are_introduced_and_begin_with_their_title(model, retriever):
     asked = prepare_question(model, retriever, "the queen reads a letter", num_passages=3)
     ids, mask = asked.inputs["neighbor_input_ids"][0, -1], asked.inputs["neighbor_attention_mask"][0, -1].bool()
     texts = [retriever.tokenizer.decode(row[keep]) for row, keep in zip(ids, mask, strict=True)]
     by_id = {source.document_id: text for source, text in zip(asked.sources, texts, strict=True)}
-    assert by_id["castle"] == "Castle: the queen reads a letter"
-    assert by_id["garden"] == "the baker opens the garden"
+    for name, expected in (("castle", "Castle: the queen reads a letter"), ("garden", "the baker opens the garden")):
+        expected = "Read this text.\n\n" + expected
+        assert expected.startswith(by_id[name])  # 16 tokens of it
+        assert by_id[name].startswith(expected[:20])
 
 
 def test_passages_are_read_from_the_question_on(model, chat):

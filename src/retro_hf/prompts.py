@@ -15,6 +15,9 @@ PROMPT = "question: {question} \n answer:"
 INSTRUCTION = "Answer the question in one short sentence."
 """The system message of a chat that has none."""
 _PASSAGE = "title: {title}, source: {text}"
+# A base that reads by itself answers much better if this stands before a passage (measured in docs/results/questions.md).
+# Without it, the beginning of a title has no text before it, and its first token is not read at all.
+_INTRODUCTION = "Read this text.\n\n"
 
 
 def checked_prompt(prompt: str | None, error: type[Exception]) -> str | None:
@@ -70,7 +73,7 @@ def reading_start(reader: str, question_start: int, num_tokens: int) -> int:
 
 
 def write_passage(reader: str, title: str, text: str) -> str:
-    """A passage as the paper writes it (section 4.3), on one line; for a base that reads by itself, as text with its title."""
+    """A passage as the paper writes it (section 4.3), on one line; for a base that reads by itself, after an introduction."""
     if traits_of(reader).reads_question:
-        return f"{title}: {text}" if title else text
+        return _INTRODUCTION + (f"{title}: {text}" if title else text)
     return " ".join(_PASSAGE.format(title=title, text=text).split())
