@@ -36,7 +36,7 @@ from retro_hf.evaluation import evaluate
 
 
 QUESTIONS = (
-    "What was the population of Oslo in 2025?",
+    "What was the population of the Oslo municipality?",
     "How many acres is the complex of the Taj Mahal?",
     "When was the Statue of Liberty dedicated?",
 )

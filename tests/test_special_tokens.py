@@ -107,7 +107,7 @@ def test_question_and_passages(model, retriever, tokenizer):
         assert "attack" in {source.document_id for source in asked.sources}
         read = asked.inputs["neighbor_input_ids"][asked.inputs["neighbor_attention_mask"] == 1]
         assert special_ids(tokenizer).isdisjoint(read.tolist())
-        assert "<|im_start|>system" in tokenizer.decode(read)
+        assert "<|im_end|>" in tokenizer.decode(read)
 
 
 def test_documents_have_the_same_tokens_on_every_side(retriever, tokenizer):

@@ -455,7 +455,11 @@ def _npy_header(data: np.ndarray) -> tuple[int, np.dtype, tuple[int, ...]]:
     # From a copy of what a header may have at most: it may claim to be as long as the memory, and numpy parses it as Python.
     file = io.BytesIO(data[: 2 * _MAX_NPY_HEADER_BYTES].tobytes())
     readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    if (version := np.lib.format.read_magic(file)) not in readers:
+    try:
+        version = np.lib.format.read_magic(file)
+    except ValueError:
+        raise ValueError("it is not a .npy file") from None
+    if version not in readers:
         raise ValueError("it is of a newer version of numpy")
     try:
         shape, _, dtype = readers[version](file, max_header_size=_MAX_NPY_HEADER_BYTES)
