@@ -12,6 +12,7 @@
 | `parallel_context` | `retrofit(base, reader="parallel_context")`                                                 | nothing          |
 | `retro`            | `hub_configs/retro-smollm2-135m-mixed`: neighbor encoder and chunked cross-attention        | 18 kinds of text |
 | `retro_bible`      | `hub_configs/retro-smollm2-135m`, the same                                                  | other books of the Bible, Wikipedia |
+| `retro_no_null`    | `retro`, whose null key is never attended to                                                | 18 kinds of text |
 
 The base is SmolLM2-135M-Instruct (4 bits, dequantized to float32). The Bible's text and datastore are those of `smollm2.py`: books that
 were never trained on. The other texts are kinds that the adapter has never seen (`examples/text_kinds.py`); their datastores hold the
@@ -152,6 +153,11 @@ def read_in_context(model: PreTrainedModel, document: Document, neighbors: str) 
 
 def load(name: str) -> PreTrainedModel:
     """The model of a reader."""
+    if name == "retro_no_null":
+        model = load("retro")
+        for layer in model.model.retro.cross_attention.values():
+            layer.null_logits.fill_(-1e4)
+        return model
     if name in ADAPTERS:
         return RetroForCausalLM.from_pretrained(ADAPTERS[name], backbone_name_or_path=BASE, dtype=torch.float32)
     if name == "parallel_context":
@@ -166,6 +172,7 @@ READERS = {
     "parallel_context": read_retro,
     "retro": read_retro,
     "retro_bible": read_retro,
+    "retro_no_null": read_retro,
 }
 MODES = {
     "off": ("bits_per_byte",),
@@ -173,6 +180,7 @@ MODES = {
     "parallel_context": ("bits_per_byte", "random"),
     "retro": ("bits_per_byte", "random", "neighbors_20", "store_1_percent"),
     "retro_bible": ("bits_per_byte", "random"),
+    "retro_no_null": ("bits_per_byte", "random"),
 }
 
 
