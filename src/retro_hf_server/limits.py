@@ -98,8 +98,8 @@ class Gate:
         name = (host[0] if host[2].isdigit() and host[0] else "".join(host)).lower()
         if self.hosts is not None and name not in self.hosts:
             raise RequestError(
-                f"The server was called as {name!r}, which is none of its names. Call it as localhost, or start it with the "
-                f"option `--host {name}`.",
+                f"The server was called as {name!r}, which is none of its names. Call it as localhost, or start it with "
+                f"`--host {name}` and an `--api-key`.",
                 403,
                 code="unknown_host",
             )

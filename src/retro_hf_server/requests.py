@@ -193,8 +193,8 @@ class ChatRequest(_Request):
     def _asks(cls, messages: list[Message]) -> list[Message]:
         if not messages:
             raise ValueError("it is empty; give at least one message")
-        if messages[-1].role == "user" and not messages[-1].text().strip():
-            raise ValueError("the last message of the user is empty; write at least one word")
+        if _last_turn(messages) is None:
+            raise ValueError("the last message of the user is missing or empty; write at least one word")
         return messages
 
     @property

@@ -208,8 +208,8 @@ class Service:
             raise RequestError(str(error), 404) from error
         except OSError as error:
             # Why it cannot be read has been told; `source.error` is what clients may know.
-            known = self.engine.source is not None and str(error) == self.engine.source.error
-            logger.error("The store could not be used: %s", error, exc_info=None if known else error)
+            if self.engine.source is None or str(error) != self.engine.source.error:
+                logger.error("The store could not be used: %s", error, exc_info=error)
             message = "The store cannot be read or written at present; the log of the server says why."
             raise RequestError(message, 503, code="store_unavailable") from error
         except RetroError as error:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retro_hf.datastore.atomic_files import MANIFEST_NAME
-from retro_hf.errors import RetroError
+from retro_hf.errors import DatastoreMismatchError, RetroError
 
 
 if TYPE_CHECKING:
@@ -62,6 +62,9 @@ class Source:
             self.datastore.refresh()
             self.datastore.check_compatible(**self._requirements, embedder=self.retriever.embedder)
             self._seen, self.error = seen, None
+        except DatastoreMismatchError as error:
+            logger.warning("The store was replaced: %s", error)
+            self.error = "The store was replaced by one of another kind. If the model can read it, restart the server."
         except (RetroError, OSError, ValueError) as error:
             logger.warning("The store cannot be read: %s", error)
             self.error = "The store cannot be read at present; the log of the server says why."  # paths stay here

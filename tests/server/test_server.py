@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shutil
 import socket
 import threading
 import time
@@ -112,6 +113,8 @@ def test_retrieval_can_be_turned_off_for_one_request(client):
         ({"made_up": 1}, 400, "made_up"),
         ({"messages": []}, 400, "messages"),
         ({"messages": [{"role": "user", "content": " "}]}, 400, "messages"),
+        ({"messages": [{"role": "system", "content": "be brief"}]}, 400, "messages"),
+        ({"messages": [{"role": "user", "content": ""}, {"role": "assistant", "content": "x"}]}, 400, "messages"),
         ({"messages": [{"role": "cat", "content": "x"}]}, 400, "messages.0.role"),
         ({"messages": [{"role": "user", "content": None}]}, 400, "messages.0.content"),
         ({"messages": [{"role": "user", "content": 5}]}, 400, "messages.0.content"),
@@ -390,6 +393,18 @@ def test_a_store_that_vanishes_is_reported_in_every_answer_until_it_is_back(worl
         assert server.client.get("/health").json()["retrieval"] == "unavailable"
         own_store.with_name("gone").rename(own_store)
         assert server.client.post("/v1/chat/completions", json=body).json()["retrieval"]["status"] == "on"
+
+
+def test_a_store_that_is_replaced_by_one_of_other_chunks_asks_for_a_restart(world, own_store):
+    """The model of this server may well read it, but with other settings."""
+    with serving(world, store=own_store) as server:
+        shutil.rmtree(own_store)
+        texts = ["a king", "the golden castle"]
+        options = {"tokenizer": world.tokenizer, "embedder": world.embedder, "chunk_size": 16}
+        RetroDatastore.build(texts, own_store, show_progress=False, **options)
+        answer = server.client.post("/v1/chat/completions", json={"messages": MESSAGES, "max_tokens": 3}).json()
+        assert answer["retrieval"]["status"] == "unavailable"
+        assert "restart" in answer["retrieval"]["message"]
 
 
 def test_an_answer_is_scored_with_retrieval_and_without(server):
