@@ -408,7 +408,7 @@ def attach_hooks(backbone: PreTrainedModel, config: RetroConfig) -> None:
 def run_within(retro_pass: HookedPass | AttendingPass | None, module: nn.Module, inputs: dict[str, Any]) -> Any:
     """Run `module(**inputs)`, the backbone or its body, while `retro_pass` is the active pass; None is none."""
     # If `torch.compile` has given up on the caller, it would still compile the backbone, where it does not see the pass.
-    run = _call if torch.compiler.is_compiling() else torch.compiler.disable(_call)
+    run = _call if torch.compiler.is_compiling() else _call_outside_graphs
     token = active_pass.set(retro_pass)
     try:
         return run(module, inputs)
@@ -418,6 +418,9 @@ def run_within(retro_pass: HookedPass | AttendingPass | None, module: nn.Module,
 
 def _call(module: nn.Module, inputs: dict[str, Any]) -> Any:
     return module(**inputs)
+
+
+_call_outside_graphs = torch.compiler.disable(_call)
 
 
 def checkpoint_within_pass(checkpoint: Callable, function: Callable, *args: Any) -> Any:

@@ -91,6 +91,8 @@ from .retriever_protocol_retro import ATTACHED, Retriever, RetroLookup, SharedRe
 
 
 logger = logging.get_logger(__name__)
+# Made once: making such a function takes as long as several layers of a step.
+_plan_outside_graphs = torch.compiler.disable(plan_pass)
 
 # The linter asks which checkpoints take which path; here the user's config decides, and each field says what it does.
 # trf-ignore: TRF041 config.reader, config.share_embeddings, config.cross_attention_layers, config.text_config.model_type, config.text_config
@@ -659,7 +661,7 @@ class RetroModel(RetroPreTrainedModel):
         is_cached_lookup = inputs[CACHE_NAME] is not None and retriever is not None
         if is_cached_lookup or not reader.compiles:
             # Each step would be compiled again, because what it looks up, and its history, depend on values of tensors.
-            read = torch.compiler.disable(read)
+            read = self._read_outside_graphs
         mask = attention_mask if token_mask is None else token_mask
         sources = {"given": given, "retriever": retriever, "chunk_offset": chunk_offset}
         return read(module, inputs, tokens, mask, position_ids, sources, steps)
@@ -718,9 +720,9 @@ class RetroModel(RetroPreTrainedModel):
         size, cache = self.config.chunk_size, inputs[CACHE_NAME]
         state = None if cache is None else state_of(cache, len(tokens), sources["chunk_offset"], size)
         real = real_tokens(mask, position_ids, state, *tokens.shape[:2])
-        plan = plan_pass
-        if sources["retriever"] is not None or not torch.compiler.is_compiling():
-            plan = torch.compiler.disable(plan)  # a retriever works on the host; the pass itself compiles
+        # A retriever works on the host; the pass itself compiles.
+        is_outside = sources["retriever"] is not None or not torch.compiler.is_compiling()
+        plan = _plan_outside_graphs if is_outside else plan_pass
         planned = plan(tokens, real, size, state=state, **sources)
         run = RetroModel._run
         if steps is not None:
@@ -729,6 +731,8 @@ class RetroModel(RetroPreTrainedModel):
         if state is not None:
             planned.commit()
         return outputs
+
+    _read_outside_graphs = torch.compiler.disable(_read)
 
     def _run(
         self, module: nn.Module, inputs: dict[str, Any], plan: PassPlan | None = None, mask: torch.Tensor | None = None
