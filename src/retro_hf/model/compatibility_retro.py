@@ -84,7 +84,7 @@ def accept_cache_by_any_name(forward: Callable) -> Callable:
         TypeError: at the call, for a cache under an unknown name, or two caches.
     """
     signature = inspect.signature(forward)
-    known = {*signature.parameters, *CACHE_NAMES}
+    known = {*signature.parameters, *CACHE_NAMES, "cache_position", "use_cache"}  # a table of positions, and a flag
 
     @wraps(forward)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -119,13 +119,11 @@ def _is_paged(name: str, value: Any) -> bool:
 
 
 def _looks_like_cache(name: str, value: Any) -> bool:
-    """Whether an unknown argument is a cache, by its type or, unless it is a flag or a table of positions, by its name."""
+    """Whether an unknown argument is a cache, by its type or, unless it is a flag, by its name."""
     if isinstance(value, Cache) or hasattr(value, "get_seq_length"):
         return True
     by_name = "cache" in name or name.startswith("past_") or name.endswith("_past")
-    return (
-        by_name and value is not None and not isinstance(value, bool) and name not in ("cache_position", "use_cache")
-    )
+    return by_name and value is not None and not isinstance(value, bool)
 
 
 warn_if_untested()
