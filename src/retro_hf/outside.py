@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .model.names_retro import check_sizes
+from .model.names_retro import check_sizes, objects_in
 
 
 MAX_JSON_BYTES = 16 << 20
@@ -246,14 +246,7 @@ def check_base(read: Callable[[str], Any]) -> None:
 
 def _check_values(name: str, content: Any) -> None:
     """Check the fields of a configuration, also of nested ones, that name a file or code."""
-    todo = [content]
-    while todo:
-        part = todo.pop()
-        if isinstance(part, list):
-            todo += part
-        if not isinstance(part, dict):
-            continue
-        todo += part.values()
+    for part in objects_in(content):
         for key, value in part.items():
             files = value if isinstance(value, list) else [value]
             is_file = key in ("transformers_weights", "fast_tokenizer_files")

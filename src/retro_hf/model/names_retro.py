@@ -167,14 +167,7 @@ def check_sizes(config: Any, file: str = "config.json") -> None:
     Raises:
         ValueError: for the first that no model has, with its field.
     """
-    todo = [config]
-    while todo:
-        part = todo.pop()
-        if isinstance(part, list):
-            todo += part
-        if not isinstance(part, dict):
-            continue
-        todo += part.values()
+    for part in objects_in(config):
         for field in sorted(part.keys() & _LARGEST.keys()):
             values = part[field] if isinstance(part[field], list) else [part[field]]  # of each layer, or of all
             least, most = int(field.endswith("heads")), _LARGEST[field]
@@ -183,6 +176,18 @@ def check_sizes(config: Any, file: str = "config.json") -> None:
                     f"{file} has {part[field]!r:.100} in {field!r}, but it must be an integer of at least {least} and at most {most:,}. "
                     "Copy or download it again."
                 )
+
+
+def objects_in(content: Any) -> Iterator[dict[str, Any]]:
+    """The objects of a JSON value, at any depth and in lists, too."""
+    todo = [content]
+    while todo:
+        part = todo.pop()
+        if isinstance(part, list):
+            todo += part
+        elif isinstance(part, dict):
+            todo += part.values()
+            yield part
 
 
 @contextmanager
@@ -211,4 +216,5 @@ __all__ = [
     "explaining",
     "is_hub_name",
     "is_local",
+    "objects_in",
 ]
