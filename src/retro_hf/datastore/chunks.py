@@ -38,9 +38,12 @@ def ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 
 def padded(rows: Sequence[Any], width: int, fill: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of several lengths, filled up or cut on the right, and their mask: both int64 of shape `(len(rows), width)`."""
-    ids = np.full((len(rows), width), fill, dtype=np.int64)
-    mask = np.zeros_like(ids)
+    """Rows of several lengths, filled up or cut on the right, and their mask: int64 of the shapes `(len(rows), width, ...)` and
+    `(len(rows), width)`. Rows with more than one dimension are arrays.
+    """
+    inner = rows[0].shape[1:] if len(rows) and isinstance(rows[0], np.ndarray) else ()
+    ids = np.full((len(rows), width, *inner), fill, dtype=np.int64)
+    mask = np.zeros((len(rows), width), dtype=np.int64)
     for row, tokens in enumerate(rows):
         kept = tokens[:width]
         ids[row, : len(kept)] = kept

@@ -20,6 +20,7 @@ from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
 from ..outside import MAX_JSON_BYTES, parse_json
+from .chunks import padded
 
 
 def _path_of(name_or_path: str, filename: str, revision: str | None) -> str | None:
@@ -144,12 +145,8 @@ class Encoder:
 
     def _forward(self, ids: list[list[int]]) -> np.ndarray:
         width = max(1, max(len(row) for row in ids))
-        input_ids = torch.full((len(ids), width), self.tokenizer.pad_token_id or 0, dtype=torch.long)
-        mask = torch.zeros_like(input_ids)
-        for row, tokens in enumerate(ids):
-            input_ids[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.long)
-            mask[row, : len(tokens)] = 1
-        input_ids, mask = input_ids.to(self.model.device), mask.to(self.model.device)
+        both = padded(ids, width, fill=self.tokenizer.pad_token_id or 0)
+        input_ids, mask = (torch.from_numpy(part).to(self.model.device) for part in both)
         # A text without tokens would attend to nothing and give NaN. It reads one padding token, and its mean is zero.
         readable = mask.clone()
         readable[:, 0] = 1

@@ -352,9 +352,7 @@ def _score_batch(
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
     given = [row.chunk_ids for row in rows if row.chunk_ids is not None]
     if given and datastore is not None and length >= datastore.chunk_size:
-        chunk_ids = np.full((len(rows), length // datastore.chunk_size, given[0].shape[1]), -1, dtype=np.int64)
-        for place, ids in enumerate(given):
-            chunk_ids[place, : len(ids)] = ids
+        chunk_ids, _ = padded(given, length // datastore.chunk_size, fill=-1)
         inputs["neighbor_input_ids"], inputs["neighbor_attention_mask"] = datastore.gather(chunk_ids)
     spans = [(len(row.input_ids) - row.num_scored, len(row.input_ids)) for row in rows]
     scores = np.concatenate(token_nats(model, inputs, spans))

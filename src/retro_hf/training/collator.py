@@ -120,9 +120,7 @@ class RetroDataCollator:
         length = max(size, *map(len, tokens))  # at least one chunk; see the class
         input_ids, attention_mask = padded(tokens, length, self.pad_token_id)
         labels, _ = padded([_labels(*pair) for pair in zip(examples, tokens, strict=True)], length, IGNORED_LABEL)
-        chunk_ids = np.full((len(examples), length // size, found[0].shape[1]), -1, dtype=np.int64)
-        for row, ids in enumerate(found):
-            chunk_ids[row, : len(ids)] = ids
+        chunk_ids, _ = padded(found, length // size, fill=-1)
         if self.random_neighbor_probability or self.no_neighbor_probability:
             chunk_ids = self._drawn(chunk_ids, input_ids, attention_mask.sum(axis=1) // size)
         neighbor_input_ids, neighbor_attention_mask = self.datastore.gather(chunk_ids)
