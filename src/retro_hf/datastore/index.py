@@ -23,6 +23,7 @@ from ..errors import DatastoreInputError, DatastoreWriteError, counted
 from ..locks import Lock
 from .atomic_files import mapped, reading
 from .index_format import check_index
+from .search_excluding import merge_results
 
 
 logger = logging.get_logger(__name__)
@@ -251,10 +252,8 @@ def exact_search(keys: np.ndarray, queries: np.ndarray, num_neighbors: int) -> t
         block = keys[start : start + BLOCK_ROWS].astype(np.float32)
         with _blas_from_three_queries(keys.shape[1]):
             found, rows = faiss.knn(queries, block, num_neighbors, metric=faiss.METRIC_INNER_PRODUCT)
-        merged = np.concatenate([scores, np.where(rows < 0, -np.inf, found)], axis=1)
-        merged_ids = np.concatenate([ids, np.where(rows < 0, -1, rows + start)], axis=1)
-        order = np.argsort(-merged, axis=1, kind="stable")[:, :num_neighbors]
-        scores, ids = np.take_along_axis(merged, order, axis=1), np.take_along_axis(merged_ids, order, axis=1)
+        here = np.where(rows < 0, -np.inf, found), np.where(rows < 0, -1, rows + start)
+        scores, ids = merge_results([(scores, ids), here])
     return scores, ids
 
 
