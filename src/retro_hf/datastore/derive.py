@@ -22,17 +22,15 @@ from .chunks import text_starts, token_dtype
 from .compatibility import load_tokenizer, tokenizer_fingerprint, vocabulary_size
 from .document_changes import similar_ids
 from .documents import document_ids
-from .edit import placed, rewrite
+from .edit import placed, rewrite, write_changed
 from .index_plan import IndexOptions
 from .key_coverage import check_coverage, coverage
 from .manifest import (
-    FORMAT_VERSION,
     SHARD_FILES,
     FileEntry,
     ShardEntry,
     describe_file,
     describe_tokenizer,
-    library_version,
     new_path,
     unique_sources,
 )
@@ -110,9 +108,9 @@ def subset(
         )
     with work_folder(path.absolute()) as work, new_folder(path, within=work) as folder:
         shards = rewrite(datastore, keep, work, IndexOptions.of(index), 0, datastore.num_chunks, show_progress)
-        _write_manifest(
+        write_changed(
+            datastore.manifest,
             folder,
-            datastore,
             shards=tuple(shard.entry for shard in shards),
             files=(*placed(shards, folder), *_linked(datastore, folder, "tokenizer")),
             next_shard=len(shards),
@@ -196,9 +194,9 @@ def _merged(datastores: Sequence[RetroDatastore], path: Path) -> None:
         if len(numbers):
             write_npy(folder / "deleted-00001.npy", numbers)
             files.append(describe_file(folder / "deleted-00001.npy", "deleted"))
-        _write_manifest(
+        write_changed(
+            first.manifest,
             folder,
-            first,
             shards=tuple(shards),
             files=(*files, *_linked(first, folder, "tokenizer")),
             next_shard=len(shards),
@@ -291,9 +289,9 @@ def _write_retokenized(
             shards.append(_retokenized(shard, datastore.tokenizer, tokenizer, dtype, new, progress))
             files += _linked_shard(datastore, shard, folder, shard.entry.name, leave_out=_RETOKENIZED)
             files += [describe_file(file, kind, shard.entry.name) for kind, file in new.items()]
-        _write_manifest(
+        write_changed(
+            datastore.manifest,
             folder,
-            datastore,
             shards=tuple(shards),
             files=(*files, *_linked(datastore, folder, "deleted"), *shared),
             token_dtype=dtype.name,
@@ -378,9 +376,3 @@ def _linked(datastore: RetroDatastore, folder: Path, kind: str) -> Iterator[File
     for entry in datastore.manifest.entries(kind):
         link_or_copy(datastore.path / entry.name, folder / entry.name)
         yield entry
-
-
-def _write_manifest(folder: Path, datastore: RetroDatastore, **changes: Any) -> None:
-    """Write the manifest of a first generation, which differs from another store's by some changes."""
-    changes |= {"generation": 1, "library_version": library_version(), "format_version": FORMAT_VERSION}
-    dataclasses.replace(datastore.manifest, **changes).write(folder)

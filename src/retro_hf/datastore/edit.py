@@ -27,7 +27,15 @@ from .documents import DocumentReader, document_ids
 from .embedder import ChunkEmbedder
 from .executors import Executor, as_executor
 from .index_plan import DEFAULT_SHARD_CHUNKS, IndexOptions, plan_index
-from .manifest import FORMAT_VERSION, SHARD_FILES, FileEntry, describe_file, library_version, unique_sources
+from .manifest import (
+    FORMAT_VERSION,
+    SHARD_FILES,
+    DatastoreManifest,
+    FileEntry,
+    describe_file,
+    library_version,
+    unique_sources,
+)
 from .shard import BuiltShard, Shard, ShardWriter
 
 
@@ -123,7 +131,9 @@ def _update(
     encoding: str | None = None,
     split: str | None = None,
 ) -> Changes:
-    """Write what differs between documents and a store that nobody else changes meanwhile."""
+    """Write what differs between documents and a store as new shards, and delete what they replace and what is gone, as one
+    generation; nobody else changes the store meanwhile.
+    """
     reader = DocumentReader(documents, encoding=encoding, split=split)
     embedder = ChunkEmbedder.of(embedder)
     datastore.check_compatible(embedder=embedder)
@@ -139,36 +149,22 @@ def _update(
     )
     executor = as_executor(executor)
     with _changing(datastore) as work:
-        return _write(datastore, reader, compare_with(), work, options, executor)
-
-
-def _write(
-    datastore: RetroDatastore,
-    reader: DocumentReader,
-    comparison: Comparison,
-    work: Path,
-    options: BuildOptions,
-    executor: Executor,
-) -> Changes:
-    """Write what differs as new shards, and delete what they replace and what is gone, as one generation."""
-    manifest = datastore.manifest
-    built = build_shards(reader, work, options, executor, manifest.next_shard, comparison.select)
-    changes = comparison.changes()
-    if built is None:
+        manifest, comparison = datastore.manifest, compare_with()
+        built = build_shards(reader, work, options, executor, manifest.next_shard, comparison.select)
+        changes = comparison.changes()
+        hidden = [*comparison.replaced, *comparison.gone().tolist()]
+        if built is not None and (built.shards or hidden):
+            # The documents of a mirror are all that the store holds, so nothing is left of what is recorded about earlier ones.
+            is_all = comparison.is_mirror
+            _replace(
+                datastore,
+                shards=(*manifest.shards, *(shard.entry for shard in built.shards)),
+                next_shard=manifest.next_shard + len(built.shards),
+                num_empty_documents=built.num_empty + (0 if is_all else manifest.num_empty_documents),
+                sources=unique_sources([*(() if is_all else manifest.sources), *built.sources]),
+                **_without(datastore, hidden, placed(built.shards, datastore.path)),
+            )
         return changes
-    hidden = [*comparison.replaced, *comparison.gone().tolist()]
-    if built.shards or hidden:
-        # The documents of a mirror are all that the store holds, so nothing is left of what is recorded about earlier ones.
-        is_all = comparison.is_mirror
-        _replace(
-            datastore,
-            shards=(*manifest.shards, *(shard.entry for shard in built.shards)),
-            next_shard=manifest.next_shard + len(built.shards),
-            num_empty_documents=built.num_empty + (0 if is_all else manifest.num_empty_documents),
-            sources=unique_sources([*(() if is_all else manifest.sources), *built.sources]),
-            **_without(datastore, hidden, placed(built.shards, datastore.path)),
-        )
-    return changes
 
 
 def _without(datastore: RetroDatastore, numbers: Sequence[int], added: Sequence[FileEntry] = ()) -> dict[str, Any]:
@@ -273,11 +269,15 @@ def placed(shards: list[BuiltShard], folder: Path) -> list[FileEntry]:
 
 def _replace(datastore: RetroDatastore, **changes: Any) -> None:
     """Write the next generation of the manifest; this one step makes the change."""
-    versions = {"library_version": library_version(), "format_version": FORMAT_VERSION}
-    changes |= {"generation": datastore.generation + 1} | versions
-    dataclasses.replace(datastore.manifest, **changes).write(datastore.path)
+    write_changed(datastore.manifest, datastore.path, generation=datastore.generation + 1, **changes)
     datastore.refresh()
     _remove_unnamed(datastore)  # what this change has replaced
+
+
+def write_changed(manifest: DatastoreManifest, folder: Path, *, generation: int = 1, **changes: Any) -> None:
+    """Write a manifest that differs from another by some fields, and by the versions that write it."""
+    changes |= {"generation": generation, "library_version": library_version(), "format_version": FORMAT_VERSION}
+    dataclasses.replace(manifest, **changes).write(folder)
 
 
 def _remove_unnamed(datastore: RetroDatastore) -> None:
