@@ -166,10 +166,13 @@ def parse_json(content: str | bytes) -> Any:
     return value
 
 
-def read_json_value(path: Path, limit: int = MAX_JSON_BYTES) -> Any:
-    """A JSON value from a file, whose size is looked at first; OSError and ValueError as for [`read_json`]."""
+def read_json_value(path: Path, limit: int = MAX_JSON_BYTES, what: str = "it") -> Any:
+    """A JSON value from a file, whose size is looked at first; OSError and ValueError as for [`read_json`].
+
+    `what` is how the error about the size calls the file.
+    """
     if (size := path.stat().st_size) > limit:
-        raise ValueError(f"it has {size:,} bytes, more than {limit:,}")
+        raise ValueError(f"{what} has {size:,} bytes, more than {limit:,}")
     return parse_json(path.read_bytes())
 
 

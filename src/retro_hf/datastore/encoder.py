@@ -19,7 +19,7 @@ from transformers import (
 from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
-from ..outside import MAX_JSON_BYTES, parse_json
+from ..outside import read_json_value
 from .chunks import padded
 
 
@@ -33,11 +33,7 @@ def _path_of(name_or_path: str, filename: str, revision: str | None) -> str | No
 def read_json_of(name_or_path: str, filename: str, revision: str | None) -> Any:
     """A JSON file of a model folder or Hub repository, as somebody else made it; None if there is none."""
     path = _path_of(name_or_path, filename, revision)
-    if path is None:
-        return None
-    if (size := os.path.getsize(path)) > MAX_JSON_BYTES:
-        raise ValueError(f"{filename} has {size:,} bytes, more than {MAX_JSON_BYTES:,}")
-    return parse_json(Path(path).read_bytes())
+    return None if path is None else read_json_value(Path(path), what=filename)
 
 
 def is_mean_pooling(name_or_path: str, modules: list[dict[str, Any]], revision: str | None) -> bool:

@@ -27,7 +27,7 @@ from transformers.utils import logging
 from .. import arguments
 from ..arguments import flag, optional_text, shown
 from ..errors import DatastoreCorruptError, DatastoreInputError, DatastoreNotFoundError
-from ..outside import MAX_JSON_BYTES, is_path, parse_json, printable
+from ..outside import MAX_JSON_BYTES, is_path, printable, read_json_value
 from .atomic_files import MANIFEST_NAME, building_folder
 from .manifest import DatastoreManifest, FileEntry, check_content, check_sizes, checked_path
 from .store_generation import with_current_files
@@ -264,9 +264,7 @@ def _files_of_manifest(api: HfApi, repo_id: str, commit: str) -> set[str]:
     """The files that the manifest in a repository names; none if it is not a manifest."""
     path = api.hf_hub_download(repo_id, MANIFEST_NAME, repo_type=_REPO_TYPE, revision=commit)
     try:
-        if os.path.getsize(path) > MAX_JSON_BYTES:
-            return set()
-        return {str(file["name"]) for file in parse_json(Path(path).read_bytes())["files"]}
+        return {str(file["name"]) for file in read_json_value(Path(path))["files"]}
     except (ValueError, KeyError, TypeError):
         return set()
 
