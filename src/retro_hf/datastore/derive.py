@@ -136,12 +136,8 @@ def drawn_documents(datastore: RetroDatastore, fraction: float, seed: int = 0) -
     if not fraction:
         raise DatastoreInputError(f"fraction is {fraction!r}. Pass a share above 0 and at most 1.")
     # The hash of an id is as good as a draw between 0 and 2^64, and the same in every store that has the document.
-    drawn = (
-        hash_of(f"{seed} {id}") < fraction * 2**64
-        for shard in datastore.shards
-        for table in shard.documents.pieces()
-        for id in table.column("id").to_pylist()
-    )
+    ids = (id for shard in datastore.shards for id in shard.documents.ids())
+    drawn = (hash_of(f"{seed} {id}") < fraction * 2**64 for id in ids)
     keep = np.fromiter(drawn, dtype=bool, count=datastore.num_documents)
     keep[datastore.deleted_documents] = False
     return keep

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import time
@@ -198,8 +197,8 @@ class LexicalSearcher:
 
     def over(self, datastore: RetroDatastore) -> LexicalSearcher:
         """The same searcher over a snapshot of its datastore."""
-        searcher = copy.copy(self)
-        searcher.datastore = datastore
+        searcher = object.__new__(type(self))
+        searcher.__dict__ |= self.__dict__ | {"datastore": datastore}
         return searcher
 
     def verify(self) -> None:
@@ -247,11 +246,6 @@ class LexicalSearcher:
     def __getstate__(self) -> dict[str, Any]:
         # An index in a folder is opened again by each process.
         return {**self.__dict__, "_bm25": self._bm25 if self.path is None else None}
-
-    def __copy__(self) -> LexicalSearcher:
-        copied = object.__new__(type(self))
-        copied.__dict__ |= self.__dict__
-        return copied
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
