@@ -280,24 +280,19 @@ def _scorable(
     return scored, [copies[place] for place in sorted(copies)], [leaked[place] for place in sorted(leaked)]
 
 
-def _size_of(datastore: RetroDatastore) -> dict[str, int]:
-    num_documents = datastore.num_documents - datastore.num_deleted_documents
-    return {"num_documents": num_documents, "num_chunks": datastore.num_chunks}
-
-
 def _runs(search: NeighborSearch, nearest: np.ndarray, names: Sequence[str], count: int, seed: int) -> dict[str, Run]:
     """The modes, with `count` neighbors per chunk; `nearest` has at least as many."""
-    datastore = search.retriever.datastore
-    given = neighbors_by_mode(datastore, search.chunks, nearest[:, :count], seed)
-    size = _size_of(datastore)
-    return {name: Run(name, given[name], 0 if name == "off" else count, **size) for name in names if name in given}
+    given = neighbors_by_mode(search.retriever.datastore, search.chunks, nearest[:, :count], seed)
+    return {name: Run(name, given[name], 0 if name == "off" else count) for name in names if name in given}
 
 
 def _sweeps(search: NeighborSearch, nearest: np.ndarray, sweep: Sequence[int]) -> dict[str, Run]:
     """ON with other numbers of neighbors."""
-    size = _size_of(search.retriever.datastore)
-    found = search.chunks.complete_by_document(nearest)
-    runs = [Run(f"k={number}", [ids[:, :number] for ids in found], number, **size) for number in sorted(set(sweep))]
+    datastore, found = search.retriever.datastore, search.chunks.complete_by_document(nearest)
+    size = datastore.num_documents - datastore.num_deleted_documents, datastore.num_chunks
+    runs = [
+        Run(f"k={number}", [ids[:, :number] for ids in found], number, None, *size) for number in sorted(set(sweep))
+    ]
     return {run.name: run for run in runs}
 
 

@@ -48,7 +48,7 @@ class Run:
         chunk_ids (`NeighborIds`, *optional*): the neighbors; `None` for no retrieval.
         num_neighbors (`int`): neighbors per chunk.
         fraction (`float`, *optional*): share of the datastore's documents, in a sweep over it.
-        num_documents, num_chunks (`int`): size of the datastore that was searched.
+        num_documents, num_chunks (`int`): size of the datastore that was searched, in a sweep.
     """
 
     name: str
