@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from ..datastore.bos_eos import Borders
 from ..datastore.chunks import padded
 from ..datastore.documents import is_missing, known_id, without_lone_surrogates
 from ..errors import DatasetError
+from ..model.backbone_retro import accepted_arguments
 from ..progress import progress_bar
 from ..special_tokens import tokenize_texts
 from .cache import ArrayCache
@@ -198,7 +198,7 @@ def read_documents(
 def accepts(model: PreTrainedModel, argument: str) -> bool:
     """Whether the forward pass of a model has an argument of this name."""
     check_model(model)
-    return argument in inspect.signature(model.forward).parameters
+    return argument in accepted_arguments(model)
 
 
 def check_model(model: Any) -> None:

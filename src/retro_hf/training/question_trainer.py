@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from transformers import PreTrainedTokenizerBase, Trainer
 
 from ..arguments import whole
 from ..errors import DatasetError
+from ..model.backbone_retro import accepted_arguments
 from .collator import IGNORED_LABEL, padding_id
 from .questions import QuestionCollator, check_reader
 
@@ -106,7 +106,7 @@ def generate_ids(
         inputs["neighbor_input_ids"] = batch["neighbor_input_ids"][rows, last][:, None].expand(-1, len(chunks), -1, -1)
         inputs["neighbor_attention_mask"] = batch["neighbor_attention_mask"][rows, last][:, None] * reads
     inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-    if "retriever" in inspect.signature(model.forward).parameters:
+    if "retriever" in accepted_arguments(model):
         options["retriever"] = None
     defaults = {"do_sample": False, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": pad_token_id}
     generate: Any = model.generate  # any causal language model has it, `PreTrainedModel` by itself does not
