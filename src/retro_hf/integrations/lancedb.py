@@ -52,15 +52,9 @@ class LanceIndex(FilledIndex):
         self._table = self._connection.create_table(self.table, schema=self._schema, exist_ok=True)
         return int(self._table.count_rows())
 
-    def _keys(self, chunks: np.ndarray) -> np.ndarray:
-        rows = (
-            self._table.search().where(f"chunk IN ({_list(chunks.tolist())})").limit(len(chunks))
-            if len(chunks)
-            else None
-        )
-        found = {} if rows is None else {row["chunk"]: row["key"] for row in rows.select(["chunk", "key"]).to_list()}
-        none = [0.0] * self.datastore.manifest.dim
-        return np.array([found.get(chunk, none) for chunk in chunks.tolist()], dtype=np.float32).reshape(-1, len(none))
+    def _keys(self, chunks: list[int]) -> dict[int, list[float]]:
+        rows = self._table.search().where(f"chunk IN ({_list(chunks)})").limit(len(chunks))
+        return {row["chunk"]: row["key"] for row in rows.select(["chunk", "key"]).to_list()}
 
     def _add(self, chunks: np.ndarray, documents: np.ndarray, keys: np.ndarray) -> None:
         vectors = pa.FixedSizeListArray.from_arrays(pa.array(keys.reshape(-1)), keys.shape[1])

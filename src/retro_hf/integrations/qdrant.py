@@ -48,13 +48,9 @@ class QdrantIndex(FilledIndex):
             self.client.create_collection(self.table, vectors_config=vectors)
         return int(self.client.count(self.table, exact=True).count)
 
-    def _keys(self, chunks: np.ndarray) -> np.ndarray:
-        points = self.client.retrieve(self.table, chunks.tolist(), with_vectors=True, with_payload=False)
-        vectors = {point.id: point.vector for point in points}
-        none = [0.0] * self.datastore.manifest.dim
-        return np.array([vectors.get(chunk, none) for chunk in chunks.tolist()], dtype=np.float32).reshape(
-            -1, len(none)
-        )
+    def _keys(self, chunks: list[int]) -> dict[int, list[float]]:
+        points = self.client.retrieve(self.table, chunks, with_vectors=True, with_payload=False)
+        return {point.id: point.vector for point in points}
 
     def _add(self, chunks: np.ndarray, documents: np.ndarray, keys: np.ndarray) -> None:
         payloads = [{"document": number} for number in documents.tolist()]

@@ -51,8 +51,7 @@ class FilledIndex:
         """Add the chunks that the datastore has and the table lacks; for after `append`, `sync` or `refresh` of the datastore."""
         store, held = self.datastore.snapshot(), self._count()
         compared = np.unique(np.linspace(0, held - 1, min(held, _COMPARED)).astype(np.int64))
-        # Databases keep float32, so only the order of sums differs.
-        if held > store.num_chunks or not np.allclose(self._keys(compared), store.keys_of(compared), atol=1e-4):
+        if held > store.num_chunks or not self._holds_keys_of(store, compared):
             raise DatastoreMismatchError(
                 f"The table {self.table!r} has the keys of {held:,} chunks that are not those of {str(store.path)!r} (generation "
                 f"{store.generation}). Delete the table, or give the index another name."
@@ -83,12 +82,19 @@ class FilledIndex:
                 chunks[row, column], scores[row, column] = chunk, score
         return scores, chunks
 
+    def _holds_keys_of(self, store: RetroDatastore, chunks: np.ndarray) -> bool:
+        """Whether the table has the keys of a datastore for these chunks (int64, sorted)."""
+        found, none = self._keys(chunks.tolist()) if len(chunks) else {}, [0.0] * store.manifest.dim
+        keys = np.array([found.get(chunk, none) for chunk in chunks.tolist()], dtype=np.float32).reshape(-1, len(none))
+        # Databases keep float32, so only the order of sums differs.
+        return np.allclose(keys, store.keys_of(chunks), atol=1e-4)
+
     def _count(self) -> int:
         """The number of rows, after the table has been made if it was not there."""
         raise NotImplementedError
 
-    def _keys(self, chunks: np.ndarray) -> np.ndarray:
-        """The stored vectors, float32 of shape `(len(chunks), dim)`, in the order of the chunk ids, which are sorted."""
+    def _keys(self, chunks: list[int]) -> dict[int, list[float]]:
+        """The stored vectors by chunk id, of at least one chunk; those that are not there are left out."""
         raise NotImplementedError
 
     def _add(self, chunks: np.ndarray, documents: np.ndarray, keys: np.ndarray) -> None:
