@@ -103,20 +103,13 @@ def evaluate(
     from rich.console import Console
 
     from retro_hf import extras
-    from retro_hf.datastore.documents import DocumentReader
-    from retro_hf.errors import DatasetError, DatastoreInputError
+    from retro_hf.datastore.documents import read_texts
     from retro_hf.evaluation import evaluate as measure
     from retro_hf.evaluation import trace, write_report
 
     if report:
         extras.load("matplotlib", "The page of --report")  # what is missing shows before any work is spent
-    try:
-        reader = DocumentReader(texts, encoding=encoding, split=split)
-        documents = [{"id": one.id, "title": one.title, "text": one.text} for one in reader]
-    except DatastoreInputError as error:
-        # The reader is that of datastores, but these documents are not to go into one.
-        raise DatasetError(str(error)) from error
-    reader.warn_of_repairs()
+    documents, reader = read_texts(texts, encoding=encoding, split=split)
     longest = sorted(documents, key=lambda one: -len(one["text"]))[:_TRACED]
     # The reader skips those without text, but they are counted.
     documents += [{"id": reader.first_empty or "", "text": ""}] * reader.num_empty

@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers.utils import logging
 
-from ..errors import DatastoreInputError, DatastoreNotFoundError, RetroError, counted
+from ..errors import DatasetError, DatastoreInputError, DatastoreNotFoundError, RetroError, counted
 from ..outside import is_inside
 from .atomic_files import MANIFEST_NAME, not_readable
 from .document_files import SUFFIXES, FileReader, Record, suffix_of
@@ -166,6 +166,23 @@ class DocumentReader:
         yield from self._files.read(file, name)
         if name in self._files.left_out[-1:]:
             self.sources.pop()
+
+
+def read_texts(
+    documents: Any, *, encoding: str | None = None, split: str | None = None
+) -> tuple[list[dict[str, str]], DocumentReader]:
+    """All documents of an input that is not to become a datastore, as dicts with `id`, `title` and `text`, and their reader.
+
+    Raises:
+        DatasetError: where [`DocumentReader`] raises a DatastoreInputError.
+    """
+    try:
+        reader = DocumentReader(documents, encoding=encoding, split=split)
+        found = [{"id": one.id, "title": one.title, "text": one.text} for one in reader]
+    except DatastoreInputError as error:
+        raise DatasetError(str(error)) from error
+    reader.warn_of_repairs()
+    return found, reader
 
 
 def as_document(record: Any, where: str, defaults: dict[str, str]) -> Document | None:

@@ -12,9 +12,9 @@ from transformers.utils import logging
 
 from .. import extras
 from ..datastore import RetroDatastore
-from ..datastore.documents import DocumentReader
+from ..datastore.documents import read_texts
 from ..datastore.duplicates import stored_documents
-from ..errors import DatasetError, DatastoreInputError, counted
+from ..errors import DatasetError, counted
 from ..evaluation.leakage import Block, holders
 from ..special_tokens import tokenize_texts
 from ..training.windows import ID_COLUMN, tokenize_documents
@@ -55,12 +55,7 @@ def split(
     Raises:
         DatasetError: if there are too few documents.
     """
-    try:
-        reader = DocumentReader(texts)
-        documents = [{"id": one.id, "title": one.title, "text": one.text} for one in reader]
-    except DatastoreInputError as error:
-        raise DatasetError(str(error)) from error
-    reader.warn_of_repairs()
+    documents, _ = read_texts(texts)
     # An order that depends on each id alone: with more documents, most of those that were held out are held out again.
     documents.sort(key=lambda one: hashlib.sha256(f"{seed} {one['id']}".encode()).digest())
     wanted = min(num_heldout, len(documents) // _LARGEST_SHARE)
