@@ -36,6 +36,13 @@ def whole(name: str, value: Any, error: type[Exception], least: int = 1, most: i
     return number
 
 
+def optional_whole(
+    name: str, value: Any, error: type[Exception], least: int = 1, most: int | None = None
+) -> int | None:
+    """None, or a whole number as for [`whole`]."""
+    return None if value is None else whole(name, value, error, least, most)
+
+
 def real(name: str, value: Any, error: type[Exception], least: float = -math.inf, most: float = math.inf) -> float:
     """A real number, of Python or numpy, as `float`; `error` for anything else, also for NaN, or one out of range."""
     try:

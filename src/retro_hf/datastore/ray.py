@@ -22,7 +22,7 @@ import torch
 from transformers.utils import logging
 
 from .. import extras
-from ..arguments import real, whole
+from ..arguments import optional_whole, real
 from ..errors import DatastoreCorruptError, DatastoreInputError, DatastoreNotFoundError, RetroError
 from .executors import Call, Run, Task
 from .manifest import DatastoreManifest
@@ -135,15 +135,13 @@ class RayExecutor:
         num_gpus_per_worker: float = 0,
         address: str | None = None,
     ) -> None:
-        if num_workers is not None:
-            num_workers = whole("num_workers", num_workers, DatastoreInputError)
+        self.num_workers = optional_whole("num_workers", num_workers, DatastoreInputError)
         num_cpus_per_worker = real("num_cpus_per_worker", num_cpus_per_worker, DatastoreInputError, least=0)
         num_gpus_per_worker = real("num_gpus_per_worker", num_gpus_per_worker, DatastoreInputError, least=0)
         if num_cpus_per_worker + num_gpus_per_worker == 0:
             raise DatastoreInputError(
                 f"A worker is given {num_cpus_per_worker:g} CPUs and {num_gpus_per_worker:g} GPUs. Give it some of either."
             )
-        self.num_workers = num_workers
         self.num_cpus_per_worker = num_cpus_per_worker
         self.num_gpus_per_worker = num_gpus_per_worker
         self.address = address

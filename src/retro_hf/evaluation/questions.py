@@ -125,8 +125,7 @@ def answer_questions(
     batch_size = arguments.whole("batch_size", batch_size, ValueError)
     max_new_tokens = arguments.whole("max_new_tokens", max_new_tokens, ValueError)
     num_resamples, seed = checked_resamples(num_resamples, seed)
-    if num_passages is not None:
-        num_passages = arguments.whole("num_passages", num_passages, ValueError, least=0)
+    num_passages = arguments.optional_whole("num_passages", num_passages, ValueError, least=0)
     if not len(dataset):
         raise DatasetError("There are no questions: the dataset is empty.")
     check_same_tokenizer(dataset, tokenizer)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ..arguments import shown, whole
+from ..arguments import optional_whole, shown, whole
 from ..datastore.bos_eos import Borders
 from ..datastore.chunks import padded
 from ..datastore.documents import is_missing
@@ -185,8 +185,7 @@ def trace(
         )
     max_tokens = whole("max_tokens", max_tokens, ValueError, least=2)
     batch_size = whole("batch_size", batch_size, ValueError)
-    if num_neighbors is not None:
-        num_neighbors = whole("num_neighbors", num_neighbors, ValueError)
+    num_neighbors = optional_whole("num_neighbors", num_neighbors, ValueError)
     fields = document if isinstance(document, Mapping) else {"text": document}
     title = None if is_missing(fields.get("title")) else fields["title"]
     if title is not None and not isinstance(title, str):

@@ -106,7 +106,8 @@ def fit(
     _check_names(base, backbone, retriever)
     minutes = _MINUTES if minutes is None and steps is None else minutes
     minutes, learning_rate = _above_zero("minutes", minutes), _above_zero("learning_rate", learning_rate)
-    steps, batch_size = _counted("steps", steps), _counted("batch_size", batch_size)
+    steps = arguments.optional_whole("steps", steps, ValueError, most=_MOST_STEPS)
+    batch_size = arguments.optional_whole("batch_size", batch_size, ValueError, most=_MOST_STEPS)
     num_neighbors = arguments.whole("num_neighbors", num_neighbors, ValueError, most=MOST_NEIGHBORS)
     num_heldout = arguments.whole("num_heldout", num_heldout, ValueError, least=2)
     seed = arguments.whole("seed", seed, ValueError, least=0, most=_MOST_SEED)
@@ -228,10 +229,6 @@ def _above_zero(name: str, value: float | None) -> float | None:
     if (number := arguments.real(name, value, ValueError, least=0, most=_MOST_MINUTES)) == 0:
         raise ValueError(f"{name} is {value}, but it must be above 0.")
     return number
-
-
-def _counted(name: str, value: int | None) -> int | None:
-    return None if value is None else arguments.whole(name, value, ValueError, most=_MOST_STEPS)
 
 
 def _with_neighbors(

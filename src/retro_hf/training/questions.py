@@ -12,7 +12,7 @@ import torch
 from transformers.utils import logging
 
 from .. import extras
-from ..arguments import check_tokenizer, flag, whole
+from ..arguments import check_tokenizer, flag, optional_whole, whole
 from ..datastore.chunks import padded
 from ..errors import DatasetError
 from ..model.readers_retro import traits_of
@@ -86,7 +86,8 @@ def tokenize_questions(
     *Disk*: 4 bytes per token, at most `4 * num_passages * neighbor_size` per question.
     """
     datasets = extras.load("datasets", "Training")
-    num_passages, max_length = _optional("num_passages", num_passages, 0), _optional("max_length", max_length, 1)
+    num_passages = optional_whole("num_passages", num_passages, ValueError, least=0)
+    max_length = optional_whole("max_length", max_length, ValueError)
     neighbor_size = whole("neighbor_size", neighbor_size, ValueError)
     with_answers = flag("with_answers", with_answers, ValueError)
     needed = ["question", *(["answers"] if with_answers else []), *(["passages"] if num_passages != 0 else [])]
@@ -182,10 +183,6 @@ def _written(
     return prompts, starts, [_rest(*row) for row in zip(whole, prompts, numbers, strict=True)]
 
 
-def _optional(name: str, value: int | None, least: int) -> int | None:
-    return None if value is None else whole(name, value, ValueError, least)
-
-
 class QuestionCollator:
     """Makes batches of tokenized questions for training, evaluation and generation.
 
@@ -246,7 +243,7 @@ class QuestionCollator:
                 "`random_passages=`, such as the tokenized training set."
             )
         self.chunk_size = whole("chunk_size", chunk_size, ValueError)
-        self.num_passages = _optional("num_passages", num_passages, least=0)
+        self.num_passages = optional_whole("num_passages", num_passages, ValueError, least=0)
         self.passages_in_prompt = whole("passages_in_prompt", passages_in_prompt, ValueError, least=0)
         self.random_passage_probability, self.no_passage_probability = shares
         self.random_passages = random_passages
