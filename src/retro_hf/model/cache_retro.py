@@ -184,9 +184,8 @@ class RetrievalState:
             self.neighbors = [list(self.neighbors[i]) for i in indices.tolist()]
         else:
             self.neighbors = [[(), ()] for _ in indices]
-        if (
-            len(set(zip(self.next_positions, self.offsets, strict=True))) > 1
-        ):  # if all are equal, spare the copy from the device
+        # If all are equal, spare the copy from the device.
+        if len(set(zip(self.next_positions, self.offsets, strict=True))) > 1:
             order = indices.tolist()
             self.next_positions = [self.next_positions[i] for i in order]
             self.offsets = [self.offsets[i] for i in order]
@@ -255,6 +254,15 @@ class RetrievalState:
         """What `write` kept, by halves, of shape `(B, 2, m, ...)`; None before the first `write`."""
         ring = getattr(self, buffer)
         return None if ring is None else ring[:, :-1].unflatten(1, (2, self.chunk_size))
+
+    def with_kept(self, buffer: str, chunks: list[int], values: torch.Tensor) -> torch.Tensor:
+        """What `write` kept of the chunk `chunks[b]` of each row, zeros before the first `write`, then `values` (B, T, ...)."""
+        kept = self.read(buffer)
+        if kept is None:
+            kept = values.new_zeros(len(values), self.chunk_size, *values.shape[2:])
+        else:
+            kept = kept[per_row([chunk % 2 for chunk in chunks], values.device)]
+        return torch.cat([kept, values], dim=1)
 
     def write(self, buffer: str, positions: torch.Tensor | list[int], values: torch.Tensor) -> None:
         """Write a value per token at its chunk position, in place. `crop` cannot bring back what this overwrites.

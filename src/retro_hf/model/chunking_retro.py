@@ -243,14 +243,9 @@ class SequencePlan(PassPlan):
 
     def _remember(self, buffer: str, values: torch.Tensor) -> torch.Tensor:
         """Put the kept values of the unfinished chunk before the new ones (B, T, ...), and keep the last of the new ones."""
-        state, (batch_size, size) = self.state, (self.shape[0], self.chunk_mask.shape[-1])
-        ring = state.read(buffer)
-        if ring is None:
-            history = values.new_zeros(batch_size, size, *values.shape[2:])
-        else:
-            history = ring[per_row([chunk % 2 for chunk in self.history.first_chunk], values.device)]
-        both = torch.cat([history, values], dim=1)
-        starts = torch.tensor([chunk * size for chunk in self.history.first_chunk], device=values.device)
+        state, chunks, size = self.state, self.history.first_chunk, self.chunk_mask.shape[-1]
+        both = state.with_kept(buffer, chunks, values)
+        starts = torch.tensor([chunk * size for chunk in chunks], device=values.device)
         positions = self.positions_in_pass + starts.unsqueeze(1)
         # The two halves hold 2m values. Earlier ones would be written to the same cells, in no defined order.
         recent = positions > positions.max(dim=1, keepdim=True).values - 2 * size
@@ -301,6 +296,9 @@ class StepPlan(PassPlan):
         rows (`list[int]`): the V rows whose chunk completes with this token.
         neighbors (pair of tensors of shape `(V, K, R)`, *optional*): of these chunks.
         device (`torch.device`): of the tokens.
+
+    Attributes:
+        chunks (`list[int]`): the chunk of each row whose neighbors the token reads; -1 if there is none yet.
     """
 
     state: RetrievalState
@@ -319,14 +317,14 @@ class StepPlan(PassPlan):
             new = None if neighbors is None else pad_to(self.neighbor_mask.flatten(1), width, dim=-1)
             self.state_mask = self.kept.put(self.state_mask, new)
 
-        # The last completed chunk, this token's included; -1 if there is none yet. With m = 4 and three tokens before this
-        # one, this token ends chunk 0 and already reads its neighbors: (3 + 1) // 4 - 1 = 0.
-        chunks = [(position + 1) // size - 1 for position in positions]
-        self.attended = per_row([chunk % 2 for chunk in chunks], device)
+        # The last completed chunk, this token's included. With m = 4 and three tokens before this one, this token ends chunk 0
+        # and already reads its neighbors: (3 + 1) // 4 - 1 = 0.
+        self.chunks = [(position + 1) // size - 1 for position in positions]
+        self.attended = per_row([chunk % 2 for chunk in self.chunks], device)
         if self.state_mask is not None:
             self.attended_mask = self.state_mask[self.attended]
-            if min(chunks) < 0:
-                has_chunk = torch.tensor([chunk >= 0 for chunk in chunks], device=device)
+            if min(self.chunks) < 0:
+                has_chunk = torch.tensor([chunk >= 0 for chunk in self.chunks], device=device)
                 self.attended_mask = self.attended_mask & has_chunk.unsqueeze(1)
 
     @property

@@ -86,7 +86,7 @@ class CompiledSteps:
             return plan, run
         state = plan.state
         mask = cast("torch.Tensor", state.neighbor_mask)  # there are neighbors, so it has one
-        source = mask, [(position + 1) // state.chunk_size - 1 for position in state.next_positions]
+        source = mask, plan.chunks
         # Whatever changes the neighbors in a state gives it another mask.
         known = self.reading
         if known is None or known.source[0] is not mask or known.source[1] != source[1]:

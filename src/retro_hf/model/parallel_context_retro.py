@@ -278,11 +278,9 @@ class ParallelContextReader(nn.Module):
         elif isinstance(plan, StepPlan):
             for number, row in enumerate([] if plan.kept is None else plan.kept.rows.tolist()):
                 state.neighbors[row][state.next_positions[row] // size % 2] = neighbors_at(found, number)
-            last = [(position + 1) // size - 1 for position in state.next_positions]
-            known = [
-                [halves[chunk % 2] if chunk >= 0 else ()] for chunk, halves in zip(last, state.neighbors, strict=True)
-            ]
-            groups = [[0] for _ in last]
+            pairs = zip(plan.chunks, state.neighbors, strict=True)
+            known = [[halves[chunk % 2] if chunk >= 0 else ()] for chunk, halves in pairs]
+            groups = [[0] for _ in known]
         return ParallelContextPass(self, plan, known, groups, inputs[CACHE_NAME])
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .cache_retro import RetrievalState, chunk_offsets, pad_to, per_row
+from .cache_retro import RetrievalState, chunk_offsets, pad_to
 from .chunking_retro import (
     History,
     NeighborTokens,
@@ -122,15 +122,9 @@ def _plan_sequence(
         complete = torch.tensor(num_completed, device=device).unsqueeze(1) > steps
 
         def chunk_tokens(selected: torch.Tensor) -> NeighborTokens:
-            ids = tokens
             # A chunk may have begun in an earlier pass. So the m remembered tokens of each row come before its new ones, and
             # `completed_tokens` counts both.
-            if state is not None:
-                ring = state.read("input_ids")
-                old = tokens.new_zeros(batch_size, chunk_size)
-                if ring is not None:
-                    old = ring[per_row([chunk % 2 for chunk in first_chunk], device)]
-                ids = torch.cat([old, tokens], dim=1)
+            ids = tokens if state is None else state.with_kept("input_ids", first_chunk, tokens)
             return gather(ids.unsqueeze(-1), completed_tokens[selected]).squeeze(-1), chunk_mask[selected]
 
         neighbors = _fetch(given, retriever, (rows, chunks.flatten()), complete.flatten(), chunk_tokens)
