@@ -14,7 +14,7 @@ from .cache_retro import chunk_offsets
 from .compatibility_retro import CACHE_NAME
 from .compiled_steps_retro import CompiledSteps
 from .configuration_retro import RetroConfig
-from .inputs_retro import check_prompt, vocabulary_of
+from .inputs_retro import ARGUMENT_NAMES, check_prompt, vocabulary_of
 from .modeling_retro_decoder import RetroDecoderForCausalLM
 from .readers_retro import traits_of
 from .retriever_protocol_retro import ATTACHED, Retriever, RetroLookup
@@ -68,16 +68,13 @@ class RetroGenerationMixin(GenerationMixin):
                 f"{'pass `retriever=` with it' if retriever is None else '`neighbor_input_ids` are given'}."
             )
         check_prompt(inputs, kwargs, vocabulary_of(self))
-        if retriever is None and kwargs.get("neighbor_input_ids") is None and self.config.retriever_name_or_path:
+        if retriever is None and not given and self.config.retriever_name_or_path:
             logger.warning_once(
                 f"Generating without retrieval: this model was trained with '{self.config.retriever_name_or_path}'. Open it "
                 "with `from_pretrained(..., retriever='config')`, or pass `retriever=`."
             )
-        lookup = None
-        if isinstance(retriever, RetroLookup):
-            lookup = retriever
-        elif retriever is not None:
-            lookup = RetroLookup(retriever, self.config.vocab_size, self.config.chunk_size, self.config.neighbor_size)
+        lookup = self.model._lookup(retriever)
+        if lookup is not None and lookup is not retriever:
             lookup.query, lookup.aligns = query, not given
             prompt, mask = kwargs.get("input_ids") if inputs is None else inputs, kwargs.get("attention_mask")
             if isinstance(prompt, torch.Tensor) and isinstance(mask, torch.Tensor) and mask.dim() == 2:
@@ -193,9 +190,8 @@ class RetroGenerationMixin(GenerationMixin):
         if isinstance(retriever, RetroLookup):
             retriever.padding_mask = attention_mask
         if neighbor_input_ids is not None and kwargs.get(CACHE_NAME) is None:
-            num_chunks = (
-                input_ids.shape[1] // self.config.chunk_size + 1
-            )  # without a cache, only the chunks of this pass
+            # Without a cache, only the chunks of this pass.
+            num_chunks = input_ids.shape[1] // self.config.chunk_size + 1
             neighbor_input_ids = neighbor_input_ids[:, :num_chunks]
             if neighbor_attention_mask is not None:
                 neighbor_attention_mask = neighbor_attention_mask[:, :num_chunks]
@@ -238,8 +234,7 @@ class RetroGenerationMixin(GenerationMixin):
                 "`assistant_model` or `prompt_lookup_num_tokens`."
             )
         # An assistant may be any model, which would reject our arguments; so it drafts without retrieval.
-        ours = ("neighbor_input_ids", "neighbor_attention_mask", "neighbor_chunk_size", "chunk_offset", "retriever")
-        rest = {name: value for name, value in model_kwargs.items() if name not in ours}
+        rest = {name: value for name, value in model_kwargs.items() if name not in ARGUMENT_NAMES}
         return super()._get_candidate_generator(*args, model_kwargs=rest, **kwargs)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any):

@@ -26,8 +26,8 @@ from .retriever_protocol_retro import RetroLookup, check_neighbors, check_plain,
 logger = logging.get_logger(__name__)
 
 
-_ARGUMENTS = ("neighbor_input_ids", "neighbor_attention_mask", "neighbor_chunk_size", "chunk_offset", "retriever")
-
+ARGUMENT_NAMES = ("neighbor_input_ids", "neighbor_attention_mask", "neighbor_chunk_size", "chunk_offset", "retriever")
+"""What retrieval adds to the arguments of a forward pass, and of `generate`."""
 
 RETRIEVAL_ARGUMENTS = r"""
 neighbor_input_ids (`torch.LongTensor` of shape `(batch_size, num_chunks, num_neighbors, neighbor_size)`, *optional*):
@@ -203,7 +203,7 @@ def check_names(arguments: dict[str, Any]) -> None:
     """
     for name in arguments:
         if any(part in name for part in ("neighbo", "chunk", "retr")):
-            match = next(iter(get_close_matches(name, _ARGUMENTS, 1, 0.0)))
+            match = next(iter(get_close_matches(name, ARGUMENT_NAMES, 1, 0.0)))
             raise TypeError(f"RETRO has no argument `{name}`, which would be ignored. Did you mean `{match}`?")
 
 
