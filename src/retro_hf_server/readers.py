@@ -16,8 +16,7 @@ import torch
 
 from retro_hf.answering import passage_inputs
 from retro_hf.datastore.chunks import padded
-from retro_hf.model.cache_retro import pad_to
-from retro_hf.model.retriever_protocol_retro import RetroLookup, check_neighbors
+from retro_hf.model.retriever_protocol_retro import RetroLookup, check_neighbors, stacked
 from retro_hf.passages import find_passages
 
 from .source import Source
@@ -166,9 +165,8 @@ class QuestionReader(Reader):
             try:
                 (self._found,) = find_passages(source.retriever, [self._query], source.retriever.num_neighbors)
                 source.num_lookups += 1
-            except (
-                Exception
-            ) as error:  # whatever failed, the user still gets an answer, which says that nothing was read
+            # Whatever failed, the user still gets an answer, which says that nothing was read.
+            except Exception as error:
                 self.fail(error)
         inputs = passage_inputs(
             config,
@@ -240,10 +238,7 @@ class RowLookup(RetroLookup):
             one.answer = one.reader.neighbors(one.chunk)
         for alike in _grouped([one for one in asked if one.answer is None], lambda one: one.reader.retriever):
             self._look_up(alike)
-        width = max(len(one.answer[0]) for one in asked if one.answer is not None)
-        parts = zip(*(one.answer for one in asked if one.answer is not None), strict=True)
-        ids, mask = (torch.stack([pad_to(one, width, dim=0) for one in part]) for part in parts)
-        return ids.to(chunk_input_ids.device), mask.to(chunk_input_ids.device)
+        return stacked([one.answer for one in asked if one.answer is not None], chunk_input_ids.device)
 
     def _look_up(self, asked: list[_Asked]) -> None:
         """Answer what is asked in one state of the store."""

@@ -136,6 +136,13 @@ def check_neighbors(
     return input_ids.long(), mask
 
 
+def stacked(found: list[tuple[torch.Tensor, torch.Tensor]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """The neighbors of N chunks, each as ids and mask `(k, R)`, as ids and mask `(N, K, R)`; K is the largest k, at least 1."""
+    width = max(1, *(len(ids) for ids, _ in found))  # at least one, if only to be masked
+    ids, mask = (torch.stack([pad_to(row, width, dim=0) for row in rows]) for rows in zip(*found, strict=True))
+    return ids.to(device), mask.to(device)
+
+
 class RetroLookup:
     """The retriever of one forward pass or one call of `generate`.
 
@@ -242,9 +249,7 @@ class RetroLookup:
                 f"The retriever returned neighbors of {sizes[0]} and of {sizes[1]} tokens; the neighbor_size of a "
                 "retriever must not change while generating."
             )
-        width = max(1, *(len(ids) for ids, _ in found))  # at least one, if only to be masked
-        ids, mask = (torch.stack([pad_to(row, width, dim=0) for row in rows]) for rows in zip(*found, strict=True))
-        return ids.to(chunk_input_ids.device), mask.to(chunk_input_ids.device)
+        return stacked(found, chunk_input_ids.device)
 
     def _ask(self, look_up: Callable, arguments: tuple, what: str, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         try:
