@@ -42,11 +42,8 @@ def checked_search(
         if np.iscomplexobj(queries):  # numpy would leave the imaginary part out
             raise TypeError("complex numbers")
         queries = np.ascontiguousarray(queries, dtype=np.float32)
-    except (
-        TypeError,
-        ValueError,
-        RuntimeError,
-    ) as error:  # RuntimeError: a tensor with gradients, or elsewhere than in memory
+    # RuntimeError: a tensor with gradients, or elsewhere than in memory.
+    except (TypeError, ValueError, RuntimeError) as error:
         raise DatastoreInputError(
             f"The queries are of type {type(queries).__name__}, and no array: {error}. Pass vectors of shape (num_queries, {dim}); to look up texts, use "
             "`RetroRetriever(datastore, embedder=...).find(texts)`."

@@ -268,9 +268,8 @@ class DocumentTable:
 
     def _read(self, group: int, columns: list[str]) -> pa.Table:
         with reading(self._path), self._lock:
-            if (
-                self._process != os.getpid()
-            ):  # a thread of the parent may have been reading when this process was forked
+            # A thread of the parent may have been reading when this process was forked.
+            if self._process != os.getpid():
                 self._file, self._process = self._open(), os.getpid()
             # One small group: threads would cost more than they save, and they do not survive a fork.
             table = self._file.read_row_group(group, columns=columns, use_threads=False)
