@@ -360,8 +360,8 @@ def _linked_shard(
     datastore: RetroDatastore, shard: Shard, folder: Path, name: str, leave_out: tuple[str, ...] = ()
 ) -> Iterator[FileEntry]:
     """Link the files of a shard into a folder, under the name that the shard has there."""
-    for entry in datastore.manifest.files:
-        if entry.shard == shard.entry.name and entry.kind not in leave_out:
+    for entry in shard.files.values():
+        if entry.kind not in leave_out:
             renamed = dataclasses.replace(entry, name=SHARD_FILES[entry.kind].format(name), shard=name)
             link_or_copy(datastore.path / entry.name, folder / renamed.name)
             yield renamed

@@ -44,9 +44,9 @@ def neighbor_source(datastore: RetroDatastore, num_neighbors: int) -> str:
     It has one digest per shard, because appending to a datastore does not change the chunk ids of its first shards.
     """
     manifest = datastore.manifest
-    shards = []
+    shards, files = [], manifest.files_by_shard()
     for shard in manifest.shards:
-        digests = {entry.kind: entry.sha256 for entry in manifest.files if entry.shard == shard.name}
+        digests = {kind: entry.sha256 for kind, entry in files[shard.name].items()}
         stream = [digests.get(kind, "") for kind in ("tokens", "doc_offsets", "doc_lengths", "chunk_starts")]
         # Datasets on disk have this very digest, so it must not change.
         shards.append(hashlib.sha256(" ".join(stream).encode()).hexdigest()[:16])
