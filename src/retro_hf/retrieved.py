@@ -36,13 +36,15 @@ class RetrievalResult:
 class RetrievedNeighbor:
     """One readable neighbor: its chunk, its score (bigger is nearer), its document, its text and its continuation.
 
-    `metric` says what the score is: `"inner_product"` of unit vectors, `"bm25"`, or `"reciprocal_rank_fusion"`.
+    `source` is where the document comes from, such as its file; it may be empty. `metric` says what the score is:
+    `"inner_product"` of unit vectors, `"bm25"`, or `"reciprocal_rank_fusion"`.
     """
 
     chunk_id: int
     score: float
     document_id: str
     title: str
+    source: str
     text: str
     continuation: str
     metric: str

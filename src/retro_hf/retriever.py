@@ -398,7 +398,7 @@ class RetroRetriever:
                 text, continuation = next(texts)
                 document = self.datastore.document(int(owners[row, column]))
                 chunk_id, score = int(ids[column]), float(found.scores[row, column])
-                names = document["id"], document["title"]
+                names = document["id"], document["title"], document["source"]
                 trace.append(RetrievedNeighbor(chunk_id, score, *names, text, continuation, self.searcher.metric))
             traces.append(trace)
         return traces

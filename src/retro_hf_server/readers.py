@@ -5,7 +5,6 @@ found once.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -17,7 +16,8 @@ import torch
 from retro_hf.answering import passage_inputs
 from retro_hf.datastore.chunks import padded
 from retro_hf.model.retriever_protocol_retro import RetroLookup, check_neighbors, stacked
-from retro_hf.passages import find_passages
+from retro_hf.passages import Passage, find_passages
+from retro_hf.retrieved import RetrievedNeighbor
 
 from .source import Source
 
@@ -54,7 +54,7 @@ class ChunkRead:
         first_token (`int`): the first token of the answer that was written while these passages were read.
         first_character (`int`): where that token begins in the text of the answer.
         is_read (`bool`): whether the answer's tokens read them. Passages of earlier chunks of the prompt are read by the prompt.
-        passages (`list[dict]`): best first.
+        passages (`list[dict]`): best first, all with the same fields.
     """
 
     query: str
@@ -133,7 +133,7 @@ class TextReader(Reader):
 
     def note(self, chunk: int, tokens: list[int], found: Sequence[Any]) -> None:
         """Remember what was found for a chunk of these tokens, until `reads` tells it."""
-        self._new[chunk] = self._tokenizer.decode(tokens), [dataclasses.asdict(neighbor) for neighbor in found]
+        self._new[chunk] = self._tokenizer.decode(tokens), [_told(one, one.continuation, one.metric) for one in found]
 
     def reads(self, num_written: int, length: int) -> list[ChunkRead]:
         """All chunks of the prompt at first, then the chunk that has just been completed."""
@@ -187,8 +187,15 @@ class QuestionReader(Reader):
         """All passages, at the beginning."""
         if num_written or self.error is not None:
             return []
-        passages = [dataclasses.asdict(one) | {"continuation": "", "metric": self._metric} for one in self._found]
+        passages = [_told(one, "", self._metric) for one in self._found]
         return [ChunkRead(self._query, 0, 0, True, passages)]
+
+
+def _told(found: Passage | RetrievedNeighbor, continuation: str, metric: str) -> dict[str, Any]:
+    """What a client is told of a passage, in a chat and in a completion alike."""
+    names = ("document_id", "title", "source", "text")
+    told: dict[str, Any] = {name: getattr(found, name) for name in names}
+    return told | {"continuation": continuation, "score": found.score, "metric": metric}
 
 
 def reader_for(source: Source, model: Any, prompt: Prompt, tokenizer: Any, max_new_tokens: int) -> Reader:

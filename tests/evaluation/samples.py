@@ -146,6 +146,7 @@ def sample_trace() -> Trace:
         "chunk_id": 5,
         "document_id": HOSTILE,
         "title": HOSTILE,
+        "source": HOSTILE,
         "text": f"And the river shall bring forth frogs {HOSTILE}",
         "continuation": ", which shall go up and come",
         "metric": "inner_product",

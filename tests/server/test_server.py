@@ -2,10 +2,12 @@
 
 import contextlib
 import json
+import re
 import shutil
 import socket
 import threading
 import time
+from pathlib import Path
 from urllib.parse import quote
 
 import openai
@@ -15,6 +17,7 @@ from server.serving import make_parts, serving
 from retro_hf import RetroDatastore
 
 
+DOCS = Path(__file__).parents[2] / "docs"
 MESSAGES = [{"role": "user", "content": "the golden lighthouse"}]
 
 
@@ -60,6 +63,28 @@ def test_the_openai_client_chats_and_is_told_what_was_read(client):
     assert read["tokens"] == [0, 12]
     assert read["characters"] == [0, len(answer.choices[0].message.content)]
     assert read["passages"][0]["document_id"].startswith("doc-")
+
+
+def test_the_documentation_names_each_field_of_what_was_read_once(client):
+    """Of a chat and of a completion, which tell their passages in one shape."""
+    chat = client.chat.completions.create(model="tiny", messages=MESSAGES, max_tokens=12)
+    text = client.completions.create(model="tiny", prompt="the golden lighthouse", max_tokens=12)
+    table = (DOCS / "serving.md").read_text().split("## What was read")[1].split("In a stream")[0]
+    named = [name for row in re.findall(r"^\|(.+?)\|", table, re.MULTILINE) for name in re.findall("`(.+?)`", row)]
+    for answer in (chat, text):
+        assert sorted(fields_of(answer.retrieval) | {"message"}) == sorted(named)
+
+
+def fields_of(value):
+    """The names of all fields of a JSON value; all entries of a list must have the same ones."""
+    if isinstance(value, list):
+        (names,) = {frozenset(fields_of(one)) for one in value} or {frozenset()}
+        return set(names)
+    return (
+        {name for field, part in value.items() for name in {field, *fields_of(part)}}
+        if isinstance(value, dict)
+        else set()
+    )
 
 
 def test_a_streamed_answer_is_the_whole_answer_in_pieces(client):
