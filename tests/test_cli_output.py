@@ -79,6 +79,21 @@ def test_nothing_below_a_score_is_read(world, caplog):
     assert "have no neighbor (100%)" in caplog.text
 
 
+def test_a_document_with_an_id_of_its_own_is_shown_with_its_file(world, tmp_path):
+    """Otherwise nobody knows where to look; an id that begins with the file says it already."""
+    texts, store = tmp_path / "texts", tmp_path / "store"
+    texts.mkdir()
+    (texts / "faq.csv").write_text("id,title,text\n17,Frogs,the frogs came up\n")
+    (texts / "list.csv").write_text("text\nthe king reads\n")
+    encoder = ("--embedder", world / "encoder")
+    retro("build", texts, "-o", store, "--tokenizer", world / "model", *encoder, "--chunk-size", CHUNK_SIZE)
+    asked = retro("ask", world / "model", "frogs", "--store", store, *encoder, "--max-new-tokens", 2)
+    found = retro("search", store, "frogs", *encoder)
+    for printed in (asked, found):
+        assert "17  Frogs  (faq.csv)\n" in printed
+        assert printed.count("list.csv") == 1
+
+
 def test_search_by_words_says_why_nothing_was_found(world):
     printed = retro("search", world / "store", "图书馆", "--bm25")
     assert "no chunk has a word of the query" in printed

@@ -74,4 +74,4 @@ def ask(
             + ("" if min_score is None else " Lower --min-score?")
         )
     for source in result.sources:
-        say_passage(source.score, source.document_id, source.title, source.text)
+        say_passage(source.score, source.document_id, source.title, source.source, source.text)

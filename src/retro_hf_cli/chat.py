@@ -107,5 +107,6 @@ def _answer(engine: Any, prompt: Any, sampling: Any, retrieve: bool) -> str:
             if event.retrieval == "unavailable":
                 say(f"  written without the store: {event.message}", err=True)
             for passage in passages:
-                say_passage(passage["score"], passage["document_id"], passage["title"], passage["text"])
+                names = ("score", "document_id", "title", "source", "text")
+                say_passage(*(passage[name] for name in names))
             return text

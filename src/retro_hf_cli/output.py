@@ -33,16 +33,23 @@ def one_line(text: str) -> str:
 
 
 def say_neighbor(neighbor: Any, indent: str = "") -> None:
-    """Print a neighbor that was found: score, document and title, then the text and its continuation."""
-    say(f"{indent}{neighbor.score:.3f}  {one_line(neighbor.document_id)}  {one_line(neighbor.title)}")
+    """Print a neighbor that was found: score and document, then the text and its continuation."""
+    document = _named(neighbor.document_id, neighbor.title, neighbor.source)
+    say(f"{indent}{neighbor.score:.3f}  {one_line(document)}")
     say(f"{indent}    {one_line(neighbor.text)}\n{indent}  → {one_line(neighbor.continuation)}")
 
 
-def say_passage(score: float, document_id: str, title: str, text: str) -> None:
+def say_passage(score: float, document_id: str, title: str, source: str, text: str) -> None:
     """Print a passage that was read: its score and document, and its text on one line."""
-    heading = f"  [{score:.2f}] {document_id}" + (f"  {title}" if title else "")
+    heading = f"  [{score:.2f}] {_named(document_id, title, source)}"
     say(plain(heading).replace("\n", " "))
     say(f"      {' '.join(text.split())}")
+
+
+def _named(document_id: str, title: str, source: str) -> str:
+    """A document in a line: its id, its title, and its source, unless the id begins with that, as `notes.csv:7` does."""
+    place = "" if document_id == source or document_id.startswith(f"{source}:") else source
+    return "  ".join(filter(None, (document_id, title, place and f"({place})")))
 
 
 def say_json(value: Any) -> None:
