@@ -26,7 +26,7 @@ def put(monkeypatch, tmp_path):
     return put
 
 
-def test_model_and_pipeline_open_the_datastore_of_the_config(tmp_path, put):
+def test_model_and_pipeline_open_the_datastore_of_the_config(tmp_path, put, caplog):
     """By its name on the Hub, or by the folder that the caller names."""
     world = make_world(tmp_path)
     make_encoder(tmp_path / "encoder")
@@ -59,6 +59,12 @@ def test_model_and_pipeline_open_the_datastore_of_the_config(tmp_path, put):
     expected = loaded.generate(ids, max_new_tokens=12, do_sample=False)
     assert written["generated_text"] == writer.tokenizer.decode(expected[0], skip_special_tokens=True)
     assert AutoModelForCausalLM.from_pretrained("org/model").retriever is None
+    # Without it, the pipeline answers from the model alone, and tells once how to open the datastore.
+    alone = pipeline("text-generation", model="org/model")
+    for _ in range(2):
+        alone(text, max_new_tokens=2, do_sample=False)
+    (told,) = [record for record in caplog.records if "Generating without retrieval" in record.getMessage()]
+    assert told.levelname == "WARNING" and "model_kwargs={'retriever': 'config'}" in told.getMessage()
     # The caller may name another, such as a local folder.
     named = {"retriever": "config", "retriever_name_or_path": str(tmp_path / "named")}
     own = pipeline("text-generation", model="org/model", model_kwargs=named)

@@ -71,7 +71,8 @@ class RetroGenerationMixin(GenerationMixin):
         if retriever is None and not given and self.config.retriever_name_or_path:
             logger.warning_once(
                 f"Generating without retrieval: this model was trained with '{self.config.retriever_name_or_path}'. Open it "
-                "with `from_pretrained(..., retriever='config')`, or pass `retriever=`."
+                "with `from_pretrained(..., retriever='config')` (`pipeline(..., model_kwargs={'retriever': 'config'})`), or "
+                "pass `retriever=`."
             )
         lookup = self.model._lookup(retriever)
         if lookup is not None and lookup is not retriever:
