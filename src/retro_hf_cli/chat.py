@@ -13,7 +13,10 @@ from .output import say, say_passage
 
 commands = typer.Typer()
 
-_COMMANDS = "/new forgets the conversation, /off and /on switch the store, and an empty line or Ctrl-D ends the chat."
+_COMMANDS = (
+    "/off goes to a conversation without the store, /on back to the one with it, /new forgets both, and an empty line or Ctrl-D "
+    "ends the chat."
+)
 
 
 @commands.command(rich_help_panel="Model", epilog="retro chat model --store store")
@@ -31,11 +34,13 @@ def chat(
 ) -> None:
     """Chat with a model in the terminal. After each answer, the passages that it read are shown.
 
-    /new forgets the conversation, /off and /on switch the store, and an empty line or Ctrl-D ends the chat.
+    /off goes to a conversation without the store, /on back to the one with it, /new forgets both, and an empty line or Ctrl-D
+    ends the chat. To compare, ask the same in both: neither knows the answers of the other.
     """
     from retro_hf import extras
 
     extras.load("fastapi", "`retro chat`")
+    from retro_hf.errors import counted
     from retro_hf_server.engine import Engine
     from retro_hf_server.jobs import Sampling
     from retro_hf_server.prompts import Prompts
@@ -48,21 +53,25 @@ def chat(
     engine = Engine(loaded, tokenizer, Source(retriever, tokenizer, loaded.config.chunk_size))
     prompts = Prompts(engine, max_new_tokens)
     sampling = Sampling(max_new_tokens, temperature, seed=seed)
-    messages: list[dict[str, str]] = []
+    # Two, because an answer that was written with passages would tell them to those that are written without.
+    conversations: dict[bool, list[dict[str, str]]] = {True: [], False: []}
     retrieve = True
     say(_COMMANDS, err=True)
     while said := _turn():
         if said == "/new":
-            messages = []
-            say("  The conversation is forgotten.", err=True)
+            conversations = {True: [], False: []}
+            say("  Both conversations are forgotten.", err=True)
             continue
         if said in ("/on", "/off"):
             retrieve = said == "/on"
-            say(f"  The store is {said[1:]}.", err=True)
+            turns = counted(len(conversations[retrieve]) // 2, "turn")
+            which = "with" if retrieve else "without"
+            say(f"  The store is {said[1:]}. The conversation {which} it has {turns} so far.", err=True)
             continue
         if said.startswith("/"):
             say(f"  {said.split()[0]} is not a command. {_COMMANDS}", err=True)
             continue
+        messages = conversations[retrieve]
         messages.append({"role": "user", "content": said})
         prompt = prompts.prompt(messages, said)
         if engine.context_size is not None and len(prompt.tokens) + max_new_tokens > engine.context_size:

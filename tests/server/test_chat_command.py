@@ -40,6 +40,22 @@ def test_a_chat_answers_and_names_what_was_read(world):
     assert "\x1b" not in result.stdout
 
 
+def answers(result):
+    """The lines of a chat that are answers: each on a line of its own, before its passages."""
+    return [line for line in result.stdout.splitlines() if not line.startswith("  ")]
+
+
+def test_a_chat_with_and_without_the_store_are_two_conversations(world):
+    """So that a comparison is fair: what is asked without the store knows no answer that was written with it."""
+    options = ("--max-new-tokens", 6)
+    both = answers(chat(world, "golden lighthouse\n/off\na king\n/on\na ship\n", *options))
+    assert both[1:2] == answers(chat(world, "/off\na king\n", *options))
+    assert both[::2] == answers(chat(world, "golden lighthouse\na ship\n", *options))
+    assert both[2:] != answers(chat(world, "a ship\n", *options))
+    forgotten = answers(chat(world, "golden lighthouse\n/off\na king\n/new\n/on\na ship\n", *options))
+    assert forgotten[2:] == answers(chat(world, "a ship\n", *options))
+
+
 def test_a_chat_without_room_says_how_to_go_on(world):
     """Instead of cutting the conversation silently."""
     result = chat(world, f"{'king ' * 300}\n/new\na king\n", "--max-new-tokens", 6)
