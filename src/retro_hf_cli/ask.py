@@ -9,7 +9,6 @@ from . import paths
 from .model import load_reader, tokenizer_of
 from .options import (
     DEFAULT_EMBEDDER,
-    MODEL,
     STORE,
     TEXTS,
     AsJson,
@@ -17,6 +16,7 @@ from .options import (
     Embedder,
     Encoding,
     MinScore,
+    Model,
     Split,
     open_retriever,
     readable,
@@ -31,10 +31,10 @@ commands = typer.Typer()
     rich_help_panel="Model", epilog='retro ask HuggingFaceTB/SmolLM2-135M-Instruct "Who wrote it?" --texts notes/'
 )
 def ask(
-    model: Annotated[str, typer.Argument(help=MODEL)],
+    model: Model,
     question: Annotated[str, typer.Argument(help="The question.")],
-    store: Annotated[str | None, typer.Option(help=STORE)] = None,
-    texts: Annotated[Path | None, typer.Option(help=f"Instead of a datastore: {TEXTS}")] = None,
+    store: Annotated[str | None, typer.Option(callback=paths.store, help=STORE)] = None,
+    texts: Annotated[Path | None, typer.Option(callback=paths.source, help=f"Instead of a datastore: {TEXTS}")] = None,
     embedder: Embedder = None,
     passages: Annotated[int, typer.Option("--passages", "-k", min=1, help="Number of passages to read.")] = 2,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Largest number of tokens in the answer.")] = 64,
@@ -47,8 +47,6 @@ def ask(
     """Answer a question from a datastore or from texts, and show the passages that were read."""
     if (store is None) == (texts is None):
         raise ValueError("Give exactly one of --store (a datastore) and --texts (documents, for a few of them).")
-    if texts is not None:
-        paths.source(texts)
 
     import dataclasses
 

@@ -6,8 +6,9 @@ from typing import Annotated, Any
 
 import typer
 
+from . import paths
 from .model import open_model
-from .options import MODEL, STORE, Base, Dtype, Embedder, MinScore, NumNeighbors, readable
+from .options import STORE, Base, Dtype, Embedder, MinScore, Model, NumNeighbors, readable
 from .output import say, say_passage
 
 
@@ -21,8 +22,8 @@ _COMMANDS = (
 
 @commands.command(rich_help_panel="Model", epilog="retro chat model --store store")
 def chat(
-    model: Annotated[str, typer.Argument(help=MODEL)],
-    store: Annotated[str, typer.Option(help=STORE)],
+    model: Model,
+    store: Annotated[str, typer.Option(callback=paths.store, help=STORE)],
     embedder: Embedder = None,
     num_neighbors: NumNeighbors = None,
     min_score: MinScore = None,

@@ -9,7 +9,6 @@ import typer
 from . import paths
 from .options import (
     DEFAULT_EMBEDDER,
-    STORE,
     AsJson,
     Embedder,
     Encoding,
@@ -17,6 +16,7 @@ from .options import (
     MinScore,
     Source,
     Split,
+    StoreName,
     Workers,
     open_retriever,
     readable,
@@ -32,9 +32,12 @@ commands = typer.Typer()
 def build(
     source: Source,
     output: Annotated[Path, typer.Option("--output", "-o", callback=paths.output, help="The folder to write.")],
-    tokenizer: Annotated[str, typer.Option(help="The tokenizer of the language model: a folder or a Hub name.")],
+    tokenizer: Annotated[
+        str,
+        typer.Option(callback=paths.tokenizer, help="The tokenizer of the language model: a folder or a Hub name."),
+    ],
     embedder: Annotated[
-        str, typer.Option(help="The encoder that makes the keys: a folder or a Hub name.")
+        str, typer.Option(callback=paths.embedder, help="The encoder that makes the keys: a folder or a Hub name.")
     ] = DEFAULT_EMBEDDER,
     chunk_size: Annotated[int, typer.Option(min=1, help="Tokens per chunk. It must be the model's.")] = 64,
     neighbor_size: Annotated[
@@ -161,7 +164,7 @@ def compact(store: Folder) -> None:
 
 @commands.command(rich_help_panel="Datastore", epilog='retro search store "frogs came up" -k 3')
 def search(
-    store: Annotated[str, typer.Argument(help=STORE)],
+    store: StoreName,
     query: Annotated[str, typer.Argument(help="The text to look up.")],
     num_neighbors: Annotated[int, typer.Option("-k", min=1, help="Number of passages to show.")] = 2,
     embedder: Embedder = None,
@@ -206,7 +209,8 @@ def inspect(
     embedder: Annotated[
         str | None,
         typer.Option(
-            help="The encoder that built the datastore. With it, also check what it cuts off or does not know."
+            callback=paths.embedder,
+            help="The encoder that built the datastore. With it, also check what it cuts off or does not know.",
         ),
     ] = None,
     as_json: AsJson = False,

@@ -8,15 +8,15 @@ from typing import Annotated, Any
 import typer
 
 from . import paths
-from .model import open_model
+from .model import check_alone, open_model
 from .options import (
-    MODEL,
     AsJson,
     Base,
     Dtype,
     Embedder,
     Encoding,
     MinScore,
+    Model,
     NumNeighbors,
     Split,
     tell_progress,
@@ -26,13 +26,20 @@ from .output import say, say_json
 
 commands = typer.Typer()
 
+MODES = ("off", "on", "random", "shuffled", "oracle", "in_context")  # also in `retro_hf.evaluation`
 # Documents that a report shows token by token.
 _TRACED = 3
 
 
+def _known_modes(modes: str) -> str:
+    if unknown := [mode for mode in _parsed("--modes", modes, str) if mode not in MODES]:
+        raise typer.BadParameter(f"There is no mode {', '.join(unknown)}. Choose from {', '.join(MODES)}.")
+    return modes
+
+
 @commands.command(rich_help_panel="Model", epilog="retro evaluate model heldout.jsonl --store store -o results")
 def evaluate(
-    model: Annotated[str, typer.Argument(help=MODEL)],
+    model: Model,
     texts: Annotated[
         Path,
         typer.Argument(
@@ -42,11 +49,17 @@ def evaluate(
         ),
     ],
     store: Annotated[
-        str | None, typer.Option(help="A datastore: a folder, or a Hub name. Without one, only OFF is measured.")
+        str | None,
+        typer.Option(
+            callback=paths.store, help="A datastore: a folder, or a Hub name. Without one, only OFF is measured."
+        ),
     ] = None,
     embedder: Embedder = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="The folder for results. A stopped run resumes there.")
+        Path | None,
+        typer.Option(
+            "--output", "-o", callback=paths.folder, help="The folder for results. A stopped run resumes there."
+        ),
     ] = None,
     report: Annotated[
         bool, typer.Option("--report", help="Also write an HTML page and pictures there. Needs matplotlib.")
@@ -55,7 +68,8 @@ def evaluate(
     modes: Annotated[
         str,
         typer.Option(
-            help="What to measure. Also possible: in_context, the neighbors in the prompt of the base. It is slow."
+            callback=_known_modes,
+            help="What to measure. Also possible: in_context, the neighbors in the prompt of the base. It is slow.",
         ),
     ] = "off,on,random,shuffled,oracle",
     num_neighbors_sweep: Annotated[
@@ -98,6 +112,7 @@ def evaluate(
     """
     if report and output is None:
         raise ValueError("--report writes into the folder of results, but there is none: add --output FOLDER.")
+    check_alone(model, store)
     numbers, shares = _parsed("--sweep-k", num_neighbors_sweep, int), _parsed("--fractions", fractions, float)
 
     from rich.console import Console

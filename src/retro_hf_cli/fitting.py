@@ -18,14 +18,22 @@ commands = typer.Typer()
 )
 def fit(
     base: Annotated[
-        str, typer.Argument(help="Folder or Hub name of a decoder-only model, or of a RETRO adapter to train further.")
+        str,
+        typer.Argument(
+            callback=paths.model,
+            help="Folder or Hub name of a decoder-only model, or of a RETRO adapter to train further.",
+        ),
     ],
     texts: Annotated[Path, typer.Option(callback=paths.source, help=f"Documents to train on. {TEXTS}")],
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="The folder of the adapter. A stopped fit resumes there.")
+        Path,
+        typer.Option(
+            "--output", "-o", callback=paths.folder, help="The folder of the adapter. A stopped fit resumes there."
+        ),
     ],
     store: Annotated[
-        str | None, typer.Option(help=f"{STORE} Without one, OUTPUT/store is built from the texts.")
+        str | None,
+        typer.Option(callback=paths.store, help=f"{STORE} Without one, OUTPUT/store is built from the texts."),
     ] = None,
     embedder: Embedder = None,
     minutes: Annotated[
@@ -38,7 +46,7 @@ def fit(
     ] = 24,
     seed: Annotated[int, typer.Option(min=0, help="Seed of all random choices.")] = 0,
     backbone: Annotated[
-        str | None, typer.Option("--base", help="Folder of the base of an adapter to go on with.")
+        str | None, typer.Option("--base", callback=paths.base, help="Folder of the base of an adapter to go on with.")
     ] = None,
 ) -> None:
     """Train a reader on your documents, and measure it on documents that it held out.

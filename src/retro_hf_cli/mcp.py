@@ -1,20 +1,17 @@
 """The command that gives a datastore to agents: mcp."""
 
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
-from .options import STORE, Embedder, MinScore, open_retriever
+from .options import Embedder, MinScore, StoreName, open_retriever
 
 
 commands = typer.Typer()
 
 
 @commands.command(rich_help_panel="Datastore", epilog="retro mcp store")
-def mcp(
-    store: Annotated[str, typer.Argument(help=STORE)], embedder: Embedder = None, min_score: MinScore = None
-) -> None:
+def mcp(store: StoreName, embedder: Embedder = None, min_score: MinScore = None) -> None:
     """Let agents search a datastore, through the Model Context Protocol on standard input and output.
 
     Put the command into the settings of the agent: {"command": "/path/to/retro", "args": ["mcp", "/path/to/store"]}. The agent

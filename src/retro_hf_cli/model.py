@@ -6,7 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import MODEL, STORE, Base, Embedder, MinScore, open_retriever, readable
+from . import paths
+from .options import STORE, Base, Embedder, MinScore, Model, open_retriever, readable
 from .output import one_line, say, say_neighbor
 
 
@@ -15,9 +16,11 @@ commands = typer.Typer()
 
 @commands.command(rich_help_panel="Model", epilog='retro generate model "In the beginning" --store store')
 def generate(
-    model: Annotated[str, typer.Argument(help=MODEL)],
+    model: Model,
     prompt: Annotated[str, typer.Argument(help="The text to continue.")],
-    store: Annotated[str | None, typer.Option(help=f"{STORE} Without one, retrieval is off.")] = None,
+    store: Annotated[
+        str | None, typer.Option(callback=paths.store, help=f"{STORE} Without one, retrieval is off.")
+    ] = None,
     embedder: Embedder = None,
     min_score: MinScore = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Largest number of new tokens.")] = 64,
@@ -26,6 +29,7 @@ def generate(
     base: Base = None,
 ) -> None:
     """Continue a text, with or without a datastore, and show the passages that were read."""
+    check_alone(model, store)
     tokenizer = tokenizer_of(model, base)
     retriever = None if store is None else open_retriever(store, embedder, tokenizer, min_score)
     inputs = tokenizer(readable(prompt), return_tensors="pt", return_token_type_ids=False)
@@ -66,8 +70,8 @@ def _show_read(trace: list[dict[str, Any]], tokenizer: Any) -> None:
 
 @commands.command(rich_help_panel="Model", epilog="retro retrofit org/base -o my-retro")
 def retrofit(
-    base: Annotated[str, typer.Argument(help="Folder or Hub name of a decoder-only model.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")],
+    base: Annotated[str, typer.Argument(callback=paths.model, help="Folder or Hub name of a decoder-only model.")],
+    output: Annotated[Path, typer.Option("--output", "-o", callback=paths.folder, help="The folder to write.")],
     chunk_size: Annotated[int, typer.Option(min=1, help="Tokens per chunk.")] = 64,
     adapter_only: Annotated[
         bool, typer.Option("--adapter-only", help="Save only the added weights, and the name of the base.")
@@ -102,8 +106,6 @@ def open_model(
     """
     import torch
 
-    if dtype not in ("auto", "float32", "bfloat16"):
-        raise ValueError(f"--dtype is {dtype!r}, but it is float32, bfloat16 or auto.")
     tokenizer = tokenizer_of(name, base)
     retriever = None if store is None else open_retriever(store, embedder, tokenizer, min_score)
     if retriever is not None and num_neighbors is not None:
@@ -148,12 +150,31 @@ def load_reader(name: str, retriever: Any, base: str | None = None) -> Any:
 
     from retro_hf import retrofit
 
-    if retriever is None or base is not None or _config_of(name, base).model_type == "retro":
+    family = _config_of(name, base).model_type
+    if retriever is None:
+        _check_reads(name, family)
+    if base is not None or family == "retro":
         model = load_model(name, base)
     else:
         sizes = {"chunk_size": retriever.chunk_size, "neighbor_size": retriever.neighbor_size}
         model = retrofit(name, reader="parallel_context", **sizes)
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def check_alone(name: str, store: str | None) -> None:
+    """Check that a model needs no store if it gets none, as far as its folder tells without loading anything."""
+    family = paths.family(name)
+    if store is None and family is not None:
+        _check_reads(name, family)
+
+
+def _check_reads(name: str, family: str) -> None:
+    if family != "retro":
+        raise ValueError(
+            f"'{name}' is a model of the family '{family}', not a RETRO model. If it is a decoder-only language model, it can "
+            "read a datastore without training: add `--store`. For the paper's reader, make a RETRO model of it with `retro "
+            "fit`, or with `retro retrofit` and training of your own."
+        )
 
 
 def load_model(name: str, base: str | None = None) -> Any:
@@ -170,9 +191,8 @@ def load_model(name: str, base: str | None = None) -> Any:
     config = _config_of(name, base)
     if (family := config.model_type) != "retro":
         raise ValueError(
-            f"'{name}' is a model of the family '{family}', not a RETRO model. If it is a decoder-only language model, it can "
-            "read a datastore without training: add `--store`. For the paper's reader, make a RETRO model of it with "
-            "`retro retrofit` and train that."
+            f"'{name}' is a model of the family '{family}', not a RETRO model. Make one of it with `retro fit`, or with `retro "
+            "retrofit` and training of your own."
         )
     _check_base(name, config)
     with loading("model", name):

@@ -1,8 +1,9 @@
 """Options that several commands share, and what opens the things that they name."""
 
+import codecs
 import logging
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -14,14 +15,35 @@ STORE = "A datastore: its folder, or a dataset repository on the Hub."
 Folder = Annotated[Path, typer.Argument(callback=paths.datastore, help="The folder of a datastore.")]
 TEXTS = "A folder of texts, or a .txt, .md, .html, .csv, .tsv, .json, .jsonl, .parquet or .pdf file, also as .gz."
 Source = Annotated[Path, typer.Argument(callback=paths.source, help=TEXTS)]
+StoreName = Annotated[str, typer.Argument(callback=paths.store, help=STORE)]
 Embedder = Annotated[
-    str | None, typer.Option(help="The encoder that built the datastore. Needed if it was a local folder.")
+    str | None,
+    typer.Option(
+        callback=paths.embedder, help="The encoder that built the datastore. Needed if it was a local folder."
+    ),
 ]
+
+
+def _known_encoding(name: str | None) -> str | None:
+    try:
+        codecs.lookup(name or "utf-8")
+    except LookupError:
+        raise typer.BadParameter(
+            f"Python knows no encoding {name!r}. Pass one such as cp1252, utf-16-le or shift_jis."
+        ) from None
+    return name
+
+
 Encoding = Annotated[
-    str | None, typer.Option(help="The encoding of texts without a byte order mark, such as cp1252. Default: UTF-8.")
+    str | None,
+    typer.Option(
+        callback=_known_encoding,
+        help="The encoding of texts without a byte order mark, such as cp1252. Default: UTF-8.",
+    ),
 ]
 Split = Annotated[
-    str | None, typer.Option(help="Make several documents of each file: by line, paragraph (blank lines) or heading.")
+    Literal["line", "paragraph", "heading"] | None,
+    typer.Option(help="Make several documents of each file: by line, paragraph (blank lines) or heading."),
 ]
 MinScore = Annotated[
     float | None,
@@ -29,11 +51,17 @@ MinScore = Annotated[
 ]
 Workers = Annotated[int, typer.Option(min=1, help="Number of processes that share the work.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-MODEL = "Folder or Hub name of a RETRO model, or of another decoder-only model, which then reads in parallel context."
+_MODEL = "Folder or Hub name of a RETRO model, or of another decoder-only model, which then reads in parallel context."
+Model = Annotated[str, typer.Argument(callback=paths.model, help=_MODEL)]
 Base = Annotated[
-    str | None, typer.Option(help="Folder of the base of an adapter that does not name it, or that has moved.")
+    str | None,
+    typer.Option(
+        callback=paths.base, help="Folder of the base of an adapter that does not name it, or that has moved."
+    ),
 ]
-Dtype = Annotated[str, typer.Option(help="Dtype of the weights: float32, bfloat16, or auto for the checkpoint's.")]
+Dtype = Annotated[
+    Literal["auto", "float32", "bfloat16"], typer.Option(help="Dtype of the weights. auto: the checkpoint's.")
+]
 NumNeighbors = Annotated[
     int | None,
     typer.Option(

@@ -27,7 +27,10 @@ def push(
     ] = None,
     evaluation: Annotated[
         Path | None,
-        typer.Option(help="The folder of `retro evaluate -o`. Its numbers go into the card of the model."),
+        typer.Option(
+            callback=paths.evaluation,
+            help="The folder of `retro evaluate -o`. Its numbers go into the card of the model.",
+        ),
     ] = None,
 ) -> None:
     """Upload a datastore (as a dataset) or a model to the Hub, with a card.

@@ -5,8 +5,9 @@ from typing import Annotated
 
 import typer
 
-from .model import open_model
-from .options import MODEL, STORE, Base, Dtype, Embedder, MinScore, NumNeighbors
+from . import paths
+from .model import check_alone, open_model
+from .options import STORE, Base, Dtype, Embedder, MinScore, Model, NumNeighbors
 from .output import say
 
 
@@ -15,8 +16,10 @@ commands = typer.Typer()
 
 @commands.command(rich_help_panel="Model", epilog="retro serve model --store store --port 8000")
 def serve(
-    model: Annotated[str, typer.Argument(help=MODEL)],
-    store: Annotated[str | None, typer.Option(help=f"{STORE} Without one, retrieval is off.")] = None,
+    model: Model,
+    store: Annotated[
+        str | None, typer.Option(callback=paths.store, help=f"{STORE} Without one, retrieval is off.")
+    ] = None,
     embedder: Embedder = None,
     num_neighbors: NumNeighbors = None,
     min_score: MinScore = None,
@@ -54,21 +57,24 @@ def serve(
 
     The page is at /, the API at /v1. After SIGTERM or Ctrl-C, the server finishes the running answers first.
     """
-    from retro_hf import extras
+    check_alone(model, store)
+    from retro_hf_server.address import bind, is_loopback
 
-    extras.load("fastapi", "`retro serve`")
-    extras.load("prometheus_client", "`retro serve`")
-    extras.load("uvicorn", "`retro serve`")
-    from retro_hf_server import run
-    from retro_hf_server.limits import Limits
-
-    if not run.is_loopback(host) and not api_key:
+    if not is_loopback(host) and not api_key:
         raise ValueError(
             f"On the address {host}, other machines could use the model and read the store. Set a key with `--api-key` or in "
             "the variable RETRO_API_KEY, or leave out `--host`."
         )
-    listening = run.bind(host, port)  # what is taken shows before the model is loaded
+    listening = bind(host, port)  # what is taken shows before anything is loaded
     try:
+        from retro_hf import extras
+
+        extras.load("fastapi", "`retro serve`")
+        extras.load("prometheus_client", "`retro serve`")
+        extras.load("uvicorn", "`retro serve`")
+        from retro_hf_server import run
+        from retro_hf_server.limits import Limits
+
         loaded, tokenizer, retriever = open_model(model, store, embedder, num_neighbors, dtype, min_score, base)
         address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
         served = name or os.path.basename(os.path.normpath(model))

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import socket
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
 from retro_hf.errors import counted
 
+from .address import LOOPBACK, is_loopback
 from .app import make_app
 from .connections import connections
 from .engine import Engine
@@ -21,48 +21,12 @@ from .source import Source
 
 
 if TYPE_CHECKING:
+    import socket
     from types import FrameType
 
     from retro_hf import RetroRetriever
 
 logger = logging.getLogger(__name__)
-
-_LOOPBACK = {"127.0.0.1", "::1", "localhost"}
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can call a server at this address."""
-    return host in _LOOPBACK or host.startswith("127.")
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """
-    A listening socket.
-
-    Raises:
-        OSError: if the address is taken or is none of this machine; the message has the remedy.
-    """
-    family, kind, protocol, _, address = _resolved(host, port)
-    listening = socket.socket(family, kind, protocol)
-    # The port of a server that has just ended can be taken at once.
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listening.bind(address)
-        listening.listen(2048)
-    except OSError as error:
-        listening.close()
-        raise OSError(
-            f"The server cannot listen on {host}, port {port}: {error.strerror}. Choose another with `--port`, or `--port 0` for "
-            "any that is free."
-        ) from error
-    return listening
-
-
-def _resolved(host: str, port: int) -> tuple[Any, ...]:
-    try:
-        return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except OSError as error:
-        raise OSError(f"There is no address {host!r}: {error.strerror}. Check `--host`.") from error
 
 
 def settings(gate: Gate, limits: Limits) -> uvicorn.Config:
@@ -133,7 +97,7 @@ def serve(
         make_app(service),
         limits=limits,
         # A server for other machines has names that only its network knows.
-        hosts=frozenset(_LOOPBACK | {host}) | {"[::1]"} if is_loopback(host) else None,
+        hosts=frozenset(LOOPBACK | {host}) | {"[::1]"} if is_loopback(host) else None,
         api_key=api_key,
         count=lambda path, status: service.metrics.requests.labels(path, str(status)).inc(),
     )

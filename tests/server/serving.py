@@ -13,10 +13,11 @@ from tiny import tiny_retro
 from tiny_training import CHUNK_SIZE, NEIGHBOR_SIZE, make_world
 
 from retro_hf import RetroDatastore, RetroRetriever
+from retro_hf_server.address import bind
 from retro_hf_server.app import make_app
 from retro_hf_server.engine import Engine
 from retro_hf_server.limits import Gate, Limits
-from retro_hf_server.run import bind, settings
+from retro_hf_server.run import settings
 from retro_hf_server.service import Service
 from retro_hf_server.source import Source
 
