@@ -541,14 +541,14 @@ def test_an_interrupt_says_what_became_of_the_datastore(world, monkeypatch, caps
     )
 
 
-def test_every_error_of_the_package_is_one_line(monkeypatch, capsys):
+def test_every_error_of_the_package_is_one_line(world, monkeypatch, capsys):
     """Also errors that are not a ValueError, such as that of a killed worker."""
 
-    def build() -> None:
+    def ended(*_):
         raise RetroError("A worker process ended. Repeat the call.")
 
-    monkeypatch.setattr(command_line, "app", build)
-    monkeypatch.setattr(sys, "argv", ["retro", "build"])
+    monkeypatch.setattr(command_line.datastore, "_load_datastore", ended)
+    monkeypatch.setattr(sys, "argv", ["retro", "compact", str(world / "store")])
     with pytest.raises(SystemExit, match="1"):
         command_line.main()
     assert capsys.readouterr().err == "Error: A worker process ended. Repeat the call.\n"

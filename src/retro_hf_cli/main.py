@@ -3,12 +3,13 @@
 import os
 import sys
 from importlib.metadata import version
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from . import ask, chat, datastore, env, evaluate, fitting, mcp, model, push, serve
 from .output import say
+from .wording import as_typed
 
 
 app = typer.Typer(
@@ -66,8 +67,14 @@ def main() -> None:
         explained = (ValueError, OSError, RuntimeError, ImportError, *([package.RetroError] if package else ()))
         if "--debug" in sys.argv or not isinstance(error, explained):
             raise
-        say(f"Error: {error}", err=True)
+        say(f"Error: {as_typed(str(error), _parameters())}", err=True)
         raise SystemExit(1) from None
+
+
+def _parameters() -> list[Any]:
+    """Those of the command that was typed."""
+    group: Any = typer.main.get_command(app)
+    return next((group.commands[word].params for word in sys.argv[1:] if word in group.commands), [])
 
 
 if __name__ == "__main__":

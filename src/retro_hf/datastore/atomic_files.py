@@ -220,7 +220,7 @@ def check_free(path: Path) -> None:
     if taken:
         raise DatastoreExistsError(
             f"{str(path)!r} already exists and is never overwritten. Choose another path, remove it, or add documents "
-            "with `RetroDatastore.load(path).append(documents, ...)`."
+            "with `retro append` (in Python: `RetroDatastore.load(path).append(documents, ...)`)."
         )
 
 

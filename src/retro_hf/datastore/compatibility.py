@@ -231,8 +231,9 @@ def check_compatible(
     ):
         if wanted is not None and arguments.whole(name, wanted, DatastoreInputError) != known:
             raise DatastoreMismatchError(
-                f"The datastore {path!r} was built with {name}={known}, but {name}={wanted} is expected. Rebuild it with "
-                f"{name}={wanted}, or use a model with {name}={known}."
+                f"The datastore {path!r} was built with {name}={known}, but {name}={wanted} is expected. Build it again "
+                f"with `retro build --{name.replace('_', '-')} {wanted}` (in Python: `{name}={wanted}`), or use a model with "
+                f"{name}={known}."
             )
     if tokenizer is not None:
         _check_tokenizer(path, manifest.tokenizer, manifest.max_token_id, load_tokenizer(tokenizer))
@@ -252,8 +253,8 @@ def _check_tokenizer(path: str, known: dict[str, Any], max_id: int, tokenizer: P
     raise DatastoreMismatchError(
         f"The datastore {path!r} has token ids of the tokenizer {known['name']!r} (fingerprint {known['fingerprint'][:12]}), "
         f"but the tokenizer given is {tokenizer.name_or_path!r} (fingerprint {found[:12]}{lacking}). Use its own tokenizer, or "
-        "make a copy for this one with `datastore.retokenize('<new folder>', tokenizer)`, or build it again with `retro build "
-        "--tokenizer`."
+        "build it again with `retro build --tokenizer` (in Python: make a copy for this one with "
+        "`datastore.retokenize('<new folder>', tokenizer)`)."
     )
 
 

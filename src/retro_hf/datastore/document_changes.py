@@ -111,8 +111,8 @@ class Comparison:
     def _check(self, document: Document, number: int) -> None:
         if not self._replaces:
             raise DatastoreInputError(
-                f"{document.where} has the id {document.id!r}, which is in the datastore already. To replace that document, pass "
-                "`replace=True` (`retro append --replace`); otherwise give this one another id (a text without an id gets its "
+                f"{document.where} has the id {document.id!r}, which is in the datastore already. To replace that document, use "
+                "`retro append --replace` (in Python: `replace=True`); otherwise give this one another id (a text without an id gets its "
                 "position). If the same call was interrupted before, it may have succeeded."
             )
         if self._seen[number]:

@@ -203,9 +203,9 @@ class ChunkEmbedder:
             )
         except OSError as error:
             raise PretrainedNotFoundError(
-                f"The embedder {str(name_or_path or made['name'])!r} could not be loaded: {error} Pass "
-                "embedder='<folder or Hub name>'; if queries have an encoder of their own, pass "
-                "ChunkEmbedder.from_pretrained(..., query_encoder=...)."
+                f"The embedder {str(name_or_path or made['name'])!r} could not be loaded: {error} Say where it is: `--embedder "
+                "FOLDER` (in Python: `embedder='<folder or Hub name>'`; if queries have an encoder of their own, "
+                "`ChunkEmbedder.from_pretrained(..., query_encoder=...)`)."
             ) from error
 
     @property

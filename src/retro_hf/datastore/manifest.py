@@ -374,15 +374,15 @@ def _checksum(content: dict[str, Any]) -> str:
 def _not_found(folder: Path) -> DatastoreNotFoundError:
     if os.path.isdir(unfinished := building_folder(folder)):
         return DatastoreNotFoundError(
-            f"The datastore {str(folder)!r} is not finished. Repeat the call of `RetroDatastore.build(documents, path, ...)`: it "
-            f"resumes from {str(unfinished)!r}."
+            f"The datastore {str(folder)!r} is not finished. Repeat the same `retro build` (in Python: "
+            f"`RetroDatastore.build(documents, path, ...)`): it resumes from {str(unfinished)!r}."
         )
     reason = f"the folder has no {MANIFEST_NAME}" if os.path.isdir(folder) else "the folder does not exist"
     if os.path.isfile(folder):
         reason = "it is a file, and a datastore is a folder"
     return DatastoreNotFoundError(
-        f"There is no datastore at {str(folder)!r}: {reason}. Check the path, or build one with "
-        "`RetroDatastore.build(documents, path, ...)`."
+        f"There is no datastore at {str(folder)!r}: {reason}. Check the path, or build one with `retro build` (in "
+        "Python: `RetroDatastore.build(documents, path, ...)`)."
     )
 
 
@@ -420,8 +420,8 @@ def check_num_shards(number: int) -> None:
     """Raise DatastoreInputError for more shards than a manifest may list, before any of them is written."""
     if number > _MAX_SHARDS:
         raise DatastoreInputError(
-            f"The datastore would have {number:,} shards, but a manifest holds {_MAX_SHARDS:,}. Use a larger `shard_chunks`, "
-            "or join existing shards with `compact()`."
+            f"The datastore would have {number:,} shards, but a manifest holds {_MAX_SHARDS:,}. Join existing shards with "
+            "`retro compact` (in Python: `compact()`, or make larger ones with `shard_chunks`)."
         )
 
 

@@ -53,7 +53,7 @@ NUM_SINKS = 1
 """First tokens of a neighbor that are not read."""
 FOCUS = 1.1
 """The scores of neighbor tokens are multiplied by this."""
-_REMEDY = "Use the paper's reader for this base: `retrofit(base, reader='cross_attention')`."
+_REMEDY = "Use the paper's reader for this base: `retro fit` (in Python: `retrofit(base, reader='cross_attention')`)."
 
 
 # ── what a base must be able to do ────────────────────────────────────────────────────────────────────────────────────
