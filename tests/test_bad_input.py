@@ -423,10 +423,14 @@ def strange(shape):
         "sparse": ids.to_sparse(),
         "quantized": quantized,
         "complex": ids.to(torch.complex64),
+        "nested": torch.nested.nested_tensor([torch.tensor([3, 4]), torch.tensor([3])]),
+        "1,099,511,627,776 numbers": ids[:1]
+        .flatten()[:1]
+        .expand(1 << 40),  # without memory, as long as nobody reads it
     }
 
 
-@pytest.mark.parametrize("kind", ["meta", "sparse", "quantized", "complex"])
+@pytest.mark.parametrize("kind", strange((1,)))
 @pytest.mark.filterwarnings("ignore::UserWarning")  # PyTorch's own, of the kinds
 def test_tensors_whose_values_cannot_be_read(model, kind):
     """Named, and told what they are."""
@@ -436,6 +440,11 @@ def test_tensors_whose_values_cannot_be_read(model, kind):
         "`attention_mask`": lambda: model(ids, attention_mask=tensor),
         "`position_ids`": lambda: model(ids, position_ids=tensor),
         "`labels`": lambda: model(ids, labels=tensor),
+        "`chunk_offset`": lambda: model(ids, chunk_offset=tensor, retriever=hash_retriever()),
+        "`chunk_offset` ": lambda: model.generate(ids, chunk_offset=tensor, max_new_tokens=2, **GREEDY),
+        "`neighbor_chunk_size`": lambda: model(ids, neighbor_chunk_size=tensor),
+        "`logits_to_keep`": lambda: model(ids, logits_to_keep=tensor),
+        "`input_ids`  ": lambda: model(tensor),
         "`input_ids`": lambda: model.generate(tensor, max_new_tokens=2, **GREEDY),
         "`attention_mask` ": lambda: model.generate(ids, attention_mask=tensor, max_new_tokens=2, **GREEDY),
         "`neighbor_input_ids`": lambda: model(ids, neighbor_input_ids=neighbors),
@@ -445,6 +454,42 @@ def test_tensors_whose_values_cannot_be_read(model, kind):
     for name, call in calls.items():
         with pytest.raises(ValueError, match=rf"{name.strip()}.* must be a dense tensor .* {kind}|.*'{kind}'"):
             call()
+
+
+NESTED: list = []
+for _ in range(3000):
+    NESTED = [NESTED]
+
+
+@pytest.mark.parametrize(
+    "value", ["x", b"x", 1.5, {}, object(), NESTED, random_ids(1, 9).numpy(), random_ids(1, 9).float()]
+)
+def test_arguments_of_another_kind(any_model, value):
+    """Also where transformers would fail deep inside, or take any value for true."""
+    names = ["attention_mask", CACHE_NAME, "use_cache", "logits_to_keep"]
+    neighbors = random_neighbors(1, 2) if hasattr(any_model, "set_retriever") else {}
+    names += ["chunk_offset", "neighbor_chunk_size"] if neighbors else []
+    for name in names[isinstance(value, torch.Tensor) :]:  # a mask may be of floats
+        with pytest.raises((ValueError, TypeError), match=f"{name}|looked up for chunks of"):
+            any_model(IDS[:1], **neighbors, **{name: value})
+    for name in ("max_new_tokens", "num_beams", "generation_config"):
+        with pytest.raises((ValueError, TypeError), match=name):
+            any_model.generate(IDS[:1], **{name: value})
+
+
+@pytest.mark.parametrize("count", [float("inf"), float("nan"), -1, 0])
+def test_numbers_of_tokens_that_never_end(any_model, count):
+    with pytest.raises(ValueError, match="`max_new_tokens` must be an integer of at least 1"):
+        any_model.generate(IDS, max_new_tokens=count)
+
+
+@pytest.mark.parametrize("value", [float("-inf"), float("nan"), -1])
+def test_a_mask_that_is_no_mask(any_model, value):
+    """Numbers to be added to attention scores say the opposite: 0 is what is read."""
+    mask = torch.zeros(2, 9)
+    mask[0, 0] = value
+    with pytest.raises(ValueError, match="`attention_mask` must be 1 at tokens and 0 at padding"):
+        any_model(IDS, attention_mask=mask)
 
 
 def test_a_model_without_values_takes_text_without_values():

@@ -4,34 +4,25 @@ from __future__ import annotations
 
 import math
 import os
-import reprlib
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from .model.names_retro import MOST_NUMBERS, shown
 from .outside import can_be_a_file, is_utf8
 
 
-# What was given may be nested a thousand times, or be text of a whole book.
-_SHORT = reprlib.Repr()
-_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, 100, 100
+_MOST = 1 << 128  # large enough for every seed, and messages can write it
+_MOST_CHARACTERS, _MOST_OBJECTS = 1 << 14, 1 << 24
 
 
-def shown(value: Any) -> str:
-    """How a message quotes what a caller gave: short, and without an error of its own."""
-    try:
-        return _SHORT.repr(value)
-    except ValueError:  # Python writes out no integer of more than 4,300 digits
-        return f"{type(value).__name__} of many digits"
-
-
-def whole(name: str, value: Any, error: type[Exception], least: int = 1, most: int | None = None) -> int:
+def whole(name: str, value: Any, error: type[Exception], least: int = 1, most: int = _MOST) -> int:
     """A whole number, of Python or numpy, as `int`; `error` for anything else, or one out of range."""
     number = int(value) if isinstance(value, Integral) and not isinstance(value, bool) else least - 1
-    if number < least or (most is not None and number > most):
-        upper = "" if most is None else f" and at most {most:,}"
+    if not least <= number <= most:
+        upper = "" if most == _MOST and number < least else f" and at most {most:,}"
         raise error(f"{name} is {shown(value)}, but it must be an integer of at least {least:,}{upper}.")
     return number
 
@@ -69,8 +60,9 @@ def listed(values: Any) -> list[Any] | None:
     if isinstance(values, (str, bytes, dict)):
         return None
     try:
-        return list(values)
-    except TypeError:
+        # Each number of an array would become an object.
+        return None if hasattr(values, "dtype") and len(values) > _MOST_OBJECTS else list(values)
+    except (TypeError, RuntimeError):  # the latter: a nested tensor
         return None
 
 
@@ -89,10 +81,12 @@ def numbers(name: str, values: Any, error: type[Exception], least: int, most: in
     try:
         found = np.asarray(values)
     # Rows of several lengths; a tensor on a GPU or with gradients; lists that are nested too deeply.
-    except (ValueError, TypeError, RuntimeError) as problem:
+    except (ValueError, TypeError, RuntimeError, MemoryError) as problem:
         raise error(
             f"{name} are no array: {problem}. Pass rows of the same length, in memory of the CPU."
         ) from problem
+    if found.size > MOST_NUMBERS:
+        raise error(f"{name} are {found.size:,} numbers, more than fit into memory. Pass them in parts.")
     if found.size and not np.issubdtype(found.dtype, np.integer):
         raise error(f"{name} are of type {found.dtype}. Pass integers.")
     if found.size and (found.min() < least or found.max() > most):
@@ -107,8 +101,8 @@ def check_tokenizer(value: Any, error: type[Exception]) -> None:
 
 
 def optional_text(name: str, value: str | None, error: type[Exception]) -> str | None:
-    """A text that UTF-8 can encode, or None; `error` for anything else."""
-    if value is not None and not (isinstance(value, str) and is_utf8(value)):
+    """A text that UTF-8 can encode, or None; `error` for anything else, also for a whole book, which fits into no address."""
+    if value is not None and not (isinstance(value, str) and is_utf8(value) and len(value) <= _MOST_CHARACTERS):
         raise error(f"{name} is {shown(value)}. Pass a text without half characters, or None.")
     return value
 

@@ -8,6 +8,8 @@ import torch
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.utils import is_torchdynamo_compiling
 
+from .names_retro import shown
+
 
 # Appending to a buffer costs one token; `torch.cat` would copy all tokens at every step. A buffer that is full moves to a
 # larger one, once in so many steps.
@@ -478,6 +480,6 @@ def chunk_offsets(chunk_offset: int | torch.Tensor | None, batch_size: int, chun
     if len(values) != batch_size or not all(isinstance(value, int) and 0 <= value < chunk_size for value in values):
         raise ValueError(
             f"`chunk_offset` must be one integer from 0 to {chunk_size - 1}, or one per row of the batch of {batch_size}, "
-            f"got {chunk_offset}."
+            f"got {shown(chunk_offset)}."
         )
     return values

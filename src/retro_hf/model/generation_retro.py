@@ -16,6 +16,7 @@ from .compiled_steps_retro import CompiledSteps
 from .configuration_retro import RetroConfig
 from .inputs_retro import ARGUMENT_NAMES, check_prompt, vocabulary_of
 from .modeling_retro_decoder import RetroDecoderForCausalLM
+from .names_retro import shown
 from .readers_retro import traits_of
 from .retriever_protocol_retro import ATTACHED, Retriever, RetroLookup
 
@@ -64,10 +65,10 @@ class RetroGenerationMixin(GenerationMixin):
         given = kwargs.get("neighbor_input_ids") is not None
         if query is not None and (retriever is None or given):
             raise ValueError(
-                f"`query` is {query!r}, but there is {'no retriever' if retriever is None else 'no need to look it up'}: "
+                f"`query` is {shown(query)}, but there is {'no retriever' if retriever is None else 'no need to look it up'}: "
                 f"{'pass `retriever=` with it' if retriever is None else '`neighbor_input_ids` are given'}."
             )
-        check_prompt(inputs, kwargs, vocabulary_of(self))
+        check_prompt(inputs, kwargs | {"generation_config": generation_config}, vocabulary_of(self))
         if retriever is None and not given and self.config.retriever_name_or_path:
             logger.warning_once(
                 f"Generating without retrieval: this model was trained with '{self.config.retriever_name_or_path}'. Open it "

@@ -8,10 +8,12 @@ read.
 from collections.abc import Callable
 from difflib import get_close_matches
 from inspect import Signature, signature
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from transformers import GenerationConfig
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import is_torchdynamo_exporting, logging
@@ -19,6 +21,7 @@ from transformers.utils import is_torchdynamo_exporting, logging
 from .cache_retro import pad_to
 from .compatibility_retro import CACHE_NAME, CACHE_NAMES
 from .configuration_retro import RetroConfig
+from .names_retro import shown
 from .readers_retro import traits_of
 from .retriever_protocol_retro import RetroLookup, check_neighbors, check_plain, warn_of_longer_neighbors
 
@@ -67,17 +70,20 @@ class Vocabulary(NamedTuple):
     Args:
         size (`int`, *optional*): its rows; also None where ids beyond them mean images or sound.
         width (`int`, *optional*): length of an embedding.
+        is_real (`bool`): whether the table has values, so that the ids must have some, too.
     """
 
     size: int | None
     width: int | None
+    is_real: bool
 
 
 def vocabulary_of(model: PreTrainedModel) -> Vocabulary:
     """The [`Vocabulary`] of a model as it is now: it may have been resized."""
     table, text_config = model.get_input_embeddings(), getattr(model.config, "text_config", model.config)
     size = getattr(table, "num_embeddings", None) if text_config.get_text_config() is text_config else None
-    return Vocabulary(size, getattr(table, "embedding_dim", None))
+    is_real = not getattr(getattr(table, "weight", None), "is_meta", True)
+    return Vocabulary(size, getattr(table, "embedding_dim", None), is_real)
 
 
 def check_inputs(
@@ -103,13 +109,14 @@ def check_inputs(
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
     _check_cache(cache)
+    text = inputs_embeds if input_ids is None else input_ids
+    check_plain("`input_ids`" if text is input_ids else "`inputs_embeds`", text, has_values=vocabulary.is_real)
     if input_ids is not None:
         _check_ids(input_ids, vocabulary)
     else:
         _check_embeddings(inputs_embeds, vocabulary)
     if is_torchdynamo_exporting():  # a comparison would fix a size that may be dynamic
         return
-    text = inputs_embeds if input_ids is None else input_ids
     for name, tensor in (("attention_mask", attention_mask), ("position_ids", position_ids)):
         check_plain(f"`{name}`", tensor, has_values=not text.is_meta)
     rows, tokens = text.shape[:2]
@@ -141,9 +148,10 @@ def check_prompt(prompt: Any, arguments: dict[str, Any], vocabulary: Vocabulary)
     embeds, position_ids = arguments.get("inputs_embeds"), arguments.get("position_ids")
     cache = next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)
     _check_cache(cache)
-    for name in ("attention_mask", "position_ids", "inputs_embeds"):
+    for name in ("attention_mask", "position_ids", "inputs_embeds", "chunk_offset", "neighbor_chunk_size"):
         check_plain(f"`{name}`", arguments.get(name))
     check_plain("`input_ids`", prompt)
+    check_flags(arguments)
     if prompt is not None:
         _check_ids(prompt, vocabulary)
     if embeds is not None:
@@ -205,6 +213,35 @@ def check_names(arguments: dict[str, Any]) -> None:
         if any(part in name for part in ("neighbo", "chunk", "retr")):
             match = next(iter(get_close_matches(name, ARGUMENT_NAMES, 1, 0.0)))
             raise TypeError(f"RETRO has no argument `{name}`, which would be ignored. Did you mean `{match}`?")
+
+
+def check_flags(arguments: dict[str, Any]) -> None:
+    """Check what is asked of a forward pass or of `generate`: yes or no, and how many.
+
+    Raises:
+        ValueError: for a tensor or an array, which is neither true nor false, or a text, which would be true; for a number of
+            tokens that never ends, such as NaN; and for logits that are no number and no places.
+    """
+    for name in ("use_cache", "output_attentions", "return_dict"):
+        if not isinstance(arguments.get(name), (bool, int, type(None))):
+            raise ValueError(f"`{name}` must be True, False or None, got {shown(arguments[name])}.")
+    for name in ("max_new_tokens", "max_length", "num_beams", "num_return_sequences"):
+        count = arguments.get(name)
+        if count is not None and not (isinstance(count, Integral) and count >= 1):
+            raise ValueError(f"`{name}` must be an integer of at least 1, got {shown(count)}.")
+    config = arguments.get("generation_config")
+    if not isinstance(config, (GenerationConfig, type(None))):
+        raise ValueError(f"`generation_config` must be a GenerationConfig, got {shown(config)}.")
+    kept = arguments.get("logits_to_keep", 0)
+    check_plain("`logits_to_keep`", kept)
+    if isinstance(kept, torch.Tensor):
+        fits = kept.dim() in (1, 2) and kept.dtype in (torch.long, torch.int, torch.bool)
+    else:
+        fits = isinstance(kept, (int, torch.SymInt)) and kept >= 0
+    if not fits:
+        raise ValueError(
+            f"`logits_to_keep` must be the number of last tokens, 0 for all, or a tensor of places (torch.long), got {shown(kept)}."
+        )
 
 
 def check_no_attentions(asked: bool | None) -> None:
@@ -302,15 +339,18 @@ def text_of(
 
 def check_chunk_size(looked_up: torch.Tensor | int | None, chunk_size: int) -> None:
     """Check that given neighbors were looked up for chunks of the model's size; `looked_up` is one number, or `(B,)`."""
+    check_plain("`neighbor_chunk_size`", looked_up)
     if looked_up is None:
         return
-    looked_up = torch.as_tensor(looked_up).flatten()
-    if torch.compiler.is_compiling():  # reading values would break the graph
+    if isinstance(looked_up, torch.Tensor) and torch.compiler.is_compiling():  # reading values would break the graph
         message = f"The neighbors were looked up for chunks of another size than the model's {chunk_size}."
         torch._assert_async((looked_up == chunk_size).all(), message)
-    elif set(looked_up.tolist()) != {chunk_size}:
+        return
+    sizes = looked_up.unique().tolist() if isinstance(looked_up, torch.Tensor) else looked_up
+    listed = sizes if isinstance(sizes, (list, tuple)) and sizes else [sizes]
+    if not all(isinstance(size, Integral) and size == chunk_size for size in listed):
         raise ValueError(
-            f"The neighbors were looked up for chunks of {sorted(set(looked_up.tolist()))} tokens, but the model has chunks of "
+            f"The neighbors were looked up for chunks of {shown(sizes)} tokens, but the model has chunks of "
             f"{chunk_size}: it would read neighbors of text that it is yet to predict. Take a datastore (and "
             f"a collator) of chunk_size={chunk_size}, and cut and look up the training text with it."
         )
@@ -346,7 +386,7 @@ def _can_read(tensor: torch.Tensor) -> bool:
 
 def _check_cache(cache: Any) -> None:
     # That of continuous batching is a class of its own, without a length.
-    if isinstance(cache, (tuple, list, dict, str, int, float, torch.Tensor)):
+    if cache is not None and not any(hasattr(cache, method) for method in ("get_seq_length", "free_blocks")):
         raise TypeError(
             f"`{CACHE_NAME}` must be a cache of transformers, got {type(cache).__name__}. Make one with "
             "`DynamicCache(config=model.config)`, or leave it out."
@@ -403,14 +443,18 @@ def _check_embeddings(inputs_embeds: Any, vocabulary: Vocabulary) -> None:
 
 def _check_mask(mask: Any, rows: int, tokens: int, is_whole: bool) -> None:
     """A 2-D mask covers the tokens, and those of a cache if there is one; other kinds are transformers' own."""
-    if mask is None or isinstance(mask, dict):
+    if mask is None or isinstance(mask, dict) and mask or type(mask).__name__ == "BlockMask":  # of flex attention
         return
     expected = f"({rows}, {tokens}{'' if is_whole else ' and those of the cache'})"
-    if isinstance(mask, (list, tuple, str)) or hasattr(mask, "__array_interface__"):
+    if not isinstance(mask, torch.Tensor):
         raise ValueError(f"`attention_mask` must be a tensor of shape {expected}, got {type(mask).__name__}.")
-    if not isinstance(mask, torch.Tensor):  # of flex attention
-        return
     if mask.dim() == 2:
+        if (
+            _can_read(mask) and mask.numel() and not bool((mask >= 0).all())
+        ):  # so is NaN; an additive mask says the opposite
+            raise ValueError(
+                "`attention_mask` must be 1 at tokens and 0 at padding, but holds negative numbers or NaN."
+            )
         fits = mask.shape[0] == rows and (mask.shape[1] == tokens or (mask.shape[1] > tokens and not is_whole))
     else:
         fits = mask.dim() == 4 and mask.shape[0] in (1, rows) and mask.shape[2] == tokens

@@ -74,6 +74,7 @@ from .generation_retro import RetroGenerationMixin
 from .inputs_retro import (
     RETRIEVAL_ARGUMENTS,
     check_chunk_size,
+    check_flags,
     check_inputs,
     check_labels,
     check_names,
@@ -87,7 +88,14 @@ from .modeling_retro_decoder import RetroDecoderForCausalLM
 from .parallel_context_retro import ParallelContextReader
 from .planning_retro import plan_pass, real_tokens
 from .readers_retro import traits_of
-from .retriever_protocol_retro import ATTACHED, Retriever, RetroLookup, SharedRetriever, check_retriever
+from .retriever_protocol_retro import (
+    ATTACHED,
+    Retriever,
+    RetroLookup,
+    SharedRetriever,
+    check_plain,
+    check_retriever,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -631,8 +639,9 @@ class RetroModel(RetroPreTrainedModel):
         token_mask, token_ids = kwargs.pop("token_mask", None), kwargs.pop("token_ids", None)
         steps = kwargs.pop("compiled_steps", None)
         text = (input_ids, inputs_embeds, attention_mask, position_ids)
-        tokens = self._checked_tokens(text, past_key_values, kwargs)
+        tokens = self._checked_tokens(text, past_key_values, kwargs | {"use_cache": use_cache})
         check_chunk_size(neighbor_chunk_size, self.config.chunk_size)
+        check_plain("`chunk_offset`", chunk_offset)
         state = getattr(past_key_values, "retrieval_state", None)
         is_whole = past_key_values is None and not use_cache
         is_step = state is not None and tokens.shape[1] == 1
@@ -673,6 +682,7 @@ class RetroModel(RetroPreTrainedModel):
         vocabulary = vocabulary_of(self)
         check_inputs(*text, cache, vocabulary, self._positions)
         check_names(others)
+        check_flags(others)
         tokens = text[1] if text[0] is None else text[0]
         check_labels(others.get("labels"), tokens, vocabulary, others.get("ignore_index", -100))
         return tokens

@@ -35,7 +35,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .attention_retro import RetroAttention, RetroMLP, RetroPositionProjection, RetroRMSNorm, sinusoids_of
 from .compatibility_retro import CACHE_NAME, CACHE_NAMES, accept_cache_by_any_name, slice_logits_to_keep
 from .configuration_retro import RetroDecoderConfig
-from .inputs_retro import check_inputs, check_labels, check_prompt, vocabulary_of
+from .inputs_retro import check_flags, check_inputs, check_labels, check_prompt, vocabulary_of
 
 
 SINUSOID_BLOCK = 256
@@ -196,6 +196,7 @@ class RetroDecoderForCausalLM(RetroDecoderPreTrainedModel, GenerationMixin):
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         tokens = inputs_embeds if input_ids is None else input_ids
+        check_flags({**kwargs, "use_cache": use_cache, "logits_to_keep": logits_to_keep})
         if isinstance(tokens, torch.Tensor):
             check_labels(labels, tokens, vocabulary_of(self), kwargs.get("ignore_index", -100))
         outputs: BaseModelOutputWithPast = self.model(

@@ -3,6 +3,8 @@
 
 from typing import NamedTuple
 
+from .names_retro import shown
+
 
 class ReaderTraits(NamedTuple):
     """What the rest of the package must know of a reader.
@@ -41,5 +43,5 @@ READERS = {
 def traits_of(reader: str) -> ReaderTraits:
     """The traits of a reader; ValueError for a name that is none."""
     if not isinstance(reader, str) or reader not in READERS:
-        raise ValueError(f"`reader` must be one of {', '.join(map(repr, READERS))}, got {reader!r}.")
+        raise ValueError(f"`reader` must be one of {', '.join(map(repr, READERS))}, got {shown(reader)}.")
     return READERS[reader]

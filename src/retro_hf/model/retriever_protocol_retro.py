@@ -8,6 +8,7 @@ import torch
 from transformers.utils import logging
 
 from .cache_retro import pad_to
+from .names_retro import MOST_NUMBERS, shown
 
 
 logger = logging.get_logger(__name__)
@@ -67,7 +68,8 @@ def check_plain(name: str, tensor: Any, has_values: bool = True) -> None:
     """Check that the values of a tensor can be read; anything else is left to other checks.
 
     Raises:
-        ValueError: for one that is sparse, nested, quantized or complex, or without values on the device "meta".
+        ValueError: for one that is sparse, nested, quantized or complex, without values on the device "meta", or so large that
+            to read it would take all memory: `expand` makes such a tensor in no time.
     """
     if not isinstance(tensor, torch.Tensor):
         return
@@ -78,6 +80,8 @@ def check_plain(name: str, tensor: Any, has_values: bool = True) -> None:
         "on the device 'meta', where it has no values": has_values and tensor.is_meta,
     }
     found = next((kind for kind, applies in kinds.items() if applies), None)
+    if found is None and type(tensor) is torch.Tensor and not torch.compiler.is_compiling():
+        found = f"of {tensor.numel():,} numbers" if tensor.numel() > MOST_NUMBERS else None
     if found is not None:
         raise ValueError(f"{name} must be a dense tensor on the device of the model, but it is {found}.")
 
@@ -195,7 +199,7 @@ class RetroLookup:
             queries = given * len(turns) if isinstance(self.query, str) else given
             if len(queries) != len(turns) or not all(isinstance(text, str) and text.strip() for text in queries):
                 raise ValueError(
-                    f"`query` must be a text, or one for each of {len(turns)} prompts, got {self.query!r:.100}."
+                    f"`query` must be a text, or one for each of {len(turns)} prompts, got {shown(self.query)}."
                 )
             if not hasattr(self.retriever, "look_up"):
                 raise ValueError(
