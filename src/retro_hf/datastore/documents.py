@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import reprlib
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -11,8 +10,10 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers.utils import logging
 
+from ..arguments import shown
 from ..errors import DatasetError, DatastoreInputError, DatastoreNotFoundError, RetroError, counted
 from ..outside import is_inside
 from .atomic_files import MANIFEST_NAME, not_readable
@@ -25,6 +26,7 @@ logger = logging.get_logger(__name__)
 _FIELDS = ("id", "title", "source", "text")
 _NAMED_OTHERS = 5
 _NAMED_UNDECODABLE = 20
+_MOST_BITS = 1 << 12  # of a whole number that is an id; Python writes out none of more than 4,300 digits
 
 
 def without_lone_surrogates(text: str) -> str:
@@ -237,7 +239,11 @@ def _unsuitable(documents: Any) -> str:
         return "Pass its rows: `df.to_dict(\"records\")` or `datasets.Dataset.from_pandas(df)`, with a column 'text'."
     if isinstance(documents, (bytes, bytearray)):
         return "Decode the text first; pass a path as `os.fsdecode(path)`."
-    if not isinstance(documents, Iterable) or getattr(documents, "shape", None) == ():
+    if (
+        not isinstance(documents, Iterable)
+        or isinstance(documents, torch.Tensor)
+        or getattr(documents, "shape", None) == ()
+    ):
         return "Pass an iterable of texts or dicts, a path, or a dataset."
     columns = getattr(documents, "column_names", None)
     if columns is not None and "text" not in columns:
@@ -350,7 +356,7 @@ def _as_text(value: Any, default: str, name: str, where: str) -> str:
     text = _in_digits(value)
     if text is None:
         raise DatastoreInputError(
-            f"The {name} of {where} is {reprlib.repr(value)}, of type {type(value).__name__}. Pass a text or a whole number, "
+            f"The {name} of {where} is {shown(value)}, of type {type(value).__name__}. Pass a text or a whole number, "
             "or None if it has none."
         )
     return text
@@ -363,10 +369,11 @@ def _in_digits(value: Any) -> str | None:
     if isinstance(value, bool) or not isinstance(value, Real):
         return None
     if isinstance(value, Integral):
-        return str(int(value))
+        number = int(value)
+        return str(number) if number.bit_length() <= _MOST_BITS else None
     # pandas turns whole numbers into floats where a row is empty. Above 2**53 a float stands for several numbers.
-    number = float(value)
-    return str(int(number)) if number.is_integer() and abs(number) <= 2**53 else None
+    share = float(value)
+    return str(int(share)) if share.is_integer() and abs(share) <= 2**53 else None
 
 
 def known_id(id: Any) -> str | None:
@@ -381,12 +388,12 @@ def document_ids(ids: Any) -> list[str]:
         DatastoreInputError: for an id that is neither a text nor a whole number.
     """
     texts = []
-    is_one = isinstance(ids, str) or not isinstance(ids, Iterable) or getattr(ids, "shape", None) == ()
+    is_one = isinstance(ids, (str, torch.Tensor)) or not isinstance(ids, Iterable) or getattr(ids, "shape", None) == ()
     for id in [ids] if is_one else ids:
         text = _in_digits(id)
         if text is None:
             raise DatastoreInputError(
-                f"An id is {reprlib.repr(id)}, of type {type(id).__name__}. Pass a text or a whole number, or a list of them."
+                f"An id is {shown(id)}, of type {type(id).__name__}. Pass a text or a whole number, or a list of them."
             )
         texts.append(without_lone_surrogates(text))
     return texts

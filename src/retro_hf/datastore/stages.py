@@ -22,7 +22,9 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from transformers import PreTrainedTokenizerBase
 
+from ..arguments import shown
 from ..errors import DatastoreInputError
+from ..outside import parse_json
 from ..special_tokens import tokenize_texts
 from .atomic_files import complete_file, digest_of, hash_of
 from .chunks import chunk_texts, num_chunks_of, text_starts
@@ -91,8 +93,22 @@ def batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
 
 
 def metadata_of(document: Document) -> str | None:
-    """All fields of a document but the four, as the JSON that a store keeps; None if it has none."""
-    return json.dumps(document.metadata, default=str, sort_keys=True) if document.metadata else None
+    """All fields of a document but the four, as the JSON that a store keeps; None if it has none.
+
+    Raises:
+        DatastoreInputError: for fields that JSON cannot hold, or that no store would read again.
+    """
+    if not document.metadata:
+        return None
+    try:
+        metadata = json.dumps(document.metadata, default=str, sort_keys=True)
+        parse_json(metadata)
+    except (TypeError, ValueError, RecursionError) as error:  # keys of several types, a list in itself, 5,000 digits
+        raise DatastoreInputError(
+            f"The fields {', '.join(map(shown, document.metadata))} of {document.where} cannot be kept as JSON: {error}. Leave out "
+            "what is not needed, or turn it into text."
+        ) from error
+    return metadata
 
 
 def content_digest(documents: list[Document], settings: str) -> str:
