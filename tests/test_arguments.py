@@ -1,6 +1,6 @@
 """Arguments of the wrong kind: one rule for numbers, texts and places, and an error that names what was given."""
 
-import traceback
+import dis
 
 import numpy as np
 import pytest
@@ -14,10 +14,13 @@ from retro_hf.datastore import (
     ChunkEmbedder,
     EmbeddingSearcher,
     HybridSearcher,
+    IndexOptions,
     LexicalSearcher,
     RayExecutor,
     RetroDatastore,
     chunk_texts,
+    near_duplicates,
+    tokenizer_fingerprint,
 )
 from retro_hf.datastore.executors import RankExecutor, as_executor
 from retro_hf.errors import RetroError
@@ -37,6 +40,10 @@ from .tiny_training import make_model, make_world
 
 # Arrays have no truth value, and those without dimensions cannot be iterated over.
 ARRAYS = [np.array(3), np.array([[1, 2]]), torch.tensor(3), torch.tensor([1, 2]), torch.tensor([[1.5]])]
+# Python writes out no such integer; arrays of terabytes that take no memory as long as nobody reads them; and tensors without
+# rows in memory.
+LARGE = [10**5000, np.broadcast_to(np.int64(0), (1 << 8, 1 << 40)), torch.zeros(1, dtype=torch.long).expand(1 << 40)]
+NOT_DENSE = [torch.eye(2).to_sparse(), torch.nested.nested_tensor([torch.tensor([3, 4]), torch.tensor([3])])]
 _COMPARED = ("embedder", "dtype", "lexical", "retriever, num_neighbors", "executor")
 NESTED: list = []
 for _ in range(3000):
@@ -278,8 +285,32 @@ def calls_of_later_checks(world):
             model, {"text": documents[0], "id": unless_text(value, 1.5)}, tokenizer, retriever=retriever
         ),
         "report": lambda value: write_report(value, "never"),
+        "shard_chunks": lambda value: store.compact(shard_chunks=value),
+        "documents": lambda value: store.compare(value if isinstance(value, torch.Tensor) else 5),
+        "recall": lambda value: IndexOptions(recall=value),
+        "memory_budget": lambda value: IndexOptions(memory_budget=given(value)),
+        "query_encoder": lambda value: ChunkEmbedder(world.embedder.name_or_path, query_encoder=given(value)),
+        "embedder of a manifest": ChunkEmbedder.of_datastore,
+        "name of an embedder": lambda value: ChunkEmbedder.of_datastore(store.manifest.embedder, given(value)),
+        "near_duplicates": lambda value: near_duplicates(value, store),
+        "threshold": lambda value: near_duplicates(["a"], store, threshold=value),
+        "fingerprint": lambda value: tokenizer_fingerprint(tokenizer, unless_text(value, 5)),
+        "index": lambda value: EmbeddingSearcher(store, world.embedder, given(value)),
+        "searchers": lambda value: HybridSearcher(value, value),
+        "over": EmbeddingSearcher(store, world.embedder).over,
+        "address": lambda value: RayExecutor(address=unless_text(value, 5)),
         "evaluation": lambda value: Evaluation.load(unless_text(value, 5)),
     }  # fmt: skip
+
+
+def is_raised_by_us(error):
+    """By a `raise` in our code, not by a message that cannot quote what was given."""
+    traced = error.__traceback__
+    while traced.tb_next:
+        traced = traced.tb_next
+    code = traced.tb_frame.f_code
+    raises = code.co_code[traced.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+    return raises and "/retro_hf/" in code.co_filename
 
 
 def test_public_functions_explain_strange_arguments(world):
@@ -287,12 +318,25 @@ def test_public_functions_explain_strange_arguments(world):
     lexical = LexicalSearcher.build(world.datastore)
     raw = []
     for name, call in calls(world, lexical).items():
-        for value in [*STRANGE, NESTED, *([] if name in _COMPARED else ARRAYS)]:
+        for value in [*STRANGE, *LARGE[:1], NESTED, *([] if name in _COMPARED else ARRAYS + LARGE[1:] + NOT_DENSE)]:
             try:
                 call(value)
             except Exception as error:
-                raised_by = traceback.extract_tb(error.__traceback__)[-1].filename
-                is_ours = isinstance(error, ValueError) and "/retro_hf/" in raised_by
+                is_ours = isinstance(error, ValueError) and is_raised_by_us(error)
                 if not isinstance(error, RetroError) and not is_ours:
                     raw.append((name, shown(value), repr(error)))
     assert raw == []
+
+
+@pytest.mark.parametrize("field", [10**5000, NESTED, {1: 1, "a": 2}], ids=["digits", "deep", "keys"])
+def test_fields_that_no_store_can_keep(world, field):
+    """They are refused with the document's number before anything is embedded, and not when they are read again."""
+    for fields in ({"more": field}, {"id": field}):
+        with pytest.raises(RetroError, match="(fields 'more' of|id of) [dD]ocument 0"):
+            RetroDatastore.from_texts(
+                [{"text": "the river"} | fields],
+                world.tokenizer,
+                embedder=world.embedder,
+                chunk_size=8,
+                neighbor_size=16,
+            )

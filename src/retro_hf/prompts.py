@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
+from .arguments import shown
 from .model.readers_retro import traits_of
 from .special_tokens import mark, write_chat
 
@@ -23,7 +24,7 @@ _INTRODUCTION = "Read this text.\n\n"
 def checked_prompt(prompt: str | None, error: type[Exception]) -> str | None:
     """How a question is to be written, or None for the default; `error` if it is not a text with `{question}` in it."""
     if prompt is not None and (not isinstance(prompt, str) or "{question}" not in prompt):
-        raise error(f"The prompt {prompt!r:.200} has no place for the question. Write it as {{question}}.")
+        raise error(f"The prompt {shown(prompt)} has no place for the question. Write it as {{question}}.")
     return prompt
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from .errors import RetrieverError
+from .model.retriever_protocol_retro import check_plain
 from .outside import read_json
 
 
@@ -81,6 +82,11 @@ def token_rows(
     Raises:
         RetrieverError: if they are of another type or shape, or an id that is not masked is negative.
     """
+    try:
+        check_plain("The tensor of token ids", ids)
+        check_plain("The mask", mask)
+    except ValueError as error:
+        raise RetrieverError(str(error)) from error
     found = f"shape {tuple(ids.shape)}" if isinstance(ids, torch.Tensor) else f"type {type(ids).__name__}"
     if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or (chunk_size or ids.shape[1]) != ids.shape[1]:
         raise RetrieverError(

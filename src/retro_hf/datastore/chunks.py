@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from ..arguments import check_tokenizer
+from ..arguments import check_tokenizer, numbers
 from ..errors import DatastoreInputError
+from ..model.retriever_protocol_retro import check_plain
 
 
 # What decoders write for bytes that are no character, and the most bytes that a character has in UTF-8.
@@ -159,6 +160,8 @@ def chunk_texts(tokenizer: PreTrainedTokenizerBase, rows: np.ndarray, mask: np.n
     Returns:
         `list[str]`: one text per row.
     """
+    check_plain("The rows", rows)
+    check_plain("The mask", mask)
     shapes = [getattr(part, "shape", ()) for part in (rows, rows if mask is None else mask)]
     check_tokenizer(tokenizer, DatastoreInputError)
     if (
@@ -171,6 +174,7 @@ def chunk_texts(tokenizer: PreTrainedTokenizerBase, rows: np.ndarray, mask: np.n
             f"The rows are of type {type(rows).__name__} and shape {shapes[0]}, the mask has shape {shapes[1]}. Pass arrays of "
             "integers of shape (num_rows, num_tokens)."
         )
+    numbers("The token ids", rows, DatastoreInputError, -1 << 63, (1 << 63) - 1)
     if not len(rows):
         return []
     if mask is None:

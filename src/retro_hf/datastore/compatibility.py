@@ -131,6 +131,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase, without: str | Non
     Returns:
         `str` of 64 hexadecimal digits.
     """
+    arguments.optional_text("without", without, DatastoreInputError)
     vocabulary, stages = _content(load_tokenizer(tokenizer))
     # What is off or empty is left out: other versions of the library do not write it.
     model = {key: value for key, value in stages.get("model", {}).items() if value}
@@ -158,7 +159,7 @@ def check_record(datastore: RetroDatastore, record: Any) -> None:
     alike = {known["fingerprint"][:16], *tokenizer_record(datastore.tokenizer).split()}
     if not isinstance(record, str) or alike.isdisjoint(record.split()):
         raise DatastoreMismatchError(
-            f"The token ids were made by another tokenizer (fingerprint {record!r:.100}) than those of the datastore "
+            f"The token ids were made by another tokenizer (fingerprint {arguments.shown(record)}) than those of the datastore "
             f"{str(datastore.path)!r}, which are of {known['name']!r} (fingerprint {known['fingerprint'][:16]}). Tokenize the documents with "
             "that tokenizer, or make a copy of the datastore for the other one with `datastore.retokenize('<new folder>', tokenizer)`."
         )
@@ -231,9 +232,9 @@ def check_compatible(
     ):
         if wanted is not None and arguments.whole(name, wanted, DatastoreInputError) != known:
             raise DatastoreMismatchError(
-                f"The datastore {path!r} was built with {name}={known}, but {name}={wanted} is expected. Build it again "
-                f"with `retro build --{name.replace('_', '-')} {wanted}` (in Python: `{name}={wanted}`), or use a model with "
-                f"{name}={known}."
+                f"The datastore {path!r} was built with {name}={known}, but {name}={arguments.shown(wanted)} is expected. Build it "
+                f"again with `retro build --{name.replace('_', '-')} {arguments.shown(wanted)}` (in Python: `{name}=...`), or use a "
+                f"model with {name}={known}."
             )
     if tokenizer is not None:
         _check_tokenizer(path, manifest.tokenizer, manifest.max_token_id, load_tokenizer(tokenizer))

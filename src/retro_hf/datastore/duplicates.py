@@ -10,6 +10,8 @@ import numpy as np
 
 from .. import arguments, extras
 from ..errors import DatastoreInputError
+from ..model.names_retro import MOST_NUMBERS
+from ..model.retriever_protocol_retro import check_plain
 from ..progress import progress_bar
 from ..special_tokens import tokenize_texts
 from .chunks import ranges
@@ -60,12 +62,14 @@ def near_duplicates(
     """
     datasketch = extras.load("datasketch", "Finding near-duplicates")
     if isinstance(threshold, bool) or not isinstance(threshold, Real) or not 0 < threshold <= 1:
-        raise DatastoreInputError(f"threshold is {threshold!r:.100}. Pass a number above 0 and at most 1.")
+        raise DatastoreInputError(f"threshold is {arguments.shown(threshold)}. Pass a number above 0 and at most 1.")
     check_datastore(datastore)
+    check_plain("The documents", documents)
     if (
         not hasattr(documents, "__getitem__")
-        or isinstance(documents, (bytes, dict))
+        or isinstance(documents, (str, bytes, dict))
         or getattr(documents, "shape", None) == ()
+        or (isinstance(documents, np.ndarray) and documents.size > MOST_NUMBERS)
     ):
         raise DatastoreInputError(f"The documents are of type {type(documents).__name__}. Pass a list of texts.")
     blank = datasketch.MinHash(num_perm=_PERMUTATIONS, hashfunc=int)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from transformers.utils import logging
 
-from ..arguments import flag
+from ..arguments import flag, whole
 from ..errors import DatastoreInputError, counted
 from ..progress import progress_bar
 from .atomic_files import MANIFEST_NAME, complete_file, write_npy
@@ -226,6 +226,7 @@ def compact(
         DatastoreInputError: if every document has been deleted; nothing is changed.
     """
     options = IndexOptions.of(index)
+    shard_chunks = whole("shard_chunks", shard_chunks, DatastoreInputError)
     with _changing(datastore) as work:
         manifest = datastore.manifest
         if datastore.num_deleted_documents == datastore.num_documents:

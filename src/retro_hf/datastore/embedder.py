@@ -146,6 +146,7 @@ class ChunkEmbedder:
         self.revision = revision
         self._requested = device, dtype, prompt, query_prompt
         if query_encoder is not None and not isinstance(query_encoder, ChunkEmbedder):
+            query_encoder = arguments.path("query_encoder", query_encoder, DatastoreInputError)
             query_encoder = ChunkEmbedder(str(query_encoder), device=device, dtype=dtype, query_prompt=query_prompt)
         self.query_encoder = query_encoder
         self._load()
@@ -188,6 +189,12 @@ class ChunkEmbedder:
         Raises:
             PretrainedNotFoundError: if it is not there, or was a local folder, of which only the name is known.
         """
+        if not isinstance(made, dict) or not {"name", "revision"} <= made.keys():
+            raise DatastoreInputError(
+                f"The embedder of the datastore is {arguments.shown(made)}. Pass `datastore.manifest.embedder`."
+            )
+        if name_or_path is not None:
+            name_or_path = arguments.path("name_or_path", name_or_path, DatastoreInputError)
         prompt = made.get("prompt", "")
         query = made.get("query") or {"name": None, "prompt": prompt}
         other = None

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from transformers.utils import logging
 
+from .. import arguments
 from ..errors import DatastoreInputError, counted
 from .index import BLOCK_ROWS, TRAINING_ROWS_PER_LIST, import_faiss, training_points
 from .index_format import parse_factory
@@ -35,6 +36,7 @@ _KMEANS_ITERATIONS = 10
 # Above this many chunks the encoder is timed, to estimate how long embedding takes.
 _TIMED_CHUNKS = 5000
 _LEAST_BUDGET = 1000
+_MOST_BUDGET = 1 << 60
 _BYTES = re.compile(r"(\d{1,20}(?:\.\d*)?(?:E\+?\d\d?)?)\s*(?:([KMGT])(I?))?B?")
 
 
@@ -65,10 +67,12 @@ class IndexOptions:
                 f"index is of type {type(self.factory).__name__}. Pass a FAISS factory string, 'auto', or IndexOptions."
             )
         if isinstance(self.recall, bool) or not isinstance(self.recall, (int, float)) or not 0 < self.recall <= 1:
-            raise DatastoreInputError(f"recall is {self.recall!r}. Pass a number above 0 and up to 1 (exact search).")
+            raise DatastoreInputError(
+                f"recall is {arguments.shown(self.recall)}. Pass a number above 0 and up to 1 (exact search)."
+            )
         if self.memory_budget is not None and self.factory != "auto":
             raise DatastoreInputError(
-                f"index={self.factory!r} and memory_budget={self.memory_budget!r} both choose the kind of index. Pass only one."
+                f"index={self.factory!r} and memory_budget={arguments.shown(self.memory_budget)} both choose the kind of index. Pass only one."
             )
         object.__setattr__(self, "memory_budget", parse_bytes(self.memory_budget))
 
@@ -93,14 +97,15 @@ def parse_bytes(size: float | str | None) -> int | None:
     """A number of bytes, from a number or a text such as `"300MB"`, `"1.5 GB"` or `"4GiB"`."""
     if size is None:
         return None
-    match = _BYTES.fullmatch(str(size).strip().upper())
-    num_bytes = 0
+    match, num_bytes = None, 0
+    if isinstance(size, str) or abs(arguments.real("memory_budget", size, DatastoreInputError)) < _MOST_BUDGET:
+        match = _BYTES.fullmatch(str(size).strip().upper())
     if match and not isinstance(size, bool):
         number, prefix, binary = match.groups()
-        num_bytes = int(float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix or " "))
+        num_bytes = int(min(float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix or " "), _MOST_BUDGET))
     if num_bytes < _LEAST_BUDGET:
         raise DatastoreInputError(
-            f"memory_budget is {size!r}, but an index needs at least {_LEAST_BUDGET:,} bytes. Pass a number of bytes, or a text "
+            f"memory_budget is {arguments.shown(size)}, but an index needs at least {_LEAST_BUDGET:,} bytes. Pass a number of bytes, or a text "
             "such as '300MB', '4GB' or '4GiB'."
         )
     return num_bytes

@@ -197,6 +197,7 @@ class LexicalSearcher:
 
     def over(self, datastore: RetroDatastore) -> LexicalSearcher:
         """The same searcher over a snapshot of its datastore."""
+        check_datastore(datastore)
         searcher = object.__new__(type(self))
         searcher.__dict__ |= self.__dict__ | {"datastore": datastore}
         return searcher

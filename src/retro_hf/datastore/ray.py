@@ -22,7 +22,7 @@ import torch
 from transformers.utils import logging
 
 from .. import extras
-from ..arguments import optional_whole, real
+from ..arguments import optional_text, optional_whole, real
 from ..errors import DatastoreCorruptError, DatastoreInputError, DatastoreNotFoundError, RetroError
 from .executors import Call, Run, Task
 from .manifest import DatastoreManifest
@@ -144,7 +144,7 @@ class RayExecutor:
             )
         self.num_cpus_per_worker = num_cpus_per_worker
         self.num_gpus_per_worker = num_gpus_per_worker
-        self.address = address
+        self.address = optional_text("address", address, DatastoreInputError)
 
     @contextmanager
     def start(self, tasks: Sequence[Task]) -> Iterator[Run]:

@@ -9,6 +9,7 @@ import numpy as np
 
 from .. import arguments
 from ..errors import DatastoreInputError, counted
+from ..model.names_retro import MOST_NUMBERS
 from .chunks import document_of
 from .manifest import DatastoreManifest
 
@@ -41,9 +42,11 @@ def checked_search(
     try:
         if np.iscomplexobj(queries):  # numpy would leave the imaginary part out
             raise TypeError("complex numbers")
+        if np.size(queries) > MOST_NUMBERS:
+            raise ValueError(f"{np.size(queries):,} numbers")
         queries = np.ascontiguousarray(queries, dtype=np.float32)
     # RuntimeError: a tensor with gradients, or elsewhere than in memory.
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise DatastoreInputError(
             f"The queries are of type {type(queries).__name__}, and no array: {error}. Pass vectors of shape (num_queries, {dim}); to look up texts, use "
             "`RetroRetriever(datastore, embedder=...).find(texts)`."

@@ -83,6 +83,11 @@ class RestrictedIndex:
         return self._opened.search(queries, num_neighbors, excluded)
 
 
+def _check_searches(name: str, given: Any) -> None:
+    if not callable(getattr(given, "search", None)):
+        raise RetrieverError(f"The {name} is of type {type(given).__name__}, which has no method `search`.")
+
+
 class EmbeddingSearcher:
     """Finds chunks by the vector of a text, as the paper does.
 
@@ -104,9 +109,11 @@ class EmbeddingSearcher:
         self.datastore = datastore
         self.embedder = embedder
         self.index: VectorIndex = datastore if index is None else index
+        _check_searches("index", self.index)
 
     def over(self, datastore: RetroDatastore) -> EmbeddingSearcher:
         """The same searcher over a snapshot of its datastore."""
+        check_datastore(datastore)
         searcher = copy.copy(self)
         searcher.datastore = datastore
         searcher.index = datastore if self.index is self.datastore else self.index
@@ -168,6 +175,8 @@ class HybridSearcher:
     metric = "reciprocal_rank_fusion"
 
     def __init__(self, dense: Searcher, lexical: Searcher) -> None:
+        _check_searches("first searcher", dense)
+        _check_searches("second searcher", lexical)
         stores: list[Any] = [one.datastore for one in (dense, lexical) if hasattr(one, "datastore")]
         if len(stores) == 2 and stores[0].path.resolve() != stores[1].path.resolve():
             raise RetrieverError(

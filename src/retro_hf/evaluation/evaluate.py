@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..arguments import listed, path, real, whole
+from ..arguments import listed, path, real, shown, whole
 from ..datastore import RetroDatastore
 from ..datastore.bos_eos import Borders
 from ..datastore.derive import drawn_documents
@@ -240,7 +240,7 @@ def _checked_sweeps(
 
 def _listed(name: str, given: Any) -> list[Any]:
     if (found := listed(given)) is None:
-        raise ValueError(f"{name} is {given!r:.100}, but it must be a list of numbers.")
+        raise ValueError(f"{name} is {shown(given)}, but it must be a list of numbers.")
     return found
 
 

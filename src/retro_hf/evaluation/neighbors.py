@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ..arguments import listed
+from ..arguments import listed, shown
 from ..datastore import EmbeddingSearcher, RetroDatastore, chunk_texts
 from ..errors import RetrieverError
 from ..progress import progress_bar
@@ -234,9 +234,9 @@ def check_modes(modes: Iterable[str], known: Sequence[str], *, has_neighbors: bo
     """
     found = tuple(listed(modes) or ())
     if not found:
-        raise ValueError(f"modes is {modes!r:.100}, but it must be a list of {list(known)}.")
+        raise ValueError(f"modes is {shown(modes)}, but it must be a list of {list(known)}.")
     if unknown := [mode for mode in found if not isinstance(mode, str) or mode not in known]:
-        raise ValueError(f"Unknown modes {unknown!r:.200}; choose from {list(known)}.")
+        raise ValueError(f"Unknown modes {shown(unknown)}; choose from {list(known)}.")
     if not has_neighbors and set(found) != {"off"}:
         raise ValueError(f"The modes {list(found)} need neighbors. Pass `retriever=`, or measure `modes=('off',)`.")
     return found

@@ -166,7 +166,9 @@ def read_documents(
     Raises:
         DatasetError: if the tokenizer cannot map tokens to text, or a document has no text.
     """
-    has_none = getattr(documents, "ndim", 1) == 0  # an array or a tensor without dimensions
+    has_none = (
+        isinstance(documents, torch.Tensor) or getattr(documents, "ndim", 1) == 0
+    )  # or an array without dimensions
     if isinstance(documents, (str, Mapping)) or not isinstance(documents, Iterable) or has_none:
         raise DatasetError(
             f"The documents are of type {type(documents).__name__}, but they must be a list of texts or of dicts with a "

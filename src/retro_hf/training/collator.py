@@ -90,7 +90,7 @@ class RetroDataCollator:
             datastore = datastore.datastore
         self.datastore = datastore if isinstance(datastore, RetroDatastore) else RetroDatastore.load(datastore)
         if isinstance(tokenizer, int):
-            self.pad_token_id = tokenizer
+            self.pad_token_id = whole("The id to pad with", tokenizer, ValueError, least=0, most=(1 << 63) - 1)
         else:
             self.datastore.check_compatible(tokenizer=tokenizer)
             self.pad_token_id = padding_id(tokenizer)
@@ -108,11 +108,10 @@ class RetroDataCollator:
         examples = checked_examples(examples)
         for example in examples:
             check_example(example, ["input_ids"])
-        for record in {
-            str(example[TOKENIZER_COLUMN]) for example in examples if TOKENIZER_COLUMN in example
-        } - self._records:
-            check_record(self.datastore, record)
-            self._records.add(record)
+        for record in (example[TOKENIZER_COLUMN] for example in examples if TOKENIZER_COLUMN in example):
+            if not isinstance(record, str) or record not in self._records:
+                check_record(self.datastore, record)
+                self._records.add(record)
         tokens = [token_ids(example, "input_ids") for example in examples]
         found = self._looked_up(self.retriever, examples, tokens) if self.retriever else self._precomputed(examples)
         self._lookups.count(found)

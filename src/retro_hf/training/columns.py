@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from .. import extras
-from ..arguments import listed, numbers
+from ..arguments import listed, numbers, shown
 from ..errors import DatasetError
 
 
@@ -66,7 +66,7 @@ def check_example(example: Mapping[str, Any], names: Sequence[str]) -> None:
 def checked_examples(examples: Any) -> list[Any]:
     """The examples of a batch as a list; DatasetError if there is none."""
     if not (found := listed(examples)):
-        raise DatasetError(f"The examples are {examples!r:.100}. Pass a list of at least one row of a dataset.")
+        raise DatasetError(f"The examples are {shown(examples)}. Pass a list of at least one row of a dataset.")
     return found
 
 
@@ -81,6 +81,8 @@ def token_ids(example: Mapping[str, Any], name: str) -> np.ndarray:
 def lists_of_ids(example: Mapping[str, Any], name: str) -> list[list[int]]:
     """The lists of token ids in a column of an example; DatasetError for anything else."""
     given = example[name]
+    if hasattr(given, "dtype"):
+        given = numbers(f"The ids in {name!r}", given, DatasetError, -(1 << 31), (1 << 63) - 1)
     if not isinstance(given, (list, tuple)) and not getattr(given, "ndim", 0):
         raise DatasetError(
             f"{name!r} is of type {type(given).__name__}. Pass a list of lists of integers per example."

@@ -46,7 +46,7 @@ def retrieve_passages(
     if not isinstance(retriever, RetroRetriever):
         raise DatasetError(f"retrieve_passages needs a RetroRetriever, but got a {type(retriever).__name__}.")
     num_passages = whole("num_passages", num_passages, ValueError)
-    batch_size = whole("batch_size", batch_size, ValueError)
+    batch_size = whole("batch_size", batch_size, ValueError, most=1 << 32)
 
     def find(batch: dict[str, list[Any]], numbers: list[int]) -> dict[str, list[Any]]:
         questions = [

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase, Trainer
 from ..arguments import whole
 from ..errors import DatasetError
 from ..model.backbone_retro import accepted_arguments
+from ..model.retriever_protocol_retro import check_plain
 from .collator import IGNORED_LABEL, padding_id
 from .questions import QuestionCollator, check_reader
 
@@ -21,6 +22,10 @@ from .questions import QuestionCollator, check_reader
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel
+
+# Of what QuestionCollator makes.
+_DIMENSIONS = {"input_ids": 2, "attention_mask": 2, "labels": 2, "chunk_offset": 1, "neighbor_chunk_size": 1}
+_DIMENSIONS |= {"neighbor_input_ids": 4, "neighbor_attention_mask": 4}
 
 
 def generate_answers(
@@ -69,15 +74,19 @@ def generate_ids(
         )
     max_new_tokens = whole("max_new_tokens", max_new_tokens, DatasetError)
     pad_token_id = padding_id(tokenizer)
+    for name, value in batch.items():
+        check_plain(f"{name!r} of the batch", value)
     if strange := [name for name, value in batch.items() if not isinstance(value, torch.Tensor) or not value.ndim]:
         raise DatasetError(
             f"{strange[0]!r} of the batch is of type {type(batch[strange[0]]).__name__}. Pass what QuestionCollator makes of examples."
         )
     input_ids, attention_mask = batch["input_ids"], batch["attention_mask"]
-    if input_ids.ndim != 2 or input_ids.shape != attention_mask.shape:
+    shapes = {name: tuple(value.shape) for name, value in batch.items() if name in _DIMENSIONS}
+    fits = all(len(shape) == _DIMENSIONS[name] and shape[0] == len(input_ids) for name, shape in shapes.items())
+    if not fits or input_ids.shape != attention_mask.shape or batch.get("labels", input_ids).shape != input_ids.shape:
         raise DatasetError(
-            f"'input_ids' has the shape {tuple(input_ids.shape)} and 'attention_mask' {tuple(attention_mask.shape)}, but both must be "
-            "(batch_size, sequence_length). Pass what QuestionCollator makes of examples."
+            f"The shapes of the batch are {shapes}, but 'input_ids', 'attention_mask' and 'labels' must be "
+            "(batch_size, sequence_length), and all have as many rows. Pass what QuestionCollator makes of examples."
         )
     start = input_ids.shape[1]
     if "labels" in batch:

@@ -242,7 +242,7 @@ class QuestionCollator:
                 f"random_passage_probability={random_passage_probability} needs questions to take passages from. Pass "
                 "`random_passages=`, such as the tokenized training set."
             )
-        self.chunk_size = whole("chunk_size", chunk_size, ValueError)
+        self.chunk_size = whole("chunk_size", chunk_size, ValueError, most=1 << 32)
         self.num_passages = optional_whole("num_passages", num_passages, ValueError, least=0)
         self.passages_in_prompt = whole("passages_in_prompt", passages_in_prompt, ValueError, least=0)
         self.random_passage_probability, self.no_passage_probability = shares
