@@ -25,7 +25,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import auto_docstring
 
 from .compatibility_retro import CACHE_NAMES, SubConfigSpec
-from .names_retro import check_saved_names, is_local
+from .names_retro import LARGEST, check_saved_names, is_local, shown
 from .readers_retro import traits_of
 
 
@@ -57,6 +57,8 @@ _OF_EVERY_CONFIG = (
     "model_type",
 )
 
+_MOST = 1 << 24  # tokens of a chunk or a neighbor, and neighbors
+
 
 def _implementations(config: PreTrainedConfig) -> list[tuple[PreTrainedConfig, str | None, str | None]]:
     """How a config and its sub-configs, which may differ, compute attention and experts; the outer ones first."""
@@ -65,12 +67,17 @@ def _implementations(config: PreTrainedConfig) -> list[tuple[PreTrainedConfig, s
     return sum((_implementations(part) for part in parts if isinstance(part, PreTrainedConfig)), found)
 
 
-def _require_range(config: PreTrainedConfig, *names: str, least: float = 1, below: float = float("inf")) -> None:
+def _require_range(config: PreTrainedConfig, *names: str, least: float = 1, below: float | None = None) -> None:
+    """Check numbers; sizes have an end, too, by which layers are made and memory is taken."""
     for name in names:
-        value = getattr(config, name)
-        if not least <= value < below:
-            limit = "" if below == float("inf") else f" and below {below}"
-            raise ValueError(f"`{name}` must be at least {least}{limit}, got {value} in {type(config).__name__}.")
+        value, end = getattr(config, name), below
+        if end is None:
+            end = float("inf") if isinstance(least, float) else LARGEST.get(name, _MOST) + 1
+        if not least <= value < end:
+            limit = "" if end == float("inf") or (below is None and value < least) else f" and below {end}"
+            raise ValueError(
+                f"`{name}` must be at least {least}{limit}, got {shown(value)} in {type(config).__name__}."
+            )
 
 
 def _require_even(config: PreTrainedConfig, name: str) -> None:

@@ -22,11 +22,12 @@ _CONFIGS = ("config.json", "generation_config.json", "adapter_config.json")
 _FILE = re.compile(r"\w[\w.-]*", re.ASCII)
 _REVISION = re.compile(r"\w[\w.-]*(/[\w.-]+)*", re.ASCII)
 # Numbers by which layers are made and memory is taken, and the largest of each: several times that of any model.
-_LARGEST = (
+LARGEST = (
     dict.fromkeys(
         ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers"), 1 << 9
     )
     | dict.fromkeys(("num_attention_heads", "num_key_value_heads", "num_heads", "n_head", "n_heads"), 1 << 12)
+    | {"cross_attention_num_heads": 1 << 12, "cross_attention_head_dim": 1 << 18}
     | dict.fromkeys(("in_features", "out_features"), 1 << 14)
     | dict.fromkeys(("hidden_size", "d_model", "n_embd", "embedding_size", "head_dim"), 1 << 18)
     | dict.fromkeys(("intermediate_size", "d_ff", "n_inner", "num_labels", "type_vocab_size"), 1 << 21)
@@ -183,9 +184,9 @@ def check_sizes(config: Any, file: str = "config.json") -> None:
         ValueError: for the first that no model has, with its field.
     """
     for part in objects_in(config):
-        for field in sorted(part.keys() & _LARGEST.keys()):
+        for field in sorted(part.keys() & LARGEST.keys()):
             values = part[field] if isinstance(part[field], list) else [part[field]]  # of each layer, or of all
-            least, most = int(field.endswith("heads")), _LARGEST[field]
+            least, most = int(field.endswith("heads")), LARGEST[field]
             if not all(value is None or type(value) is int and least <= value <= most for value in values):
                 raise ValueError(
                     f"{file} has {part[field]!r:.100} in {field!r}, but it must be an integer of at least {least} and at most {most:,}. "
@@ -223,6 +224,8 @@ def explaining(name: Any) -> Iterator[None]:
 
 __all__ = [
     "HUB_ARGUMENTS",
+    "LARGEST",
+    "MOST_NUMBERS",
     "check_folder_name",
     "check_peft_base",
     "check_saved_names",
