@@ -27,9 +27,7 @@ def whole(name: str, value: Any, error: type[Exception], least: int = 1, most: i
     return number
 
 
-def optional_whole(
-    name: str, value: Any, error: type[Exception], least: int = 1, most: int | None = None
-) -> int | None:
+def optional_whole(name: str, value: Any, error: type[Exception], least: int = 1, most: int = _MOST) -> int | None:
     """None, or a whole number as for [`whole`]."""
     return None if value is None else whole(name, value, error, least, most)
 

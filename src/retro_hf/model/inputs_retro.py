@@ -227,7 +227,7 @@ def check_flags(arguments: dict[str, Any]) -> None:
             raise ValueError(f"`{name}` must be True, False or None, got {shown(arguments[name])}.")
     for name in ("max_new_tokens", "max_length", "num_beams", "num_return_sequences"):
         count = arguments.get(name)
-        if count is not None and not (isinstance(count, Integral) and count >= 1):
+        if count is not None and not (isinstance(count, Integral) and int(count) >= 1):
             raise ValueError(f"`{name}` must be an integer of at least 1, got {shown(count)}.")
     config = arguments.get("generation_config")
     if not isinstance(config, (GenerationConfig, type(None))):
