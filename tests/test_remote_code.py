@@ -30,6 +30,7 @@ MODEL_FILES = {
     "modeling_retro_decoder.py",
     "inputs_retro.py",
     "names_retro.py",
+    "values_retro.py",
     "neighbor_cache_retro.py",
     "parallel_context_retro.py",
     "readers_retro.py",

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .model.names_retro import MOST_NUMBERS, shown
+from .model.values_retro import MOST_NUMBERS, shown
 from .outside import can_be_a_file, is_utf8
 
 

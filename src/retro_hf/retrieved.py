@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from .errors import RetrieverError
-from .model.retriever_protocol_retro import check_plain
+from .model.values_retro import check_plain
 from .outside import read_json
 
 

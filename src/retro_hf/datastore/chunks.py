@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..arguments import check_tokenizer, numbers
 from ..errors import DatastoreInputError
-from ..model.retriever_protocol_retro import check_plain
+from ..model.values_retro import check_plain
 
 
 # What decoders write for bytes that are no character, and the most bytes that a character has in UTF-8.

@@ -10,8 +10,7 @@ import numpy as np
 
 from .. import arguments, extras
 from ..errors import DatastoreInputError
-from ..model.names_retro import MOST_NUMBERS
-from ..model.retriever_protocol_retro import check_plain
+from ..model.values_retro import MOST_NUMBERS, check_plain
 from ..progress import progress_bar
 from ..special_tokens import tokenize_texts
 from .chunks import ranges

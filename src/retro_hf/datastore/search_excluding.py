@@ -9,7 +9,7 @@ import numpy as np
 
 from .. import arguments
 from ..errors import DatastoreInputError, counted
-from ..model.names_retro import MOST_NUMBERS
+from ..model.values_retro import MOST_NUMBERS
 from .chunks import document_of
 from .manifest import DatastoreManifest
 

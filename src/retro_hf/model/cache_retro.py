@@ -8,7 +8,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.utils import is_torchdynamo_compiling
 
-from .names_retro import shown
+from .values_retro import shown
 
 
 # Appending to a buffer costs one token; `torch.cat` would copy all tokens at every step. A buffer that is full moves to a

@@ -25,8 +25,9 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import auto_docstring
 
 from .compatibility_retro import CACHE_NAMES, SubConfigSpec
-from .names_retro import LARGEST, check_saved_names, is_local, shown
+from .names_retro import LARGEST, check_saved_names, is_local
 from .readers_retro import traits_of
+from .values_retro import shown
 
 
 # What peers call our fields, so that their spelling gets an answer instead of being stored and ignored.

@@ -16,9 +16,9 @@ from .compiled_steps_retro import CompiledSteps
 from .configuration_retro import RetroConfig
 from .inputs_retro import ARGUMENT_NAMES, check_prompt, vocabulary_of
 from .modeling_retro_decoder import RetroDecoderForCausalLM
-from .names_retro import shown
 from .readers_retro import traits_of
 from .retriever_protocol_retro import ATTACHED, Retriever, RetroLookup
+from .values_retro import shown
 
 
 logger = logging.get_logger(__name__)

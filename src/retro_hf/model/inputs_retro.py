@@ -21,9 +21,9 @@ from transformers.utils import is_torchdynamo_exporting, logging
 from .cache_retro import pad_to
 from .compatibility_retro import CACHE_NAME, CACHE_NAMES
 from .configuration_retro import RetroConfig
-from .names_retro import shown
 from .readers_retro import traits_of
-from .retriever_protocol_retro import RetroLookup, check_neighbors, check_plain, warn_of_longer_neighbors
+from .retriever_protocol_retro import RetroLookup, check_neighbors, warn_of_longer_neighbors
+from .values_retro import check_plain, shown
 
 
 logger = logging.get_logger(__name__)

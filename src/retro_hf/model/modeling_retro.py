@@ -88,14 +88,8 @@ from .modeling_retro_decoder import RetroDecoderForCausalLM
 from .parallel_context_retro import ParallelContextReader
 from .planning_retro import plan_pass, real_tokens
 from .readers_retro import traits_of
-from .retriever_protocol_retro import (
-    ATTACHED,
-    Retriever,
-    RetroLookup,
-    SharedRetriever,
-    check_plain,
-    check_retriever,
-)
+from .retriever_protocol_retro import ATTACHED, Retriever, RetroLookup, SharedRetriever, check_retriever
+from .values_retro import check_plain
 
 
 logger = logging.get_logger(__name__)

@@ -4,7 +4,6 @@
 import json
 import os
 import re
-import reprlib
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -33,20 +32,6 @@ LARGEST = (
     | dict.fromkeys(("intermediate_size", "d_ff", "n_inner", "num_labels", "type_vocab_size"), 1 << 21)
     | dict.fromkeys(("vocab_size", "max_position_embeddings", "n_positions"), 1 << 28)
 )
-
-MOST_NUMBERS = 1 << 36
-"""What no array or tensor of arguments has: `expand` and `broadcast_to` make one in no time, and reading it takes all memory."""
-# What was given may be nested a thousand times, or be text of a whole book.
-_SHORT = reprlib.Repr()
-_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, 100, 100
-
-
-def shown(value: Any) -> str:
-    """How a message quotes what a caller gave: short, and without an error of its own."""
-    try:
-        return _SHORT.repr(value)
-    except ValueError:  # Python writes out no integer of more than 4,300 digits
-        return f"{type(value).__name__} of many digits"
 
 
 def is_local(name: str) -> bool:
@@ -225,7 +210,6 @@ def explaining(name: Any) -> Iterator[None]:
 __all__ = [
     "HUB_ARGUMENTS",
     "LARGEST",
-    "MOST_NUMBERS",
     "check_folder_name",
     "check_peft_base",
     "check_saved_names",
@@ -235,5 +219,4 @@ __all__ = [
     "is_hub_name",
     "is_local",
     "objects_in",
-    "shown",
 ]

@@ -3,7 +3,7 @@
 
 from typing import NamedTuple
 
-from .names_retro import shown
+from .values_retro import shown
 
 
 class ReaderTraits(NamedTuple):

@@ -8,7 +8,7 @@ import torch
 from transformers.utils import logging
 
 from .cache_retro import pad_to
-from .names_retro import MOST_NUMBERS, shown
+from .values_retro import check_plain, shown
 
 
 logger = logging.get_logger(__name__)
@@ -62,28 +62,6 @@ def warn_of_longer_neighbors(found: int | None, expected: int | None) -> None:
             f"whole; train it with the same size. The paper's is twice the chunk size: build the datastore with "
             f"neighbor_size={expected}, or make the model with neighbor_size={found}."
         )
-
-
-def check_plain(name: str, tensor: Any, has_values: bool = True) -> None:
-    """Check that the values of a tensor can be read; anything else is left to other checks.
-
-    Raises:
-        ValueError: for one that is sparse, nested, quantized or complex, without values on the device "meta", or so large that
-            to read it would take all memory: `expand` makes such a tensor in no time.
-    """
-    if not isinstance(tensor, torch.Tensor):
-        return
-    kinds = {
-        "sparse or nested": tensor.layout != torch.strided or tensor.is_nested,
-        "quantized": tensor.is_quantized,
-        "complex": tensor.is_complex(),
-        "on the device 'meta', where it has no values": has_values and tensor.is_meta,
-    }
-    found = next((kind for kind, applies in kinds.items() if applies), None)
-    if found is None and type(tensor) is torch.Tensor and not torch.compiler.is_compiling():
-        found = f"of {tensor.numel():,} numbers" if tensor.numel() > MOST_NUMBERS else None
-    if found is not None:
-        raise ValueError(f"{name} must be a dense tensor on the device of the model, but it is {found}.")
 
 
 def check_neighbors(

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase, Trainer
 from ..arguments import whole
 from ..errors import DatasetError
 from ..model.backbone_retro import accepted_arguments
-from ..model.retriever_protocol_retro import check_plain
+from ..model.values_retro import check_plain
 from .collator import IGNORED_LABEL, padding_id
 from .questions import QuestionCollator, check_reader
 
