@@ -328,6 +328,15 @@ def test_public_functions_explain_strange_arguments(world):
     assert raw == []
 
 
+@pytest.mark.parametrize("token", [-1, 1 << 62])
+def test_ids_that_no_tokenizer_knows(world, token):
+    with pytest.raises(RetroError, match=f"token id.*{token}"):
+        chunk_texts(world.tokenizer, np.array([[3, token]]))
+    assert chunk_texts(world.tokenizer, np.array([[3, token]]), np.array([[1, 0]]))
+    with pytest.raises(RetroError, match=f"token id.*{token}"):
+        world.retriever(torch.tensor([[3] * 7 + [token]]))
+
+
 @pytest.mark.parametrize("field", [10**5000, NESTED, {1: 1, "a": 2}], ids=["digits", "deep", "keys"])
 def test_fields_that_no_store_can_keep(world, field):
     """They are refused with the document's number before anything is embedded, and not when they are read again."""

@@ -174,7 +174,9 @@ def chunk_texts(tokenizer: PreTrainedTokenizerBase, rows: np.ndarray, mask: np.n
             f"The rows are of type {type(rows).__name__} and shape {shapes[0]}, the mask has shape {shapes[1]}. Pass arrays of "
             "integers of shape (num_rows, num_tokens)."
         )
-    numbers("The token ids", rows, DatastoreInputError, -1 << 63, (1 << 63) - 1)
+    # Tokenizers know no larger ids; what is masked may be anything, such as -100.
+    real = rows if mask is None else rows[np.asarray(mask, dtype=bool)]
+    numbers("The token ids", real, DatastoreInputError, 0, (1 << 32) - 1)
     if not len(rows):
         return []
     if mask is None:
