@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,7 +79,7 @@ def check_memory(base: str | os.PathLike[str], device: torch.device, dtype: torc
 
 def measure(
     model: RetroForCausalLM,
-    runs: Sequence[Callable[[], torch.Tensor]],
+    run: Callable[[], torch.Tensor],
     *,
     steps: int | None,
     minutes: float | None,
@@ -91,8 +91,7 @@ def measure(
     """Time two steps, and plan as many as fit.
 
     Args:
-        runs (`Sequence[Callable]`): forward passes that return their loss. The last one is timed, the others warm up; the
-            memory is that of the largest. The weights are not changed.
+        run (`Callable`): one forward pass, which returns the loss. The weights are not changed.
         steps (`int`, *optional*), minutes (`float`, *optional*): at least one is given.
         most_windows (`int`): windows that there are.
         batch_tokens (`int`): tokens of a batch.
@@ -101,7 +100,7 @@ def measure(
         ValueError: if the time is not enough for a reader to learn anything.
     """
     forward, total, memory = 0.0, 0.0, 0
-    for run in runs:
+    for _ in range(2):  # the first one warms up
         start = time.perf_counter()
         loss = run()
         forward = time.perf_counter() - start

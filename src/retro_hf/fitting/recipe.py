@@ -23,18 +23,11 @@ from ..training.collator import generator_for
 
 # Where cross-attention is, as a share of the base's layers: layers 16, 22 and 28 of SmolLM2's 30.
 _DEPTHS = (0.53, 0.74, 0.94)
-_RANDOM_NEIGHBORS = 0.15  # share of chunks
-_OTHERS_NEIGHBORS = 0.15  # share of chunks that read what was found for another chunk of their window
-_MANY = 0.125  # share of batches that read all neighbors that were found
+_RANDOM_NEIGHBORS = 0.25  # share of chunks
 _COPIES = 0.2  # share of windows in which a neighbor says what comes next, with errors
 _COPIED_CHUNKS = 0.8  # of such a window
 _ERRORS = 0.12
 _NOT_THE_BEST = 0.3  # share of windows that read neighbors from twice as far down
-
-
-def most_neighbors(num_neighbors: int) -> int:
-    """How many neighbors a batch has at most, if `num_neighbors` are read later."""
-    return 2 * (num_neighbors + 1)
 
 
 def is_adapter(base: str | os.PathLike[str]) -> bool:
@@ -111,15 +104,14 @@ def load_start(
 class FitCollator(RetroDataCollator):
     """Batches with neighbors of all sorts, so that the reader learns how far to trust what it reads.
 
-    In most batches a chunk reads as many neighbors as later, in some one to one more, and in an eighth of them twice as many as that.
-    Some windows read neighbors that are not the best. Some chunks read random neighbors, and some those of another chunk of their
-    window, which are of the same kind and do not help. In a fifth of the windows a neighbor is a copy of what comes next, with errors,
-    so that copying is learned for every kind of text.
+    The number of neighbors is drawn from one to one more than is read later; some windows read neighbors that are not the best,
+    a quarter of the chunks read random ones, and in a fifth of the windows a neighbor is a copy of what comes next, with
+    errors, so that copying is learned for every kind of text.
 
     Args:
         pad_token_id (`int`): any token, to pad with.
         datastore ([`RetroDatastore`]): where the neighbors were found.
-        num_neighbors (`int`): what is read later. Examples have [`most_neighbors`] of it.
+        num_neighbors (`int`): what is read later. Examples have twice as many as are drawn at most.
         seed (`int`): of all draws, which depend on the tokens of the batch, too.
     """
 
@@ -143,19 +135,17 @@ class FitCollator(RetroDataCollator):
         return batch
 
     def _drawn(self, chunk_ids: np.ndarray, input_ids: np.ndarray, num_chunks: np.ndarray) -> np.ndarray:
-        """As in [`RetroDataCollator`], but of fewer neighbors than were found: their number is drawn for the batch."""
+        """As in [`RetroDataCollator`], but of fewer neighbors than were found: their number is drawn for the batch.
+
+        Most windows read the best of them, some any of the best twice as many.
+        """
         generator = generator_for(self.seed + 2, input_ids)
-        for row, count in enumerate(num_chunks):
-            for chunk in np.flatnonzero(generator.random(count) < _OTHERS_NEIGHBORS):
-                chunk_ids[row, chunk] = chunk_ids[row, generator.integers(count)]
-        if generator.random() >= _MANY:
-            most = min(self.wanted + 1, chunk_ids.shape[2] // 2)
-            count = int(generator.choice([generator.integers(1, most + 1), *[min(self.wanted, most)] * 6, most]))
-            ranks = np.tile(np.arange(count), (len(chunk_ids), 1))
-            for row in np.flatnonzero(generator.random(len(chunk_ids)) < _NOT_THE_BEST):
-                ranks[row] = np.sort(generator.permutation(2 * count)[:count])
-            chunk_ids = np.take_along_axis(chunk_ids, ranks[:, None], axis=2)
-        return super()._drawn(chunk_ids, input_ids, num_chunks)
+        most = min(self.wanted + 1, chunk_ids.shape[2] // 2)
+        count = int(generator.choice([generator.integers(1, most + 1), *[min(self.wanted, most)] * 6, most]))
+        ranks = np.tile(np.arange(count), (len(chunk_ids), 1))
+        for row in np.flatnonzero(generator.random(len(chunk_ids)) < _NOT_THE_BEST):
+            ranks[row] = np.sort(generator.permutation(2 * count)[:count])
+        return super()._drawn(np.take_along_axis(chunk_ids, ranks[:, None], axis=2), input_ids, num_chunks)
 
     def _copy_with_errors(self, text: np.ndarray, chunk: int, generator: np.random.Generator) -> np.ndarray:
         """What a window says around the end of a chunk, with some tokens left out and some replaced by others of it."""

@@ -32,7 +32,7 @@ from ..training import precompute_neighbors, start_by_copying
 from ..training.collator import padding_id
 from ..training.search import MOST_NEIGHBORS
 from .plan import Plan, check_memory, measure
-from .recipe import FitCollator, is_adapter, load_start, most_neighbors
+from .recipe import FitCollator, is_adapter, load_start
 from .result import Fit
 from .texts import Texts, split, windows_of, with_stored_ids
 from .train import last_checkpoint, train
@@ -234,9 +234,9 @@ def _above_zero(name: str, value: float | None) -> float | None:
 def _with_neighbors(
     windows: Any, parts: Texts, retriever: RetroRetriever, tokenizer: Any, num_neighbors: int, folder: Path
 ) -> Any:
-    """Windows with as many neighbors as a batch ever has, none of them from the documents that the windows are part of."""
+    """Windows with twice as many neighbors as are read, none of them from the documents that the windows are part of."""
     windows = with_stored_ids(windows, parts.train, retriever.datastore, tokenizer)
-    return precompute_neighbors(windows, retriever, num_neighbors=most_neighbors(num_neighbors), cache_dir=folder)
+    return precompute_neighbors(windows, retriever, num_neighbors=2 * (num_neighbors + 1), cache_dir=folder)
 
 
 def _environment(device: torch.device) -> dict[str, Any]:
@@ -327,28 +327,27 @@ def _plan(
     minutes: float | None,
     batch_size: int,
 ) -> Plan:
-    """Time steps with random neighbors: one with as many as a batch ever has, whose memory counts, and one with the usual number."""
+    """Time steps with random neighbors."""
     few = windows_of(parts.train, tokenizer, count=batch_size, **cut)
     rows, _ = padded(few["input_ids"], cut["window"], padding_id(tokenizer))
-    usual = model.config.num_neighbors
+    shape = (len(rows), cut["window"] // cut["chunk_size"], model.config.num_neighbors)
+    ids, mask = store.gather(store.random_chunks(np.random.default_rng(0), shape))
+    given = {"input_ids": rows, "labels": rows, "neighbor_input_ids": ids, "neighbor_attention_mask": mask}
+    batch = {name: torch.as_tensor(values).to(model.device) for name, values in given.items()}
 
-    def run(num_neighbors: int) -> torch.Tensor:
-        shape = (len(rows), cut["window"] // cut["chunk_size"], num_neighbors)
-        ids, mask = store.gather(store.random_chunks(np.random.default_rng(0), shape))
-        given = {"input_ids": rows, "labels": rows, "neighbor_input_ids": ids, "neighbor_attention_mask": mask}
-        batch = {name: torch.as_tensor(values).to(model.device) for name, values in given.items()}
+    def run() -> torch.Tensor:
         with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=model.device.type == "cuda"):
             loss: torch.Tensor = model.train()(**batch, use_cache=False).loss
         return loss
 
     # Tokens through the base for each scored one: three modes and the parallel reader's three, each of two windows; and the
     # neighbors, in the prompt of every chunk and as the parallel reader's.
-    read = cut["window"] // 2 + usual * store.neighbor_size
+    read = cut["window"] // 2 + shape[2] * store.neighbor_size
     per_token = 6 + 3 * read / cut["chunk_size"]
     characters = sum(len(one["text"]) for one in parts.train)
     return measure(
         model,
-        [partial(run, most_neighbors(usual)), partial(run, usual)],
+        run,
         steps=steps,
         minutes=minutes,
         most_windows=max(len(parts.train), characters // (4 * cut["window"])),
