@@ -232,9 +232,9 @@ def check_compatible(
     ):
         if wanted is not None and arguments.whole(name, wanted, DatastoreInputError) != known:
             raise DatastoreMismatchError(
-                f"The datastore {path!r} was built with {name}={known}, but {name}={arguments.shown(wanted)} is expected. Build it "
-                f"again with `retro build --{name.replace('_', '-')} {arguments.shown(wanted)}` (in Python: `{name}=...`), or use a "
-                f"model with {name}={known}."
+                f"The datastore {path!r} was built with {name}={known}, but {name}={wanted} is expected. Build it again "
+                f"with `retro build --{name.replace('_', '-')} {wanted}` (in Python: `{name}={wanted}`), or use a model with "
+                f"{name}={known}."
             )
     if tokenizer is not None:
         _check_tokenizer(path, manifest.tokenizer, manifest.max_token_id, load_tokenizer(tokenizer))
