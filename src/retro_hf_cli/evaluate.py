@@ -79,7 +79,8 @@ def evaluate(
     window: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Tokens per row: at least two chunks, only whole ones. Default: as many as the model allows."
+            min=1,
+            help="Tokens per row: at least two chunks, only whole ones. Default: as many as the model allows, at most 2,048.",
         ),
     ] = None,
     stride: Annotated[

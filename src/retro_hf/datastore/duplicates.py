@@ -41,7 +41,7 @@ def near_duplicates(
 ) -> list[list[str]]:
     """The near-duplicates of documents in a datastore, including those documents themselves if they are there.
 
-    Section 2.6 of Borgeaud et al. (2022) removes from the training set all documents with a Jaccard similarity of 0.8 or
+    Section 2.1 of Borgeaud et al. (2022) removes from the training set all documents with a Jaccard similarity of 0.8 or
     more to a document of the evaluation set, over sets of 13 consecutive tokens. Candidates come from MinHash with
     locality-sensitive hashing; then their similarity is counted exactly. So nothing below the threshold is returned, and
     at most 0.1 % of the pairs exactly at the threshold are missed, far fewer above it.

@@ -69,10 +69,10 @@ def evaluate(
 
     The same tokens are scored with different neighbors ([`MODES`]): none (`off`), those found (`on`), random chunks
     (`random`), those of another chunk of the document (`shuffled`), and those found for the chunk that is to be predicted
-    (`oracle`, which is cheating: it shows what a perfect retriever might bring). On request the base model alone reads the neighbors
-    of `on` in its prompt (`in_context`, a prompt for every chunk). Every token but the first of each document is
-    scored once, in overlapping windows; the totals are those of [`bits_per_byte`]. Everything else is arithmetic over
-    these scores: the leakage filter of section 2.6 of Borgeaud et al. (2022), the gain by overlap and by position in the
+    (`oracle`, which is cheating: it shows how much a better retriever might gain, but is not an upper bound). On request the
+    base model alone reads the neighbors of `on` in its prompt (`in_context`, a prompt for every chunk). Every token but the
+    first of each document is scored once, in overlapping windows; the totals are those of [`bits_per_byte`]. Everything else
+    is arithmetic over these scores: the leakage filter of section 2.6 of Borgeaud et al. (2022), the gain by overlap and by position in the
     chunk. Sweeps score the same model again with other neighbors.
 
     Documents of which the datastore has at least 80 % (13-grams of tokens in one stored document) are reported and not
