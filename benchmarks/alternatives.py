@@ -1,8 +1,8 @@
 """
-RETRO beside in-context retrieval and kNN-LM: the same text in the store, the same tokens predicted, cost per token.
+RETRO compared to in-context retrieval and kNN-LM: the same text in the store, the same tokens predicted, cost per token.
 
     python benchmarks/alternatives.py                       # about 10 minutes on 1 core: hub_configs/retro-bible
-    python benchmarks/alternatives.py --model smollm2 --books ruth --documents 12 --tuning-documents 4 --rounds 1
+    python benchmarks/alternatives.py --model smollm2 --books james --documents 8 --tuning-documents 2 --rounds 1
 
 Writes benchmarks/results/alternatives.json, by model; what was expected and what came out is told in
 docs/results/alternatives.md. Every method runs in a process of its own, so that its peak memory is its own:
@@ -13,7 +13,7 @@ docs/results/alternatives.md. Every method runs in a process of its own, so that
 - `knn-lm`: hidden states of the same text, looked up at every token (baselines/knn_lm.py).
 
 Documents are those of the demo: passages in one translation, the store holding the same books in two others. What has
-to be chosen for a method (number of passages and what parts them; votes, temperature and their share) is chosen on
+to be chosen for a method (number of passages and what separates them; votes, temperature and their share) is chosen on
 other held-out passages. Seconds are those of the processor, one thread, tokenizing and searching included, the median
 of `--rounds`; operations are counted by torch, and by hand for FAISS.
 """

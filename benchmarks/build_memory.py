@@ -3,9 +3,9 @@
     python benchmarks/build_memory.py                     # 10^5 and 10^6 chunks, about 10 minutes on one core
     python benchmarks/build_memory.py --chunks 20000
 
-Documents of 20 chunks of 64 words come from a generator, one by one. In the place of an encoder's output stand drawn vectors
-(those of `neighbors.py`), so that what is measured is the datastore's: an encoder takes its own memory, and activations for one
-batch. Memory is the process's own (RssAnon); pages mapped from files are the disk cache's.
+Documents of 20 chunks of 64 words come from a generator, one by one. Random vectors (those of `neighbors.py`) take the place of
+an encoder's output, so only the memory of the datastore is measured; an encoder takes its own, and activations for one batch.
+Memory is the process's own (RssAnon); pages mapped from files belong to the disk cache.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Decoding with steps that are compiled between chunk borders, beside eager decoding, in turns in one run.
+"""Decoding with steps that are compiled between chunk borders, compared to eager decoding, in turns in one run.
 
     python benchmarks/compiled_decoding.py              # about 5 minutes on 1 core; needs a C++ compiler
     python benchmarks/compiled_decoding.py --models 80m-rope --new-tokens 40    # a quick look

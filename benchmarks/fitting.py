@@ -3,8 +3,8 @@
     python benchmarks/fitting.py --steps 36     # eight minutes of one CPU core, and as many to measure
 
 The texts are the first 1,500 characters of 800 pages of cppreference, a kind that the shipped adapter has never seen
-(`examples/text_kinds.py`). The fit goes on with that adapter, `hub_configs/retro-smollm2-135m-mixed`, or with `--base` begins anew. What
-was measured is in benchmarks/results/fitting.json.
+(`examples/text_kinds.py`). The fit continues the training of that adapter, `hub_configs/retro-smollm2-135m-mixed`, or
+begins with what `--base` names. What was measured is in benchmarks/results/fitting.json.
 """
 
 import argparse

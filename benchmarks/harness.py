@@ -1,5 +1,5 @@
 """
-retro-bible in the lm-evaluation-harness, retrieval on and off, beside our own evaluation of the same passages.
+retro-bible in the lm-evaluation-harness, retrieval on and off, compared to our own evaluation of the same passages.
 
     pip install "retro-hf[lm-eval]"
     python benchmarks/harness.py              # about 4 minutes on 1 core; writes benchmarks/results/harness.json
@@ -8,7 +8,7 @@ Two tasks made of the demo's held-out passages (World English Bible), the datast
 translations:
 
 - `bible_text`: bits per byte of each passage, by `loglikelihood_rolling`;
-- `bible_next`: which of four endings of twelve words goes on with a passage of 96 tokens or a little more; the other
+- `bible_next`: which of four endings of twelve words continues a passage of 96 tokens or a little more; the other
   three go on in other passages.
 
 `bits_per_byte` scores the same passages with the harness's separator before them: the two must agree.

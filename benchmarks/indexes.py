@@ -1,4 +1,4 @@
-"""The datastore beside plain FAISS, `datasets`, usearch and autofaiss: build time, latency, recall, memory, gathering.
+"""The datastore compared to plain FAISS, `datasets`, usearch and autofaiss: build time, latency, recall, memory, gathering.
 
     python benchmarks/indexes.py                   # 100,000 and 1,000,000 chunks, about 25 minutes on 2 cores
     python benchmarks/indexes.py --chunks 20000    # a quick look

@@ -15,7 +15,7 @@ store changes:
 4. all of them are deleted;
 5. the first cards are appended again.
 
-A run that was broken off goes on: with its datastore, with the passages of the training questions, and with the last
+An interrupted run resumes: with its datastore, with the passages of the training questions, and with the last
 checkpoint. Writes docs/results/knowledge.png and benchmarks/results/knowledge.json, and prints the tables of
 docs/results/knowledge.md.
 """

@@ -1,4 +1,4 @@
-"""What `precompute_neighbors` costs beside FAISS's own search, where stored keys are the queries.
+"""What `precompute_neighbors` costs compared to FAISS's own search, where stored keys are the queries.
 
     python benchmarks/neighbors.py            # about 15 minutes on 1 core; writes benchmarks/results/neighbors.json
 

@@ -1,10 +1,10 @@
-"""retro-hf beside retro-pytorch 0.3.9: forward, training, memory and generation, in one run on the same machine.
+"""retro-hf compared to retro-pytorch 0.3.9: forward, training, memory and generation, in turns on the same machine.
 
     python benchmarks/peers.py                      # about 15 minutes on 2 cores; writes benchmarks/results/peers.json
     python benchmarks/peers.py --lengths 256        # a quick look
     python benchmarks/peers.py --device cuda --batch-size 8 --out benchmarks/results/peers_gpu.json   # bfloat16 autocast
 
-A run that was broken off goes on where it was. Every measurement runs in a process of its own, so that its peak memory
+An interrupted run resumes where it stopped. Every measurement runs in a process of its own, so that its peak memory
 is its own, and the contestants take turns `--rounds` times; the table shows medians and, in brackets, the smallest and
 largest value. The peer needs `pip install einops && pip install --no-deps retro-pytorch==0.3.9`: its data pipeline no
 longer imports with NumPy 2, so the three packages that only this pipeline uses are replaced by empty modules.

@@ -1,11 +1,11 @@
-"""The demo's model on much-repeated text, measured whole: experiments E2, E3, E4 and E6 in one evaluation.
+"""The toy of `hub_configs/retro-bible` on much-repeated text: modes, numbers of neighbors, sizes of the store, and copying.
 
-    python benchmarks/redundant_text.py                     # about 15 minutes on one core; goes on if it is stopped
+    python benchmarks/redundant_text.py                     # about 15 minutes on one core; resumes if it is stopped
     python benchmarks/redundant_text.py --documents 20      # a quick look
 
 `hub_configs/retro-bible` predicts held-out passages of ten books in one translation, with the other two in the datastore
-(the data of `make demo`). Leaves the datastore, the results and the report in `demo_output/redundant_text`; writes the
-table and the curves into docs/results and benchmarks/results.
+(the data of `make demo`). Leaves the datastore, the results and the report in `demo_output/redundant_text`; `--publish`
+copies the values into benchmarks/results and the curves into docs/results.
 """
 
 import argparse

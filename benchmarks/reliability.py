@@ -1,4 +1,4 @@
-"""How a datastore takes kills and damage: random SIGKILLs during every kind of change, and stores with mutated files.
+"""What kills and damage do to a datastore: random SIGKILLs during every kind of change, and stores with mutated files.
 
     python benchmarks/reliability.py  # about an hour on one core
     python benchmarks/reliability.py --kills 12 --mutations 60 --hostile 60 --seconds 10 --generations 300  # a quick look
@@ -17,7 +17,7 @@ Hostile stores (`hostile_stores.py`): sealed stores of more than 30 kinds that n
 a library may fail on. `outside` counts those that had another file read, `prompts` those that asked at the terminal, `raw`
 those that ended in another error than a `RetroError`.
 
-Readers beside writers (`many_readers.py`): `false_alarms` counts errors, and a neighbor that is no text of its document is
+Readers at the same time as writers (`many_readers.py`): `false_alarms` counts errors, and a neighbor that is no text of its document is
 wrong. Then the growth of a process over many generations.
 
 Writes benchmarks/results/reliability.json: `kills`, `lost`, `mutations`, `wrong`, `crashes`, `hostile`, `outside`, `raw`,

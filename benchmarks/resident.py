@@ -6,7 +6,7 @@ The index keeps lists and codes in memory of its own; the keys that re-score its
 it that were read count as resident until the system wants them back. So the same queries are asked twice: as the process
 is, and with the mapped pages given back every so many queries (`madvise(MADV_DONTNEED)`, as a system short of memory would),
 from where they come back through the disk cache. Resident is what /proc says: own (RssAnon) and mapped (RssFile), above what the
-process had with everything imported and an empty datastore's worth of nothing loaded.
+process had after its imports, before it opened the datastore.
 """
 
 import argparse

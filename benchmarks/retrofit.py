@@ -1,6 +1,6 @@
-"""E5: how much of what RETRO gains from scratch does RETROfit recover, and at what share of the training?
+"""How much of what RETRO gains from scratch does RETROfit recover, and at what share of the training?
 
-    python benchmarks/retrofit.py --size demo --seeds 0          # about 3 hours on one core; goes on if it is stopped
+    python benchmarks/retrofit.py --size demo --seeds 0          # about 3 hours on one core; resumes if it is stopped
     benchmarks/gpu/retrofit.sh                                   # all sizes and seeds, minutes on a large GPU
 
 Trained on 48 books of the Bible in three translations as the demo is (`examples/train_demo.py`), and measured on ten others:

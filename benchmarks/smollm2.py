@@ -1,6 +1,6 @@
 """What is `hub_configs/retro-smollm2-135m` worth? On, off, random, shuffled and oracle on texts it was not trained on.
 
-    python benchmarks/smollm2.py                     # half an hour to an hour on one core; goes on if it is stopped
+    python benchmarks/smollm2.py                     # half an hour to an hour on one core; resumes if it is stopped
     python benchmarks/smollm2.py --documents 10      # a quick look
 
 | text      | held out                                      | datastore                                            |

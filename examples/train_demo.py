@@ -2,9 +2,9 @@
 
     make demo-train        # or: python examples/train_demo.py --output hub_configs/retro-bible
 
-It takes about an hour on 2 cores that have bfloat16 instructions. The model is trained on 48 books in three translations; it never sees 18
-others. Neighbors come from a datastore of the same text, but never from a chunk's own document. So most of them are the same passage
-in other words. Some chunks get random neighbors and some none, so that the model neither trusts bad neighbors nor depends on good ones.
+It takes about half an hour on one core that has bfloat16 instructions. The model is trained on 48 books in three translations; it never
+sees 18 others. Neighbors come from a datastore of the same text, but never from a chunk's own document. So most of them are the same
+passage in other words. Some chunks get random neighbors and some none, so that the model neither trusts bad neighbors nor depends on good ones.
 A stopped run resumes from its last checkpoint.
 
 The results of the shipped checkpoint are in `hub_configs/retro-bible/README.md`.

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Compiled decoding on a GPU: its tests, then its speed beside eager decoding.
+# Compiled decoding on a GPU: its tests, then its speed compared to eager decoding.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 python -m pytest -q -m gpu tests/test_cuda.py -k one_cuda_graph

