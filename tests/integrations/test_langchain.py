@@ -31,6 +31,8 @@ def test_its_number_of_passages_is_the_retrievers_by_default(retriever):
 
 
 def test_an_empty_query_is_refused(retriever):
-    """Nothing can be looked up."""
+    """Nothing can be looked up. Nor is an argument with a slip in its name left out."""
+    with pytest.raises(ValueError, match="num_passage"):
+        RetroLangChainRetriever(retriever=retriever, num_passage=3)
     with pytest.raises(RetrieverError):
         RetroLangChainRetriever(retriever=retriever).invoke(" ")

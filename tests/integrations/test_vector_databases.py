@@ -104,6 +104,24 @@ def test_keys_of_other_chunks_are_refused(world, own, make):
     assert make(own, table="others").num_chunks == own.num_chunks
 
 
+def test_a_table_of_something_else_is_refused(world, tmp_path):
+    """Other columns, keys of another length or a name, and distances that are no inner product."""
+    connection = lancedb.connect(tmp_path / "lance")
+    connection.create_table("other", [{"chunk": 0, "key": [1.0]}])
+    client, models = qdrant_client.QdrantClient(":memory:"), qdrant_client.models
+    dot, size = models.Distance.DOT, world.datastore.manifest.dim
+    for name, vectors in {
+        "short": models.VectorParams(size=3, distance=dot),
+        "named": {"key": models.VectorParams(size=size, distance=dot)},
+        "distance": models.VectorParams(size=size, distance=models.Distance.EUCLID),
+    }.items():
+        client.create_collection(name, vectors_config=vectors)
+        with pytest.raises(DatastoreMismatchError, match=f"'{name}' is not one of keys of {size} numbers"):
+            QdrantIndex(client, world.datastore, name)
+    with pytest.raises(DatastoreMismatchError, match="'other' is not one of keys"):
+        LanceIndex(connection, world.datastore, "other")
+
+
 @pytest.mark.parametrize(
     "name", ["", ".", "..", "a/b", "../x", "a\0b", "a\nb", "C:x", "\udc80", "x" * 300, "a?b", 5, None, b"x"]
 )

@@ -49,7 +49,10 @@ class LanceIndex(FilledIndex):
             raise DatastoreInputError(
                 f"The connection is of type {type(self._connection).__name__}. Pass that of `lancedb.connect(folder)`."
             )
-        self._table = self._connection.create_table(self.table, schema=self._schema, exist_ok=True)
+        try:
+            self._table = self._connection.create_table(self.table, schema=self._schema, exist_ok=True)
+        except ValueError as error:  # it has another schema
+            raise self._other_table() from error
         return int(self._table.count_rows())
 
     def _keys(self, chunks: list[int]) -> dict[int, list[float]]:

@@ -27,6 +27,8 @@ class RetroLangChainRetriever(BaseRetriever):
         RetrieverError: by `invoke`, for a query without a word.
     """
 
+    model_config = {"extra": "forbid"}  # a slip in a name would be left out silently
+
     retriever: Any
     num_passages: int | None = None
 

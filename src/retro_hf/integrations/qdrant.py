@@ -42,10 +42,12 @@ class QdrantIndex(FilledIndex):
             raise DatastoreInputError(
                 f"The client is of type {type(self.client).__name__}. Pass a `qdrant_client.QdrantClient`."
             )
+        vectors = self._models.VectorParams(size=self.datastore.manifest.dim, distance=self._models.Distance.DOT)
         if not self.client.collection_exists(self.table):
-            size = self.datastore.manifest.dim
-            vectors = self._models.VectorParams(size=size, distance=self._models.Distance.DOT)
             self.client.create_collection(self.table, vectors_config=vectors)
+        found = self.client.get_collection(self.table).config.params.vectors
+        if not isinstance(found, type(vectors)) or (found.size, found.distance) != (vectors.size, vectors.distance):
+            raise self._other_table()
         return int(self.client.count(self.table, exact=True).count)
 
     def _keys(self, chunks: list[int]) -> dict[int, list[float]]:

@@ -62,6 +62,13 @@ class FilledIndex:
         self.num_chunks = store.num_chunks
         self.manifest = store.manifest  # by which a searcher sees that chunk ids have changed
 
+    def _other_table(self) -> DatastoreMismatchError:
+        """The error for a table that was made for something else."""
+        return DatastoreMismatchError(
+            f"The table {self.table!r} is not one of keys of {self.datastore.manifest.dim} numbers that are compared by their inner "
+            "product. Give the index another name."
+        )
+
     def search(
         self, queries: np.ndarray, num_neighbors: int, *, exclude_documents: Any = None
     ) -> tuple[np.ndarray, np.ndarray]:
