@@ -222,6 +222,13 @@ def test_bad_input_is_explained(world):
         small_fit(world, world.folder / "none", retriever=None)
     with pytest.raises(ValueError, match="steps is 0"):
         small_fit(world, world.folder / "zero", steps=0)
+    with pytest.raises(ValueError, match="no RETRO adapter"):
+        small_fit(world, world.folder / "new", backbone=world.base)
+    chunks = world.datastore.num_chunks
+    with pytest.raises(DatasetError, match=f"num_neighbors is {chunks}, .*has {chunks} chunks"):
+        small_fit(world, world.folder / "few", num_neighbors=chunks)
+    with pytest.raises(ValueError, match="fewer neighbors"):
+        small_fit(world, world.folder / "many", num_neighbors=1 << 16, batch_size=10_000)
 
 
 @pytest.mark.parametrize(

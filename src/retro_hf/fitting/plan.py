@@ -51,21 +51,26 @@ class Plan:
         )
 
 
-def check_memory(base: str | os.PathLike[str], device: torch.device, dtype: torch.dtype, num_tokens: int) -> None:
+def check_memory(
+    base: str | os.PathLike[str], device: torch.device, dtype: torch.dtype, num_tokens: int, num_read: int
+) -> None:
     """Refuse a base that this machine cannot hold while a reader of it is trained, before its weights are loaded.
 
     Args:
         num_tokens (`int`): of a batch.
+        num_read (`int`): tokens of its neighbors.
     Raises:
         ValueError: with what is needed and what there is.
     """
     config: Any = AutoConfig.from_pretrained(base, trust_remote_code=False)
     config = config.text_config if config.model_type == "retro" else config
+    decoder = config.get_text_config(decoder=True)
     # On the meta device a model has shapes and no memory.
     with torch.device("meta"):
         count = sum(weight.numel() for weight in AutoModelForCausalLM.from_config(config).parameters())
-    # The weights; and logits with their softmax and gradient, in float32.
-    needed = count * dtype.itemsize + 3 * 4 * num_tokens * config.get_text_config(decoder=True).vocab_size
+    # The weights; logits with their softmax and gradient, in float32; and what is read, as ids, mask and embeddings.
+    needed = count * dtype.itemsize + 3 * 4 * num_tokens * decoder.vocab_size
+    needed += num_read * (2 * 8 + decoder.hidden_size * dtype.itemsize)
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
     else:
@@ -73,7 +78,7 @@ def check_memory(base: str | os.PathLike[str], device: torch.device, dtype: torc
     if needed > free:
         raise ValueError(
             f"'{base}' has {count / _GB:.2f} billion weights, and fitting a reader to it needs more than {needed / _GB:.1f} GB of memory "
-            f"({dtype}), but {free / _GB:.1f} GB are free. What would do: {INSTEAD}."
+            f"({dtype}), but {free / _GB:.1f} GB are free. What would do: fewer neighbors, a smaller batch, {INSTEAD}."
         )
 
 

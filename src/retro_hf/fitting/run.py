@@ -118,10 +118,14 @@ def fit(
     learning_rate = learning_rate or (7e-4 if goes_on else 1e-3)
     if retriever is None and embedder is None:
         raise ValueError("Give a `retriever`, or an `embedder` to build a datastore of the texts with.")
+    if backbone is not None and not goes_on:
+        raise ValueError(f"backbone is {str(backbone)!r}, but '{base}' is no RETRO adapter. Leave it out.")
     chunk_size = _CHUNK_SIZE if retriever is None else retriever.chunk_size
+    neighbor_size = _NEIGHBOR_SIZE if retriever is None else retriever.neighbor_size
     window = max(_WINDOW // chunk_size, _LEAST_CHUNKS) * chunk_size
     tokenizer = load_tokenizer(base if retriever is None else retriever.tokenizer)
-    check_memory(base, device, dtype, batch_size * window)
+    num_read = batch_size * window // chunk_size * num_neighbors * neighbor_size
+    check_memory(base, device, dtype, batch_size * window, num_read)
 
     parts = split(texts, tokenizer, num_heldout=num_heldout, least=3 * chunk_size, window=window, seed=seed)
     logger.info(
@@ -145,6 +149,11 @@ def fit(
         retriever = _own_store(parts, output / "store", tokenizer, embedder)
     store = retriever.datastore
     store.check_compatible(tokenizer=load_tokenizer(base))
+    if (wanted := _looked_up(num_neighbors)) > store.num_chunks:
+        raise DatasetError(
+            f"num_neighbors is {num_neighbors}, for which {wanted} are looked up in training, but the datastore has "
+            f"{counted(store.num_chunks, 'chunk')}. Lower it, or give more texts."
+        )
     sizes = {"chunk_size": store.chunk_size, "neighbor_size": store.neighbor_size, "num_neighbors": num_neighbors}
     finished = "steps" in state and state["steps"] == state["planned"]
     torch.manual_seed(seed)
@@ -234,9 +243,14 @@ def _above_zero(name: str, value: float | None) -> float | None:
 def _with_neighbors(
     windows: Any, parts: Texts, retriever: RetroRetriever, tokenizer: Any, num_neighbors: int, folder: Path
 ) -> Any:
-    """Windows with twice as many neighbors as are read, none of them from the documents that the windows are part of."""
+    """Windows with neighbors, none of them from the documents that the windows are part of."""
     windows = with_stored_ids(windows, parts.train, retriever.datastore, tokenizer)
-    return precompute_neighbors(windows, retriever, num_neighbors=2 * (num_neighbors + 1), cache_dir=folder)
+    return precompute_neighbors(windows, retriever, num_neighbors=_looked_up(num_neighbors), cache_dir=folder)
+
+
+def _looked_up(num_neighbors: int) -> int:
+    """Neighbors that are looked up for a chunk in training, which reads up to one more, and also those from twice as far down."""
+    return 2 * (num_neighbors + 1)
 
 
 def _environment(device: torch.device) -> dict[str, Any]:
