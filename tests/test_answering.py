@@ -240,7 +240,7 @@ def test_base_and_function_are_refused_by_name(model, retriever, world):
         answer(model, lambda chunks, mask: (chunks, mask), "who")
 
 
-@pytest.mark.parametrize("options", [{"num_passages": 0}, {"prompt": "no place"}])
+@pytest.mark.parametrize("options", [{"num_passages": 0}, {"prompt": "no place"}, {"query": ""}])
 def test_bad_options_are_refused(model, retriever, options):
     with pytest.raises(ValueError):
         answer(model, retriever, "who", **options)

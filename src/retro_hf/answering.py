@@ -178,7 +178,7 @@ def prepare_question(
             f"the model ends at {limit:,}. Shorten the question, or lower `max_new_tokens`."
         )
 
-    (sources,) = find_passages(retriever, [query or asked], num_passages)
+    (sources,) = find_passages(retriever, [asked if query is None else query], num_passages)
     inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)} | passage_inputs(
         config, tokenizer, sources, num_tokens=length, question_start=question_start, max_new_tokens=max_new_tokens
     )

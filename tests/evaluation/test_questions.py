@@ -109,7 +109,12 @@ def test_known_scores(prediction, answers, exact_match, f1):
 
 def test_answers_that_cannot_be_scored_are_an_error():
     """A question without a right answer, a text for a list, other numbers."""
-    for predictions, answers in ((["Paris"], [[]]), (["Paris"], ["Paris"]), (["a", "b"], [["a"]])):
+    for predictions, answers in (
+        (["Paris"], [[]]),
+        (["Paris"], ["Paris"]),
+        (["Paris"], [np.array("Paris")]),
+        (["a", "b"], [["a"]]),
+    ):
         with pytest.raises(DatasetError):
             score_answers(predictions, answers)
 
@@ -225,6 +230,15 @@ def test_questions_for_another_reader_are_an_error(model, tokenizer, questions):
         with pytest.raises(DatasetError, match="reader"):
             ask_other()
     assert ask(model, other, tokenizer, num_passages=0, modes=("off",)).predictions["off"]
+
+
+@pytest.mark.parametrize("value", ["a", 1, None, [-1], [0.5], ["a"], [None], {"a": 1}], ids=str)
+@pytest.mark.parametrize("name", ["prompt_input_ids", "passage_input_ids"])
+def test_a_column_of_something_else_is_an_error_that_names_it(model, tokenizer, questions, name, value):
+    """As of a dataset that was made in another way."""
+    other = questions.remove_columns(name).add_column(name, [value] * len(questions))
+    with pytest.raises(DatasetError, match=name):
+        ask(model, other, tokenizer)
 
 
 def test_dataset_of_another_tokenizer_is_an_error(model, tokenizer, questions):

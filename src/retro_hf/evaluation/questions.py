@@ -275,19 +275,16 @@ def _scorer() -> Callable[[Sequence[str], Sequence[Sequence[str]]], tuple[np.nda
             raise DatasetError(f"There are {len(predictions)} predictions for {len(rights)} questions.")
         scores = np.empty((2, len(predictions)))
         for number, (prediction, right) in enumerate(zip(predictions, rights, strict=True)):
-            if (
-                not isinstance(right, (list, tuple, np.ndarray))
-                or not len(right)
-                or not all(isinstance(one, str) for one in right)
-            ):
+            found = arguments.listed(right)
+            if not found or not all(isinstance(one, str) for one in found):
                 raise DatasetError(
                     f"The right answers of question {number} are {arguments.shown(right)}, but must be a list of texts."
                 )
-            found = squad(
+            result = squad(
                 {"id": "", "prediction_text": prediction},
-                {"id": "", "answers": {"text": list(right), "answer_start": [0] * len(right)}},
+                {"id": "", "answers": {"text": found, "answer_start": [0] * len(found)}},
             )
-            scores[:, number] = float(found["exact_match"]), float(found["f1"])
+            scores[:, number] = float(result["exact_match"]), float(result["f1"])
         return scores[0], scores[1]
 
     return score

@@ -113,5 +113,14 @@ def flattened(column: pa.ChunkedArray) -> tuple[pa.Array, np.ndarray]:
 
 
 def list_lengths(dataset: Dataset, name: str) -> np.ndarray:
-    """The lengths of the lists in a column, int64 of shape `(num_rows,)`, without making Python lists."""
-    return flattened(dataset.select_columns([name]).with_format("arrow")[:][name])[1]
+    """The lengths of the lists in a column, int64 of shape `(num_rows,)`, without making Python lists.
+
+    Raises:
+        DatasetError: for a column of something else.
+    """
+    try:
+        return flattened(dataset.select_columns([name]).with_format("arrow")[:][name])[1]
+    except pa.ArrowNotImplementedError as error:
+        raise DatasetError(
+            f"The column {name!r} is of type {dataset.features[name]}, but it must have a list per row. {_REMEDIES[name]}."
+        ) from error

@@ -12,7 +12,7 @@ import torch
 from transformers.utils import logging
 
 from .. import extras
-from ..arguments import check_tokenizer, flag, optional_whole, whole
+from ..arguments import check_tokenizer, flag, numbers, optional_whole, whole
 from ..datastore.chunks import padded
 from ..errors import DatasetError
 from ..model.readers_retro import traits_of
@@ -348,9 +348,11 @@ def check_same_tokenizer(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -
     if "question" not in dataset.column_names:
         return
     first = dataset.select_columns(["question", _PROMPT_COLUMN])[:8]
-    for question, ids in zip(first["question"], first[_PROMPT_COLUMN], strict=True):
+    for row, (question, ids) in enumerate(zip(first["question"], first[_PROMPT_COLUMN], strict=True)):
+        ids = token_ids({_PROMPT_COLUMN: ids}, _PROMPT_COLUMN)
+        numbers(f"The ids in {_PROMPT_COLUMN!r}", ids, DatasetError, 0, (1 << 32) - 1)
         # Encoded and decoded again, because a tokenizer may not be able to spell every question.
-        ((tokens,), _) = tokenize_texts(tokenizer, [" ".join(question.split())])
+        ((tokens,), _) = tokenize_texts(tokenizer, [checked_text(question, "question", row)])
         asked, prompt = ("".join(str(tokenizer.decode(part)).split()) for part in (tokens, ids))
         if asked and asked in prompt:
             return

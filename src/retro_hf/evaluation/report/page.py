@@ -15,19 +15,18 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from ...arguments import path, shown
+from ...arguments import listed, path, shown
 from ...datastore.atomic_files import make_folder, write_file
 from ...outside import printable
 from ..neighbors import MODES
 from ..text import number
-from ..trace import FULL_BITS, bits
+from ..trace import FULL_BITS, Trace, bits
 from .charts import charts_of, to_png, to_svg
 
 
 if TYPE_CHECKING:
     from ..interval import Interval
     from ..result import Evaluation
-    from ..trace import Trace
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _SHARED_WORDS = 3
@@ -50,6 +49,8 @@ def write_report(result: Evaluation, folder: str | os.PathLike[str], *, traces: 
     folder = path("folder", folder, ValueError)
     if not hasattr(result, "verdict"):
         raise ValueError(f"The result is {shown(result)}. Pass what `evaluate` returned.")
+    if (given := listed(traces)) is None or not all(isinstance(one, Trace) for one in given):
+        raise ValueError(f"traces are {shown(traces)}. Pass a list of what `trace` returned.")
     make_folder(folder)
     charts = charts_of(result)
     if charts:
@@ -57,7 +58,7 @@ def write_report(result: Evaluation, folder: str | os.PathLike[str], *, traces: 
     for chart in charts:
         write_file(folder / f"{chart.name}.png", to_png([chart]))
     page = folder / "report.html"
-    write_file(page, render_page(result, traces).encode("utf-8", "replace"))
+    write_file(page, render_page(result, given).encode("utf-8", "replace"))
     return page
 
 
