@@ -253,6 +253,13 @@ def test_rank_out_of_range_is_refused():
         RankExecutor(3, 3)
 
 
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE"])
+def test_an_environment_variable_that_is_no_number_is_named(name, monkeypatch):
+    monkeypatch.setenv(name, "first")
+    with pytest.raises(DatastoreInputError, match=f"{name} is 'first'"):
+        RankExecutor()
+
+
 def test_second_builder_of_the_same_store_is_refused(tmp_path, tokenizer, embedder, monkeypatch):
     embed = type(embedder).embed
 

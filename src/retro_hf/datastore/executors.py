@@ -170,6 +170,14 @@ class WorkRemovedError(RetroError):
     """The first rank has removed the unfinished work: the store is complete, or the first rank has failed."""
 
 
+def _of_launcher(*variables: str, default: int) -> int:
+    """The number in the first environment variable that is set."""
+    for variable in variables:
+        if (text := os.environ.get(variable)) is not None:
+            return whole(variable, int(text) if text.isdecimal() else text, DatastoreInputError, least=0)
+    return default
+
+
 class RankExecutor:
     """One of `world_size` processes that run the same build over a shared folder; each does its share of the calls.
 
@@ -179,9 +187,8 @@ class RankExecutor:
     """
 
     def __init__(self, rank: int | None = None, world_size: int | None = None, timeout: float = 86_400.0) -> None:
-        self.rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))) if rank is None else rank
-        size = os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", 1))
-        self.world_size = int(size) if world_size is None else world_size
+        self.rank = _of_launcher("RANK", "SLURM_PROCID", default=0) if rank is None else rank
+        self.world_size = _of_launcher("WORLD_SIZE", "SLURM_NTASKS", default=1) if world_size is None else world_size
         for name in ("rank", "world_size"):
             whole(name, getattr(self, name), DatastoreInputError, least=0)
         if not self.rank < self.world_size:
