@@ -1,6 +1,8 @@
 """Arguments of the wrong kind: one rule for numbers, texts and places, and an error that names what was given."""
 
 import dis
+import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ import torch
 from datasets import Dataset
 from transformers import EvalPrediction
 
-from retro_hf import RetroRetriever
+from retro_hf import RetroConfig, RetroForCausalLM, RetroRetriever, retrofit
 from retro_hf.arguments import flag, numbers, optional_text, path, real, shown, texts, whole
 from retro_hf.datastore import (
     ChunkEmbedder,
@@ -31,10 +33,12 @@ from retro_hf.training import (
     RetroDataCollator,
     generate_answers,
     precompute_neighbors,
+    start_by_copying,
     tokenize_documents,
     tokenize_questions,
 )
 
+from .tiny import random_ids, tiny_backbone
 from .tiny_training import make_model, make_world
 
 
@@ -44,7 +48,7 @@ ARRAYS = [np.array(3), np.array([[1, 2]]), torch.tensor(3), torch.tensor([1, 2])
 # rows in memory.
 LARGE = [10**5000, np.broadcast_to(np.int64(0), (1 << 8, 1 << 40)), torch.zeros(1, dtype=torch.long).expand(1 << 40)]
 NOT_DENSE = [torch.eye(2).to_sparse(), torch.nested.nested_tensor([torch.tensor([3, 4]), torch.tensor([3])])]
-_COMPARED = ("embedder", "dtype", "lexical", "retriever, num_neighbors", "executor")
+_COMPARED = ("embedder", "dtype", "lexical", "retriever, num_neighbors", "executor", "backbone_name_or_path")
 NESTED: list = []
 for _ in range(3000):
     NESTED = [NESTED]
@@ -315,9 +319,75 @@ def is_raised_by_us(error):
 
 def test_public_functions_explain_strange_arguments(world):
     """Whatever is passed, the error is ours: a RetroError, or a ValueError that a check of ours has raised."""
-    lexical = LexicalSearcher.build(world.datastore)
+    assert_explained(calls(world, LexicalSearcher.build(world.datastore)))
+
+
+def calls_of_models(folder):
+    """What makes, loads, changes and uploads a model, and shows its evaluation, each with one argument that may be strange."""
+    base, adapter = folder / "base", folder / "adapter"
+    tiny_backbone("llama").save_pretrained(base)
+    model = retrofit(base, chunk_size=4, cross_attention_layers=[1])
+    model.save_pretrained(adapter, save_backbone=False)
+
+    def unless(value, *kinds):
+        return 5 if isinstance(value, (type(None), *kinds)) else value
+
+    def loaded(**options):
+        return RetroForCausalLM.from_pretrained(adapter, **{"backbone_name_or_path": base, **options})
+
+    class Retriever:
+        def __init__(self, size):
+            self.chunk_size = size
+
+        def __call__(self, ids, mask):
+            return self.chunk_size, None
+
+    return {
+        "revision": lambda value: retrofit(base, revision=unless(value, str)),
+        "base_kwargs": lambda value: retrofit(base, base_kwargs=unless(value, dict)),
+        "base_kwargs of a model": lambda value: retrofit(model.model.backbone, base_kwargs=unless(value)),
+        "chunk_size of a retriever": lambda value: model.set_retriever(Retriever(unless(value))),
+        "answer of a retriever": lambda value: model(random_ids(1, 9), retriever=lambda ids, mask: (value, None)),
+        "backbone_name_or_path": lambda value: loaded(backbone_name_or_path=unless(value, str)),
+        "config": lambda value: loaded(config=unless(value, str)),
+        "reader": lambda value: loaded(reader=unless(value)),
+        "folder to save in": lambda value: model.save_pretrained(unless(value, str)),
+        "input_ids": lambda value: start_by_copying(model, value),
+        "repo_id": lambda value: model.push_to_hub(unless(value, str)),
+        "evaluation": lambda value: model.push_to_hub("org/name", evaluation=unless(value)),
+        "a field of the backbone": lambda value: RetroConfig(vocab_size=value),
+        "id2label": lambda value: RetroConfig(id2label=unless(value, dict)),
+        "num_labels": lambda value: RetroConfig(num_labels=-1 if value is None else value),
+        "traces": lambda value: write_report(SimpleNamespace(verdict=None), folder / "report", traces=value),
+    }
+
+
+def test_models_explain_strange_arguments(tmp_path):
+    assert_explained(calls_of_models(tmp_path))
+
+
+def test_what_would_be_left_out_or_wait_is_refused(tmp_path):
+    """Arguments that nothing reads, sizes that nobody checks, and a pipe, which is read until somebody writes."""
+    model = retrofit(tiny_backbone("llama"), chunk_size=4, cross_attention_layers=[1])
+    with pytest.raises(ValueError, match="loaded already"):
+        retrofit(model.model.backbone, base_kwargs={"dtype": "bfloat16"})
+    model.config.save_pretrained(tmp_path)
+    for name in ("chunk_size", "num_neighbors", "neighbor_size"):
+        with pytest.raises(ValueError, match=f"`{name}` must be at least 1, got -1"):
+            RetroConfig.from_pretrained(tmp_path, **{name: -1})
+    with pytest.raises(ValueError, match="folder of the model"):
+        model.save_pretrained("a\0b")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="holds no evaluation"):
+        model.push_to_hub("org/name", evaluation=tmp_path / "pipe")
+    with pytest.raises(ValueError, match="attention_mask"):
+        model(random_ids(1, 4), attention_mask={"full_attention": 1})
+
+
+def assert_explained(calls):
+    """The error of each call with each strange value is a RetroError, or a ValueError that a check of ours has raised."""
     raw = []
-    for name, call in calls(world, lexical).items():
+    for name, call in calls.items():
         for value in [*STRANGE, *LARGE[:1], NESTED, *([] if name in _COMPARED else ARRAYS + LARGE[1:] + NOT_DENSE)]:
             try:
                 call(value)

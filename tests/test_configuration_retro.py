@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassFieldValidationError
@@ -42,6 +43,29 @@ def test_wrong_types_are_refused(config_class, field, value):
     """The error names the field and what was given; annotations that are strings would let everything through."""
     with pytest.raises(StrictDataclassFieldValidationError, match=f"(?s){field}.*{type(value).__name__}"):
         config_class(**{field: value})
+
+
+@pytest.mark.parametrize("config_class", [RetroConfig, RetroDecoderConfig, RetroEncoderConfig])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("dtype", ""),
+        ("dtype", "float33"),
+        ("torch_dtype", "x"),
+        ("id2label", 0),
+        ("num_labels", 1 << 63),
+        ("num_labels", "x"),
+    ],
+)
+def test_what_transformers_takes_apart_is_checked_before(config_class, field, value):
+    """It would raise from deep inside, or make labels until memory ends."""
+    with pytest.raises(ValueError, match=f"`{field.removeprefix('torch_')}`.*{value!r}"):
+        config_class(**{field: value})
+
+
+def test_an_array_in_an_unknown_field_is_kept_as_any_other_value():
+    """It is not compared with anything: an array has no truth value."""
+    assert (RetroConfig(mine=np.arange(3)).mine == np.arange(3)).all()
 
 
 @pytest.mark.parametrize("config_class", [RetroConfig, RetroDecoderConfig, RetroEncoderConfig])

@@ -8,11 +8,12 @@ from typing import Any
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+from .arguments import optional_text, shown
 from .errors import PretrainedNotFoundError, UnsupportedBackboneError
 from .model.backbone_retro import fingerprint, placement
 from .model.configuration_retro import RetroConfig, RetroEncoderConfig
 from .model.modeling_retro import READER_MODULES, RetroForCausalLM
-from .model.names_retro import check_weights, explaining
+from .model.names_retro import check_folder_name, check_weights, explaining
 from .model.readers_retro import traits_of
 
 
@@ -58,6 +59,12 @@ def retrofit(
             message says how to name them.
         PretrainedNotFoundError: if the checkpoint is not found.
     """
+    revision = optional_text("revision", revision, ValueError)
+    if base_kwargs is not None and (not isinstance(base_kwargs, dict) or isinstance(base, PreTrainedModel)):
+        raise ValueError(
+            f"`base_kwargs` is {shown(base_kwargs)}, and the base is of type {type(base).__name__}. Pass a dict, such as "
+            "{'dtype': 'bfloat16'}, with the name of a checkpoint; leave it out with a model, which is loaded already."
+        )
     backbone, name = _backbone_of(base, revision, base_kwargs or {})
     if isinstance(backbone, RetroForCausalLM):
         raise ValueError("The base is a RETRO model already; retrofit its `model.backbone`, or train it as it is.")
@@ -111,6 +118,7 @@ def _backbone_of(
             f"The base must be a folder, the name of a model on the Hub, or a loaded causal language model of transformers "
             f"(`PreTrainedModel`), got {'None' if base is None else type(base).__name__}. {remedy}."
         )
+    check_folder_name(base, what="The base")
     name = os.fspath(base)
     return _load_base(name, revision, base_kwargs), name
 

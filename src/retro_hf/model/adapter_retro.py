@@ -19,8 +19,10 @@ from .backbone_retro import fingerprint, placement
 from .card_retro import read_evaluation, write_card
 from .configuration_retro import RetroConfig
 from .inputs_retro import check_names
-from .names_retro import HUB_ARGUMENTS, check_folder_name, check_peft_base, check_weights, explaining
+from .names_retro import HUB_ARGUMENTS, check_folder_name, check_peft_base, check_weights, explaining, is_hub_name
+from .readers_retro import traits_of
 from .retriever_protocol_retro import Retriever
+from .values_retro import shown
 
 
 logger = logging.get_logger(__name__)
@@ -94,23 +96,26 @@ class RetroAdapterMixin(PreTrainedModel):
         finally:
             self.config.save_backbone = before
 
-    def push_to_hub(self, *args: Any, evaluation: str | os.PathLike | None = None, **kwargs: Any) -> str:
+    def push_to_hub(self, repo_id: str, *args: Any, evaluation: str | os.PathLike | None = None, **kwargs: Any) -> str:
         """Upload the model as `config.save_backbone` says, with a card.
 
         Args:
+            repo_id (`str`): name of the repository, such as `"org/name"`.
             args, kwargs: as in [`~transformers.PreTrainedModel.push_to_hub`].
             evaluation (`str` or `os.PathLike`, *optional*): the folder that `retro evaluate -o` wrote for this model; its numbers
                 go into the card.
         Returns:
             `str`: address of the commit.
         Raises:
-            ValueError: if only the name of the backbone would go up, and that is a folder of this machine; or if `evaluation`
-                is none of this model.
+            ValueError: if only the name of the backbone would go up, and that is a folder of this machine; if `evaluation` is none
+                of this model; or for a name that no repository can have.
         """
+        if not is_hub_name(repo_id):
+            raise ValueError(f"`repo_id` is {shown(repo_id)}. Pass the name of a repository, such as 'org/name'.")
         self._evaluation = None if evaluation is None else read_evaluation(evaluation, self.config)
         try:
             with self._without_local_paths():
-                return super().push_to_hub(*args, **kwargs)
+                return super().push_to_hub(repo_id, *args, **kwargs)
         finally:
             del self._evaluation
 
@@ -189,6 +194,8 @@ class RetroAdapterMixin(PreTrainedModel):
             The model in evaluation mode; with `output_loading_info=True` also the `dict` of what was missing or unexpected.
         """
         check_folder_name(pretrained_model_name_or_path)
+        if not isinstance(config, PreTrainedConfig):
+            check_folder_name(config, what="config")
         path, hub = pretrained_model_name_or_path, {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
         check_names({name: kwargs[name] for name in kwargs if name not in cls.config_class.__dataclass_fields__})
         if path is not None:
@@ -297,6 +304,7 @@ def _check_reader(path: str | os.PathLike, asked: str, config_class: type[RetroC
     """Raise for a folder that was saved with another reader than the one that is asked for."""
     with suppress(OSError):  # weights without a config
         saved = config_class.from_pretrained(path, **hub)
+        traits_of(asked)
         if saved.reader != asked:
             raise ValueError(
                 f"'{path}' was saved with reader='{saved.reader}' and cannot be loaded with reader='{asked}'. Load it as it "
@@ -319,8 +327,8 @@ def _load_backbone(path: str | os.PathLike, config: RetroConfig, kwargs: dict[st
     theirs = {key: value for key, value in theirs.items() if not key.startswith("_")}  # what Auto classes add
     theirs["revision"] = revision or "main"
     theirs.setdefault("trust_remote_code", False)  # no question at the terminal
-    dtype = theirs.pop("torch_dtype", None) or theirs.get("dtype") or "auto"
-    theirs["dtype"] = config.dtype or "auto" if dtype == "auto" else dtype
+    dtype = next((one for one in (theirs.pop("torch_dtype", None), theirs.get("dtype")) if one is not None), "auto")
+    theirs["dtype"] = config.dtype or "auto" if isinstance(dtype, str) and dtype == "auto" else dtype
     text_config = copy.deepcopy(config.text_config)
     # A base that is stored quantized stays as it is stored; one that was quantized on loading is quantized again.
     quantization = text_config.__dict__.pop("quantization_config", None)

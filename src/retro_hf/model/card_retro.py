@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .configuration_retro import RetroConfig
+from .names_retro import check_folder_name
 from .readers_retro import traits_of
 
 
@@ -84,13 +85,25 @@ def read_evaluation(path: str | os.PathLike, config: RetroConfig) -> dict[str, A
     Raises:
         ValueError: if the file is something else, or of a model with other chunks.
     """
+    check_folder_name(path, what="evaluation")
     file = os.path.join(path, "evaluation.json") if os.path.isdir(path) else os.fspath(path)
     try:
+        if not os.path.isfile(file):  # to read a pipe would wait
+            raise FileNotFoundError("there is no such file")
         with open(file, encoding="utf-8") as opened:
             found = json.load(opened)
         sizes = {name: found["provenance"]["model"][name] for name in ("chunk_size", "neighbor_size")}
         _numbers(found, {})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+        StopIteration,
+    ) as error:
         raise ValueError(
             f"'{file}' holds no evaluation ({type(error).__name__}: {error}). Pass the folder that `retro evaluate -o` wrote."
         ) from error

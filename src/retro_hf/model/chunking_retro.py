@@ -363,19 +363,20 @@ def positions_from(tokens: torch.Tensor, real: torch.Tensor | None, start: torch
     return torch.where(real, real.long().cumsum(dim=1) - 1 + start.unsqueeze(1), -1)
 
 
-def text_positions(mask: torch.Tensor | None, num_tokens: int, num_past: int) -> torch.Tensor | None:
+def text_positions(mask: torch.Tensor | dict | None, num_tokens: int, num_past: int) -> torch.Tensor | None:
     """Positions of new tokens that count the real tokens alone, as `generate` counts them; None without padding.
 
     A reader that puts neighbors right before position 0 needs them: with padding on the left, the text would begin later, and
     the distance to its neighbors would depend on the batch.
 
     Args:
-        mask (`torch.Tensor` of shape `(B, num_past + num_tokens)`, *optional*): which tokens are real.
+        mask (`torch.Tensor` of shape `(B, num_past + num_tokens)`, *optional*): which tokens are real; another kind of mask
+            does not say so.
         num_tokens, num_past (`int`): new tokens, and those of the cache.
     Returns:
         `torch.LongTensor` of shape `(B, num_tokens)`, or None.
     """
-    if mask is None or mask.shape[1:] != (num_past + num_tokens,) or bool(mask.all()):
+    if not isinstance(mask, torch.Tensor) or mask.shape[1:] != (num_past + num_tokens,) or bool(mask.all()):
         return None
     return (mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, num_past:]
 

@@ -25,9 +25,9 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import auto_docstring
 
 from .compatibility_retro import CACHE_NAMES, SubConfigSpec
-from .names_retro import LARGEST, check_saved_names, is_local
+from .names_retro import LARGEST, check_folder_name, check_saved_names, is_local
 from .readers_retro import traits_of
-from .values_retro import shown
+from .values_retro import check_general_fields, shown
 
 
 # What peers call our fields, so that their spelling gets an answer instead of being stored and ignored.
@@ -121,6 +121,7 @@ class _RetroConfigMixin:
 
     def _reject_misspelt_fields(self, unknown: dict) -> None:
         """Raise for an unknown keyword that is nearly a field: transformers would store it and never read it."""
+        check_general_fields(self, unknown)
         known = [n for cls in type(self).__mro__ for n in getattr(cls, "__annotations__", {}) if not n.startswith("_")]
         for name in unknown:
             match = _ALIASES.get(name)
@@ -381,6 +382,7 @@ class RetroConfig(_RetroConfigMixin, PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Make a config of saved values; as in transformers, and fields of the backbone alone reach `text_config`."""
         if (name := kwargs.get("backbone_name_or_path")) is not None:
+            check_folder_name(name, what="backbone_name_or_path")
             kwargs["backbone_name_or_path"] = os.path.abspath(name) if os.path.isdir(name) else os.fspath(name)
             kwargs.setdefault("backbone_revision", None)  # the saved one is of the saved name
         check_saved_names({name: value for name, value in config_dict.items() if name not in kwargs})
@@ -399,8 +401,10 @@ class RetroConfig(_RetroConfigMixin, PreTrainedConfig):
         if saved is not None:
             saved._reject_backbone_fields({name: value for name, value in kwargs.items() if name in unknown})
         loaded = super().from_dict(config_dict, **kwargs)
+        config = loaded[0] if isinstance(loaded, tuple) else loaded
         for name, value in theirs.items():
-            setattr(loaded[0] if isinstance(loaded, tuple) else loaded, name, value)
+            setattr(config, name, value)
+        config.validate_architecture()  # transformers does not check what is given beside the saved values
         return loaded
 
     def _owner(self, name: str) -> PreTrainedConfig | None:
@@ -421,7 +425,9 @@ class RetroConfig(_RetroConfigMixin, PreTrainedConfig):
                 match = _ALIASES.get(name) or next(iter(get_close_matches(name, _SIZES, 1, 0.85)), name)
             owner = self._owner(match)
             # Trainer sets `use_cache` on every config; any other that says what the backbone says does no harm either.
-            is_harmless = name == "use_cache" or (name == match and value == getattr(owner, name, None))
+            theirs = getattr(owner, name, None)
+            is_same = type(value) is type(theirs) and value == theirs  # an array is not compared
+            is_harmless = name == "use_cache" or (name == match and is_same)
             if not is_harmless and (match in _SIZES or owner is not None):
                 inner = (
                     f"{{'{match}': ...}}"

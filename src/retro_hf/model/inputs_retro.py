@@ -112,7 +112,7 @@ def check_inputs(
     text = inputs_embeds if input_ids is None else input_ids
     check_plain("`input_ids`" if text is input_ids else "`inputs_embeds`", text, has_values=vocabulary.is_real)
     if input_ids is not None:
-        _check_ids(input_ids, vocabulary)
+        check_ids(input_ids, vocabulary)
     else:
         _check_embeddings(inputs_embeds, vocabulary)
     if is_torchdynamo_exporting():  # a comparison would fix a size that may be dynamic
@@ -153,7 +153,7 @@ def check_prompt(prompt: Any, arguments: dict[str, Any], vocabulary: Vocabulary)
     check_plain("`input_ids`", prompt)
     check_flags(arguments)
     if prompt is not None:
-        _check_ids(prompt, vocabulary)
+        check_ids(prompt, vocabulary)
     if embeds is not None:
         _check_embeddings(embeds, vocabulary)
     text = prompt if embeds is None else embeds
@@ -393,7 +393,12 @@ def _check_cache(cache: Any) -> None:
         )
 
 
-def _check_ids(input_ids: Any, vocabulary: Vocabulary) -> None:
+def check_ids(input_ids: Any, vocabulary: Vocabulary) -> None:
+    """Check that tokens are a tensor of ids (B, T) that the vocabulary has.
+
+    Raises:
+        ValueError: for anything else.
+    """
     if not isinstance(input_ids, torch.Tensor):
         remedy = "Pass `torch.tensor(ids)`, one row of ids per text"
         if hasattr(input_ids, "keys"):  # what a tokenizer returns
@@ -443,7 +448,11 @@ def _check_embeddings(inputs_embeds: Any, vocabulary: Vocabulary) -> None:
 
 def _check_mask(mask: Any, rows: int, tokens: int, is_whole: bool) -> None:
     """A 2-D mask covers the tokens, and those of a cache if there is one; other kinds are transformers' own."""
-    if mask is None or isinstance(mask, dict) and mask or type(mask).__name__ == "BlockMask":  # of flex attention
+    parts = mask.values() if isinstance(mask, dict) and mask else [mask]  # one for each kind of layer
+    if all(
+        part is None or type(part).__name__ == "BlockMask" or isinstance(part, torch.Tensor) and part is not mask
+        for part in parts  # a BlockMask is one of flex attention
+    ):
         return
     expected = f"({rows}, {tokens}{'' if is_whole else ' and those of the cache'})"
     if not isinstance(mask, torch.Tensor):

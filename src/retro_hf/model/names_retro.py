@@ -12,11 +12,14 @@ from typing import Any
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME, cached_file
 
+from .values_retro import shown
+
 
 HUB_ARGUMENTS = ("revision", "subfolder", "cache_dir", "force_download", "local_files_only", "proxies", "token")
 """Arguments of `from_pretrained` that say where a checkpoint is. `revision` and `subfolder` belong to an adapter; the others also
 apply to its backbone."""
 _MAX_WEIGHT_MAP_BYTES, _MAX_CONFIG_BYTES = 64 << 20, 16 << 20
+_MOST_CHARACTERS = 1 << 14
 _CONFIGS = ("config.json", "generation_config.json", "adapter_config.json")
 _FILE = re.compile(r"\w[\w.-]*", re.ASCII)
 _REVISION = re.compile(r"\w[\w.-]*(/[\w.-]+)*", re.ASCII)
@@ -42,10 +45,9 @@ def is_local(name: str) -> bool:
 def is_hub_name(name: Any) -> bool:
     """Whether a name can be one on the Hub, such as `"org/name"` or `"name"`."""
     try:
-        validate_repo_id(name)
+        return isinstance(name, str) and validate_repo_id(name) is None
     except HFValidationError:
         return False
-    return isinstance(name, str)
 
 
 def check_saved_names(saved: Mapping[str, Any]) -> None:
@@ -91,17 +93,22 @@ def check_peft_base(folder: Any, base: Any) -> None:
     )
 
 
-def check_folder_name(folder: Any, saves: bool = False) -> None:
+def check_folder_name(folder: Any, saves: bool = False, what: str = "The folder of the model") -> None:
     """Check what a caller names as the folder of a model: a text or a path and, to save there, no file.
 
+    Args:
+        folder (`str` or `os.PathLike`, *optional*): what was named; None if nothing is to be loaded by it.
+        saves (`bool`): whether to save there.
+        what (`str`): its name in a message.
     Raises:
         FileExistsError: for a file, since transformers would save nothing, and only log it.
-        ValueError: for anything else than a text or a path, and for an empty text.
+        ValueError: for anything else than a text or a path, and for a text that is empty, has a NUL, or is a whole book.
     """
     if folder is None and not saves:  # a state dict is loaded
         return
-    if not isinstance(folder, (str, os.PathLike)) or not os.fspath(folder):
-        raise ValueError(f"The folder of the model is {folder!r:.100}. Pass a text or a path.")
+    name = os.fspath(folder) if isinstance(folder, (str, os.PathLike)) else None
+    if not isinstance(name, str) or not 0 < len(name) <= _MOST_CHARACTERS or "\0" in name:
+        raise ValueError(f"{what} is {shown(folder)}. Pass a text or a path.")
     if saves and os.path.lexists(folder) and not os.path.isdir(folder):
         raise FileExistsError(f"'{folder}' is a file, so no model can be saved there. Choose a folder.")
 

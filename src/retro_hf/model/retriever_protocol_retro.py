@@ -2,6 +2,7 @@
 """Ask a retriever: check its answers, look up every distinct chunk once, and keep a trace of what was found."""
 
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -46,9 +47,9 @@ def check_retriever(retriever: Any, chunk_size: int | None = None, neighbor_size
             f"{type(retriever).__name__}. `RetroRetriever.from_pretrained(...)` opens a saved one."
         )
     size = getattr(retriever, "chunk_size", None)
-    if None not in (size, chunk_size) and size != chunk_size:
+    if not (size is None or chunk_size is None or isinstance(size, Integral) and size == chunk_size):
         raise ValueError(
-            f"The retriever looks up chunks of {size} tokens, the model's chunks have {chunk_size}. Build the datastore with "
+            f"The retriever looks up chunks of {shown(size)} tokens, the model's chunks have {chunk_size}. Build the datastore with "
             f"chunk_size={chunk_size}."
         )
     warn_of_longer_neighbors(getattr(retriever, "neighbor_size", None), neighbor_size)
@@ -80,8 +81,8 @@ def check_neighbors(
         ValueError: with the wrong value and the one that is needed.
     """
     expected = f"({', '.join('any' if n == -1 else str(n) for n in shape)}, num_neighbors, neighbor_size)"
-    for tensor in (input_ids, mask):
-        if not (isinstance(tensor, torch.Tensor) or tensor is mask is None):
+    for tensor, others in ((input_ids, ()), (mask, (type(None),))):
+        if not isinstance(tensor, (torch.Tensor, *others)):
             raise ValueError(f"{source} must be tensors of shape {expected}, got {type(tensor).__name__}.")
         check_plain(source, tensor)
     leading = input_ids.shape[: len(shape)]
@@ -91,6 +92,7 @@ def check_neighbors(
         raise ValueError(f"{source} must hold neighbors of at least one token, got shape {tuple(input_ids.shape)}.")
     if input_ids.is_floating_point() or input_ids.is_complex() or input_ids.dtype == torch.bool:
         raise ValueError(f"{source} must be token ids of an integer dtype (torch.long), got {input_ids.dtype}.")
+    input_ids = input_ids.long()
     if mask is None:
         mask = torch.ones_like(input_ids)
     if mask.shape != input_ids.shape:
@@ -102,7 +104,7 @@ def check_neighbors(
             f"The mask of {source} must be of dtype bool or long, 1 at tokens and 0 at padding, got {mask.dtype}."
         )
     if torch.compiler.is_compiling():  # reading values would break the graph; a wrong id fails in the embedding
-        return input_ids.long(), mask.bool()
+        return input_ids, mask.bool()
     if mask.dtype != torch.bool and mask.numel() and not (0 <= int(mask.min()) and int(mask.max()) <= 1):
         raise ValueError(
             f"The mask of {source} must be 1 at tokens and 0 at padding, but holds values from {int(mask.min())} to "
@@ -115,7 +117,7 @@ def check_neighbors(
             f"{source} holds token ids from {int(used.min())} to {int(used.max())}, but the model's vocabulary has "
             f"{vocab_size} tokens. Were they made with another tokenizer?"
         )
-    return input_ids.long(), mask
+    return input_ids, mask
 
 
 def stacked(found: list[tuple[torch.Tensor, torch.Tensor]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,7 +10,9 @@ from torch import nn
 
 from ..model.attention_retro import RetroAttention, sinusoids_of
 from ..model.backbone_retro import run_within
+from ..model.inputs_retro import check_ids, vocabulary_of
 from ..model.modeling_retro import RetroForCausalLM
+from ..model.values_retro import check_plain
 
 
 _BEFORE = (1, 1, 2)  # which token before it each of the encoder's first heads brings to a token
@@ -116,6 +118,8 @@ def start_by_copying(model: RetroForCausalLM, input_ids: torch.Tensor) -> None:
 
 
 def _check(model: RetroForCausalLM, input_ids: torch.Tensor) -> None:
+    check_plain("`input_ids`", input_ids)
+    check_ids(input_ids, vocabulary_of(model))
     config: Any = model.config
     encoder, reader = config.neighbor_encoder_config, getattr(model.model.retro, "encoder", None)
     needed = len(_BEFORE) * encoder.head_dim + 2
