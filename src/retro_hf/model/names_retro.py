@@ -44,10 +44,13 @@ def is_local(name: str) -> bool:
 
 def is_hub_name(name: Any) -> bool:
     """Whether a name can be one on the Hub, such as `"org/name"` or `"name"`."""
+    if not isinstance(name, str):
+        return False
     try:
-        return isinstance(name, str) and validate_repo_id(name) is None
+        validate_repo_id(name)
     except HFValidationError:
         return False
+    return True
 
 
 def check_saved_names(saved: Mapping[str, Any]) -> None:

@@ -61,7 +61,7 @@ def check_general_fields(config: Any, unknown: dict[str, Any]) -> None:
     if not isinstance(config.id2label, (dict, type(None))):
         raise ValueError(f"`id2label` is {shown(config.id2label)}. Pass a dict from numbers to names, or None.")
     count = unknown.get("num_labels")
-    if count is not None and not (isinstance(count, Integral) and 0 <= count <= _MOST_LABELS):
+    if count is not None and not (isinstance(count, Integral) and 0 <= int(count) <= _MOST_LABELS):
         raise ValueError(f"`num_labels` must be an integer from 0 to {_MOST_LABELS:,}, got {shown(count)}.")
 
 
