@@ -21,8 +21,10 @@ from ..training import RetroDataCollator
 from ..training.collator import generator_for
 
 
-# Where cross-attention is, as a share of the base's layers: layers 16, 22 and 28 of SmolLM2's 30.
-_DEPTHS = (0.53, 0.74, 0.94)
+# Where cross-attention is, as a share of the base's layers: layers 16 and 28 of SmolLM2's 30.
+_DEPTHS = (0.53, 0.94)
+# Few and wide heads: one must tell a token among hundreds.
+_HEADS = 2
 _RANDOM_NEIGHBORS = 0.25  # share of chunks
 _COPIES = 0.2  # share of windows in which a neighbor says what comes next, with errors
 _COPIED_CHUNKS = 0.8  # of such a window
@@ -51,7 +53,7 @@ def is_adapter(base: str | os.PathLike[str]) -> bool:
 
 
 def new_reader(base: str | os.PathLike[str], dtype: torch.dtype, **sizes: Any) -> RetroForCausalLM:
-    """A frozen base with a small reader in three of its upper layers, as `start_by_copying` wants it."""
+    """A frozen base with a small reader in two of its upper layers, as `start_by_copying` wants it."""
     config = AutoConfig.from_pretrained(base, trust_remote_code=False).get_text_config(decoder=True)
     layers, hidden = config.num_hidden_layers, config.hidden_size
     if layers < 2 or hidden < 36:
@@ -60,11 +62,11 @@ def new_reader(base: str | os.PathLike[str], dtype: torch.dtype, **sizes: Any) -
             "layers of width 36."
         )
     head_dim = min(hidden // 9, 64) // 2 * 2
-    width = 8 * head_dim
-    own = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
+    width = 10 * head_dim
+    width += 2 * (width == hidden)  # an encoder as wide as the base would have no map from its embeddings
     encoder = RetroEncoderConfig(
         hidden_size=width,
-        intermediate_size=width,
+        intermediate_size=8 * head_dim,
         num_attention_heads=8,
         head_dim=head_dim,
         cross_attention_layers=[1],
@@ -74,7 +76,8 @@ def new_reader(base: str | os.PathLike[str], dtype: torch.dtype, **sizes: Any) -
         base,
         encoder=encoder,
         cross_attention_layers=sorted({min(round(depth * layers), layers - 1) for depth in _DEPTHS}),
-        cross_attention_head_dim=min(own, 4 * head_dim),
+        cross_attention_num_heads=_HEADS,
+        cross_attention_head_dim=hidden // _HEADS,
         cross_attention_null_key=True,
         initializer_range=hidden**-0.5,
         base_kwargs={"dtype": dtype},

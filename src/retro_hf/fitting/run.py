@@ -28,7 +28,7 @@ from ..outside import read_json
 from ..retriever import RetroRetriever
 from ..retrofit import parameter_report, retrofit
 from ..special_tokens import tokenize_texts
-from ..training import precompute_neighbors, start_by_copying
+from ..training import precompute_neighbors, start_by_copying, train_pointer
 from ..training.collator import padding_id
 from ..training.search import MOST_NEIGHBORS
 from .plan import Plan, check_memory, measure
@@ -43,7 +43,7 @@ logger = logging.get_logger(__name__)
 _CHUNK_SIZE, _NEIGHBOR_SIZE = 32, 128  # of a datastore that is built here
 _WINDOW, _LEAST_CHUNKS = 256, 4
 _WATCHED = 6  # held-out documents that are scored on the way
-_COPY_TOKENS = 40_000  # that `start_by_copying` is fitted to
+_START_WINDOWS = 240  # that a new reader begins with
 _MODES = ("off", "on", "random", "in_context")
 _MINUTES, _MOST_MINUTES = 30.0, 1e6
 _MOST_STEPS, _MOST_SEED = 10_000_000, (1 << 32) - 1  # numpy takes no larger seed
@@ -67,7 +67,7 @@ def fit(
 ) -> Fit:
     """Fit a reader to documents, and measure on documents that were held out what it brings.
 
-    A new reader begins with [`start_by_copying`]; a RETRO adapter is trained further. Every chunk reads neighbors of other
+    A new reader begins with [`start_by_copying`] and [`train_pointer`]; a RETRO adapter is trained further. Every chunk reads neighbors of other
     documents: a document that is in the datastore, under any id, gives none to itself. Held-out documents are looked up in a
     datastore without them. At the end the adapter is compared with no retrieval, with random neighbors, and with the base that
     reads the same neighbors untrained, in its prompt and in parallel context.
@@ -88,7 +88,7 @@ def fit(
         num_neighbors (`int`, defaults to 2): what is read in use. In training it varies from one to one more.
         num_heldout (`int`, defaults to 24): documents to hold out, at most a fifth of all. Each is cut to a window.
         batch_size (`int`, *optional*): windows of 256 tokens per step; 6 on a CPU, 32 on a GPU.
-        learning_rate (`float`, *optional*): 1e-3 for a new reader, 7e-4 for an adapter that goes on.
+        learning_rate (`float`, *optional*): 5e-4 for a new reader, 7e-4 for an adapter that goes on.
         seed (`int`, defaults to 0): of what is held out and of all draws.
         backbone (`str` or `Path`, *optional*): where the base of the adapter is, if that is a local folder.
     Returns:
@@ -115,7 +115,7 @@ def fit(
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     goes_on = is_adapter(base)
     batch_size = batch_size or (6 if device.type == "cpu" else 32)
-    learning_rate = learning_rate or (7e-4 if goes_on else 1e-3)
+    learning_rate = learning_rate or (7e-4 if goes_on else 5e-4)
     if retriever is None and embedder is None:
         raise ValueError("Give a `retriever`, or an `embedder` to build a datastore of the texts with.")
     if backbone is not None and not goes_on:
@@ -179,9 +179,16 @@ def fit(
 
     if not finished:
         cut = {"window": window, "chunk_size": chunk_size, "seed": seed}
+        collator = FitCollator(padding_id(tokenizer), store, num_neighbors=num_neighbors, seed=seed)
         if not goes_on and last_checkpoint(work) is None:
-            few = windows_of(parts.train, tokenizer, count=-(-_COPY_TOKENS // window), **cut)
+            few = windows_of(parts.train, tokenizer, count=_START_WINDOWS, **cut)
             start_by_copying(model, _rows(few["input_ids"]).to(device))
+            few = _with_neighbors(few, parts, retriever, tokenizer, num_neighbors, work / "neighbors")
+            begin = range(0, len(few), batch_size)
+            train_pointer(
+                model,
+                (collator([few[row] for row in range(first, min(first + batch_size, len(few)))]) for first in begin),
+            )
         planned = state.get("planned", steps)
         logger.info("Timing two training steps; the plan follows.")
         plan = _plan(model, parts, tokenizer, store, cut, steps=planned, minutes=minutes, batch_size=batch_size)
@@ -191,7 +198,7 @@ def fit(
         done = train(
             model,
             _with_neighbors(windows, parts, retriever, tokenizer, num_neighbors, work / "neighbors"),
-            FitCollator(padding_id(tokenizer), store, num_neighbors=num_neighbors, seed=seed),
+            collator,
             watch,
             plan,
             work=work,

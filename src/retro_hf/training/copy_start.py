@@ -15,11 +15,10 @@ from ..model.modeling_retro import RetroForCausalLM
 from ..model.values_retro import check_plain
 
 
-_BEFORE = (1, 1, 2)  # which token before it each of the encoder's first heads brings to a token
-_SHARES = (0.5, 0.25, 0.25)  # of a key: the token before, the one before that, and the token itself
+_BEFORE = (1, 1, 1, 2, 2)  # which token before it each of the encoder's first heads brings to a token
 _CONSTANT = 4.0  # a channel that is the same for every token
-_SHARPNESS = 4.0  # of the match between text and neighbor
-_NULL_LOGIT = 9.0
+_MATCH = 10.0  # mean logit of a neighbor token that follows what the text just said
+_NULL_LOGIT = 10.0
 _STRENGTH = 0.1  # of what is copied, as a share of the residual stream
 _BATCH = 4
 
@@ -30,27 +29,26 @@ def start_by_copying(model: RetroForCausalLM, input_ids: torch.Tensor) -> None:
 
     A reader that begins at random first has to find out where to look, and that takes most of a short training. Here the encoder gives
     every neighbor token the two tokens before it, cross-attention looks for neighbor tokens that follow what the text just said, and
-    what it finds raises its own logit. What cannot be written down is fitted: how a layer's states tell the current token, the token
-    before and the next one is a ridge regression over `input_ids`.
+    what it finds raises its own logit. What cannot be written down is fitted over `input_ids`: what a layer's states tell of the
+    current token and the one before, and which direction raises a logit. [`train_pointer`] goes on from there.
 
     The model no longer equals its base with neighbors; without them it does. Call it before the first training step.
 
     Args:
         model ([`RetroForCausalLM`]): made by [`retrofit`] with the reader `"cross_attention"`, `share_embeddings=True` and
-            `cross_attention_null_key=True`. The encoder needs three heads, a width that is not the base's, and more than three times
+            `cross_attention_null_key=True`. The encoder needs five heads, a width that is not the base's, and more than eight times
             its `head_dim`.
         input_ids (`torch.LongTensor` of shape `(B, T)`): text without padding, on the model's device. 40,000 tokens of mixed text are
             enough for SmolLM2-135M, about one minute on a CPU.
     Raises:
         ValueError: if the model has not what is needed, or the text is too short for the regression.
     """
-    if not isinstance(model, RetroForCausalLM):
-        raise ValueError(
-            f"The model is of type {type(model).__name__}. Pass a RetroForCausalLM, as `retrofit` makes it."
-        )
+    check_copier(model)
+    check_plain("`input_ids`", input_ids)
+    check_ids(input_ids, vocabulary_of(model))
     reader: Any = model.model.retro
     config: Any = model.config
-    _check(model, input_ids)
+    _check_text(config, input_ids)
     encoder = reader.encoder
     width, head_dim = encoder.hidden_size, config.neighbor_encoder_config.head_dim
     code_size = width - 1 - len(_BEFORE) * head_dim
@@ -75,38 +73,32 @@ def start_by_copying(model: RetroForCausalLM, input_ids: torch.Tensor) -> None:
         for last in [*branches, layer.cross_attn.o_proj] if layer.has_cross_attention else branches:
             last.weight.zero_()
     scale = math.sqrt((code_size + _CONSTANT**2) / width)
-    before = []
-    for head, distance in enumerate(_BEFORE):
-        projection = directions(code_size, head_dim)
-        part = slice(code_size + 1 + head * head_dim, code_size + 1 + (head + 1) * head_dim)
-        _attend_to_distance(encoder.layers[0].self_attn, head, distance, config.neighbor_size, code_size, scale)
-        _carry(encoder.layers[0].self_attn, head, projection.T * scale, part)
-        before.append(code @ projection)
-    targets = torch.cat([before[0], before[1], before[2], code], dim=1)
+    before = {}  # by distance: a part of the code of each token, (vocabulary, part)
+    for distance in sorted(set(_BEFORE)):
+        heads = [head for head, one in enumerate(_BEFORE) if one == distance]
+        projection = directions(code_size, len(heads) * head_dim)
+        before[distance] = code @ projection
+        for head, columns in zip(heads, projection.split(head_dim, dim=1), strict=True):
+            part = slice(code_size + 1 + head * head_dim, code_size + 1 + (head + 1) * head_dim)
+            _attend_to_distance(encoder.layers[0].self_attn, head, distance, config.neighbor_size, code_size, scale)
+            _carry(encoder.layers[0].self_attn, head, columns.T * scale, part)
 
     # Cross-attention: queries that tell what the keys hold, values that raise their own logit.
-    queries, size = _fit_queries(model, input_ids, targets)
+    queries, size = _fit_queries(model, input_ids, before)
     scale = math.sqrt((width - 1 + _CONSTANT**2) / width)
-    towards = _raises_logit(model, share) @ torch.linalg.pinv(code).T  # (hidden_size, code_size)
-    first, second, own = 2 * head_dim, 3 * head_dim, width - 1
+    towards = _raises_logit(model, share, code)
+    held = len(_BEFORE) * head_dim
     for layer_idx, cross in reader.cross_attention.items():
         attention, fitted = cross.attention, queries[int(layer_idx)]
         heads, head_width = attention.num_heads, attention.head_dim
-        shares = [round(share * head_width) for share in _SHARES[:2]]
-        shares.append(head_width - sum(shares))
+        attention.q_proj.weight.zero_()
+        attention.k_proj.weight.zero_()
         for head in range(heads):
-            rows = slice(head * head_width, (head + 1) * head_width)
-            ends, query, key = (0, first, second, own), [], []
-            for start, end, count in zip(ends, ends[1:], shares, strict=False):
-                drawn = directions(end - start, count)
-                query.append(fitted[:, start:end] @ drawn)
-                held = torch.zeros(width, count)
-                where = slice(code_size + 1 + start, code_size + 1 + end) if end <= second else slice(0, code_size)
-                held[where] = drawn
-                key.append(held)
-            attention.q_proj.weight[rows].copy_(torch.cat(query, dim=1).T * _SHARPNESS * 8 / head_width**0.5)
-            attention.k_proj.weight[rows].copy_(torch.cat(key, dim=1).T * scale)
-        attention.position_bias.weight.mul_(0.3)
+            drawn = directions(held, min(head_width, held)) * max(held / head_width, 1.0) ** 0.5
+            rows = slice(head * head_width, head * head_width + drawn.shape[1])
+            attention.q_proj.weight[rows] = (fitted @ drawn).T * head_width**0.5
+            attention.k_proj.weight[rows, code_size + 1 :] = drawn.T * scale
+        attention.position_bias.weight.zero_()
         values = directions(heads * head_width, min(code_size, heads * head_width))
         values = torch.nn.functional.pad(values, (0, code_size - values.shape[1]))
         attention.v_proj.weight.zero_()
@@ -117,12 +109,14 @@ def start_by_copying(model: RetroForCausalLM, input_ids: torch.Tensor) -> None:
         cross.null_logits.fill_(_NULL_LOGIT)
 
 
-def _check(model: RetroForCausalLM, input_ids: torch.Tensor) -> None:
-    check_plain("`input_ids`", input_ids)
-    check_ids(input_ids, vocabulary_of(model))
+def check_copier(model: RetroForCausalLM) -> None:
+    """Raise ValueError unless a model has all that copying needs."""
+    if not isinstance(model, RetroForCausalLM):
+        raise ValueError(
+            f"The model is of type {type(model).__name__}. Pass a RetroForCausalLM, as `retrofit` makes it."
+        )
     config: Any = model.config
     encoder, reader = config.neighbor_encoder_config, getattr(model.model.retro, "encoder", None)
-    needed = len(_BEFORE) * encoder.head_dim + 2
     if config.reader != "cross_attention" or not config.cross_attention_null_key:
         raise ValueError(
             f"`start_by_copying` needs reader='cross_attention' and cross_attention_null_key=True, got reader={config.reader!r} and "
@@ -133,17 +127,16 @@ def _check(model: RetroForCausalLM, input_ids: torch.Tensor) -> None:
             f"`start_by_copying` needs share_embeddings=True and an encoder whose width is not that of the base's embeddings, got "
             f"share_embeddings={config.share_embeddings} and a width of {encoder.hidden_size}."
         )
+    # Channels for the tokens before, a constant, and a code that is no smaller than what it is projected to.
+    needed = (len(_BEFORE) + _BEFORE.count(1)) * encoder.head_dim + 1
     if encoder.hidden_size < needed or encoder.num_attention_heads < len(_BEFORE):
         raise ValueError(
             f"`start_by_copying` needs an encoder of at least {len(_BEFORE)} heads and a width of at least {needed}, got "
             f"{encoder.num_attention_heads} heads and {encoder.hidden_size}. Give a larger `encoder` to `retrofit`."
         )
-    if config.cross_attention_head_dim > 4 * encoder.head_dim:
-        raise ValueError(
-            f"`start_by_copying` needs heads of cross-attention that are at most four times as wide as the encoder's, got "
-            f"cross_attention_head_dim={config.cross_attention_head_dim} and head_dim={encoder.head_dim}. Give `retrofit` "
-            f"cross_attention_head_dim={4 * encoder.head_dim}, or an encoder of wider heads."
-        )
+
+
+def _check_text(config: Any, input_ids: torch.Tensor) -> None:
     wanted = 4 * config.hidden_size
     if input_ids.numel() < wanted or input_ids.shape[-1] < 8:
         raise ValueError(
@@ -202,46 +195,48 @@ def _carry(attention: RetroAttention, head: int, projection: torch.Tensor, part:
 
 
 def _fit_queries(
-    model: RetroForCausalLM, input_ids: torch.Tensor, targets: torch.Tensor
+    model: RetroForCausalLM, input_ids: torch.Tensor, before: dict[int, torch.Tensor]
 ) -> tuple[dict[int, torch.Tensor], dict[int, float]]:
-    """By layer: a map from normed states to the codes of the current token, the one before and the next; the size of the states.
+    """By layer: a map from normed states to queries for the codes of the last tokens, and the size of the states.
 
-    `targets` holds the codes of every token: twice that of the token before, that of the one before that, and its own.
+    A neighbor token whose token before it is at distance 1 is one that follows the current token. With y, the codes of the current
+    token and of those before it, W h is what a state h tells of y by ridge regression, S is the covariance of what it does not tell,
+    and W h S⁻¹ y is the score of linear discriminant analysis: how much more likely the state is after these tokens than after others.
     """
     config: Any = model.config
-    layers, width, head_dim = (
-        config.cross_attention_layers,
-        config.hidden_size,
-        config.neighbor_encoder_config.head_dim,
-    )
+    layers, width = config.cross_attention_layers, config.hidden_size
+    size, reach = sum(part.shape[1] for part in before.values()), max(before)
     gram = {layer: torch.zeros(width, width) for layer in layers}
-    cross = {layer: torch.zeros(width, targets.shape[1]) for layer in layers}
-    norms = dict.fromkeys(layers, 0.0)
+    cross = {layer: torch.zeros(width, size) for layer in layers}
+    norms, spread = dict.fromkeys(layers, 0.0), torch.zeros(size, size)
     for ids in input_ids.split(_BATCH):
-        recorded = _StateRecorder()
+        recorded = StateRecorder()
         run_within(recorded, model.model.backbone.base_model, {"input_ids": ids, "use_cache": False})
-        now, past, following = (part.flatten().cpu() for part in (ids[:, 1:-1], ids[:, :-2], ids[:, 2:]))
+        length = ids.shape[1]
         known = torch.cat(
-            [
-                targets[now, : 2 * head_dim],
-                targets[past, 2 * head_dim : 3 * head_dim],
-                targets[following, 3 * head_dim :],
-            ],
-            dim=1,
-        )
+            [part[ids[:, reach - distance : length - distance + 1].cpu()] for distance, part in before.items()], dim=-1
+        ).flatten(0, 1)
+        spread += known.T @ known
         for layer, states in recorded.states.items():
-            hidden = states[:, 1:-1].flatten(0, 1).float().cpu()
+            hidden = states[:, reach - 1 :].flatten(0, 1).float().cpu()
             norms[layer] += float(hidden.norm(dim=1).sum())
             normed = hidden * hidden.pow(2).mean(dim=1, keepdim=True).add(config.rms_norm_eps).rsqrt()
             gram[layer] += normed.T @ normed
             cross[layer] += normed.T @ known
-    count = input_ids.shape[0] * (input_ids.shape[1] - 2)
-    ridge = {layer: 2e-3 * gram[layer].diagonal().mean() * torch.eye(width) for layer in layers}
-    maps = {layer: torch.linalg.solve(gram[layer] + ridge[layer], cross[layer]) for layer in layers}
-    return maps, {layer: norms[layer] / count for layer in layers}
+    count, queries = input_ids.shape[0] * (input_ids.shape[1] - reach + 1), {}
+    for layer in layers:
+        ridge = 2e-3 * gram[layer].diagonal().mean() * torch.eye(width)
+        told = torch.linalg.solve(gram[layer] + ridge, cross[layer])
+        part = told.T @ cross[layer]
+        unknown = (spread - part - part.T + told.T @ gram[layer] @ told) / count
+        unknown += 1e-3 * unknown.diagonal().mean() * torch.eye(size)
+        scored = told @ torch.linalg.inv(unknown)
+        mean = float((scored * cross[layer]).sum()) / count
+        queries[layer] = scored * (_MATCH / mean)
+    return queries, {layer: norms[layer] / count for layer in layers}
 
 
-class _StateRecorder:
+class StateRecorder:
     """In the place of a `RetroPass`: keeps the states that cross-attention would read, and adds nothing."""
 
     def __init__(self) -> None:
@@ -249,19 +244,24 @@ class _StateRecorder:
         self.states: dict[int, torch.Tensor] = {}
 
     def __call__(self, layer_idx: int, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Called by the hook of a layer."""
         self.states[layer_idx] = hidden_states
         return torch.zeros_like(hidden_states)
 
 
-def _raises_logit(model: RetroForCausalLM, share: torch.Tensor) -> torch.Tensor:
-    """For every token the direction of the last residual stream that raises its logit: (hidden_size, tokens).
+def _raises_logit(model: RetroForCausalLM, share: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
+    """A map from codes to the last residual stream, (hidden_size, code_size), so that each token raises its own logit.
 
-    Against the others as often as they occur, so that the code 0, that of an average token, raises none.
+    It is fitted, over all tokens as often as they occur: the logit of token w grows by code(w) · code(v) if v is copied. So an average
+    token, whose code is 0, raises none.
     """
     head = _weight(model.get_output_embeddings()).float().cpu()
     parts = model.model.backbone.base_model.children()
     norms = [weight for weight in map(_weight, parts) if weight.shape == head.shape[1:]]
-    return ((head - share @ head) * (norms[-1].float().cpu() if norms else 1.0)).T
+    head = (head - share @ head) * (norms[-1].float().cpu() if norms else 1.0)
+    weighted = head.T * share
+    gram = weighted @ head
+    return torch.linalg.solve(gram + 1e-3 * gram.diagonal().mean() * torch.eye(len(gram)), weighted @ code)
 
 
 def _weight(module: nn.Module | None) -> torch.Tensor:
