@@ -90,6 +90,18 @@ def test_only_where_it_looks_and_how_strongly_is_trained():
     assert all(weight.grad is None for weight in model.parameters())
 
 
+def test_a_reader_in_float32_on_a_base_in_bfloat16():
+    """As `fit` has them on a GPU."""
+    model = new_reader()
+    model.model.backbone.to(torch.bfloat16)
+    start_by_copying(model, random_text(model, 200))
+    gains = train_pointer(
+        model, [copies(model, seed) | {"labels": copies(model, seed)["input_ids"]} for seed in range(20)]
+    )
+    assert sum(gains[-20:]) > sum(gains[:20])
+    assert {weight.dtype for weight in model.model.retro.parameters()} == {torch.float32}
+
+
 def test_batches_that_read_nothing_are_refused():
     """The message says what to give."""
     model = new_reader()

@@ -180,8 +180,17 @@ def fit(
     if not finished:
         cut = {"window": window, "chunk_size": chunk_size, "seed": seed}
         collator = FitCollator(padding_id(tokenizer), store, num_neighbors=num_neighbors, seed=seed)
+        planned = state.get("planned", steps)
+        logger.info("Timing two training steps; the plan follows.")
+        plan = _plan(model, parts, tokenizer, store, cut, steps=planned, minutes=minutes, batch_size=batch_size)
+        logger.info(str(plan))
+        write_file(work / "state.json", json.dumps(identity | {"planned": plan.steps}).encode())
         if not goes_on and last_checkpoint(work) is None:
             few = windows_of(parts.train, tokenizer, count=_START_WINDOWS, **cut)
+            # Measured with SmolLM2-135M and two neighbors on two cores.
+            logger.info(
+                f"Teaching the new reader where to look takes as long as about {len(few) // 8} steps of training."
+            )
             start_by_copying(model, _rows(few["input_ids"]).to(device))
             few = _with_neighbors(few, parts, retriever, tokenizer, num_neighbors, work / "neighbors")
             begin = range(0, len(few), batch_size)
@@ -189,11 +198,6 @@ def fit(
                 model,
                 (collator([few[row] for row in range(first, min(first + batch_size, len(few)))]) for first in begin),
             )
-        planned = state.get("planned", steps)
-        logger.info("Timing two training steps; the plan follows.")
-        plan = _plan(model, parts, tokenizer, store, cut, steps=planned, minutes=minutes, batch_size=batch_size)
-        logger.info(str(plan))
-        write_file(work / "state.json", json.dumps(identity | {"planned": plan.steps}).encode())
         windows = windows_of(parts.train, tokenizer, count=plan.steps * batch_size, **cut)
         done = train(
             model,

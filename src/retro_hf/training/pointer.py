@@ -115,7 +115,7 @@ def train_pointer(model: RetroForCausalLM, batches: Iterable[Mapping[str, torch.
 def _record(model: RetroForCausalLM, batch: Mapping[str, torch.Tensor]) -> _Recorded:
     """Run the base and the encoder on a batch."""
     size, reader = model.config.chunk_size, model.model.retro
-    given = {name: values.to(model.device) for name, values in batch.items()}
+    given = _moved(batch, model.device)
     ids, mask = given["input_ids"], given["attention_mask"].bool()
     recorder = StateRecorder()
     inputs = {"input_ids": ids, "attention_mask": given["attention_mask"], "use_cache": False}
@@ -134,9 +134,10 @@ def _record(model: RetroForCausalLM, batch: Mapping[str, torch.Tensor]) -> _Reco
 
     neighbors = given["neighbor_input_ids"].flatten(0, 1)
     seen = given["neighbor_attention_mask"].bool().flatten(0, 1)
-    states = {layer: recorder.states[layer] for layer in model.config.cross_attention_layers}
+    states = {int(layer): recorder.states[int(layer)] for layer in reader.cross_attention}
     embed = model.get_input_embeddings()
-    encoded = reader.encoder(neighbors, seen, completed(states[min(states)]), completed(mask), embed)
+    with _both_types(model):
+        encoded = reader.encoder(neighbors, seen, completed(states[min(states)]), completed(mask), embed)
     neighbors, seen = neighbors.flatten(1), seen.flatten(1)
     follows = nn.functional.pad(mask[:, 1:] & mask[:, :-1], (0, 1))
     scored = attending(follows) & seen.any(dim=1, keepdim=True)
@@ -148,7 +149,7 @@ def _record(model: RetroForCausalLM, batch: Mapping[str, torch.Tensor]) -> _Reco
     probabilities = [row.float().softmax(dim=-1)[:, tokens].to(_KEPT) for row, tokens in rows]
     return _Recorded(
         states={
-            layer: reader.cross_attention[str(layer)].norm(attending(of)[used]).to(_KEPT)
+            layer: reader.cross_attention[str(layer)].norm(attending(of)[used].float()).to(_KEPT)
             for layer, of in states.items()
         },
         neighbor_states=encoded[used].to(_KEPT),
@@ -162,9 +163,20 @@ def _record(model: RetroForCausalLM, batch: Mapping[str, torch.Tensor]) -> _Reco
     )
 
 
+def _moved(batch: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+    return {name: values.to(device) for name, values in batch.items()}
+
+
+def _both_types(model: RetroForCausalLM) -> torch.autocast:
+    """For a reader in float32 on a base in bfloat16."""
+    dtypes = {next(part.parameters()).dtype for part in (model.model.backbone, model.model.retro)}
+    return torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=len(dtypes) > 1)
+
+
 def _attended(model: RetroForCausalLM, layer: int, batch: _Recorded) -> torch.Tensor:
     """How much a layer attends to each neighbor token, the mean of its heads: (N, m, S)."""
-    config, cross = model.config, model.model.retro.cross_attention[str(layer)]
+    config: Any = model.config
+    cross = model.model.retro.cross_attention[str(layer)]
     states = batch.states[layer].float()
     key, value = cross.attention.project_key_value(batch.neighbor_states.float())
     table = cross_attention_distances(config.chunk_size, config.neighbor_size, states.device)
@@ -198,9 +210,6 @@ def _set_strength(model: RetroForCausalLM, batches: list[Mapping[str, torch.Tens
     before, losses = output.clone(), []
     for factor in _FACTORS:
         output.copy_(before * factor)
-        losses.append(
-            sum(
-                float(model(**{name: values.to(model.device) for name, values in one.items()}).loss) for one in batches
-            )
-        )
+        with _both_types(model):
+            losses.append(sum(float(model(**_moved(batch, model.device)).loss) for batch in batches))
     output.copy_(before * _FACTORS[losses.index(min(losses))])
