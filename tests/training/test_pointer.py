@@ -13,6 +13,7 @@ def batch_of(ids: torch.Tensor, neighbors: torch.Tensor) -> dict[str, torch.Tens
     return {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
+        "labels": ids,
         "neighbor_input_ids": neighbors,
         "neighbor_attention_mask": torch.ones_like(neighbors),
     }
@@ -31,12 +32,10 @@ def test_it_learns_what_to_copy():
     start_by_copying(model, random_text(model, 200))
     given = copies(model, seed=100)
     with torch.no_grad():
-        before = float(model(**given, labels=given["input_ids"]).loss)
-    gains = train_pointer(
-        model, [copies(model, seed) | {"labels": copies(model, seed)["input_ids"]} for seed in range(20)]
-    )
+        before = float(model(**given).loss)
+    gains = train_pointer(model, [copies(model, seed) for seed in range(20)])
     with torch.no_grad():
-        after = float(model(**given, labels=given["input_ids"]).loss)
+        after = float(model(**given).loss)
     assert len(gains) == 60 and sum(gains[-20:]) > sum(gains[:20])
     assert after < before - 0.05
 
@@ -77,7 +76,7 @@ def test_only_where_it_looks_and_how_strongly_is_trained():
     ids = random_text(model, 4)
     expected = model(ids).logits
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    train_pointer(model, [copies(model, 0) | {"labels": copies(model, 0)["input_ids"]}])
+    train_pointer(model, [copies(model, 0)])
     changed = {
         name.rpartition("cross_attention.")[2]
         for name, weight in model.state_dict().items()
@@ -95,9 +94,7 @@ def test_a_reader_in_float32_on_a_base_in_bfloat16():
     model = new_reader()
     model.model.backbone.to(torch.bfloat16)
     start_by_copying(model, random_text(model, 200))
-    gains = train_pointer(
-        model, [copies(model, seed) | {"labels": copies(model, seed)["input_ids"]} for seed in range(20)]
-    )
+    gains = train_pointer(model, [copies(model, seed) for seed in range(20)])
     assert sum(gains[-20:]) > sum(gains[:20])
     assert {weight.dtype for weight in model.model.retro.parameters()} == {torch.float32}
 
@@ -111,6 +108,34 @@ def test_batches_that_read_nothing_are_refused():
         train_pointer(model, [given])
     with pytest.raises(ValueError, match="neighbor"):
         train_pointer(model, [])
+
+
+@pytest.mark.parametrize(
+    "name", ["input_ids", "attention_mask", "labels", "neighbor_input_ids", "neighbor_attention_mask"]
+)
+def test_a_batch_without_what_it_needs_is_refused(name):
+    """Whether it lacks a tensor, or has one of another shape; nothing is trained."""
+    model = new_reader()
+    given = copies(model, 0)
+    before = model.model.retro.cross_attention["2"].attention.q_proj.weight.clone()
+    for odd in (
+        {key: values for key, values in given.items() if key != name},
+        given | {name: given[name][:, :-1]},
+        given | {name: None},
+        [1],
+    ):
+        with pytest.raises(ValueError, match="RetroDataCollator"):
+            train_pointer(model, [odd])
+    assert torch.equal(model.model.retro.cross_attention["2"].attention.q_proj.weight, before)
+
+
+def test_tokens_without_a_label_are_not_scored():
+    """As the tokens of a question, or of a prompt."""
+    model = new_reader()
+    given = copies(model, 0)
+    labels = given["labels"].clone()
+    labels[:, :20] = -100
+    assert int(_record(model, given | {"labels": labels}).is_scored.sum()) == 8 * 12
 
 
 def test_a_model_that_is_no_copier_is_refused():

@@ -15,6 +15,7 @@ from ..errors import counted
 from ..model.attention_retro import sinusoids_of
 from ..model.backbone_retro import run_within
 from ..model.modeling_retro import RetroForCausalLM, cross_attention_distances
+from .collator import IGNORED_LABEL
 from .copy_start import StateRecorder, check_copier
 
 
@@ -24,6 +25,13 @@ _PASSES = 3  # over the batches
 _LEARNING_RATE, _WARM_UP = 2e-3, 20
 _RAISED = 8.0  # nats by which full attention raises the logit of a token, at first
 _KEPT = torch.float16  # of what is kept in memory
+_NEEDED = {
+    "input_ids": 2,
+    "attention_mask": 2,
+    "labels": 2,
+    "neighbor_input_ids": 4,
+    "neighbor_attention_mask": 4,
+}  # dimensions
 _FACTORS = (1.0, 2.0, 3.0, 4.0, 6.0)  # by which the outputs of the last layer may grow
 _TRIED = 2  # batches that decide it
 
@@ -61,7 +69,7 @@ def train_pointer(model: RetroForCausalLM, batches: Iterable[Mapping[str, torch.
     Returns:
         `list[float]`: nats per token that each step gained over the base, the mean of the layers.
     Raises:
-        ValueError: if the model is no reader for `start_by_copying`, or no token reads a neighbor.
+        ValueError: if the model is no reader for `start_by_copying`, a batch is not as described, or no token reads a neighbor.
     *Memory*: 16 KB per token with SmolLM2-135M and two neighbors of 128 tokens.
     """
     check_copier(model)
@@ -70,6 +78,7 @@ def train_pointer(model: RetroForCausalLM, batches: Iterable[Mapping[str, torch.
     recorded = []
     for batch in batches:
         first += [batch] if len(first) < _TRIED else []
+        _check_batch(model, batch)
         chunks = _record(model, batch)
         recorded += [chunks] if bool(chunks.is_scored.any()) else []
     if not recorded:
@@ -111,6 +120,25 @@ def train_pointer(model: RetroForCausalLM, batches: Iterable[Mapping[str, torch.
     return gains
 
 
+def _check_batch(model: RetroForCausalLM, batch: Mapping[str, torch.Tensor]) -> None:
+    """Raise ValueError unless a batch has tensors that belong together."""
+    given = batch if isinstance(batch, Mapping) else {}
+    shapes = {name: tuple(given[name].shape) for name in _NEEDED if isinstance(given.get(name), torch.Tensor)}
+    config: Any = model.config
+    fits = all(len(shapes.get(name, ())) == count for name, count in _NEEDED.items())
+    if fits:
+        batch_size, length = shapes["input_ids"]
+        chunks = (batch_size, length // config.chunk_size)
+        fits = shapes["attention_mask"] == shapes["labels"] == (batch_size, length)
+        fits &= shapes["neighbor_attention_mask"] == shapes["neighbor_input_ids"]
+        fits &= shapes["neighbor_input_ids"][:2] == chunks and shapes["neighbor_input_ids"][3] == config.neighbor_size
+    if not fits:
+        raise ValueError(
+            f"`train_pointer` needs batches of {', '.join(_NEEDED)}, with chunks of {config.chunk_size} tokens and neighbors of "
+            f"{config.neighbor_size}, got {shapes or type(batch).__name__}. Make them with RetroDataCollator."
+        )
+
+
 @torch.no_grad()
 def _record(model: RetroForCausalLM, batch: Mapping[str, torch.Tensor]) -> _Recorded:
     """Run the base and the encoder on a batch."""
@@ -139,7 +167,7 @@ def _record(model: RetroForCausalLM, batch: Mapping[str, torch.Tensor]) -> _Reco
     with _both_types(model):
         encoded = reader.encoder(neighbors, seen, completed(states[min(states)]), completed(mask), embed)
     neighbors, seen = neighbors.flatten(1), seen.flatten(1)
-    follows = nn.functional.pad(mask[:, 1:] & mask[:, :-1], (0, 1))
+    follows = nn.functional.pad(mask[:, 1:] & mask[:, :-1] & (given["labels"][:, 1:] != IGNORED_LABEL), (0, 1))
     scored = attending(follows) & seen.any(dim=1, keepdim=True)
     used = scored.any(dim=1)
     neighbors, seen, scored = neighbors.masked_fill(~seen, 0)[used], seen[used], scored[used]
